@@ -1,0 +1,1 @@
+"""The acceptance rules, one small module each. Knows probabilities and parameters only."""
