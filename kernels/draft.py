@@ -1,0 +1,98 @@
+"""Draft: from a request's context to draft tokens, by suffix matches mixed with the target's own predictions.
+
+The op has two halves over one data structure, the *suffix index* of a request.
+
+Index
+    For each order ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
+    ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose
+    successor is known are entered. Appending a token costs ``M`` insertions, whatever the length of the
+    context; tables grow by doubling (`vllm_aasd.drafting.suffix_index`), so the cost is amortised constant.
+
+Mixture
+    Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last
+    ``m`` tokens of context plus draft, ``n = |C_m|``, and ``L`` the longest order with a match. From the lowest
+    of the last four orders up to ``L``::
+
+        P_m = (1 - w_m) P_{m-1} + w_m / n * sum_{j in C_m} [(1 - x_mj) delta(token j+1) + x_mj p_j]
+        w_m = n / (n + theta_m)
+
+    with ``P_0`` the prior (nothing, if there is none), ``p_j`` the target's stored top-k distribution at position
+    ``j`` (the *alignment* of that position) and ``x_mj = x_m`` where a fresh one is stored, else 0. The draft
+    token is the argmax of ``P_L``, ties going to the longest match and then to the most recent position; the
+    *survival* of a draft is the product of these maxima, the estimate that all of it is accepted. Drafting
+    stops before the token that would take it under ``min_survival``.
+
+    This is prediction by partial matching (Cleary and Witten, 1984) with escape weights ``theta_m / (n +
+    theta_m)``, over the candidates of alignment sampling (Wang et al., *Alignment-Augmented Speculative
+    Decoding with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204). It deviates
+    from that paper, where the stored predictions join the retrieved token as separate candidates: vLLM
+    verifies one chain, so they are mixed into one choice instead. See README, "How it works".
+
+The sum is evaluated from ``L`` downwards with the weight that is left, so that it can stop once nothing is.
+The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.kernels.draft_cpu`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_aasd.kernels import draft_cpu
+
+BACKEND = "numba-cpu"
+"""The execution that `extend_index`, `rehash` and `draft` take. Triton joins as a second one."""
+
+ORDERS_USED = draft_cpu.ORDERS_USED
+
+extend_index = draft_cpu.extend_index
+rehash = draft_cpu.rehash
+draft = draft_cpu.draft
+
+
+class MixtureWeights(NamedTuple):
+    """The constants of the mixture, one entry per order (shape ``[M]``, float32).
+
+    Attributes:
+        theta: pseudo-count of each order, > 0; larger trusts its matches less.
+        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
+    """
+
+    theta: np.ndarray
+    alignment: np.ndarray
+
+
+class Prior(NamedTuple):
+    """The target's likeliest successors of each token, outside any context.
+
+    Attributes:
+        ids: ``[vocab_size, k]`` int32; -1 where there are fewer than k.
+        probs: ``[vocab_size, k]`` float32.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+
+
+def no_prior() -> Prior:
+    """An empty prior: the mixture then starts from nothing."""
+    return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+
+
+def warm_up(num_orders: int, top_k: int) -> None:
+    """Compile the path that serves, on one small request, so that no request pays for it.
+
+    Args:
+        num_orders: how many orders the index has.
+        top_k: entries per position of the alignment table.
+    """
+    capacity = 16
+    tokens = np.array([1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
+    prev = np.empty((num_orders, capacity), np.int32)
+    head = np.full((num_orders, 2 * capacity), -1, np.int32)
+    extend_index(tokens, prev, head, 0, 5)
+    rehash(tokens, head, np.full((num_orders, 4 * capacity), -1, np.int32))
+    weights = MixtureWeights(np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32))
+    prior = no_prior()
+    out = np.empty(2, np.int32), np.empty(2, np.float32)
+    scratch = np.zeros(8, np.float32), np.empty(8, np.int32)
+    table = np.full((capacity, 1 + 2 * top_k), -1, np.int32)
+    draft(tokens, prev, head, 5, table, np.zeros(1, np.int32), capacity, *weights, *prior, 4, 0.1, *scratch, *out)

@@ -1,0 +1,195 @@
+"""The compiled CPU path of `draft` (numba). The maths is in `vllm_aasd.kernels.draft`."""
+
+import numba
+import numpy as np
+
+ORDERS_USED = 4
+"""How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
+
+# An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio).
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _find(tokens, head, order, end, hashed):
+    """The slot of ``head[order - 1]`` that holds, or would hold, the ``order``-gram ending at ``end``."""
+    mask = np.uint64(head.shape[1] - 1)
+    # The high half is the well-mixed one.
+    slot = (hashed >> np.uint64(32)) & mask
+    while True:
+        other = head[order - 1, slot]
+        if other < 0:
+            return slot
+        same = True
+        for back in range(order):
+            if tokens[other - back] != tokens[end - back]:
+                same = False
+                break
+        if same:
+            return slot
+        slot = (slot + np.uint64(1)) & mask
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _hash(hashed, token):
+    return (hashed ^ np.uint64(np.uint32(token))) * _MULTIPLIER
+
+
+@numba.njit(cache=True, nogil=True)
+def extend_index(tokens, prev, head, indexed, length):
+    """Enter the positions whose successor has become known.
+
+    Args:
+        tokens: ``[capacity]`` int32, the context; the first ``length`` are valid.
+        prev: ``[M, capacity]`` int32, written in place: the previous position with the same m-gram, -1 if none.
+        head: ``[M, table_size]`` int32, a power of two of at least twice ``length`` slots per order, -1 where
+            free, written in place: the most recent position of an m-gram.
+        indexed: how many positions are entered already.
+        length: tokens in the context now.
+
+    Returns:
+        How many positions are entered now.
+    """
+    num_orders = head.shape[0]
+    last = max(length - 1, indexed)
+    for end in range(indexed, last):
+        hashed = np.uint64(0)
+        for order in range(1, min(num_orders, end + 1) + 1):
+            hashed = _hash(hashed, tokens[end - order + 1])
+            slot = _find(tokens, head, order, end, hashed)
+            prev[order - 1, end] = head[order - 1, slot]
+            head[order - 1, slot] = end
+    return last
+
+
+@numba.njit(cache=True, nogil=True)
+def rehash(tokens, head, new_head):
+    """Move every m-gram of ``head`` to the larger ``new_head`` (``[M, new_size]`` int32, all -1)."""
+    for order in range(1, head.shape[0] + 1):
+        for old_slot in range(head.shape[1]):
+            end = head[order - 1, old_slot]
+            if end < 0:
+                continue
+            hashed = np.uint64(0)
+            for back in range(order):
+                hashed = _hash(hashed, tokens[end - back])
+            new_head[order - 1, _find(tokens, new_head, order, end, hashed)] = end
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _vote(scores, seen, num_seen, token, weight):
+    if weight <= 0 or token < 0 or token >= scores.shape[0]:
+        return num_seen
+    if scores[token] == 0:
+        if num_seen == seen.shape[0]:
+            return num_seen
+        seen[num_seen] = token
+        num_seen += 1
+    scores[token] += weight
+    return num_seen
+
+
+@numba.njit(cache=True, nogil=True)
+def draft(
+    tokens,
+    prev,
+    head,
+    length,
+    table,
+    block_table,
+    block_size,
+    theta,
+    alignment,
+    prior_ids,
+    prior_probs,
+    max_matches,
+    min_survival,
+    scores,
+    seen,
+    draft_token_ids,
+    survival,
+):
+    """Draft the likeliest continuation of one request's context.
+
+    Args:
+        tokens: ``[capacity]`` int32, the context in its first ``length``; needs ``K`` free places behind them,
+            which serve as scratch for the draft.
+        prev, head: the index of `extend_index`, entered up to ``length``.
+        length: tokens in the context.
+        table: ``[num_slots, 1 + 2k]`` int32, the alignment store (token id; k ids; k probabilities as float32
+            bits); ``[0, 1]`` for none.
+        block_table: ``[>= ceil(length / block_size)]`` int32, the request's KV blocks.
+        block_size: slots per KV block.
+        theta, alignment: ``[M]`` float32, see `MixtureWeights`.
+        prior_ids, prior_probs: ``[vocab_size, k]`` int32 and float32, see `Prior`; ``[0, 0]`` for none.
+        max_matches: how many of the most recent matches of each order vote.
+        min_survival: stop before a token whose survival (a probability) would be lower.
+        scores: ``[vocab_size]`` float32 scratch, all zero, left all zero.
+        seen: ``[>= 1]`` int32 scratch: the candidates of a step; those beyond its size are ignored.
+        draft_token_ids: ``[K]`` int32, written in place.
+        survival: ``[K]`` float32, written in place.
+
+    Returns:
+        How many draft tokens were written, 0 to K.
+    """
+    num_orders = head.shape[0]
+    top_k = (table.shape[1] - 1) // 2
+    probs = table.view(np.float32)
+    starts = np.empty(num_orders, np.int32)
+    alive = np.float32(1.0)
+    for step in range(draft_token_ids.shape[0]):
+        end = length + step - 1
+        hashed = np.uint64(0)
+        longest = 0
+        for order in range(1, min(num_orders, end + 1) + 1):
+            hashed = _hash(hashed, tokens[end - order + 1])
+            start = head[order - 1, _find(tokens, head, order, end, hashed)]
+            if start < 0:
+                break
+            starts[order - 1] = start
+            longest = order
+        num_seen = 0
+        left = np.float32(1.0)
+        for order in range(longest, max(longest - ORDERS_USED, 0), -1):
+            count = 0
+            position = starts[order - 1]
+            while position >= 0 and count < max_matches:
+                count += 1
+                position = prev[order - 1, position]
+            weight = np.float32(count) / (np.float32(count) + theta[order - 1])
+            share = left * weight / np.float32(count)
+            position = starts[order - 1]
+            for _ in range(count):
+                slot = np.int64(-1)
+                if top_k > 0:
+                    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
+                    if table[slot, 0] != tokens[position]:
+                        slot = np.int64(-1)
+                aligned = alignment[order - 1] if slot >= 0 else np.float32(0.0)
+                num_seen = _vote(scores, seen, num_seen, tokens[position + 1], share * (np.float32(1.0) - aligned))
+                if slot >= 0:
+                    for k in range(1, top_k + 1):
+                        num_seen = _vote(
+                            scores, seen, num_seen, table[slot, k], share * aligned * probs[slot, top_k + k]
+                        )
+                position = prev[order - 1, position]
+            left *= np.float32(1.0) - weight
+        last = tokens[end] if end >= 0 else -1
+        if 0 <= last < prior_ids.shape[0]:
+            for k in range(prior_ids.shape[1]):
+                num_seen = _vote(scores, seen, num_seen, prior_ids[last, k], left * prior_probs[last, k])
+        best = np.int32(-1)
+        best_score = np.float32(0.0)
+        for i in range(num_seen):
+            token = seen[i]
+            if scores[token] > best_score:
+                best_score = scores[token]
+                best = token
+            scores[token] = np.float32(0.0)
+        alive *= best_score
+        if best < 0 or alive < min_survival:
+            return step
+        tokens[length + step] = best
+        draft_token_ids[step] = best
+        survival[step] = alive
+    return draft_token_ids.shape[0]

@@ -1,0 +1,87 @@
+"""The plain twin of `vllm_aasd.kernels.draft`: the specification, written to be read. Scans the context."""
+
+import numpy as np
+
+from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+
+
+def draft(
+    tokens,
+    prev,
+    head,
+    length,
+    table,
+    block_table,
+    block_size,
+    theta,
+    alignment,
+    prior_ids,
+    prior_probs,
+    max_matches,
+    min_survival,
+    scores,
+    seen,
+    draft_token_ids,
+    survival,
+):
+    """Same arguments and result as `vllm_aasd.kernels.draft_cpu.draft`.
+
+    ``prev``, ``head``, ``scores`` and ``seen`` are not used: matches are found by comparing every position,
+    and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32 in
+    the order of the compiled path, so that token ids are equal, not close.
+    """
+    context = [int(token) for token in tokens[:length]]
+    vocab_size = len(scores)
+    top_k = (table.shape[1] - 1) // 2
+    alive = np.float32(1)
+    for step in range(len(draft_token_ids)):
+        sequence = context + [int(token) for token in draft_token_ids[:step]]
+        matches = {
+            order: _matches(context, sequence, order, max_matches) for order in range(1, len(theta) + 1)
+        }
+        longest = max((order for order, positions in matches.items() if positions), default=0)
+        votes: dict[int, np.float32] = {}
+
+        def vote(token, weight, votes=votes):
+            if weight > 0 and 0 <= token < vocab_size:
+                votes[token] = votes.get(token, np.float32(0)) + weight
+
+        left = np.float32(1)
+        for order in range(longest, max(longest - ORDERS_USED, 0), -1):
+            count = np.float32(len(matches[order]))
+            weight = count / (count + theta[order - 1])
+            share = left * weight / count
+            for position in matches[order]:
+                entry = _entry(table, block_table, block_size, position) if top_k else None
+                fresh = entry is not None and entry[0] == context[position]
+                aligned = alignment[order - 1] if fresh else np.float32(0)
+                vote(context[position + 1], share * (np.float32(1) - aligned))
+                if fresh:
+                    for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
+                        vote(int(token), share * aligned * prob)
+            left *= np.float32(1) - weight
+        if sequence and 0 <= sequence[-1] < len(prior_ids):
+            for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
+                vote(int(token), left * prob)
+        if not votes:
+            return step
+        best = max(votes, key=votes.get)
+        alive *= votes[best]
+        if alive < min_survival:
+            return step
+        draft_token_ids[step] = best
+        survival[step] = alive
+    return len(draft_token_ids)
+
+
+def _matches(context, sequence, order, max_matches):
+    """Positions of the context, latest first, that end the run ending the sequence and have a successor."""
+    if order > len(sequence):
+        return []
+    suffix = sequence[len(sequence) - order :]
+    ends = range(len(context) - 2, order - 2, -1)
+    return [end for end in ends if context[end - order + 1 : end + 1] == suffix][:max_matches]
+
+
+def _entry(table, block_table, block_size, position):
+    return table[block_table[position // block_size] * block_size + position % block_size]

@@ -1,0 +1,159 @@
+"""From ``--speculative-config '{"method": "aasd", ...}'`` to a speculative config that vLLM runs.
+
+vLLM knows its methods by a closed list, so ``aasd`` travels under a *carrier*: a stock method that leads to our
+proposer without loading a draft model. On the V1 model runner that is ``custom_class``.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_aasd.config import DEFAULT_NUM_SPECULATIVE_TOKENS, PREFIX, Settings
+from vllm_aasd.engine import seams
+
+METHOD = "aasd"
+PROPOSER = "vllm_aasd.engine.v1.AASDProposer"
+CPU_WORKER = "vllm_aasd.engine.worker.AASDCPUWorker"
+MAX_SPECULATIVE_TOKENS = 128
+"""vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
+
+_NGRAM_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
+_NGRAM_DEFAULT = 5
+
+
+@config
+class AASDSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative config, with ours beside it.
+
+    Pickled with the rest of the configuration to every engine and worker process, so this module must be
+    importable there before any plugin is loaded.
+    """
+
+    aasd: Settings | None = None
+    """The settings; never None on a config that `create` made."""
+
+    def __repr__(self) -> str:
+        settings = self.aasd.describe() if self.aasd is not None else ""
+        return (
+            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, {settings})"
+        )
+
+
+def install() -> list[seams.Replacement]:
+    """Teach `EngineArgs` the method; does nothing where it knows it already."""
+    return seams.replace({seams.CREATE_SPECULATIVE_CONFIG: _knowing_aasd})
+
+
+def _knowing_aasd(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def create_speculative_config(
+        self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+    ) -> SpeculativeConfig | None:
+        if METHOD in (self.spec_method, (self.speculative_config or {}).get("method")):
+            return _create(self, stock, target_model_config, target_parallel_config)
+        return stock(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _create(
+    args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+) -> AASDSpeculativeConfig:
+    """Check everything that can't work, then let vLLM build the carrier's config and take it over."""
+    seams.check_version()
+    keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+    settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
+    vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
+    ngram_keys = _ngram_keys(vllm_keys, settings)
+    _refuse_what_cannot_work(args, vllm_keys)
+
+    carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
+    carried.update(method="custom_class", model=PROPOSER)
+    if args.spec_tokens is None:
+        carried.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
+    args.speculative_config = carried
+    spec_method, args.spec_method = args.spec_method, None
+    try:
+        stock_config = stock(args, target_model_config, target_parallel_config)
+    finally:
+        # vLLM may build its configuration from the same arguments again.
+        args.speculative_config, args.spec_method = keys, spec_method
+    _check_num_speculative_tokens(stock_config.num_speculative_tokens)
+
+    # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
+    ours = object.__new__(AASDSpeculativeConfig)
+    ours.__dict__.update(stock_config.__dict__)
+    ours.aasd = settings
+    # custom_class leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
+    ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
+    ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
+    target_parallel_config.worker_cls = CPU_WORKER
+    return ours
+
+
+def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]:
+    given = {key: vllm_keys[key] for key in _NGRAM_KEYS if vllm_keys.get(key) is not None}
+    if settings.draft != "ngram":
+        if given:
+            key, value = next(iter(given.items()))
+            raise ValueError(f"{key}={value!r} is not allowed: it takes effect only with aasd_draft='ngram'.")
+        return {}
+    for key, value in given.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}={value!r} is not allowed: it takes an integer of at least 1.")
+    # vLLM's own defaults for its method `ngram`: one stands for the other, and 5 for both.
+    low = given.get("prompt_lookup_min", given.get("prompt_lookup_max", _NGRAM_DEFAULT))
+    high = given.get("prompt_lookup_max", given.get("prompt_lookup_min", _NGRAM_DEFAULT))
+    if low > high:
+        raise ValueError(f"prompt_lookup_min={low} is not allowed: it takes at most prompt_lookup_max={high}.")
+    return {"prompt_lookup_min": low, "prompt_lookup_max": high}
+
+
+def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> None:
+    def refuse(name: str, value: Any, allowed: str) -> None:
+        raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {allowed}.")
+
+    if not current_platform.is_cpu():
+        refuse(
+            "platform",
+            current_platform.device_name,
+            "this version runs on vLLM's CPU platform; GPUs (vLLM's V2 model runner) come in a later one",
+        )
+    if args.worker_cls not in ("auto", CPU_WORKER):
+        refuse("worker_cls", args.worker_cls, "it brings a worker of its own, so leave worker_cls at 'auto'")
+    for name, default, reason in (
+        ("rejection_sample_method", "standard", "it replaces the rejection sampler; allowed is 'standard'"),
+        ("draft_sample_method", "greedy", "its drafts are the likeliest tokens; allowed is 'greedy'"),
+        ("enable_adaptive_verification", False, "allowed is false"),
+        ("model", None, "it needs no draft model; leave it out"),
+    ):
+        if vllm_keys.get(name, default) not in (default, None):
+            refuse(name, vllm_keys[name], reason)
+    if args.spec_model is not None:
+        refuse("spec_model", args.spec_model, "it needs no draft model; leave it out")
+    if args.kv_sharing_fast_prefill:
+        refuse("kv_sharing_fast_prefill", True, "prompt hidden states are wrong in that mode; allowed is false")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(args, name) != 1:
+            refuse(name, getattr(args, name), "the KV slots of a request must lie on one rank; allowed is 1")
+    if args.pipeline_parallel_size != 1:
+        refuse(
+            "pipeline_parallel_size",
+            args.pipeline_parallel_size,
+            "vLLM's V1 model runner can't speculate across pipeline stages; allowed is 1",
+        )
+    if args.async_scheduling:
+        refuse("async_scheduling", True, "drafts are made on the host between two steps; leave it out")
+
+
+def _check_num_speculative_tokens(value: int) -> None:
+    if value > MAX_SPECULATIVE_TOKENS:
+        raise ValueError(
+            f"num_speculative_tokens={value} is not allowed: it takes an integer from 1 to "
+            f"{MAX_SPECULATIVE_TOKENS}."
+        )

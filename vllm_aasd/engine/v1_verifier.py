@@ -1,0 +1,231 @@
+"""Our verifier in the place of the V1 model runner's ``rejection_sample``.
+
+vLLM's `RejectionSampler` does the rest as always: penalties, bad words, allowed ids, temperature, top-k and top-p
+before us, log-probabilities of the accepted tokens after us. Two faults of its CPU build, which break every
+sampled request that speculates, are mended here too (see `install`).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from vllm.v1.sample import rejection_sampler as stock_sampler
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine import seams
+from vllm_aasd.kernels import verify as verify_op
+
+_active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
+
+
+class V1Verifier:
+    """Verifies one worker's batches by the policy of each request.
+
+    Args:
+        settings: the server's; `aasd_verification` and its parameters are read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._req_ids: list[str] = []
+        self._stop_token_ids = torch.empty((0, 1), dtype=torch.int32)
+
+    def begin_step(self, req_ids: Sequence[str], requests: Mapping[str, Any]) -> None:
+        """Take in which requests the batch holds, in the order of its rows."""
+        if self._req_ids == req_ids:
+            return
+        self._req_ids = list(req_ids)
+        stops = [_stop_token_ids(requests[req_id]) for req_id in req_ids]
+        width = max((len(ids) for ids in stops), default=1)
+        self._stop_token_ids = torch.tensor(
+            [ids + [-1] * (width - len(ids)) for ids in stops], dtype=torch.int32
+        ).reshape(len(stops), width)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts, vLLM's ``rejection_sample`` in this process is this verifier's."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def rejection_sample(
+        self,
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: torch.Tensor,
+        target_logits: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> torch.Tensor:
+        """As vLLM's function of that name, for drafts without probabilities.
+
+        Random numbers are drawn as vLLM draws them, so that a seeded request gets the tokens that vLLM's own
+        sampler would give it under strict verification.
+
+        Returns:
+            ``[batch_size, max_spec_len + 1]`` int32, -1 behind what is emitted.
+        """
+        batch_size = len(num_draft_tokens)
+        if sampling_metadata.all_greedy:
+            is_greedy = torch.ones(batch_size, dtype=torch.bool)
+            uniform_probs = None
+        else:
+            is_greedy = sampling_metadata.temperature[:batch_size] == stock_sampler.GREEDY_TEMPERATURE
+            uniform_probs = stock_sampler.generate_uniform_probs(
+                len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
+            )
+        result = verify_op.verify(
+            draft_token_ids,
+            cu_num_draft_tokens,
+            max_spec_len,
+            target_logits,
+            bonus_token_ids,
+            is_greedy,
+            uniform_probs,
+            self._policies(is_greedy),
+            self._stop_token_ids,
+        )
+        if uniform_probs is not None:
+            self._recover(
+                result, draft_token_ids, num_draft_tokens, cu_num_draft_tokens, target_logits, is_greedy,
+                sampling_metadata,
+            )
+        return result.output_token_ids
+
+    def _policies(self, is_greedy: torch.Tensor) -> verify_op.Policies:
+        settings = self._settings
+        relaxed = torch.full_like(is_greedy, settings.verification == "conditional")
+        if not settings.relax_sampling:
+            relaxed &= is_greedy
+        parameters = (
+            torch.full(is_greedy.shape, value) for value in (settings.alpha, settings.beta, settings.floor)
+        )
+        return verify_op.Policies(relaxed, *parameters)
+
+    def _recover(
+        self,
+        result: verify_op.VerifyOutput,
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: list[int],
+        cu_num_draft_tokens: torch.Tensor,
+        target_logits: torch.Tensor,
+        is_greedy: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> None:
+        """Resample the token at the first rejection of each sampled request, in place."""
+        num_drafts = torch.tensor(num_draft_tokens)
+        rejected = ~is_greedy & (result.num_accepted < num_drafts)
+        inv_q: dict[int, torch.Tensor] = {}
+        for request, count in enumerate(num_draft_tokens):
+            generator = sampling_metadata.generators.get(request)
+            # vLLM draws for a seeded request with drafts even where nothing is rejected; its stream depends on it.
+            if count > 0 and (rejected[request] or generator is not None):
+                noise = torch.empty(target_logits.shape[1], device=target_logits.device)
+                inv_q[request] = noise.exponential_(generator=generator).reciprocal_()
+        requests = rejected.nonzero().squeeze(1)
+        if len(requests) == 0:
+            return
+        num_accepted = result.num_accepted[requests]
+        rows = cu_num_draft_tokens[requests] - num_drafts[requests] + num_accepted
+        result.output_token_ids[requests, num_accepted.long()] = verify_op.recover(
+            target_logits,
+            rows.long(),
+            draft_token_ids[rows.long()],
+            torch.stack([inv_q[request] for request in requests.tolist()]),
+        )
+
+
+def install() -> list[seams.Replacement]:
+    """Put the verifier in its place in this process; does nothing where it is already.
+
+    Also mends two faults of vLLM's CPU build, by which sampling with speculation divides by uninitialised
+    memory (``expand_batch_to_tokens`` leaves its result unwritten) and dies of top-k on a step without drafts.
+
+    Returns:
+        What was replaced, to be undone.
+
+    Raises:
+        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+    """
+    return seams.replace(
+        {
+            seams.REJECTION_SAMPLE: _dispatching,
+            seams.EXPAND_BATCH_TO_TOKENS: lambda stock: functools.wraps(stock)(_expand_batch_to_tokens),
+            seams.APPLY_SAMPLING_CONSTRAINTS: _sparing_empty_steps,
+        }
+    )
+
+
+def _dispatching(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def rejection_sample(
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        target_logits: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        verifier = _active.get()
+        if verifier is None:
+            # Another engine of this process, or vLLM's profiling run.
+            return stock(
+                draft_token_ids,
+                num_draft_tokens,
+                max_spec_len,
+                cu_num_draft_tokens,
+                draft_probs,
+                target_logits,
+                bonus_token_ids,
+                sampling_metadata,
+                *args,
+                **kwargs,
+            )
+        return verifier.rejection_sample(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            target_logits,
+            bonus_token_ids,
+            sampling_metadata,
+        )
+
+    return rejection_sample
+
+
+def _expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(x == replace_from, torch.tensor(replace_to, dtype=x.dtype, device=x.device), x)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)
+
+
+def _sparing_empty_steps(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def apply_sampling_constraints(
+        logits: torch.Tensor, cu_num_draft_tokens: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> torch.Tensor:
+        if logits.shape[0] == 0:
+            return logits
+        return stock(logits, cu_num_draft_tokens, sampling_metadata)
+
+    return apply_sampling_constraints
+
+
+def _stop_token_ids(request: Any) -> list[int]:
+    """The ids that end a request, by its own sampling parameters."""
+    params = request.sampling_params
+    return sorted(params.all_stop_token_ids) if params is not None else []

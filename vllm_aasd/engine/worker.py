@@ -1,0 +1,61 @@
+"""The worker that vLLM starts for `aasd`: its own, with the adapter called at the steps of a step."""
+
+import logging
+from typing import Any
+
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_aasd import __version__
+from vllm_aasd.drafting.drafter import NUM_ORDERS
+from vllm_aasd.engine import seams, v1_verifier
+from vllm_aasd.kernels import align, draft, verify
+
+logger = logging.getLogger("vllm.aasd")
+
+
+class AASDCPUWorker(CPUWorker):
+    """vLLM's CPU worker on the V1 model runner; only public methods of `Worker` are extended."""
+
+    def init_device(self) -> None:
+        """Also: put our verifier where vLLM's rejection sampler looks, before its first profiling run."""
+        super().init_device()
+        v1_verifier.install()
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""
+        super().initialize_from_config(kv_cache_config)
+        settings = self.speculative_config.aasd
+        self.model_runner.drafter.bind(self.model_runner, kv_cache_config)
+        draft.warm_up(NUM_ORDERS, settings.top_k)
+        align.warm_up(settings.top_k, self.model_config.dtype)
+        verify.warm_up()
+        logger.info(
+            "aasd %s is live: vLLM %s, V1 model runner, backend %s, num_speculative_tokens=%d %s",
+            __version__,
+            seams.vllm_version(),
+            verify.BACKEND,
+            self.speculative_config.num_speculative_tokens,
+            settings.describe(),
+        )
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Also: drop the state of requests that have ended."""
+        self.model_runner.drafter.forget(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """Also: store the step's predictions before vLLM's processors change the logits, then verify by ours."""
+        proposer = self.model_runner.drafter
+        proposer.begin_sampling()
+        with proposer.verifier.active():
+            return super().sample_tokens(grammar_output)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""
+        drafts = super().take_draft_token_ids()
+        if drafts is None or self.model_runner.drafter.has_proposed:
+            return drafts
+        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
