@@ -12,8 +12,15 @@ PREFIX = "aasd_"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 8
 
 
-def _setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
-             above: bool = False, choices: tuple[str, ...] = ()) -> Any:
+def _setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: bool = False,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """A field with its text and range; ``above`` excludes ``low`` itself."""
     return dataclasses.field(
         default=default, metadata={"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
@@ -116,9 +123,8 @@ def settings_table() -> str:
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     metadata = field.metadata
-    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    valid = type(value) is field.type
+    # JSON writes 1.0 as 1.
+    valid = type(value) in (int, float) if field.type is float else type(value) is field.type
     if valid and metadata["choices"]:
         valid = value in metadata["choices"]
     elif valid and field.type is not bool:
@@ -126,4 +132,4 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         valid = math.isfinite(value) and above_low and value <= metadata["high"]
     if not valid:
         raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")
-    return value
+    return field.type(value)

@@ -76,6 +76,9 @@ def _create(
     carried.update(method="custom_class", model=PROPOSER)
     if args.spec_tokens is None:
         carried.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
+        _check_num_speculative_tokens(carried["num_speculative_tokens"])
+    else:
+        _check_num_speculative_tokens(args.spec_tokens)
     args.speculative_config = carried
     spec_method, args.spec_method = args.spec_method, None
     try:
@@ -83,8 +86,6 @@ def _create(
     finally:
         # vLLM may build its configuration from the same arguments again.
         args.speculative_config, args.spec_method = keys, spec_method
-    _check_num_speculative_tokens(stock_config.num_speculative_tokens)
-
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
@@ -151,9 +152,9 @@ def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> Non
         refuse("async_scheduling", True, "drafts are made on the host between two steps; leave it out")
 
 
-def _check_num_speculative_tokens(value: int) -> None:
-    if value > MAX_SPECULATIVE_TOKENS:
+def _check_num_speculative_tokens(value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
         raise ValueError(
-            f"num_speculative_tokens={value} is not allowed: it takes an integer from 1 to "
+            f"num_speculative_tokens={value!r} is not allowed: it takes an integer from 1 to "
             f"{MAX_SPECULATIVE_TOKENS}."
         )

@@ -1,0 +1,70 @@
+"""The settings: what is accepted, what is refused and with which words, and where they are documented."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from vllm_aasd import config
+from vllm_aasd.config import Settings
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_defaults_are_valid_and_survive_parsing():
+    defaults = Settings()
+    given = {config.PREFIX + name: value for name, value in dataclasses.asdict(defaults).items()}
+    assert Settings.parse(given) == defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("aasd_draft", "eagle", "'mixture' or 'ngram'"),
+        ("aasd_draft", True, "'mixture' or 'ngram'"),
+        ("aasd_min_survival", -0.1, "a number from 0 to 1"),
+        ("aasd_min_survival", 1.5, "a number from 0 to 1"),
+        ("aasd_min_survival", "0.5", "a number from 0 to 1"),
+        ("aasd_min_survival", float("nan"), "a number from 0 to 1"),
+        ("aasd_min_survival", True, "a number from 0 to 1"),
+        ("aasd_alignment", 1, "true or false"),
+        ("aasd_alignment", None, "true or false"),
+        ("aasd_top_k", 0, "an integer from 1 to 8"),
+        ("aasd_top_k", 2.0, "an integer from 1 to 8"),
+        ("aasd_top_k", True, "an integer from 1 to 8"),
+        ("aasd_verification", "lossy", "'strict' or 'conditional'"),
+        ("aasd_alpha", -1e-9, "a number from 0 to 10"),
+        ("aasd_beta", float("inf"), "a number from 0 to 2"),
+        ("aasd_floor", 0, "a number above 0 and at most 1"),
+        ("aasd_floor", 1.01, "a number above 0 and at most 1"),
+        ("aasd_relax_sampling", "yes", "true or false"),
+    ],
+)
+def test_a_refusal_names_the_key_the_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(ValueError) as refusal:
+        Settings.parse({key: value})
+    assert str(refusal.value) == f"{key}={value!r} is not allowed: it takes {allowed}."
+
+
+def test_integers_are_numbers():
+    assert Settings.parse({"aasd_min_survival": 0, "aasd_beta": 2}) == Settings(min_survival=0.0, beta=2.0)
+
+
+def test_a_typo_is_refused_with_the_nearest_key():
+    with pytest.raises(ValueError, match=r"Unknown setting 'aasd_topk'\. Did you mean 'aasd_top_k'\? Known: "):
+        Settings.parse({"aasd_topk": 2})
+
+
+def test_every_setting_is_typed_documented_and_ranged():
+    for field in dataclasses.fields(Settings):
+        metadata = field.metadata
+        assert field.type in (str, bool, int, float)
+        assert metadata["doc"].endswith(".")
+        bounded = metadata["low"] is not None and metadata["high"] is not None
+        assert field.type is bool or metadata["choices"] or bounded, field.name
+
+
+def test_the_readme_holds_the_table_that_the_code_draws():
+    assert config.settings_table() in README.read_text(), (
+        "write the output of `python -c 'from vllm_aasd.config import *; print(settings_table())'` to README.md"
+    )
