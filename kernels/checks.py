@@ -1,0 +1,27 @@
+"""Argument checks of the kernels' public ops: cheap, and they name the argument."""
+
+import torch
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor has this shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless a tensor has one of these dtypes."""
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
+
+
+def check_logits(name: str, logits: torch.Tensor) -> None:
+    """Raise ValueError unless a tensor is [rows, vocab_size >= 1] logits whose rows are contiguous."""
+    if logits.ndim != 2 or logits.shape[1] < 1:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (rows, vocab_size >= 1)")
+    check_dtype(name, logits, *LOGITS_DTYPES)
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"{name} has stride {logits.stride(1)} along the vocabulary, expected 1")
