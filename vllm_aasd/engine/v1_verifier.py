@@ -99,7 +99,7 @@ class V1Verifier:
             )
         return result.output_token_ids
 
-    def _policies(self, is_greedy: torch.Tensor) -> verify_op.Policies:
+    def _policies(self, is_greedy: torch.Tensor) -> verify_op.VerifyPolicies:
         settings = self._settings
         relaxed = torch.full_like(is_greedy, settings.verification == "conditional")
         if not settings.relax_sampling:
@@ -107,7 +107,7 @@ class V1Verifier:
         parameters = (
             torch.full(is_greedy.shape, value) for value in (settings.alpha, settings.beta, settings.floor)
         )
-        return verify_op.Policies(relaxed, *parameters)
+        return verify_op.VerifyPolicies(relaxed, *parameters)
 
     def _recover(
         self,

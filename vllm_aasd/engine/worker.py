@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
@@ -30,13 +31,14 @@ class AASDCPUWorker(CPUWorker):
         settings = self.speculative_config.aasd
         self.model_runner.drafter.bind(self.model_runner, kv_cache_config)
         draft.warm_up(NUM_ORDERS, settings.top_k)
-        align.warm_up(settings.top_k, self.model_config.dtype)
-        verify.warm_up()
+        align.warm_up(self.device, self.model_config.dtype)
+        # vLLM's rejection sampler hands over float32, whatever the model's dtype.
+        verify.warm_up(self.device, torch.float32)
         logger.info(
             "aasd %s is live: vLLM %s, V1 model runner, backend %s, num_speculative_tokens=%d %s",
             __version__,
             seams.vllm_version(),
-            verify.BACKEND,
+            self.device.type,
             self.speculative_config.num_speculative_tokens,
             settings.describe(),
         )

@@ -1,0 +1,17 @@
+"""Fixtures that several test modules share."""
+
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """Path of the small chat model that `make model` makes."""
+    path = os.environ.get("AASD_TEST_MODEL", str(ROOT / ".venv/models/SmolLM2-135M-Instruct"))
+    if not pathlib.Path(path, "config.json").exists():
+        pytest.fail(f"no model at {path}: run `make model`, or set AASD_TEST_MODEL")
+    return path

@@ -1,0 +1,47 @@
+"""Run an engine scenario in a process of its own; see run_engine.py."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+_RUNNER = pathlib.Path(__file__).parent / "run_engine.py"
+
+
+def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **options: Any) -> dict:
+    """Start an engine, send it the rounds of requests one after the other, and return what it answered.
+
+    Args:
+        model: path of the checkpoint.
+        rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
+        out: where the process writes its result.
+        **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
+            and whatever `vllm.LLM` takes.
+
+    Returns:
+        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...], "log": str}``
+    """
+    record_store = options.pop("record_store", False)
+    aasd = options.pop("aasd", None)
+    engine = {"model": model, "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, **options}
+    if aasd is not None:
+        engine["speculative_config"] = {"method": "aasd", **aasd}
+    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store}
+    process = subprocess.run(
+        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=900
+    )
+    log = process.stdout + process.stderr
+    assert process.returncode == 0, log[-6000:]
+    return {**json.loads(out.read_text()), "log": log}
+
+
+def greedy(prompts: list, max_tokens: int = 48, **sampling: Any) -> list[dict]:
+    """One round of greedy requests."""
+    params = {"temperature": 0.0, "max_tokens": max_tokens, **sampling}
+    return [{"prompt": prompt, "sampling": params} for prompt in prompts]
+
+
+def token_ids(outputs: list[dict]) -> list[list[int]]:
+    """The emitted tokens of each output of a round."""
+    return [output["token_ids"] for output in outputs]

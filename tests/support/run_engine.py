@@ -1,0 +1,99 @@
+"""Run one real vLLM engine in this process, as JSON on standard input says; JSON goes to the file it names.
+
+A process of its own for every scenario: an engine's memory, compiled code and patches end with it, and a run
+without speculation has never seen the plugin at work.
+"""
+
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+# The engine in this process, so that the alignment store can be read.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def main() -> None:
+    scenario = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
+    tokenizer = llm.get_tokenizer()
+
+    def encoded(message):
+        if isinstance(message, list):
+            return {"prompt_token_ids": message}
+        chat = [{"role": "user", "content": message}]
+        return {
+            "prompt_token_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        }
+
+    def sampling(params):
+        params = dict(params)
+        if "schema" in params:
+            params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
+        return SamplingParams(**params)
+
+    snapshots = record_store(llm) if scenario.get("record_store") else []
+    rounds = []
+    for batch in scenario["rounds"]:
+        requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
+        outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
+        rounds.append([described(output) for output in outputs])
+    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots}
+    with open(scenario["out"], "w") as out:
+        json.dump(result, out)
+
+
+def described(output):
+    completion = output.outputs[0]
+    return {
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "token_ids": list(completion.token_ids),
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_cached_tokens": output.num_cached_tokens,
+        "logprobs": logprobs(completion.logprobs),
+        "prompt_logprobs": logprobs(output.prompt_logprobs),
+    }
+
+
+def logprobs(positions):
+    if positions is None:
+        return None
+    return [
+        None if at is None else {str(token): value.logprob for token, value in at.items()} for at in positions
+    ]
+
+
+def counters(llm):
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+def record_store(llm):
+    """Note, whenever drafts are asked for, what the alignment store holds of the first request's context."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    proposer, snapshots = runner.drafter, []
+    stock = proposer.propose
+
+    def propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, **kwargs):
+        if sampled_token_ids[0]:
+            view = proposer._alignment_of(0)
+            positions = np.arange(num_tokens_no_spec[0] - 1)
+            slots = view.block_table[positions // view.block_size] * view.block_size + positions % view.block_size
+            token_ids = token_ids_cpu[0, positions].copy()
+            ids, probs, fresh = proposer._store.read(torch.from_numpy(token_ids), torch.from_numpy(slots).long())
+            snapshots.append({"ids": ids.tolist(), "probs": probs.tolist(), "fresh": fresh.tolist()})
+        return stock(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, **kwargs)
+
+    proposer.propose = propose
+    return snapshots
+
+
+if __name__ == "__main__":
+    main()
