@@ -1,0 +1,77 @@
+"""The other modes through the real engine: the defaults, constrained output, vLLM's own n-grams, refusals."""
+
+import json
+
+import pytest
+from engines import greedy, run_engine, token_ids
+from prompts import real_prompts
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = real_prompts(8, max_chars=1200)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "kind": {"enum": ["statement", "expression", "type"]},
+        "lines": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "kind", "lines"],
+    "additionalProperties": False,
+}
+LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-6, "aasd_relax_sampling": True}
+
+
+@pytest.fixture(scope="module")
+def runs(demo_model, tmp_path_factory):
+    """Each mode on free and on constrained requests, greedy and sampled, in one batch."""
+    request = "Describe this text as JSON with its name, its kind and its number of lines.\n\n"
+    constrained = [request + prompt for prompt in PROMPTS[:4]]
+    batch = [
+        *greedy(PROMPTS),
+        *greedy(constrained, 80, schema=SCHEMA),
+        *greedy(constrained, 80, schema=SCHEMA, temperature=1.0, seed=7),
+    ]
+    folder = tmp_path_factory.mktemp("modes")
+    modes = {"strict": {"aasd_verification": "strict"}, "default": {}, "loosest": LOOSEST}
+    return {
+        name: run_engine(demo_model, [batch], folder / name, aasd=aasd) for name, aasd in modes.items()
+    }
+
+
+def test_each_worker_says_what_is_in_force(runs):
+    lines = [line for line in runs["default"]["log"].splitlines() if "is live" in line]
+    assert len(lines) == 1
+    assert "V1 model runner" in lines[0] and "aasd_verification=conditional" in lines[0]
+
+
+@pytest.mark.parametrize("mode", ["strict", "default", "loosest"])
+def test_constrained_output_stays_valid(runs, mode):
+    constrained = runs[mode]["rounds"][0][8:]
+    finished = [output for output in constrained if output["finish_reason"] == "stop"]
+    assert len(finished) >= 4, "most must get to the end of the object"
+    for output in finished:
+        value = json.loads(output["text"])
+        assert value.keys() == {"name", "kind", "lines"} and value["kind"] in SCHEMA["properties"]["kind"]["enum"]
+
+
+def test_the_bar_matters(runs):
+    accepted = {name: run["metrics"]["vllm:spec_decode_num_accepted_tokens"] for name, run in runs.items()}
+    assert accepted["loosest"] > 1.2 * accepted["strict"]
+    assert token_ids(runs["loosest"]["rounds"][0]) != token_ids(runs["strict"]["rounds"][0])
+
+
+def test_ngram_drafts_are_vllms_own(demo_model, tmp_path):
+    keys = {"prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 5}
+    ours = run_engine(
+        demo_model,
+        [greedy(PROMPTS)],
+        tmp_path / "ours",
+        aasd={**keys, "aasd_draft": "ngram", "aasd_verification": "strict"},
+    )
+    stock = run_engine(
+        demo_model, [greedy(PROMPTS)], tmp_path / "stock", speculative_config={"method": "ngram", **keys}
+    )
+    assert token_ids(ours["rounds"][0]) == token_ids(stock["rounds"][0])
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert ours["metrics"][f"vllm:spec_decode_{name}"] == stock["metrics"][f"vllm:spec_decode_{name}"] > 0

@@ -1,0 +1,84 @@
+"""Strict verification through the real engine emits exactly what the target alone emits (greedy, float32)."""
+
+import pytest
+from engines import greedy, run_engine, token_ids
+from prompts import real_prompts
+
+pytestmark = pytest.mark.engine
+
+STRICT = {"aasd_verification": "strict"}
+PROMPTS = real_prompts(40, max_chars=1200)
+
+
+@pytest.fixture(scope="module")
+def plain(demo_model, tmp_path_factory):
+    """The 40 prompts without speculation."""
+    out = tmp_path_factory.mktemp("plain") / "out.json"
+    logprobs = [*greedy(PROMPTS[:4], logprobs=2), *greedy(PROMPTS[4:])]
+    return run_engine(demo_model, [logprobs], out)
+
+
+def drafted_and_accepted(result):
+    metrics = result["metrics"]
+    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
+
+
+@pytest.fixture(scope="module")
+def speculated(demo_model, tmp_path_factory):
+    """The same, eight requests at once; then four of them again, from the prefix cache, with log-probabilities."""
+    out = tmp_path_factory.mktemp("strict") / "out.json"
+    rounds = [greedy(PROMPTS), greedy(PROMPTS[:4], logprobs=2)]
+    return run_engine(demo_model, rounds, out, aasd=STRICT)
+
+
+def test_forty_real_prompts_eight_at_once(plain, speculated):
+    drafted, accepted = drafted_and_accepted(speculated)
+    assert accepted > 0.2 * drafted > 100, "the drafts must be real ones, and some of them right"
+    assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
+
+
+def test_prefix_cache_hits(plain, speculated):
+    again = speculated["rounds"][1]
+    assert all(output["num_cached_tokens"] > 0 for output in again)
+    assert token_ids(again) == token_ids(plain["rounds"][0])[:4]
+
+
+def test_logprobs_are_reported_as_without_speculation(plain, speculated):
+    for got, want in zip(speculated["rounds"][1], plain["rounds"][0], strict=False):
+        assert len(got["logprobs"]) == len(got["token_ids"])
+        for at_got, at_want in zip(got["logprobs"], want["logprobs"], strict=True):
+            assert at_got == pytest.approx(at_want, abs=1e-3)
+
+
+def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
+    result = run_engine(
+        demo_model,
+        [greedy(PROMPTS)],
+        tmp_path / "out.json",
+        aasd=STRICT,
+        max_num_batched_tokens=192,
+        max_model_len=1024,
+        block_size=32,
+        num_gpu_blocks_override=56,
+    )
+    assert result["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
+    longest = max(len(output["prompt_token_ids"]) for output in result["rounds"][0])
+    assert longest > 192, "a prompt must need more than one chunk"
+    assert drafted_and_accepted(result)[1] > 0
+    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
+
+
+def test_a_request_that_reaches_the_models_length(plain, demo_model, tmp_path):
+    """vLLM schedules rows of zeros for the whole batch there; the others must not pay for it with wrong tokens."""
+    by_length = sorted(plain["rounds"][0], key=lambda output: len(output["prompt_token_ids"]))
+    long, short = by_length[-1], by_length[0]
+    max_model_len = len(long["prompt_token_ids"]) + 20
+    requests = greedy([long["prompt_token_ids"], short["prompt_token_ids"]])
+    result = run_engine(
+        demo_model, [requests], tmp_path / "out.json", aasd=STRICT, max_model_len=max_model_len
+    )
+    got_long, got_short = token_ids(result["rounds"][0])
+    assert got_long == long["token_ids"][:20] and len(got_long) == 20
+    assert got_short == short["token_ids"]
+    drafted, accepted = drafted_and_accepted(result)
+    assert drafted < 8 * len(got_long), "steps without a proposal must not verify eight zeros a request"
