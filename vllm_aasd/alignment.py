@@ -1,13 +1,106 @@
+"""AlignmentStore: the target's own predictions for context positions, paged like the KV cache."""
+
+import numpy as np
 import torch
-from vllm_aasd.kernels import align as align_op
+
+from vllm_aasd.kernels.align import MAX_TOP_K, align
+
+_NO_TOKEN = -1
+
+
 class AlignmentStore:
-    def __init__(self, num_blocks, block_size, top_k, device):
-        self.top_k=top_k
-        self.table=torch.full((num_blocks,block_size,1+2*top_k),-1,dtype=torch.int32,device=device)
-        self._flat=self.table.flatten(0,1)
-    def write(self, logits, token_ids, slot_mapping):
-        align_op.align(logits, token_ids, slot_mapping, self._flat)
-    def numpy(self): return self._flat.numpy()
-    def read(self, token_ids, slots):
-        e=self._flat[slots]; fresh=e[:,0]==token_ids; k=self.top_k
-        return e[:,1:1+k], e[:,1+k:].contiguous().view(torch.float32)*fresh[:,None], fresh
+    """Top-k next-token ids and probabilities of every KV slot.
+
+    A slot is the number that the KV cache uses, block * block_size + offset, so an entry lives and moves with the
+    KV of its position: a prefix-cache hit finds it, a preempted request's blocks may be overwritten. Each entry
+    keeps the id of the token at its own position; a reader that asks with another id sees that the entry was
+    left by an older owner of the block. The same token at the same slot under another context is not told
+    apart: such an entry is a worse prediction, never a wrong result, since drafts are verified.
+
+    Args:
+        num_blocks: blocks of the KV cache, at least 1.
+        block_size: slots of a block, at least 1.
+        top_k: predictions kept of each position, 1 to 8. A slot takes 4 + 8 top_k bytes.
+        device: where the table lives; that of the logits.
+
+    Raises:
+        ValueError: a size is out of its range.
+
+    Attributes:
+        table: [num_blocks, block_size, 1 + 2 top_k] int32, laid out as in `vllm_aasd.kernels.align`. One tensor
+            whose first dimension counts blocks, so that copying a block's row copies its entries.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, top_k: int, device: torch.device | str) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}, must be at least 1")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}, must be at least 1")
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k is {top_k}, must lie in [1, {MAX_TOP_K}]")
+        self.top_k = top_k
+        self.table = torch.zeros((num_blocks, block_size, 1 + 2 * top_k), dtype=torch.int32, device=device)
+        self.table[:, :, 0] = _NO_TOKEN
+        self._slots = self.table.view(num_blocks * block_size, 1 + 2 * top_k)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the table, num_blocks * block_size."""
+        return self._slots.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the table takes."""
+        return self.table.nbytes
+
+    def write(self, logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store the top k of each row at its slot.
+
+        Args:
+            logits: [num_rows, vocab_size] float32, bfloat16 or float16, any row stride.
+            token_ids: [num_rows] int32, the input token at each row's own position.
+            slot_mapping: [num_rows] int64; -1 skips the row, of equal slots the last row stays.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or a slot outside the table.
+        """
+        align(logits, token_ids, slot_mapping, self._slots)
+
+    def read(
+        self, token_ids: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Look up the entries of context positions.
+
+        Args:
+            token_ids: [n] integer, the token that the caller has at each position.
+            slots: [n] int64; -1 gives an entry that is not fresh.
+
+        Returns:
+            ids: [n, top_k] int32, descending by probability; undefined where not fresh.
+            probs: [n, top_k] float32, 0 where not fresh.
+            fresh: [n] bool, whether the entry was written for this token.
+
+        Raises:
+            ValueError: shapes differ, or a slot lies outside the table.
+        """
+        if token_ids.ndim != 1 or token_ids.shape != slots.shape:
+            raise ValueError(
+                f"token_ids and slots have shapes {tuple(token_ids.shape)} and {tuple(slots.shape)}, "
+                "expected the same (n,)"
+            )
+        if slots.numel() and int(slots.max()) >= self.num_slots:
+            raise ValueError(f"slots holds {int(slots.max())}, must lie in [-1, {self.num_slots})")
+        entries = self._slots[slots.clamp(min=0)]
+        fresh = (slots >= 0) & (token_ids >= 0) & (entries[:, 0] == token_ids)
+        probs = entries[:, 1 + self.top_k :].view(torch.float32)
+        return entries[:, 1 : 1 + self.top_k], torch.where(fresh[:, None], probs, 0.0), fresh
+
+    def numpy(self) -> np.ndarray:
+        """Return the table as [num_slots, 1 + 2 top_k] int32 that shares its memory, for compiled CPU code.
+
+        Raises:
+            ValueError: the table is not in CPU memory.
+        """
+        if self.table.device.type != "cpu":
+            raise ValueError(f"the table is on device '{self.table.device}', a numpy view needs 'cpu'")
+        return self._slots.numpy()

@@ -1,0 +1,107 @@
+"""AlignmentStore: entries survive by slot, and stale ones are recognised."""
+
+import pytest
+import torch
+
+from vllm_aasd.alignment import AlignmentStore
+
+
+def ids(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def predictions(*top):
+    """Return one row of logits over 10 tokens for each (best, second) pair: probabilities near 0.73 and 0.27."""
+    logits = torch.full((len(top), 10), -50.0)
+    for row, (best, second) in enumerate(top):
+        logits[row, best], logits[row, second] = 1.0, 0.0
+    return logits
+
+
+@pytest.fixture
+def store():
+    return AlignmentStore(num_blocks=3, block_size=4, top_k=2, device="cpu")
+
+
+def test_a_new_store_holds_nothing(store):
+    every_slot = torch.arange(12)
+    for token in (0, -1, 5):
+        _, probs, fresh = store.read(torch.full((12,), token), every_slot)
+        assert not fresh.any() and not probs.any()
+    assert store.table.shape == (3, 4, 5) and store.nbytes == 3 * 4 * 5 * 4 and store.num_slots == 12
+
+
+def test_what_was_written_is_read_back(store):
+    store.write(predictions((3, 4), (5, 6), (7, 8)), ids(1, 2, 3), torch.tensor([0, 11, 6]))
+    top, probs, fresh = store.read(ids(3, 1, 2), torch.tensor([6, 0, 11]))
+    assert fresh.all()
+    assert top.tolist() == [[7, 8], [3, 4], [5, 6]]
+    torch.testing.assert_close(probs, torch.tensor([[0.7310586, 0.2689414]] * 3))
+    assert top.dtype == torch.int32 and probs.dtype == torch.float32
+
+
+def test_an_entry_of_another_token_is_stale(store):
+    store.write(predictions((3, 4)), ids(1), torch.tensor([5]))
+    _, probs, fresh = store.read(ids(2, 1), torch.tensor([5, 5]))
+    assert fresh.tolist() == [False, True]
+    assert not probs[0].any() and probs[1].all()
+
+
+def test_a_new_owner_overwrites(store):
+    store.write(predictions((3, 4)), ids(1), torch.tensor([5]))
+    store.write(predictions((6, 7)), ids(2), torch.tensor([5]))
+    top, _, fresh = store.read(ids(1, 2), torch.tensor([5, 5]))
+    assert fresh.tolist() == [False, True] and top[1].tolist() == [6, 7]
+
+
+def test_slot_minus_one_is_neither_written_nor_fresh(store):
+    before = store.table.clone()
+    store.write(predictions((3, 4)), ids(1), torch.tensor([-1]))
+    assert torch.equal(store.table, before)
+    store.write(predictions((3, 4)), ids(1), torch.tensor([0]))
+    _, probs, fresh = store.read(ids(1), torch.tensor([-1]))
+    assert not fresh.any() and not probs.any()
+
+
+def test_copying_a_block_carries_its_entries(store):
+    store.write(predictions((3, 4), (5, 6)), ids(1, 2), torch.tensor([4, 7]))
+    store.table[2].copy_(store.table[1])
+    top, _, fresh = store.read(ids(1, 2), torch.tensor([8, 11]))
+    assert fresh.all() and top.tolist() == [[3, 4], [5, 6]]
+    assert store.table.shape[0] == 3 and store.table.is_contiguous()
+
+
+def test_the_numpy_view_shares_memory(store):
+    view = store.numpy()
+    assert view.shape == (12, 5) and (view[:, 0] == -1).all()
+    store.write(predictions((3, 4)), ids(1), torch.tensor([9]))
+    assert view[9, :3].tolist() == [1, 3, 4]
+    view[9, 0] = 8
+    assert store.read(ids(8), torch.tensor([9]))[2].all()
+
+
+def test_reading_does_not_alias_the_table(store):
+    store.write(predictions((3, 4)), ids(1), torch.tensor([0]))
+    top, probs, _ = store.read(ids(1), torch.tensor([0]))
+    kept = (top.clone(), probs.clone())
+    store.write(predictions((7, 8)), ids(1), torch.tensor([0]))
+    assert torch.equal(top, kept[0]) and torch.equal(probs, kept[1])
+
+
+def test_bad_sizes_are_named(store):
+    for bad, message in [
+        ((0, 4, 2), "^num_blocks is 0"),
+        ((3, 0, 2), "^block_size is 0"),
+        ((3, 4, 0), r"^top_k is 0, must lie in \[1, 8\]"),
+        ((3, 4, 9), r"^top_k is 9, must lie in \[1, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AlignmentStore(*bad, "cpu")
+    with pytest.raises(ValueError, match="^token_ids and slots have shapes"):
+        store.read(ids(1, 2), torch.tensor([0]))
+    with pytest.raises(ValueError, match="^slots holds 12"):
+        store.read(ids(1), torch.tensor([12]))
+    with pytest.raises(ValueError, match="slot_mapping"):
+        store.write(predictions((3, 4)), ids(1), torch.tensor([12]))
+    with pytest.raises(ValueError, match="numpy view needs 'cpu'"):
+        AlignmentStore(1, 1, 1, "meta").numpy()
