@@ -8,11 +8,11 @@ elements can enter the top k, which after the first few blocks is rarely the cas
 import numpy as np
 import torch
 
+from vllm_aasd.kernels.compiled import compiled
 from vllm_aasd.kernels.rows_cpu import (
     BLOCK,
     LOWEST_KEY,
     absorb,
-    compiled,
     exp_nonpositive,
     flat_view,
     key_value,

@@ -1,7 +1,8 @@
 """The compiled CPU path of `draft` (numba). The maths is in `vllm_aasd.kernels.draft`."""
 
-import numba
 import numpy as np
+
+from vllm_aasd.kernels.compiled import compiled
 
 ORDERS_USED = 4
 """How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
@@ -10,7 +11,7 @@ ORDERS_USED = 4
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled
 def _find(tokens, head, order, end, hashed):
     """The slot of ``head[order - 1]`` that holds, or would hold, the ``order``-gram ending at ``end``."""
     mask = np.uint64(head.shape[1] - 1)
@@ -30,12 +31,12 @@ def _find(tokens, head, order, end, hashed):
         slot = (slot + np.uint64(1)) & mask
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled
 def _hash(hashed, token):
     return (hashed ^ np.uint64(np.uint32(token))) * _MULTIPLIER
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def extend_index(tokens, prev, head, indexed, length):
     """Enter the positions whose successor has become known.
 
@@ -62,7 +63,7 @@ def extend_index(tokens, prev, head, indexed, length):
     return last
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def rehash(tokens, head, new_head):
     """Move every m-gram of ``head`` to the larger ``new_head`` (``[M, new_size]`` int32, all -1)."""
     for order in range(1, head.shape[0] + 1):
@@ -76,7 +77,7 @@ def rehash(tokens, head, new_head):
             new_head[order - 1, _find(tokens, new_head, order, end, hashed)] = end
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled
 def _vote(scores, seen, num_seen, token, weight):
     if weight <= 0 or token < 0 or token >= scores.shape[0]:
         return num_seen
@@ -89,7 +90,7 @@ def _vote(scores, seen, num_seen, token, weight):
     return num_seen
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def draft(
     tokens,
     prev,

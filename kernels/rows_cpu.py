@@ -16,19 +16,16 @@ is log s - t / s. When a block raises the maximum by d, s becomes s e^-d and t b
 in float32 lanes inside a block and in float64 between blocks.
 """
 
-import hashlib
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from vllm_aasd.kernels.compiled import compiled
 
 # Elements of a row that are handled together: at most 8 KiB, so that a second look finds them in the L1 cache.
 BLOCK = 2048
@@ -42,45 +39,6 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (
     np.float32(c)
     for c in (0.69314718246, 0.24022647738, 0.05550332367, 0.00961843692, 0.00133988750, 0.00015353361)
 )
-
-
-def _cache_dir() -> str:
-    """Return where compiled code is kept: a folder named by the content of all CPU kernel files.
-
-    numba recompiles a function when its own file changes, not when a function that it calls from another file
-    does; without this an update of this file alone would leave the old machine code in use.
-    """
-    here = Path(__file__).parent
-    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*_cpu.py")))
-    name = f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if numba.config.CACHE_DIR:
-        return os.path.join(numba.config.CACHE_DIR, name)
-    if os.access(here, os.W_OK):
-        return str(here / "__pycache__" / name)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "vllm_aasd", name)
-
-
-_CACHE_DIR = _cache_dir()
-
-
-def compiled(function: Callable[..., Any] | None = None, *, reassociate: bool = False) -> Callable[..., Any]:
-    """Compile a function at its first call, without the GIL, and keep the machine code on disk.
-
-    A product and a sum may become one fused operation; NaN and infinity keep their meaning.
-
-    Args:
-        function: the function, when used as a bare decorator.
-        reassociate: let sums be reordered, so that they vectorise.
-    """
-    if function is None:
-        return lambda inner: compiled(inner, reassociate=reassociate)
-    fastmath = {"reassoc", "contract"} if reassociate else {"contract"}
-    configured, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_DIR
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(function)
-    finally:
-        numba.config.CACHE_DIR = configured
 
 
 @intrinsic

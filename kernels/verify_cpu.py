@@ -15,9 +15,9 @@ import math
 import numpy as np
 import torch
 
+from vllm_aasd.kernels.compiled import compiled
 from vllm_aasd.kernels.rows_cpu import (
     BLOCK,
-    compiled,
     exp_nonpositive,
     first_with_key,
     flat_view,

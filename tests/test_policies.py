@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from vllm_aasd.kernels.verify import verify
-from vllm_aasd.verification import ConditionalVerification, PolicyBatch, StrictVerification
+from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.verification.strict import StrictVerification
 
 STRICT = StrictVerification()
+VALID = {"alpha": 0.1, "beta": 0.5, "floor": 0.3}
 LOOSE = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125)
 LOOSE_SAMPLED = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125, sampled=True)
 
@@ -22,10 +25,10 @@ def greedy(*flags):
 )
 def test_conditional_parameters_keep_to_their_ranges(parameter, low, high):
     for value in (low, high):
-        assert getattr(ConditionalVerification(**{parameter: value}), parameter) == value
+        assert getattr(ConditionalVerification(**{**VALID, parameter: value}), parameter) == value
     for value in (low - 1e-6, high + 1e-6, float("nan")):
         with pytest.raises(ValueError, match=f"^{parameter} is .*, must lie in"):
-            ConditionalVerification(**{parameter: value})
+            ConditionalVerification(**{**VALID, parameter: value})
 
 
 def test_policies_are_immutable():

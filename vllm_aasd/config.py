@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from vllm_aasd.verification.conditional import ALPHA_RANGE, BETA_RANGE, FLOOR_RANGE
 
 PREFIX = "aasd_"
 """What every key of ours begins with, beside vLLM's own keys in ``--speculative-config``."""
@@ -16,15 +17,10 @@ def _setting(
     default: Any,
     doc: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    above: bool = False,
+    within: tuple[float, float] | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its text and range; ``above`` excludes ``low`` itself."""
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
-    )
+    return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +37,7 @@ class Settings:
         0.1,
         "A draft ends before the token that would make it less likely than this to be accepted as a whole. "
         "Higher drafts less: cheaper when many requests run at once.",
-        low=0.0,
-        high=1.0,
+        within=(0.0, 1.0),
     )
     alignment: bool = _setting(
         True,
@@ -52,8 +47,7 @@ class Settings:
     top_k: int = _setting(
         4,
         "Predictions stored per context position; each takes 8 bytes per KV-cache slot.",
-        low=1,
-        high=8,
+        within=(1, 8),
     )
     verification: str = _setting(
         "conditional",
@@ -63,11 +57,11 @@ class Settings:
         choices=("strict", "conditional"),
     )
     alpha: float = _setting(
-        0.1, "`conditional`: how much the bar falls per nat of entropy.", low=0.0, high=10.0
+        0.1, "`conditional`: how much the bar falls per nat of entropy.", within=ALPHA_RANGE
     )
-    beta: float = _setting(0.5, "`conditional`: the bar at no entropy.", low=0.0, high=2.0)
+    beta: float = _setting(0.5, "`conditional`: the bar at no entropy.", within=BETA_RANGE)
     floor: float = _setting(
-        0.3, "`conditional`: the bar never falls under this probability.", low=0.0, high=1.0, above=True
+        0.3, "`conditional`: the bar never falls under this probability.", within=FLOOR_RANGE
     )
     relax_sampling: bool = _setting(
         False,
@@ -101,14 +95,12 @@ class Settings:
 
 def allowed(field: dataclasses.Field) -> str:
     """What a field of `Settings` accepts, in words."""
-    low, high = field.metadata["low"], field.metadata["high"]
     if field.metadata["choices"]:
         return " or ".join(repr(choice) for choice in field.metadata["choices"])
     if field.type is bool:
         return "true or false"
+    low, high = field.metadata["within"]
     kind = "an integer" if field.type is int else "a number"
-    if field.metadata["above"]:
-        return f"{kind} above {low:g} and at most {high:g}"
     return f"{kind} from {low:g} to {high:g}"
 
 
@@ -128,8 +120,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if valid and metadata["choices"]:
         valid = value in metadata["choices"]
     elif valid and field.type is not bool:
-        above_low = value > metadata["low"] if metadata["above"] else value >= metadata["low"]
-        valid = math.isfinite(value) and above_low and value <= metadata["high"]
+        low, high = metadata["within"]
+        valid = low <= value <= high
     if not valid:
         raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")
     return field.type(value)

@@ -41,7 +41,9 @@ class AASDProposer:
         self._store: AlignmentStore | None = None
         self._store_group = 0
         self._align_prompts = False
-        self.verifier = V1Verifier(self._settings)
+        self.verifier = V1Verifier(
+            self._settings, vllm_config.scheduler_config.max_num_seqs, vllm_config.device_config.device
+        )
         self.has_proposed = False
         """Whether the runner has asked for drafts in this step."""
 
@@ -150,6 +152,7 @@ class AASDProposer:
     def forget(self, req_ids: Iterable[str]) -> None:
         """Drop the state of requests that have ended."""
         self._drafter.forget(req_ids)
+        self.verifier.forget(req_ids)
 
 
 def _full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:

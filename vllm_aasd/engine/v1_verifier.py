@@ -7,7 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,6 +18,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import seams
 from vllm_aasd.kernels import verify as verify_op
+from vllm_aasd.verification.batch import Policy, PolicyBatch
+from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.verification.strict import StrictVerification
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
 
@@ -27,23 +30,32 @@ class V1Verifier:
 
     Args:
         settings: the server's; `aasd_verification` and its parameters are read.
+        max_num_reqs: the most requests of a batch.
+        device: where the logits are.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, max_num_reqs: int, device: torch.device) -> None:
+        self._policy: Policy = StrictVerification()
+        if settings.verification == "conditional":
+            self._policy = ConditionalVerification(
+                settings.alpha, settings.beta, settings.floor, sampled=settings.relax_sampling
+            )
+        self._policies = PolicyBatch(max_num_reqs, device)
+        self._stop_token_ids: dict[str, list[int]] = {}
         self._req_ids: list[str] = []
-        self._stop_token_ids = torch.empty((0, 1), dtype=torch.int32)
 
-    def begin_step(self, req_ids: Sequence[str], requests: Mapping[str, Any]) -> None:
+    def begin_step(self, req_ids: list[str], requests: Mapping[str, Any]) -> None:
         """Take in which requests the batch holds, in the order of its rows."""
-        if self._req_ids == req_ids:
-            return
-        self._req_ids = list(req_ids)
-        stops = [_stop_token_ids(requests[req_id]) for req_id in req_ids]
-        width = max((len(ids) for ids in stops), default=1)
-        self._stop_token_ids = torch.tensor(
-            [ids + [-1] * (width - len(ids)) for ids in stops], dtype=torch.int32
-        ).reshape(len(stops), width)
+        self._req_ids = req_ids
+        for req_id in req_ids:
+            if req_id not in self._stop_token_ids:
+                params = requests[req_id].sampling_params
+                self._stop_token_ids[req_id] = sorted(params.all_stop_token_ids) if params else []
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what is held for requests that have ended."""
+        for req_id in req_ids:
+            self._stop_token_ids.pop(req_id, None)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -81,6 +93,9 @@ class V1Verifier:
             uniform_probs = stock_sampler.generate_uniform_probs(
                 len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
             )
+        policies, stop_token_ids = self._policies.fill(
+            [self._policy] * batch_size, [self._stop_token_ids[req_id] for req_id in self._req_ids], is_greedy
+        )
         result = verify_op.verify(
             draft_token_ids,
             cu_num_draft_tokens,
@@ -89,8 +104,8 @@ class V1Verifier:
             bonus_token_ids,
             is_greedy,
             uniform_probs,
-            self._policies(is_greedy),
-            self._stop_token_ids,
+            policies,
+            stop_token_ids,
         )
         if uniform_probs is not None:
             self._recover(
@@ -98,16 +113,6 @@ class V1Verifier:
                 sampling_metadata,
             )
         return result.output_token_ids
-
-    def _policies(self, is_greedy: torch.Tensor) -> verify_op.VerifyPolicies:
-        settings = self._settings
-        relaxed = torch.full_like(is_greedy, settings.verification == "conditional")
-        if not settings.relax_sampling:
-            relaxed &= is_greedy
-        parameters = (
-            torch.full(is_greedy.shape, value) for value in (settings.alpha, settings.beta, settings.floor)
-        )
-        return verify_op.VerifyPolicies(relaxed, *parameters)
 
     def _recover(
         self,
@@ -223,9 +228,3 @@ def _sparing_empty_steps(stock: Callable) -> Callable:
         return stock(logits, cu_num_draft_tokens, sampling_metadata)
 
     return apply_sampling_constraints
-
-
-def _stop_token_ids(request: Any) -> list[int]:
-    """The ids that end a request, by its own sampling parameters."""
-    params = request.sampling_params
-    return sorted(params.all_stop_token_ids) if params is not None else []

@@ -43,9 +43,9 @@ class ConditionalVerification:
         ValueError: a parameter is out of its range.
     """
 
-    alpha: float = 0.1
-    beta: float = 0.5
-    floor: float = 0.1
+    alpha: float
+    beta: float
+    floor: float
     sampled: bool = False
 
     name = "conditional"
