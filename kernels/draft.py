@@ -38,11 +38,6 @@ import numpy as np
 
 from vllm_aasd.kernels import draft_cpu
 
-BACKEND = "numba-cpu"
-"""The execution that `extend_index`, `rehash` and `draft` take. Triton joins as a second one."""
-
-ORDERS_USED = draft_cpu.ORDERS_USED
-
 extend_index = draft_cpu.extend_index
 rehash = draft_cpu.rehash
 draft = draft_cpu.draft
@@ -93,6 +88,6 @@ def warm_up(num_orders: int, top_k: int) -> None:
     weights = MixtureWeights(np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32))
     prior = no_prior()
     out = np.empty(2, np.int32), np.empty(2, np.float32)
-    scratch = np.zeros(8, np.float32), np.empty(8, np.int32)
+    scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
     table = np.full((capacity, 1 + 2 * top_k), -1, np.int32)
     draft(tokens, prev, head, 5, table, np.zeros(1, np.int32), capacity, *weights, *prior, 4, 0.1, *scratch, *out)

@@ -107,6 +107,7 @@ def draft(
     min_survival,
     scores,
     seen,
+    starts,
     draft_token_ids,
     survival,
 ):
@@ -127,6 +128,7 @@ def draft(
         min_survival: stop before a token whose survival (a probability) would be lower.
         scores: ``[vocab_size]`` float32 scratch, all zero, left all zero.
         seen: ``[>= 1]`` int32 scratch: the candidates of a step; those beyond its size are ignored.
+        starts: ``[M]`` int32 scratch.
         draft_token_ids: ``[K]`` int32, written in place.
         survival: ``[K]`` float32, written in place.
 
@@ -136,7 +138,6 @@ def draft(
     num_orders = head.shape[0]
     top_k = (table.shape[1] - 1) // 2
     probs = table.view(np.float32)
-    starts = np.empty(num_orders, np.int32)
     alive = np.float32(1.0)
     for step in range(draft_token_ids.shape[0]):
         end = length + step - 1

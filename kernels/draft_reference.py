@@ -21,12 +21,13 @@ def draft(
     min_survival,
     scores,
     seen,
+    starts,
     draft_token_ids,
     survival,
 ):
     """Same arguments and result as `vllm_aasd.kernels.draft_cpu.draft`.
 
-    ``prev``, ``head``, ``scores`` and ``seen`` are not used: matches are found by comparing every position,
+    ``prev``, ``head`` and the scratch are not used: matches are found by comparing every position,
     and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32 in
     the order of the compiled path, so that token ids are equal, not close.
     """

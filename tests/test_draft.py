@@ -50,10 +50,11 @@ def aligned_store(context, seed, vocab_size, top_k=2, stale_share=0.2):
 
 def run(op, index, view, prior, max_matches, min_survival, vocab_size):
     scores, seen = np.zeros(vocab_size, np.float32), np.empty(4096, np.int32)
+    starts = np.empty(NUM_ORDERS, np.int32)
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
     constants = *DEFAULT_WEIGHTS, *prior, max_matches, np.float32(min_survival)
-    count = op(*request, *view, *constants, scores, seen, draft_token_ids, survival)
+    count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival)
     assert not scores.any(), "the scratch must be left clean"
     return draft_token_ids[:count].tolist(), survival[:count]
 

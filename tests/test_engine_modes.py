@@ -8,7 +8,7 @@ from prompts import real_prompts
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = real_prompts(8, max_chars=1200)
+PROMPTS = real_prompts(8, max_chars=700)
 SCHEMA = {
     "type": "object",
     "properties": {

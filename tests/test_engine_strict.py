@@ -7,14 +7,15 @@ from prompts import real_prompts
 pytestmark = pytest.mark.engine
 
 STRICT = {"aasd_verification": "strict"}
-PROMPTS = real_prompts(40, max_chars=1200)
+PROMPTS = real_prompts(40, max_chars=700)
+MAX_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
 def plain(demo_model, tmp_path_factory):
     """The 40 prompts without speculation."""
     out = tmp_path_factory.mktemp("plain") / "out.json"
-    logprobs = [*greedy(PROMPTS[:4], logprobs=2), *greedy(PROMPTS[4:])]
+    logprobs = [*greedy(PROMPTS[:4], MAX_TOKENS, logprobs=2), *greedy(PROMPTS[4:], MAX_TOKENS)]
     return run_engine(demo_model, [logprobs], out)
 
 
@@ -27,7 +28,7 @@ def drafted_and_accepted(result):
 def speculated(demo_model, tmp_path_factory):
     """The same, eight requests at once; then four of them again, from the prefix cache, with log-probabilities."""
     out = tmp_path_factory.mktemp("strict") / "out.json"
-    rounds = [greedy(PROMPTS), greedy(PROMPTS[:4], logprobs=2)]
+    rounds = [greedy(PROMPTS, MAX_TOKENS), greedy(PROMPTS[:4], MAX_TOKENS, logprobs=2)]
     return run_engine(demo_model, rounds, out, aasd=STRICT)
 
 
@@ -53,17 +54,17 @@ def test_logprobs_are_reported_as_without_speculation(plain, speculated):
 def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
     result = run_engine(
         demo_model,
-        [greedy(PROMPTS)],
+        [greedy(PROMPTS, MAX_TOKENS)],
         tmp_path / "out.json",
         aasd=STRICT,
-        max_num_batched_tokens=192,
+        max_num_batched_tokens=128,
         max_model_len=1024,
         block_size=32,
-        num_gpu_blocks_override=56,
+        num_gpu_blocks_override=40,
     )
     assert result["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
     longest = max(len(output["prompt_token_ids"]) for output in result["rounds"][0])
-    assert longest > 192, "a prompt must need more than one chunk"
+    assert longest > 128, "a prompt must need more than one chunk"
     assert drafted_and_accepted(result)[1] > 0
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
 
@@ -73,7 +74,7 @@ def test_a_request_that_reaches_the_models_length(plain, demo_model, tmp_path):
     by_length = sorted(plain["rounds"][0], key=lambda output: len(output["prompt_token_ids"]))
     long, short = by_length[-1], by_length[0]
     max_model_len = len(long["prompt_token_ids"]) + 20
-    requests = greedy([long["prompt_token_ids"], short["prompt_token_ids"]])
+    requests = greedy([long["prompt_token_ids"], short["prompt_token_ids"]], MAX_TOKENS)
     result = run_engine(
         demo_model, [requests], tmp_path / "out.json", aasd=STRICT, max_model_len=max_model_len
     )

@@ -20,6 +20,9 @@ DEFAULT_WEIGHTS = MixtureWeights(
 MAX_MATCHES = 32
 """Most recent matches of each order that vote: the bound on the work of a step."""
 
+# Enough for every vote of a step: matches of the orders used, each with its token and 8 predictions.
+_MAX_CANDIDATES = 4 * MAX_MATCHES * 9
+
 
 class AlignmentView(NamedTuple):
     """What the drafter reads of the alignment store, for one request.
@@ -55,7 +58,8 @@ class Drafter:
         self._min_survival = np.float32(min_survival)
         self._prior = prior if prior is not None else draft_op.no_prior()
         self._scores = np.zeros(vocab_size, np.float32)
-        self._seen = np.empty(4096, np.int32)
+        self._seen = np.empty(_MAX_CANDIDATES, np.int32)
+        self._starts = np.empty(NUM_ORDERS, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)
         self._survival = np.empty(max_draft_tokens, np.float32)
 
@@ -97,6 +101,7 @@ class Drafter:
             self._min_survival,
             self._scores,
             self._seen,
+            self._starts,
             self._draft_token_ids[:limit],
             self._survival,
         )

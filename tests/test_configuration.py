@@ -1,0 +1,138 @@
+"""From the speculative config that a user writes to the one that vLLM runs, on vLLM's own `EngineArgs`."""
+
+import copy
+import pickle
+
+import pytest
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_aasd import plugin
+from vllm_aasd.config import Settings
+from vllm_aasd.engine import configuration, seams
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """The method is known while a test runs, and forgotten after it."""
+    replacements = configuration.install()
+    yield
+    for replacement in replacements:
+        replacement.undo()
+
+
+@pytest.fixture
+def create(demo_model):
+    """Build the speculative config, and the engine's other settings, from a user's."""
+
+    def build(speculative_config, **options):
+        args = EngineArgs(model=demo_model, speculative_config=speculative_config, **options)
+        return args.create_engine_config()
+
+    return build
+
+
+def test_the_method_alone_is_a_configuration(create):
+    config = create({"method": "aasd"})
+    speculative_config = config.speculative_config
+    assert speculative_config.aasd == Settings()
+    assert speculative_config.num_speculative_tokens == 8
+    assert config.parallel_config.worker_cls == configuration.CPU_WORKER
+    assert "method='aasd'" in repr(speculative_config) and "aasd_top_k=4" in repr(speculative_config)
+
+
+def test_the_config_survives_what_vllm_does_to_it(create):
+    original = create({"method": "aasd", "aasd_top_k": 2, "num-speculative-tokens": 5}).speculative_config
+    for twin in (
+        pickle.loads(pickle.dumps(original)),
+        copy.deepcopy(original),
+        replace(original, num_speculative_tokens=5),
+    ):
+        assert twin.aasd == Settings(top_k=2)
+        assert twin.num_speculative_tokens == 5
+        assert repr(twin) == repr(original)
+
+
+def test_the_same_arguments_can_be_built_twice(demo_model):
+    args = EngineArgs(model=demo_model, speculative_config={"method": "aasd", "aasd_floor": 0.5})
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.speculative_config.aasd == second.speculative_config.aasd == Settings(floor=0.5)
+
+
+def test_the_method_may_come_beside_the_json(create):
+    config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
+    assert config.aasd == Settings(floor=0.5) and config.num_speculative_tokens == 3
+    assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
+
+
+def test_vllms_own_methods_are_untouched(create):
+    stock = create({"method": "ngram", "num_speculative_tokens": 3})
+    assert stock.speculative_config.method == "ngram"
+    assert stock.parallel_config.worker_cls != configuration.CPU_WORKER
+    assert create(None).speculative_config is None
+    with pytest.raises(ValueError, match="Input should be"):
+        create({"method": "aasdf"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        ({"aasd_topk": 2}, {}, "Unknown setting 'aasd_topk'. Did you mean 'aasd_top_k'?"),
+        ({"aasd_top_k": 9}, {}, "aasd_top_k=9 is not allowed: it takes an integer from 1 to 8."),
+        ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens=0 is not allowed: it takes an integer from 1"),
+        ({"num_speculative_tokens": 129}, {}, "num_speculative_tokens=129 is not allowed"),
+        ({"num_speculative_tokens": "5"}, {}, "num_speculative_tokens='5' is not allowed"),
+        ({}, {"spec_tokens": 129}, "num_speculative_tokens=129 is not allowed"),
+        ({"no_such_key": 1}, {}, "no_such_key"),
+        ({"prompt_lookup_max": 3}, {}, "prompt_lookup_max=3 is not allowed: it takes effect only with"),
+        ({"aasd_draft": "ngram", "prompt_lookup_max": 0}, {}, "prompt_lookup_max=0 is not allowed"),
+        (
+            {"aasd_draft": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            {},
+            "prompt_lookup_min=4 is not allowed: it takes at most prompt_lookup_max=3.",
+        ),
+        ({"model": "some/drafter"}, {}, "can't work with model='some/drafter'"),
+        ({"rejection_sample_method": "synthetic"}, {}, "can't work with rejection_sample_method='synthetic'"),
+        ({"draft_sample_method": "probabilistic"}, {}, "can't work with draft_sample_method='probabilistic'"),
+        ({"enable_adaptive_verification": True}, {}, "can't work with enable_adaptive_verification=True"),
+        ({}, {"worker_cls": "my.Worker"}, "can't work with worker_cls='my.Worker'"),
+        ({}, {"kv_sharing_fast_prefill": True}, "can't work with kv_sharing_fast_prefill=True"),
+        ({}, {"async_scheduling": True}, "can't work with async_scheduling=True"),
+        ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2"),
+        (
+            {},
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "can't work with decode_context_parallel_size=2",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message):
+    with pytest.raises(ValueError) as refusal:
+        create({"method": "aasd", **keys}, **options)
+    assert message in str(refusal.value)
+
+
+def test_ngram_bounds_default_as_vllms(create):
+    def bounds(**keys):
+        config = create({"method": "aasd", "aasd_draft": "ngram", **keys}).speculative_config
+        return config.prompt_lookup_min, config.prompt_lookup_max
+
+    assert bounds() == (5, 5)
+    assert bounds(prompt_lookup_max=3) == (3, 3)
+    assert bounds(prompt_lookup_min=2, prompt_lookup_max=3) == (2, 3)
+
+
+def test_an_unknown_vllm_refuses_the_method_and_nothing_else(create, monkeypatch):
+    monkeypatch.setattr(seams, "vllm_version", lambda: "9.9.9")
+    with pytest.raises(seams.SeamError, match=r"vLLM 9\.9\.9 is installed"):
+        create({"method": "aasd"})
+    assert create({"method": "ngram", "num_speculative_tokens": 3}).speculative_config.method == "ngram"
+
+
+def test_register_never_raises(monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("vLLM has moved")
+
+    monkeypatch.setattr(configuration, "install", broken)
+    plugin.register()
+    assert "method 'aasd' isn't available" in caplog.text
