@@ -1,7 +1,5 @@
 """The demo model is a chat model: its template works, and an answer ends where the template ends it."""
 
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -26,7 +24,3 @@ def test_an_answer_ends_at_the_end_of_turn(model_path, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.eos_token_id == end
     assert GenerationConfig.from_pretrained(model_path).eos_token_id == end
-
-
-def test_nothing_else_lies_beside_the_models(model_path):
-    assert not list(Path(model_path).parent.glob(".making-*"))

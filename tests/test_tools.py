@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import zipfile
 
 import console
@@ -251,8 +252,20 @@ def test_a_failing_command_shows_the_end_of_its_output(tmp_path, capsys):
 
 def test_a_slow_command_shows_that_it_lives(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "HEARTBEAT_SECONDS", 0.05)
-    console.run_logged("waiting", ["sh", "-c", "echo part one; sleep 0.5"], tmp_path / "log")
+    console.run_logged("waiting", ["sh", "-c", "echo part one; echo WARNING: noise; sleep 0.5"], tmp_path / "log")
     assert "[aasd]   0 s  part one\n" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_does_not_go_on_alone(tmp_path, monkeypatch):
+    def interrupt(log):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(console, "_last_line", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        console.run_logged("waiting", ["sh", "-c", f"sleep 0.5; touch {tmp_path}/done"], tmp_path / "log")
+    time.sleep(0.8)
+    assert not (tmp_path / "done").exists()
 
 
 def test_the_gguf_file_is_found_in_the_wheel(tmp_path):

@@ -40,6 +40,7 @@ def run_logged(doing: str, command: list[str], log: Path) -> None:
             finally:
                 if process.poll() is None:
                     process.terminate()
+                    process.wait()
         if code:
             print("\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]), file=sys.stderr)
     if code:
@@ -66,4 +67,5 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip()[:90] for line in reversed(lines) if line.strip()), "")
+    telling = (line.strip() for line in reversed(lines) if not line.startswith("WARNING"))
+    return next((line[:90] for line in telling if line), "")
