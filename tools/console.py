@@ -66,6 +66,6 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(errors="replace").splitlines()  # at a progress bar's carriage returns, too
     telling = (line.strip() for line in reversed(lines) if not line.startswith("WARNING"))
     return next((line[:90] for line in telling if line), "")
