@@ -186,6 +186,21 @@ def test_packages_that_pip_was_interrupted_in_are_installed_again(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["whole-1.dist-info"]
 
 
+def test_the_installer_looks_where_packages_lie(tmp_path):
+    installer = environment.Installer(tmp_path, "cpu")
+    installer.python = sys.executable
+    assert list(installer.site_packages().glob("*.dist-info"))
+    assert installer._marker_holds("python_version >= '3.11'") is True
+    assert installer._marker_holds("platform_system == 'Amiga'") is False
+    assert installer._metadata("pytest", "Name") == "pytest"
+    assert installer._metadata("no-such-distribution", "Version") is None
+
+
+def test_an_environment_that_does_not_start_is_named(tmp_path):
+    with pytest.raises(SetupError, match="does not start"):
+        environment.Installer(tmp_path, "cpu").site_packages()
+
+
 def torch_report(*requirements):
     return {"install": [{"metadata": {"requires_dist": list(requirements)}}]}
 

