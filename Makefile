@@ -7,7 +7,7 @@ AASD_TEST_MODEL ?= $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
 export FLAVOUR MODEL PORT ARGS AASD_TEST_MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve demo test test-long clean
+.PHONY: help setup model serve check-serve demo test test-long clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
@@ -24,8 +24,11 @@ setup:
 model: setup
 	@.venv/bin/python tools/demo_model.py
 
-serve: $(if $(strip $(MODEL)),setup,model)
+serve: check-serve $(if $(strip $(MODEL)),setup,model)
 	@exec .venv/bin/python tools/serve.py
+
+check-serve:
+	@$(PYTHON) tools/serve.py --check
 
 demo: model
 	@.venv/bin/python -m benchmarks.demo $(ARGS)

@@ -339,3 +339,11 @@ def test_the_users_environment_wins():
     assert serve.serve_environment({}, "cuda", offline=False) == {}
     mine = {"VLLM_CPU_KVCACHE_SPACE": "7", "HF_HUB_OFFLINE": "0"}
     assert serve.serve_environment(mine, "cpu", offline=True) == mine
+
+
+def test_make_serve_refuses_a_bad_port_before_it_sets_anything_up():
+    root = environment.ROOT
+    done = subprocess.run(["make", "serve", "PORT=x"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("[aasd] error: PORT='x': must be")
+    assert done.stdout == ""

@@ -7,6 +7,7 @@ server.
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 
 from console import SetupError, report_errors, say
@@ -61,6 +62,8 @@ def main() -> None:
     asked = {name: os.environ.get(name, "").strip() for name in ("MODEL", "PORT", "ARGS")}
     port = parse_port(asked["PORT"])
     arguments = parse_arguments(asked["ARGS"])
+    if sys.argv[1:] == ["--check"]:  # before a set-up that may take minutes
+        return
     state = read_state(VENV)
     if state is None or not state.digest:
         raise SetupError("there is no complete .venv; run `make serve`, or `make setup` first")
