@@ -38,7 +38,9 @@ def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
             parent = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parent, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        elif (
+            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        ):
             yield f"torch.{node.attr}"
 
 
@@ -54,7 +56,9 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{module}: {name} (the name is {PACKAGE}.kernels)")
         elif top == PACKAGE:
             target = unit_of(name)
-            allowed = target == unit or LEVELS.get(target, COMMAND_LEVEL) < level if target else unit != "kernels"
+            allowed = (
+                target == unit or LEVELS.get(target, COMMAND_LEVEL) < level if target else unit != "kernels"
+            )
             if not allowed:
                 found.append(f"{module}: {name} is not below it")
         elif any(f"{name}.".startswith(f"{library}.") for library in FORBIDDEN.get(unit, FORBIDDEN["*"])):

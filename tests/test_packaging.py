@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD_INPUTS = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "kernels", "vllm_aasd")
 # Package folders by their place in the tree, as package-dir in pyproject.toml maps them.
 SOURCE_FOLDERS = {"vllm_aasd": "vllm_aasd", "kernels": "vllm_aasd/kernels"}
+BUILD_INPUTS = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", *SOURCE_FOLDERS)
 HEAVY = ("vllm", "torch", "triton", "numba", "numpy", "transformers")
 
 
@@ -31,7 +31,11 @@ def installed_files(root: Path) -> set[str]:
 
 def packages_on_disk(root: Path) -> set[str]:
     """Every package of `root`: each folder that holds Python files."""
-    return {Path(name).parent.as_posix().replace("/", ".") for name in installed_files(root) if name.endswith(".py")}
+    return {
+        Path(name).parent.as_posix().replace("/", ".")
+        for name in installed_files(root)
+        if name.endswith(".py")
+    }
 
 
 def listed_packages(root: Path) -> set[str]:
@@ -40,7 +44,7 @@ def listed_packages(root: Path) -> set[str]:
 
 
 def copy_sources(target: Path) -> Path:
-    """Copy what a build needs, so that no build leaves anything behind in the clone, or finds anything there."""
+    """Copy what a build needs, so that no build leaves anything in the clone or finds anything there."""
     target.mkdir()
     for name in BUILD_INPUTS:
         if (ROOT / name).is_dir():
@@ -116,10 +120,8 @@ def test_the_sdist_builds_the_same_wheel(wheel, through_sdist):
 def test_an_installed_wheel_imports_and_loads_nothing_heavy(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel],
-        check=True,
-    )
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     code = (
         "import sys; before = set(sys.modules); import vllm_aasd; "
         "print(vllm_aasd.__file__); print(*sorted(set(sys.modules) - before)); "

