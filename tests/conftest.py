@@ -1,18 +1,17 @@
-"""What all tests share."""
+"""Fixtures that several test modules share."""
 
 import os
-from pathlib import Path
+import pathlib
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO_MODEL = ROOT / ".venv" / "models" / "SmolLM2-135M-Instruct"
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def model_path() -> str:
-    """The chat model that the tests run on: AASD_TEST_MODEL, or the one that `make model` makes."""
-    path = Path(os.environ.get("AASD_TEST_MODEL") or DEMO_MODEL)
-    if not (path / "config.json").is_file():
-        pytest.fail(f"no model in {path}: run `make model`, or set AASD_TEST_MODEL")
-    return str(path)
+def demo_model() -> str:
+    """Path of the small chat model that `make model` makes."""
+    path = os.environ.get("AASD_TEST_MODEL", str(ROOT / ".venv/models/SmolLM2-135M-Instruct"))
+    if not pathlib.Path(path, "config.json").exists():
+        pytest.fail(f"no model at {path}: run `make model`, or set AASD_TEST_MODEL")
+    return path

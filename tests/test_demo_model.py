@@ -7,8 +7,8 @@ CHAT = [{"role": "user", "content": "Hello!"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_path):
-    return AutoTokenizer.from_pretrained(model_path)
+def tokenizer(demo_model):
+    return AutoTokenizer.from_pretrained(demo_model)
 
 
 def test_the_chat_template_writes_a_conversation(tokenizer):
@@ -20,7 +20,7 @@ def test_the_chat_template_writes_a_conversation(tokenizer):
     assert tokenizer.decode(ids) == text
 
 
-def test_an_answer_ends_at_the_end_of_turn(model_path, tokenizer):
+def test_an_answer_ends_at_the_end_of_turn(demo_model, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.eos_token_id == end
-    assert GenerationConfig.from_pretrained(model_path).eos_token_id == end
+    assert GenerationConfig.from_pretrained(demo_model).eos_token_id == end
