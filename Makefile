@@ -1,0 +1,44 @@
+# Everything is made inside .venv in this clone; a target that is up to date does nothing.
+# The tools read FLAVOUR, MODEL, PORT and ARGS from the environment, so that no quoting is lost on the way.
+
+PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest
+AASD_TEST_MODEL ?= $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
+export FLAVOUR MODEL PORT ARGS AASD_TEST_MODEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model serve check-serve demo test test-long clean
+
+help:
+	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
+	@echo 'make model      make the demo chat model, and print its path'
+	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
+	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
+	@echo 'make test       run the tests (ARGS="arguments of pytest")'
+	@echo 'make test-long  run the tests that take long'
+	@echo 'make clean      remove .venv and all that was built'
+
+setup:
+	@$(PYTHON) tools/environment.py
+
+model: setup
+	@.venv/bin/python tools/demo_model.py
+
+serve: check-serve $(if $(strip $(MODEL)),setup,model)
+	@exec .venv/bin/python tools/serve.py
+
+check-serve:
+	@$(PYTHON) tools/serve.py --check
+
+demo: model
+	@.venv/bin/python -m benchmarks.demo $(ARGS)
+
+test: model
+	@$(PYTEST) -m 'not long' $(ARGS)
+
+test-long: model
+	@$(PYTEST) -m long $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
