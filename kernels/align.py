@@ -9,14 +9,14 @@ The entry
     -inf) is written with ids 0 and probabilities 0: a candidate that weighs nothing.
 
 Memory
-    One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor of
-    its own. The CPU path keeps the top k in order while the online softmax runs
+    One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor
+    of its own. The CPU path keeps the top k in order while the online softmax runs
     (`vllm_aasd.kernels.rows_cpu`).
 
 Source
-    The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding with
-    Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204; the paged table with its tag
-    is ours.
+    The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding
+    with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204; the paged table with
+    its tag is ours.
 """
 
 import torch
@@ -37,8 +37,8 @@ def align(
     Args:
         logits: [num_rows, vocab_size] float32, bfloat16 or float16, any row stride. Not modified.
         token_ids: [num_rows] int32, the input token at each row's own position.
-        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row; of rows with the
-            same slot the last one stays.
+        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row; of rows with
+            the same slot the last one stays.
         table: [num_slots, 1 + 2k] int32 with 1 <= k <= 8 and k <= vocab_size; modified in place.
 
     Raises:

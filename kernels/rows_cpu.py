@@ -4,16 +4,16 @@ Reading. A row is a 1-D contiguous slice of the storage. Its elements are float3
 (as int16) or float16 (as uint16), which numba has no arithmetic for; `to_float32` widens them in a register.
 
 Ordering. A floating-point maximum is not vectorised without fast-math flags that make NaN and infinity
-undefined. `order_key` maps a float to an int32 with the same order, whose maximum is. NaN gets the largest key
-and -0.0 the key of 0.0, so "first element that has the largest key" is `torch.argmax`: the first NaN if there
-is one, else the lowest index of the maximum.
+undefined. `order_key` maps a float to an int32 with the same order, whose maximum is. NaN gets the largest
+key and -0.0 the key of 0.0, so "first element that has the largest key" is `torch.argmax`: the first NaN if
+there is one, else the lowest index of the maximum.
 
 Softmax. numba has no vector exp without Intel's SVML, so `exp_nonpositive` is 2**n times a polynomial, built
 from operations that LLVM vectorises. `softmax_stats` is the online softmax (Milakov and Gimelshein, *Online
 normalizer calculation for softmax*, arXiv 1805.02867) in blocks that stay in the L1 cache: memory is read
 once for the maximum, the normaliser s = sum e^(z - m) and t = sum e^(z - m) (z - m), from which the entropy
-is log s - t / s. When a block raises the maximum by d, s becomes s e^-d and t becomes e^-d (t - d s). Sums run
-in float32 lanes inside a block and in float64 between blocks.
+is log s - t / s. When a block raises the maximum by d, s becomes s e^-d and t becomes e^-d (t - d s). Sums
+run in float32 lanes inside a block and in float64 between blocks.
 """
 
 import math
@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 
 from vllm_aasd.kernels.compiled import compiled
 
-# Elements of a row that are handled together: at most 8 KiB, so that a second look finds them in the L1 cache.
+# Elements of a row that are handled together: 8 KiB at most, which a second look finds in the L1 cache.
 BLOCK = 2048
 NAN_KEY = np.int32(2**31 - 1)
 LOWEST_KEY = np.int32(-(2**31))

@@ -14,19 +14,20 @@ The rule
         p(x) > 0,
         x is no stop token, and p(x) > sum of p over the request's stop tokens (the EOS guard).
 
-    The first rejection ends the request's prefix. A greedy request then emits the argmax, a sampled one a token
-    that `recover` draws from the residual; a request without a rejection emits its bonus token. p(x) >= max p
-    is read as "x is the argmax", so that of tokens tied for the maximum only the lowest index passes by it and
-    alpha = 0 with beta > 1 is exactly greedy. A row without a softmax (NaN, +inf, or nothing but -inf) accepts
-    nothing but the greedy argmax, which for NaN is the first NaN, as in `torch.argmax`.
+    The first rejection ends the request's prefix. A greedy request then emits the argmax, a sampled one a
+    token that `recover` draws from the residual; a request without a rejection emits its bonus token. That
+    p(x) >= max p is read as "x is the argmax", so that of tokens tied for the maximum only the lowest index
+    passes by it and alpha = 0 with beta > 1 is exactly greedy. A row without a softmax (NaN, +inf, or nothing
+    but -inf) accepts nothing but the greedy argmax, which for NaN is the first NaN, as in `torch.argmax`.
 
-    The race in `recover` draws from weights w: argmax_v w(v) / E(v) with independent exponential E(v) is v with
-    probability w(v) / sum w.
+    The race in `recover` draws from weights w: argmax_v w(v) / E(v) with independent exponential E(v) is v
+    with probability w(v) / sum w.
 
 Memory
     Logits are all that is large. The CPU path reads a row from memory once and stops at the first rejection:
-    greedy rows need a running maximum only, others an online softmax (`vllm_aasd.kernels.rows_cpu`). Nothing of
-    the size of a row is written. `recover` reads its few rows and their noise once more.
+    greedy rows need a running maximum only, others an online softmax (`vllm_aasd.kernels.rows_cpu`). A
+    relaxed greedy row that its maximum does not settle is swept a second time, out of the cache. Nothing of
+    the size of a row is written. `recover` reads its few rows once more, with their noise.
 
 Sources
     Leviathan, Kalman, Matias, *Fast Inference from Transformers via Speculative Decoding*, arXiv 2211.17192:
@@ -61,11 +62,12 @@ def verify(
 
     Args:
         draft_token_ids: [num_tokens] int32. -1, or any id outside the vocabulary, is always rejected.
-        cu_num_draft_tokens: [batch_size] int32, inclusive cumulative: request i owns the rows from entry i - 1
-            (0 for the first) to entry i.
+        cu_num_draft_tokens: [batch_size] int32, inclusive cumulative: request i owns the rows from
+            entry i - 1 (0 for the first) up to entry i.
         max_spec_len: the most drafts that a request may have; width of the output less one.
-        target_logits: [num_tokens, vocab_size] float32, bfloat16 or float16, any row stride. Already processed:
-            penalties, masks (-inf), temperature, top-k and top-p; greedy rows at temperature 1. Not modified.
+        target_logits: [num_tokens, vocab_size] float32, bfloat16 or float16, any row stride. Already
+            processed: penalties, masks (-inf), temperature, top-k and top-p; greedy rows at temperature 1.
+            Not modified.
         bonus_token_ids: [batch_size] or [batch_size, 1], int32 or int64.
         is_greedy: [batch_size] bool.
         uniform_probs: [num_tokens] float64 in [0, 1); None if every request is greedy.
@@ -119,9 +121,9 @@ def recover(
 ) -> torch.Tensor:
     """Draw the recovered token of each given row from p without its draft token.
 
-    A token with p = 0 is never drawn from a row that has a softmax: if the draft alone has a probability, which
-    rounding can leave rejected, the draft is emitted (vLLM emits token 0 there). A row without a softmax gives
-    its argmax.
+    A token with p = 0 is never drawn from a row that has a softmax: if the draft alone has a probability,
+    which rounding can leave rejected, the draft is emitted (vLLM emits token 0 there). A row without a
+    softmax gives its argmax.
 
     Args:
         target_logits: as for `verify`.

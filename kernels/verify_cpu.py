@@ -4,7 +4,8 @@ A greedy row is settled by its maximum in most cases: the draft is the argmax, o
 the draft fails a condition that needs no normaliser. Since s >= 1, p(x) <= e^(z(x) - m), so a draft with
 e^(z(x) - m) < floor fails the floor, and the EOS guard compares weights of the same s. Only what is left
 pays for exponentials, in a second sweep over a row that the first one brought into the cache. A sampled row
-takes one sweep with exponentials. Rows past the first rejection are not read.
+takes one sweep with exponentials. Rows past the first rejection are not read. A weight e^(z - m) below
+2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
 
 One thread does all of it: a row takes tens of microseconds, and threads that numba started from vLLM's
 worker would inherit the worker's affinity to a single core.

@@ -9,8 +9,8 @@ from vllm_aasd.kernels.align import align, warm_up
 from vllm_aasd.kernels.backends import backend
 
 INF = float("inf")
-# Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the twin takes torch's float32
-# softmax, whose sum of 150k weights is off by up to 3e-5.
+# Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the twin takes torch's
+# float32 softmax, whose sum of 150k weights is off by up to 3e-5.
 CPU_TOLERANCE = 1e-6
 TWIN_TOLERANCE = 5e-5
 UNTOUCHED = -12345
@@ -50,7 +50,8 @@ def random_rows(num_rows, vocab_size, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("vocab_size", "top_k"), [(2, 1), (2, 2), (111, 1), (111, 4), (111, 8), (32000, 2), (32000, 8), (151936, 4)]
+    ("vocab_size", "top_k"),
+    [(2, 1), (2, 2), (111, 1), (111, 4), (111, 8), (32000, 2), (32000, 8), (151936, 4)],
 )
 def test_cpu_path_equals_twin(vocab_size, top_k, dtype):
     num_rows = 18 if vocab_size < 1000 else 9
@@ -64,7 +65,7 @@ def test_cpu_path_equals_twin(vocab_size, top_k, dtype):
     align_reference.align(logits, token_ids, slots, expected)
     assert torch.equal(actual[:, : 1 + top_k], expected[:, : 1 + top_k])
     written = slots[slots >= 0]
-    exact = logits.double().softmax(-1).nan_to_num().sort(-1, descending=True).values[slots >= 0, :top_k].float()
+    exact = logits[slots >= 0].double().softmax(-1).nan_to_num().topk(top_k).values.float()
     torch.testing.assert_close(probabilities(actual)[written], exact, rtol=CPU_TOLERANCE, atol=1e-37)
     torch.testing.assert_close(probabilities(expected)[written], exact, rtol=TWIN_TOLERANCE, atol=1e-37)
     others = torch.ones(2 * num_rows, dtype=torch.bool)
@@ -123,7 +124,8 @@ def test_cpu_tensors_run_on_the_compiled_path_and_nothing_compiles_after_warm_up
 
 
 def test_bad_arguments_are_named():
-    logits, tokens, slots, table = torch.zeros(2, 9), torch.zeros(2).int(), torch.arange(2), untouched_table(4, 2)
+    logits, tokens, slots = torch.zeros(2, 9), torch.zeros(2).int(), torch.arange(2)
+    table = untouched_table(4, 2)
     for bad, message in [
         ((logits[0], tokens, slots, table), "^logits has shape"),
         ((logits[:1], tokens, slots, table), "^logits has shape"),

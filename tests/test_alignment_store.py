@@ -11,7 +11,7 @@ def ids(*values):
 
 
 def predictions(*top):
-    """Return one row of logits over 10 tokens for each (best, second) pair: probabilities near 0.73 and 0.27."""
+    """Return a row of logits over 10 tokens for each (best, second) pair: probabilities 0.73 and 0.27."""
     logits = torch.full((len(top), 10), -50.0)
     for row, (best, second) in enumerate(top):
         logits[row, best], logits[row, second] = 1.0, 0.0

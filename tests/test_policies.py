@@ -38,7 +38,9 @@ def test_policies_are_immutable():
 
 def test_rows_follow_the_batchs_order():
     batch = PolicyBatch(4, "cpu")
-    policies, stop_token_ids = batch.fill([STRICT, LOOSE, LOOSE], [[2], [], [3, 4]], greedy(True, True, False))
+    policies, stop_token_ids = batch.fill(
+        [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]], greedy(True, True, False)
+    )
     assert policies.relaxed.tolist() == [False, True, False], "sampled requests stay strict unless asked"
     assert policies.alpha[1:].tolist() == [0.25, 0.25]
     assert policies.beta[1:].tolist() == [0.75, 0.75]
@@ -83,7 +85,9 @@ def test_many_stop_tokens_widen_the_table():
 def test_the_op_accepts_the_tensors_and_follows_them():
     logits = torch.log(torch.tensor([[0.5, 0.4, 0.1]])).expand(3, -1).contiguous()
     loose = ConditionalVerification(alpha=0.0, beta=0.3, floor=0.1)
-    policies, stop_token_ids = PolicyBatch(8, "cpu").fill([STRICT, loose, loose], [[2], [2], [1]], greedy(*[True] * 3))
+    policies, stop_token_ids = PolicyBatch(8, "cpu").fill(
+        [STRICT, loose, loose], [[2], [2], [1]], greedy(True, True, True)
+    )
     result = verify(
         torch.tensor([1, 1, 1], dtype=torch.int32),
         torch.tensor([1, 2, 3], dtype=torch.int32),

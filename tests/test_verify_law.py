@@ -18,8 +18,18 @@ TILTED_SAMPLER = 1e-12
 both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "twin"])
 
 
-def one_row_each(path, logits, drafts, *, greedy=True, uniform=None, relaxed=False, alpha=0.1, beta=0.5, floor=0.1,
-                 stop_ids=()):  # fmt: skip
+def one_row_each(
+    path,
+    logits,
+    drafts,
+    greedy=True,
+    uniform=None,
+    relaxed=False,
+    alpha=0.1,
+    beta=0.5,
+    floor=0.1,
+    stop_ids=(),
+):
     """Verify one draft in each of len(drafts) requests that all see the same row."""
     n = len(drafts)
     full = torch.ones(n)
@@ -44,8 +54,8 @@ def peaked_logits(vocab_size, seed, scale=2.0):
 def test_strict_sampling_is_lossless_by_algebra(path):
     """P(x accepted) is p(x), the race's weights are p without x, and so the emitted law is p.
 
-    A draft is accepted up to u = p(x) and not beyond, so its chance is p(x). In a race where two tokens alone have
-    noise, 1 and c, the winner changes at c = the ratio of their weights, so the ratios are p's.
+    A draft is accepted up to u = p(x) and not beyond, so its chance is p(x). In a race where two tokens alone
+    have noise, 1 and c, the winner changes at c = the ratio of their weights, so the ratios are p's.
     """
     vocab_size, nudge = 12, 1e-5
     logits = peaked_logits(vocab_size, seed=5)
@@ -71,12 +81,24 @@ def test_strict_sampling_is_lossless_by_algebra(path):
         torch.testing.assert_close(emitted, p, rtol=1e-14, atol=1e-16)
 
 
+@both_paths
+def test_recover_emits_the_draft_when_nothing_else_has_a_probability(path):
+    row = torch.tensor([[-torch.inf, 2.0, -torch.inf]])
+    first, one = torch.tensor([0]), torch.tensor([1], dtype=torch.int32)
+    assert path.recover(row, first, one, torch.ones(1, 3)).tolist() == [1]
+    row[0, 2] = -20.0
+    inv_q = torch.tensor([[1e30, 1.0, 1e-6]])
+    assert path.recover(row, first, one, inv_q).tolist() == [2]
+    assert path.recover(row, first, -one, inv_q).tolist() == [1]
+
+
 def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True):
     """Count the tokens that n sampled requests emit; the last two arguments break the sampler."""
     g = torch.Generator().manual_seed(seed)
     uniform = torch.rand(n, dtype=torch.float64, generator=g) * stretch
     drafts = torch.full((n,), draft, dtype=torch.int32)
-    tokens = one_row_each(verify_cpu, logits, drafts, greedy=False, uniform=uniform).output_token_ids[:, 0].clone()
+    result = one_row_each(verify_cpu, logits, drafts, greedy=False, uniform=uniform)
+    tokens = result.output_token_ids[:, 0].clone()
     rejected = (tokens == -1).nonzero()[:, 0]
     inv_q = torch.empty(len(rejected), len(logits)).exponential_(generator=g).reciprocal()
     excluded = drafts[rejected] if exclude_draft else torch.full_like(drafts[rejected], -1)
@@ -107,7 +129,13 @@ def test_conditional_accepts_what_its_rule_says(path, greedy, scale):
     vocab_size, margin = 60, 1e-5
     called = close = accepted_by_bar = 0
     for seed, (alpha, beta, floor, stop_ids) in enumerate(
-        [(0.1, 0.5, 0.1, (3,)), (0.2, 0.3, 0.01, ()), (0.3, 0.4, 0.001, (7, 8, -1)), (0, 0.05, 0.02, (1,)), (10, 2, 0.03, ())]
+        [
+            (0.1, 0.5, 0.1, (3,)),
+            (0.2, 0.3, 0.01, ()),
+            (0.3, 0.4, 0.001, (7, 8, -1)),
+            (0.0, 0.05, 0.02, (1,)),
+            (10.0, 2.0, 0.03, ()),
+        ]
     ):
         logits = peaked_logits(vocab_size, seed, scale)
         logits[40:] = -torch.inf
@@ -117,9 +145,17 @@ def test_conditional_accepts_what_its_rule_says(path, greedy, scale):
         bar = max(floor, min(beta - alpha * entropy, p.max()))
         stopping = sum(p[s] for s in stop_ids if s >= 0)
         result = one_row_each(
-            path, logits, torch.arange(vocab_size), greedy=greedy, relaxed=True, alpha=alpha, beta=beta, floor=floor,
-            stop_ids=stop_ids, uniform=torch.full((vocab_size,), 1 - 1e-12, dtype=torch.float64),
-        )  # fmt: skip
+            path,
+            logits,
+            torch.arange(vocab_size),
+            greedy=greedy,
+            uniform=torch.full((vocab_size,), 1 - 1e-12, dtype=torch.float64),
+            relaxed=True,
+            alpha=alpha,
+            beta=beta,
+            floor=floor,
+            stop_ids=stop_ids,
+        )
         for x in range(vocab_size):
             by_rule = p[x] >= bar and p[x] > 0 and x not in stop_ids and p[x] > stopping
             strict = greedy and x == p.argmax()

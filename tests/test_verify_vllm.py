@@ -15,8 +15,9 @@ from vllm_aasd.kernels.verify import VerifyPolicies, recover, verify
 def cpu_kernels():
     """Register vLLM's CPU versions of its Triton kernels, as its worker does.
 
-    vLLM looks through the `__dict__` of every attribute of every module, and llvmlite's library handle answers
-    any attribute, `__dict__` included, with a function. An entry in its table gives vLLM an empty dict instead.
+    vLLM looks through the `__dict__` of every attribute of every module, and llvmlite's library handle
+    answers any attribute, `__dict__` included, with a function. An entry in its table gives vLLM an empty
+    dict instead.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(llvmlite_ffi.lib._fntab, "__dict__", {})

@@ -11,11 +11,11 @@ _NO_TOKEN = -1
 class AlignmentStore:
     """Top-k next-token ids and probabilities of every KV slot.
 
-    A slot is the number that the KV cache uses, block * block_size + offset, so an entry lives and moves with the
-    KV of its position: a prefix-cache hit finds it, a preempted request's blocks may be overwritten. Each entry
-    keeps the id of the token at its own position; a reader that asks with another id sees that the entry was
-    left by an older owner of the block. The same token at the same slot under another context is not told
-    apart: such an entry is a worse prediction, never a wrong result, since drafts are verified.
+    A slot is the number that the KV cache uses, block * block_size + offset, so an entry lives and moves with
+    the KV of its position: a prefix-cache hit finds it, a preempted request's blocks may be overwritten. Each
+    entry keeps the id of the token at its own position; a reader that asks with another id sees that the
+    entry was left by an older owner of the block. The same token at the same slot under another context is
+    not told apart: such an entry is a worse prediction, never a wrong result, since drafts are verified.
 
     Args:
         num_blocks: blocks of the KV cache, at least 1.
@@ -27,8 +27,8 @@ class AlignmentStore:
         ValueError: a size is out of its range.
 
     Attributes:
-        table: [num_blocks, block_size, 1 + 2 top_k] int32, laid out as in `vllm_aasd.kernels.align`. One tensor
-            whose first dimension counts blocks, so that copying a block's row copies its entries.
+        table: [num_blocks, block_size, 1 + 2 top_k] int32, laid out as in `vllm_aasd.kernels.align`. One
+            tensor whose first dimension counts blocks, so that copying a block's row copies its entries.
     """
 
     def __init__(self, num_blocks: int, block_size: int, top_k: int, device: torch.device | str) -> None:

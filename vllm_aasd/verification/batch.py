@@ -18,7 +18,7 @@ class PolicyBatch:
     """The verification parameters of the requests of a batch, in tensors that live as long as the worker.
 
     A row is rewritten only when another policy or another list of stop tokens stands there than in the step
-    before, told by object identity: hand in the same objects for a request at every step, and never alter one.
+    before, told by object identity: hand in the same objects for a request at every step, never altered.
 
     Args:
         max_num_reqs: the most requests of a batch, at least 1.
@@ -49,8 +49,8 @@ class PolicyBatch:
             is_greedy: [batch_size] bool.
 
         Returns:
-            The op's `policies` and its `stop_token_ids` [batch_size, max_stop] int32, padded with -1. On a CPU
-            the tensors share this object's memory: they are valid until the next call.
+            The op's `policies` and its `stop_token_ids` [batch_size, max_stop] int32, padded with -1. On a
+            CPU the tensors share this object's memory: they are valid until the next call.
 
         Raises:
             ValueError: more requests than `max_num_reqs`, or the arguments' lengths differ.

@@ -12,23 +12,23 @@ FLOOR_RANGE = (1e-4, 1.0)
 class ConditionalVerification:
     """Accept also a draft token to which the target gives enough probability, given its own certainty.
 
-    With p the target's distribution after all processing (penalties, masks, and for sampled requests temperature,
-    top-k and top-p) and H its entropy in nats, a draft token x that strict verification would reject is accepted
-    iff all of these hold:
+    With p the target's distribution after all processing (penalties, masks, and for sampled requests
+    temperature, top-k and top-p) and H its entropy in nats, a draft token x that strict verification would
+    reject is accepted iff all of these hold:
 
         p(x) >= max(floor, min(beta - alpha H, max p))
         p(x) > 0
         x is no stop token, and p(x) > sum of p over the request's stop tokens
 
-    The output is no longer the target's own: how far it drifts is a matter of these parameters and was measured,
-    see the README. alpha = 0 with beta > 1 is strict for greedy requests.
+    The output is no longer the target's own: how far it drifts is a matter of these parameters and was
+    measured, see the README. alpha = 0 with beta > 1 is strict for greedy requests.
 
-    From the paper: the bar min(beta - alpha H, max p), in the form and with the constants (both 0.1) of a public
-    re-implementation, the authors having published no code. As written it is unsafe: from H = beta / alpha on the
-    bar is 0 or less and any token passes, masked ones included. From the authors' earlier CASD: the stop tokens'
-    guard, p > p(EOS), which keeps a copy from running on where the target would rather stop. Ours: the floor,
-    p(x) > 0, the sum over several stop tokens, and that sampled requests stay strict by default, since always
-    accepting the likely pulls sampling towards the draft.
+    From the paper: the bar min(beta - alpha H, max p), in the form and with the constants (both 0.1) of a
+    public re-implementation, the authors having published no code. As written it is unsafe: from H = beta /
+    alpha on the bar is 0 or less and any token passes, masked ones included. From the authors' earlier CASD:
+    the stop tokens' guard, p > p(EOS), which keeps a copy from running on where the target would rather stop.
+    Ours: the floor, p(x) > 0, the sum over several stop tokens, and that sampled requests stay strict by
+    default, since always accepting the likely pulls sampling towards the draft.
 
     Source: Wang et al., *Alignment-Augmented Speculative Decoding with Alignment Sampling and Conditional
     Verification*, EMNLP 2025, arXiv 2505.13204.
