@@ -22,7 +22,9 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
+    llm = LLM(
+        disable_log_stats=False, enforce_eager=True, distributed_executor_backend="uni", **scenario["engine"]
+    )
     tokenizer = llm.get_tokenizer()
 
     def encoded(message):
