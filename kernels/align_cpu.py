@@ -21,6 +21,9 @@ from vllm_aasd.kernels.rows_cpu import (
     to_float32,
 )
 
+# Elements looked through one by one when one of them enters the top k; of a block only a few pieces are.
+_PIECE = 128
+
 
 @compiled
 def _insert(keys, ids, key, token_id):
@@ -32,6 +35,16 @@ def _insert(keys, ids, key, token_id):
         j -= 1
     keys[j] = key
     ids[j] = token_id
+
+
+@compiled
+def _collect(piece, start, keys, ids):
+    """Insert those elements of a piece, whose first id is `start`, that belong to the top k."""
+    if max_key(piece) > keys[keys.size - 1]:
+        for j in range(piece.size):
+            key = order_key(to_float32(piece[j]))
+            if key > keys[keys.size - 1]:
+                _insert(keys, ids, key, start + j)
 
 
 @compiled
@@ -56,10 +69,8 @@ def _align_kernel(logits, stride, vocab_size, token_ids, slot_mapping, table):
             block = row[start : start + BLOCK]
             largest = max_key(block)
             if largest > keys[top_k - 1]:
-                for j in range(block.size):
-                    key = order_key(to_float32(block[j]))
-                    if key > keys[top_k - 1]:
-                        _insert(keys, ids, key, start + j)
+                for first in range(0, block.size, _PIECE):
+                    _collect(block[first : first + _PIECE], start + first, keys, ids)
             maximum, s, _ = absorb(block, largest, maximum, s, 0.0)
         usable = np.isfinite(maximum)
         table[slot, 0] = token_ids[i]

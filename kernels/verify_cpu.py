@@ -75,7 +75,8 @@ def _judge(row, x, is_greedy, uniform, relaxed, alpha, beta, floor, stops):
         return _REJECTED, recovered, 0.0
     entropy = max(0.0, math.log(s) - t / s)
     clears = p >= beta - alpha * entropy or x == argmax
-    if p > 0.0 and p >= floor and clears and weight > _stop_weight(row, x, maximum, stops):
+    # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
+    if p >= floor and clears and weight > _stop_weight(row, x, maximum, stops):
         return _RELAXED, recovered, np.float64(maximum) - np.float64(to_float32(row[x]))
     return _REJECTED, recovered, 0.0
 

@@ -65,6 +65,14 @@ def test_moved_and_replaced_requests_leave_nothing_behind():
     assert policies.relaxed.tolist() == [False, False], "whether a request samples is looked at every step"
 
 
+def test_either_a_new_policy_or_new_stop_tokens_are_noticed():
+    batch = PolicyBatch(1, "cpu")
+    stops = [7]
+    batch.fill([LOOSE], [stops], greedy(True))
+    assert batch.fill([STRICT], [stops], greedy(True))[0].relaxed.tolist() == [False]
+    assert 8 in batch.fill([STRICT], [[8]], greedy(True))[1]
+
+
 def test_no_step_allocates_parameter_memory():
     batch = PolicyBatch(3, "cpu")
     first, _ = batch.fill([LOOSE, STRICT], [[], []], greedy(True, True))

@@ -165,7 +165,9 @@ def test_greedy_takes_the_lowest_of_tied_maxima_and_zero_equals_minus_zero(path)
 
 @both_paths
 @pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("row", [[NAN] * 4, [1.0, NAN, 2.0, 3.0], [-INF] * 4, [0.0, INF, 0.0, INF]])
+@pytest.mark.parametrize(
+    "row", [[NAN] * 4, [1.0, NAN, 2.0, 3.0], [1.0, 2.0, -NAN, 3.0], [-INF] * 4, [0.0, INF, 0.0, INF]]
+)
 def test_a_row_without_softmax_does_no_harm(path, greedy, row):
     argmax = int(torch.tensor(row).argmax())
     for draft in range(4):
