@@ -8,23 +8,20 @@ import json
 import os
 import sys
 
-import numpy as np
-import torch
-
-# The engine in this process, so that the alignment store can be read.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 
 def main() -> None:
     scenario = json.load(sys.stdin)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if scenario["record_store"]:
+        # The engine in this process, so that the store can be read. vLLM doesn't bind its OpenMP threads then,
+        # and two of them that share a busy core wait for each other.
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
+        scenario["engine"]["distributed_executor_backend"] = "uni"
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    llm = LLM(
-        disable_log_stats=False, enforce_eager=True, distributed_executor_backend="uni", **scenario["engine"]
-    )
+    llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
     tokenizer = llm.get_tokenizer()
 
     def encoded(message):
@@ -41,7 +38,7 @@ def main() -> None:
             params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
         return SamplingParams(**params)
 
-    snapshots = record_store(llm) if scenario.get("record_store") else []
+    snapshots = record_store(llm) if scenario["record_store"] else []
     rounds = []
     for batch in scenario["rounds"]:
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
@@ -79,6 +76,9 @@ def counters(llm):
 
 def record_store(llm):
     """Note, whenever drafts are asked for, what the alignment store holds of the first request's context."""
+    import numpy as np
+    import torch
+
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     proposer, snapshots = runner.drafter, []
     stock = proposer.propose
