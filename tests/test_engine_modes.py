@@ -19,7 +19,7 @@ SCHEMA = {
     "required": ["name", "kind", "lines"],
     "additionalProperties": False,
 }
-LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-6, "aasd_relax_sampling": True}
+LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4, "aasd_relax_sampling": True}
 
 
 @pytest.fixture(scope="module")
