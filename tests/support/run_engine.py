@@ -11,17 +11,17 @@ import sys
 
 def main() -> None:
     scenario = json.load(sys.stdin)
+    # The engine and its worker in this process: the store can be read, and two starts of Python are saved.
+    # vLLM binds no OpenMP threads then, and several that share a busy core would wait for each other.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if scenario["record_store"]:
-        # The engine in this process, so that the store can be read. vLLM doesn't bind its OpenMP threads then,
-        # and two of them that share a busy core wait for each other.
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
-        scenario["engine"]["distributed_executor_backend"] = "uni"
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
+    llm = LLM(
+        disable_log_stats=False, enforce_eager=True, distributed_executor_backend="uni", **scenario["engine"]
+    )
     tokenizer = llm.get_tokenizer()
 
     def encoded(message):
