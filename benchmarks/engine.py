@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from benchmarks.results import ROOT
@@ -58,6 +59,9 @@ def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]
             _progress(f"{label}: starting the engine")
             for line in process.stdout:
                 answer = json.loads(line)
+                if "ready" in answer:
+                    began = time.monotonic()
+                    continue
                 answers[answer.pop("index")] = answer
                 _progress(f"{label}: {len(answers)} of {len(requests)} requests")
             process.wait()
@@ -70,6 +74,7 @@ def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]
         if process.returncode != 0 or len(answers) != len(requests):
             log.seek(0)
             raise EngineError(f"{label}: the engine ended with {process.returncode}\n{log.read()[-4000:]}")
+    print(f"{label}: {len(requests)} requests in {time.monotonic() - began:.0f} s", file=sys.stderr)
     return [answers[index] for index in range(len(requests))]
 
 
@@ -88,6 +93,7 @@ def _main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**scenario["engine"]).llm_engine
+    print(json.dumps({"ready": True}), file=channel, flush=True)
     for index, request in enumerate(scenario["requests"]):
         params = SamplingParams(detokenize=False, **request["sampling"])
         llm.add_request(str(index), {"prompt_token_ids": request["prompt_token_ids"]}, params)
