@@ -67,42 +67,40 @@ def main() -> None:
     if exactness["largest_gap_nats"] > NEAR_TIE[arguments.dtype]:
         results.write(arguments.out, result)
         parser.exit(1, f"strict isn't exact, no figures: {exactness}\n")
-    scores = Scores(work)
-    for label, answers in (("none", plain), ("strict", strict)):
-        result["settings"][label] = {"setting": None, **figures(answers, strict, scores, work)}
+    runs = {"none": (None, plain), "strict": (None, strict)}
     for setting in arguments.settings:
         label = "alpha {:g}, beta {:g}, floor {:g}".format(*setting)
         keys = dict(zip(("aasd_alpha", "aasd_beta", "aasd_floor"), setting, strict=True))
         answers = work.generate(label, METHODS["aasd"] | keys | {"aasd_verification": "conditional"})
-        result["settings"][label] = {"setting": keys, **figures(answers, strict, scores, work)}
-        results.write(arguments.out, result)
+        runs[label] = keys, answers
+    scores = score_each_once(work, [answers for _, answers in runs.values()])
+    for (label, (keys, answers)), scored in zip(runs.items(), scores, strict=True):
+        result["settings"][label] = {"setting": keys, **figures(answers, strict, scored, work)}
+    results.write(arguments.out, result)
     print(tables(result))
 
 
-class Scores:
-    """The target's own logprobs of answers; each different answer is scored once.
+def score_each_once(
+    work: workload.Workload, runs: list[list[dict[str, Any]]]
+) -> list[list[list[tuple[float, float]]]]:
+    """The target's own logprobs of all answers of all runs, by one engine.
 
-    Args:
-        work: what the answers answer.
+    Returns:
+        Per run, question and token, the token's logprob and that of the likeliest token there.
     """
-
-    def __init__(self, work: workload.Workload) -> None:
-        self._work = work
-        self._known: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-
-    def of(self, answers: list[list[int]]) -> list[list[tuple[float, float]]]:
-        """Per answer and token, the token's logprob and that of the likeliest token there."""
-        sequences = list(zip(self._work.prompts, answers, strict=True))
-        keys = [(*prompt, -1, *answer) for prompt, answer in sequences]
-        new = {key: s for key, s in zip(keys, sequences, strict=True) if key not in self._known}
-        if new:
-            scored = self._work.score("scoring", list(new.values()))
-            self._known.update(zip(new, scored, strict=True))
-        return [self._known[key] for key in keys]
+    # By question and answer, for many settings give the same answers.
+    places = [[(i, *answer["token_ids"]) for i, answer in enumerate(answers)] for answers in runs]
+    different = list(dict.fromkeys(place for run in places for place in run))
+    scored = work.score("scoring", [(work.prompts[question], list(answer)) for question, *answer in different])
+    known = dict(zip(different, scored, strict=True))
+    return [[known[place] for place in run] for run in places]
 
 
 def figures(
-    answers: list[dict[str, Any]], strict: list[dict[str, Any]], scores: Scores, work: workload.Workload
+    answers: list[dict[str, Any]],
+    strict: list[dict[str, Any]],
+    scored: list[list[tuple[float, float]]],
+    work: workload.Workload,
 ) -> dict[str, Any]:
     """What a setting gained and what it did, each the mean over categories with its interval.
 
@@ -119,8 +117,6 @@ def figures(
         - ``questions``: what they were computed from.
     """
     rows = []
-    outputs = [answer["token_ids"] for answer in answers]
-    scored = scores.of(outputs)
     for question, prompt, answer, reference, score in zip(
         work.questions, work.prompts, answers, strict, scored, strict=True
     ):

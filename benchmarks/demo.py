@@ -9,6 +9,7 @@ the answers. What follows ``--`` goes to both servers.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import signal
@@ -94,7 +95,7 @@ def main() -> None:
 
 def ask(label: str, arguments: argparse.Namespace, speculation: list[str]) -> list[Answer]:
     """Start a server, ask it everything, and stop it."""
-    status(f"Server {label}: starting")
+    status(f"Server {label}: starting (about a minute)\n")
     with Server(
         arguments.model,
         [*arguments.server_arguments, *speculation],
@@ -143,21 +144,22 @@ def answer(server: Server, prompt: str, max_tokens: int) -> Answer:
 def comparison(prompt: str, plain: Answer, aasd: Answer, width: int) -> str:
     """Two columns: without speculation on the left, with aasd on the right, marked where they first differ."""
     column = max(min(width, 200) // 2 - 2, 20)
-    heads = [
-        f"WITHOUT: {plain.tokens_per_second:.1f} tokens/s",
-        f"AASD: {aasd.tokens_per_second:.1f} tokens/s ({aasd.tokens_per_second / plain.tokens_per_second:.2f}x), "
-        f"{aasd.tokens_per_step:.2f} tokens per step, {acceptance(aasd.counters)}",
-    ]
-    texts = mark_difference(plain.text, aasd.text)
+    heads = (
+        f"without: {plain.tokens_per_second:.1f} tokens/s",
+        f"aasd: {aasd.tokens_per_second:.1f} tokens/s, {aasd.tokens_per_second / plain.tokens_per_second:.2f}x",
+    )
     columns = [
-        [line for part in (head, "", *text.splitlines()) for line in textwrap.wrap(part, column) or [""]]
-        for head, text in zip(heads, texts, strict=True)
+        [head, ""] + [line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
+        for head, text in zip(heads, mark_difference(plain.text, aasd.text), strict=True)
     ]
-    height = max(len(lines) for lines in columns)
-    left, right = (lines + [""] * (height - len(lines)) for lines in columns)
-    title = f"--- {prompt.splitlines()[0]}"
-    body = [f"{one.ljust(column)} | {other}".rstrip() for one, other in zip(left, right, strict=True)]
-    return "\n".join((title.ljust(width, "-"), *body))
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(
+        (
+            f"--- {prompt.splitlines()[0]} ".ljust(width, "-"),
+            f"{aasd.tokens_per_step:.2f} tokens per step; {acceptance(aasd.counters)}",
+            *(f"{left.ljust(column)} | {right}".rstrip() for left, right in rows),
+        )
+    )
 
 
 def mark_difference(one: str, other: str) -> tuple[str, str]:
@@ -206,11 +208,12 @@ def summary(plain: list[Answer], aasd: list[Answer]) -> str:
 
 
 def status(text: str) -> None:
-    """What is going on: one line that overwrites itself on a terminal, elsewhere only what ends a line."""
+    """What is going on: one line that overwrites itself on a terminal; elsewhere only whole lines."""
     if sys.stdout.isatty():
-        print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1] if text[-1] != chr(10) else text}", end="", flush=True)
-    elif text.endswith("\n") or "starting," not in text:
-        print(text.rstrip(), flush=True)
+        shown = text if text.endswith("\n") else text[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[K{shown}", end="", flush=True)
+    elif text.endswith("\n"):
+        print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -54,8 +55,8 @@ def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]
             text=True,
         )
         try:
-            json.dump({"engine": engine, "requests": requests}, process.stdin)
-            process.stdin.close()
+            # Left open: the child ends when it is closed, however this process ends.
+            print(json.dumps({"engine": engine, "requests": requests}), file=process.stdin, flush=True)
             _progress(f"{label}: starting the engine")
             for line in process.stdout:
                 answer = json.loads(line)
@@ -88,7 +89,8 @@ def _main() -> None:
     # Standard output belongs to the answers; what vLLM prints there goes to the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    scenario = json.load(sys.stdin)
+    scenario = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     from vllm import LLM, SamplingParams
 
@@ -108,6 +110,11 @@ def _main() -> None:
             if output.finished:
                 request = scenario["requests"][int(output.request_id)]
                 print(json.dumps(_answer(output, steps, request)), file=channel, flush=True)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _answer(output: Any, steps: list[int], request: dict[str, Any]) -> dict[str, Any]:
