@@ -125,6 +125,7 @@ def test_copied_tokens_lie_in_long_enough_runs():
     assert statistics.num_copied(prompt[3:10], prompt, span=8) == 0
     # Two runs that overlap in the output count each token once; the tokens around them don't count.
     assert statistics.num_copied([1, *prompt[:10], 2, *prompt[5:13]], prompt, span=8) == 18
+    assert statistics.num_copied(prompt[-8:], prompt, span=8) == 8
     assert statistics.num_copied([1, 2, 3], [1, 2], span=8) == 0
 
 
