@@ -5,9 +5,10 @@
         --aasd '{"aasd_min_survival": 0.05, "aasd_verification": "strict"}' --aasd '{}'
 
 First turns through the model's chat template, greedy. Acceptance doesn't depend on speed, so a busy machine
-measures it as well as a quiet one. Before any figure of an exact method is printed, its answers are compared with
-those of `none`: where they part, both tokens must be nearly as likely (see `NEAR_TIE`), for two runs of one model
-in bfloat16 batch their rows differently and round differently.
+measures it as well as a quiet one. Before any figure of an exact method is printed, its answers are compared
+with
+those of `none`: where they part, both tokens must be nearly as likely (see `NEAR_TIE`), for two runs of one
+model in bfloat16 batch their rows differently and round differently.
 """
 
 import argparse
@@ -30,8 +31,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 NEAR_TIE = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
 """Nats between two tokens that an exact method and plain decoding may swap, by dtype.
 
-A bfloat16 logit between 16 and 32 is a multiple of 0.125, and what reaches it has been rounded in every layer; in
-float16 the multiple is 0.016. In float32 only the order of summation is left.
+A bfloat16 logit between 16 and 32 is a multiple of 0.125, and what reaches it has been rounded in every
+layer; in float16 the multiple is 0.016. In float32 only the order of summation is left.
 """
 
 
@@ -51,7 +52,11 @@ def main() -> None:
     work = workload.Workload(arguments)
     # The reference of the exactness check, so always run.
     plain = work.generate("none", None, logprobs=5)
-    result = {"metadata": work.metadata(near_tie_nats=NEAR_TIE[arguments.dtype]), "methods": {}, "inexact": {}}
+    result = {
+        "metadata": work.metadata(near_tie_nats=NEAR_TIE[arguments.dtype]),
+        "methods": {},
+        "inexact": {},
+    }
     for label, speculative_config in methods.items():
         answers = plain if speculative_config is None else work.generate(label, speculative_config)
         exactness = compare(plain, answers) if is_exact(speculative_config) else None
@@ -78,7 +83,9 @@ def chosen_methods(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | 
             continue
         methods[name] = METHODS[name]
     for settings in arguments.aasd:
-        label = " ".join(["aasd", *(f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items())])
+        label = " ".join(
+            ["aasd", *(f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items())]
+        )
         methods[label] = METHODS["aasd"] | settings
     return methods
 
@@ -95,8 +102,8 @@ def compare(plain: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[
 
     Returns:
         ``num_different`` answers, and ``largest_gap_nats``: at the first token that differs, by how much the
-        target finds its own token likelier than the other; infinite if the other isn't among its likeliest, or
-        if one answer goes on where the other has ended.
+        target finds its own token likelier than the other; infinite if the other isn't among its likeliest,
+        or if one answer goes on where the other has ended.
     """
     gaps = []
     for one, other in zip(plain, answers, strict=True):
@@ -146,13 +153,15 @@ def tables(result: dict[str, Any]) -> str:
         (
             results.heading(result),
             "",
-            "Mean acceptance length: tokens per decode step, by category; their mean with a 95% interval, pooled",
-            "in each category and as the mean of the questions' own.",
+            "Mean acceptance length: tokens per decode step, by category; their mean with a 95% interval,",
+            "pooled in each category and as the mean of the questions' own.",
             results.table(["method", *GROUPS, "mean", "mean of questions"], by_group),
             "",
-            results.table(["method", "drafted/step", "accepted/step", "acceptance rate", "exactness"], by_step),
+            results.table(
+                ["method", "drafted/step", "accepted/step", "acceptance rate", "exactness"], by_step
+            ),
             *(
-                f"\nNO FIGURES for {label}, which promises the answers of none: {_exactness(run['exactness'])}"
+                f"\nNO FIGURES for {label}, which promises exact answers: {_exactness(run['exactness'])}"
                 for label, run in result["inexact"].items()
             ),
         )
@@ -164,7 +173,8 @@ def _exactness(exactness: dict[str, Any] | None) -> str:
         return "not promised"
     if not exactness["num_different"]:
         return "equal to none"
-    return f"{exactness['num_different']} part from none, at ties of up to {exactness['largest_gap_nats']:.2g} nats"
+    gap = exactness["largest_gap_nats"]
+    return f"{exactness['num_different']} part from none, at gaps of up to {gap:.2g} nats"
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""Damage: what the settings of `conditional` verification gain in acceptance, and what they do to the answers.
+"""Damage: what the settings of `conditional` verification gain, and what they do to the answers.
 
     python -m benchmarks.damage --data question.jsonl
     python -m benchmarks.damage --data question.jsonl --settings 0.1,0.5,0.3 0.2,0.6,0.3 --limit 40
 
-A lossy rule accepts tokens that the target would not have chosen, and much of what a loose one gains is the model
-copying its prompt. So every setting (alpha, beta, floor) is judged beside `strict`, whose answers are the target's
-own, by figures that show it; the likelihood of an answer doesn't. In float32 strict equals plain decoding, so
-any difference is the rule's; in bfloat16 near ties fall either way, and the row `strict` against `none` tells
-how much of a difference means nothing.
+A lossy rule accepts tokens that the target would not have chosen, and much of what a loose one gains is the
+model copying its prompt. So every setting (alpha, beta, floor) is judged beside `strict`, whose answers are
+the target's own, by figures that show it; the likelihood of an answer doesn't. In float32 strict equals plain
+decoding, so any difference is the rule's; in bfloat16 near ties fall either way, and the row `strict` against
+`none` tells how much of a difference means nothing.
 """
 
 import argparse
@@ -49,7 +49,12 @@ def main() -> None:
     parser = results.arguments(__doc__, out="damage.json")
     workload.add_arguments(parser, limit=8, dtype="bfloat16")
     parser.add_argument(
-        "--settings", nargs="+", type=_setting, default=SETTINGS, metavar="ALPHA,BETA,FLOOR", help="to be judged"
+        "--settings",
+        nargs="+",
+        type=_setting,
+        default=SETTINGS,
+        metavar="ALPHA,BETA,FLOOR",
+        help="to be judged",
     )
     arguments = parser.parse_args()
     if arguments.show:
@@ -91,7 +96,9 @@ def score_each_once(
     # By question and answer, for many settings give the same answers.
     places = [[(i, *answer["token_ids"]) for i, answer in enumerate(answers)] for answers in runs]
     different = list(dict.fromkeys(place for run in places for place in run))
-    scored = work.score("scoring", [(work.prompts[question], list(answer)) for question, *answer in different])
+    scored = work.score(
+        "scoring", [(work.prompts[question], list(answer)) for question, *answer in different]
+    )
     known = dict(zip(different, scored, strict=True))
     return [[known[place] for place in run] for run in places]
 
@@ -106,7 +113,8 @@ def figures(
 
     Returns:
         - ``mal``: tokens per decode step;
-        - ``not_argmax``: share of emitted tokens that the target, given the same prefix, finds less likely than
+        - ``not_argmax``: share of emitted tokens that the target, given the same prefix, finds less likely
+        than
           another token. Judged by teacher forcing, which rounds differently in bfloat16: the row `none` shows
           how much of it is that;
         - ``rouge_l``: ROUGE-L F1 of the answer's tokens to strict's;
@@ -165,13 +173,12 @@ def tables(result: dict[str, Any]) -> str:
             scaled = {key: value * scale for key, value in run[figure].items()}
             cells.append(results.interval(scaled, 1 if scale == 100 else 2))
         rows.append([label, *cells])
-    exactness = result["exactness"]
+    conditions, exactness = result["metadata"]["conditions"], result["exactness"]
     return "\n".join(
         (
             results.heading(result),
-            f"{result['metadata']['conditions']['num_questions']} questions, "
-            f"{result['metadata']['conditions']['dtype']}; strict parts from none in {exactness['num_different']} "
-            f"answers, at ties of up to {exactness['largest_gap_nats']:.2g} nats",
+            f"{conditions['num_questions']} questions, {conditions['dtype']}; strict and none differ in "
+            f"{exactness['num_different']} of them, at gaps of up to {exactness['largest_gap_nats']:.2g} nats",
             "",
             results.table(["setting", *COLUMNS.values()], rows),
         )

@@ -33,8 +33,8 @@ class Question(NamedTuple):
 def read_questions(path: pathlib.Path) -> list[Question]:
     """Read questions in Spec-Bench's format, one JSON object a line.
 
-    Each has ``question_id`` (int or str), ``category`` (str) and ``turns`` (a list of str, not empty); anything
-    else, such as ``reference``, is left alone. Empty lines are passed over.
+    Each has ``question_id`` (int or str), ``category`` (str) and ``turns`` (a list of str, not empty);
+    anything else, such as ``reference``, is left alone. Empty lines are passed over.
 
     Raises:
         DataError: for a line that isn't so, for an id that comes twice, and for a file without questions.
@@ -47,7 +47,9 @@ def read_questions(path: pathlib.Path) -> list[Question]:
             try:
                 question = _parsed(line)
                 if question.question_id in questions:
-                    raise ValueError(f"question_id {question.question_id!r} stands on an earlier line already")
+                    raise ValueError(
+                        f"question_id {question.question_id!r} stands on an earlier line already"
+                    )
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
             questions[question.question_id] = question
@@ -57,7 +59,7 @@ def read_questions(path: pathlib.Path) -> list[Question]:
 
 
 def choose(questions: list[Question], groups: tuple[str, ...], limit: int) -> list[Question]:
-    """The first questions of each group; those of a group with several categories are taken from them in turn.
+    """The first questions of each group, from its categories in turn where it has several.
 
     Args:
         questions: to choose from.

@@ -3,9 +3,9 @@
     python -m benchmarks.demo
     python -m benchmarks.demo --model Qwen/Qwen2.5-7B-Instruct --max-tokens 256 -- --max-model-len 8192
 
-Starts ``vllm serve`` twice, first without speculation and then with ``{"method": "aasd"}``, sends each server the
-same questions one at a time (greedy, streaming), and prints tokens per second, tokens per step, acceptance, and
-the answers. What follows ``--`` goes to both servers.
+Starts ``vllm serve`` twice, first without speculation and then with ``{"method": "aasd"}``, sends each server
+the same questions one at a time (greedy, streaming), and prints tokens per second, tokens per step,
+acceptance, and the answers. What follows ``--`` goes to both servers.
 """
 
 import argparse
@@ -72,15 +72,21 @@ class Answer(NamedTuple):
 
 def main() -> None:
     """Run the demonstration; exit code 1 and the end of the server's log if a server fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     results.add_model_argument(parser)
-    parser.add_argument("--max-tokens", type=int, default=128, help="length of an answer (default %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="length of an answer (default %(default)s)"
+    )
     parser.add_argument("server_arguments", nargs="*", help="for both servers, behind --")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C: by an exception, so that the server is stopped.
         signal.signal(number, lambda *_: sys.exit(1))
-    print(f"Model: {arguments.model}. {len(PROMPTS)} questions, answers of up to {arguments.max_tokens} tokens, greedy.")
+    print(
+        f"Model: {arguments.model}. {len(PROMPTS)} questions, greedy, {arguments.max_tokens} tokens at most."
+    )
     try:
         plain = ask("without speculation", arguments, [])
         aasd = ask("with aasd", arguments, ["--speculative-config", json.dumps(AASD)])
@@ -142,11 +148,12 @@ def answer(server: Server, prompt: str, max_tokens: int) -> Answer:
 
 
 def comparison(prompt: str, plain: Answer, aasd: Answer, width: int) -> str:
-    """Two columns: without speculation on the left, with aasd on the right, marked where they first differ."""
+    """Two columns, without speculation and with aasd, marked where they first differ."""
     column = max(min(width, 200) // 2 - 2, 20)
+    gain = aasd.tokens_per_second / plain.tokens_per_second
     heads = (
         f"without: {plain.tokens_per_second:.1f} tokens/s",
-        f"aasd: {aasd.tokens_per_second:.1f} tokens/s, {aasd.tokens_per_second / plain.tokens_per_second:.2f}x",
+        f"aasd: {aasd.tokens_per_second:.1f} tokens/s, {gain:.2f}x",
     )
     columns = [
         [head, ""] + [line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
@@ -166,7 +173,9 @@ def mark_difference(one: str, other: str) -> tuple[str, str]:
     """Both texts, with ``>>`` before the first word that isn't the same; as they are if they are equal."""
     if one == other:
         return one, other
-    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     # Back to the beginning of the word.
     while first > 0 and not one[first - 1].isspace():
         first -= 1
@@ -187,7 +196,11 @@ def summary(plain: list[Answer], aasd: list[Answer]) -> str:
     def total(answers: list[Answer]) -> Any:
         tokens, seconds = sum(a.num_tokens for a in answers), sum(a.seconds for a in answers)
         first = sum(a.first_token_seconds for a in answers) / len(answers)
-        return tokens / seconds, first, SpecCounters(*map(sum, zip(*(a.counters for a in answers), strict=True)))
+        return (
+            tokens / seconds,
+            first,
+            SpecCounters(*map(sum, zip(*(a.counters for a in answers), strict=True))),
+        )
 
     (plain_speed, plain_first, _), (speed, first, counters) = total(plain), total(aasd)
     decoded = sum(a.num_tokens - 1 for a in aasd)
@@ -195,14 +208,14 @@ def summary(plain: list[Answer], aasd: list[Answer]) -> str:
     lines = [
         f"All {len(plain)}: {plain_speed:.1f} tokens/s without, {speed:.1f} with aasd "
         f"({speed / plain_speed:.2f}x); first token after {plain_first:.2f} s and {first:.2f} s; "
-        f"{decoded / max(decoded - counters.accepted_tokens, 1):.2f} tokens per step; {acceptance(counters)}; "
-        f"{equal} of {len(plain)} answers are the same."
+        f"{decoded / max(decoded - counters.accepted_tokens, 1):.2f} tokens per step; "
+        f"{acceptance(counters)}; {equal} of {len(plain)} answers are the same."
     ]
     if equal < len(plain):
         lines.append(
-            'Answers may differ a little: the default, "aasd_verification": "conditional", also accepts near rivals '
-            'of the model\'s own choice, and near ties fall either way when a batch is rounded differently. '
-            '"strict" leaves only the latter.'
+            'Answers may differ a little: the default, "aasd_verification": "conditional", also accepts near '
+            "rivals of the model's own choice, and near ties fall either way when a batch is rounded "
+            'differently. "strict" leaves only the latter.'
         )
     return "\n".join(lines)
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.drafter_time --data question.jsonl
 
-The context is real text, grown by a few tokens before every draft as decoding does. Measured: the drafter with the
-alignment store and without, and vLLM's n-gram proposer on the same contexts; the time to take in a fresh prompt,
-and the memory of its index. The entries of the store are made up (each position's true successor with a
-probability around one half, and three random tokens), for the time doesn't depend on where they come from.
-Before anything is timed, the drafter's proposals are compared with those of its plain twin.
+The context is real text, grown by a few tokens before every draft as decoding does. Measured: the drafter
+with the alignment store and without, and vLLM's n-gram proposer on the same contexts; the time to take in a
+fresh prompt, and the memory of its index. The entries of the store are made up (each position's true
+successor with a probability around one half, and three random tokens), for the time doesn't depend on where
+they come from. Before anything is timed, the drafter's proposals are compared with those of its plain twin.
 """
 
 import argparse
@@ -21,7 +21,14 @@ import numpy as np
 
 from benchmarks import data, results
 from benchmarks.timing import microseconds
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import (
+    DEFAULT_WEIGHTS,
+    MAX_MATCHES,
+    NO_ALIGNMENT,
+    NUM_ORDERS,
+    AlignmentView,
+    Drafter,
+)
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels import draft as draft_op
 from vllm_aasd.kernels import draft_reference
@@ -36,15 +43,29 @@ NUM_DRAFT_TOKENS = 8
 MIN_SURVIVAL = 0.1
 TOP_K = 4
 
-_SOURCES = ("argparse", "ast", "collections", "difflib", "inspect", "pathlib", "subprocess", "tarfile", "typing")
+_SOURCES = (
+    "argparse",
+    "ast",
+    "collections",
+    "difflib",
+    "inspect",
+    "pathlib",
+    "subprocess",
+    "tarfile",
+    "typing",
+)
 
 
 def main() -> None:
     """Measure, write the result, print its table."""
     parser = results.arguments(__doc__, out="drafter_time.json")
     results.add_model_argument(parser)
-    parser.add_argument("--data", type=pathlib.Path, help="questions to make contexts of; Python's sources by default")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768], help="default %(default)s")
+    parser.add_argument(
+        "--data", type=pathlib.Path, help="questions to make contexts of; Python's sources by default"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 8192, 32768], help="default %(default)s"
+    )
     parser.add_argument("--steps", type=int, default=300, help="drafts per context (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.show:
@@ -103,18 +124,22 @@ def real_tokens(arguments: argparse.Namespace, count: int) -> tuple[np.ndarray, 
         source = "sources of Python's standard library"
     tokens = np.concatenate([np.array(tokenizer.encode(text), np.int32) for text in texts])
     if len(tokens) < count:
-        sys.exit(f"error: {source} has {len(tokens)} tokens, and {count} are needed: ask for shorter --lengths")
+        sys.exit(
+            f"error: {source} has {len(tokens)} tokens, and {count} are needed: ask for shorter --lengths"
+        )
     return tokens[:count], len(tokenizer), source
 
 
 def made_up_alignment(tokens: np.ndarray, vocab_size: int) -> AlignmentView:
-    """A store in which half of the positions predict their true successor first, its blocks in random order."""
+    """A store in random block order; half of its positions predict their true successor first."""
     rng = np.random.default_rng(0)
     num_tokens = len(tokens)
     ids = rng.integers(0, vocab_size, (num_tokens, TOP_K)).astype(np.int32)
     truth = np.append(tokens[1:], 0)
     ids[np.arange(num_tokens), np.where(rng.random(num_tokens) < 0.5, 0, TOP_K - 1)] = truth
-    probs = -np.sort(-rng.dirichlet(np.full(TOP_K + 1, 0.5), num_tokens).astype(np.float32)[:, :TOP_K], axis=1)
+    probs = -np.sort(
+        -rng.dirichlet(np.full(TOP_K + 1, 0.5), num_tokens).astype(np.float32)[:, :TOP_K], axis=1
+    )
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     block_table = rng.permutation(num_blocks).astype(np.int32)
     table = np.full((num_blocks * BLOCK_SIZE, 1 + 2 * TOP_K), -1, np.int32)
@@ -140,14 +165,15 @@ def check_against_twin(tokens: np.ndarray, view: AlignmentView, vocab_size: int)
         constants = *DEFAULT_WEIGHTS, *draft_op.no_prior(), MAX_MATCHES, np.float32(MIN_SURVIVAL)
         request = index.tokens, index.prev, index.head, index.length
         count = draft_reference.draft(*request, *view, *constants, scores, seen, drafts, survival)
-        if got.tolist() != drafts[:count].tolist():
-            sys.exit(f"the drafter and its twin differ at {length} tokens: {got.tolist()}, {drafts[:count].tolist()}")
+        want = drafts[:count].tolist()
+        if got.tolist() != want:
+            sys.exit(f"at {length} tokens the drafter has {got.tolist()}, and its twin {want}")
 
 
 def time_drafter(
     tokens: np.ndarray, length: int, num_steps: int, view: AlignmentView, vocab_size: int
 ) -> dict[str, float]:
-    """Drafts of one request whose context begins with ``length`` tokens; taking in the new tokens is included."""
+    """Drafts of one request, ``length`` tokens long at first; taking in the new tokens is included."""
     drafter = Drafter(vocab_size, NUM_DRAFT_TOKENS, MIN_SURVIVAL)
     drafter.draft("timed", tokens[:length], view, 0)
     drafted = []
@@ -160,7 +186,7 @@ def time_drafter(
 
 
 def time_ngram(tokens: np.ndarray, length: int, num_steps: int) -> dict[str, float]:
-    """The same contexts through vLLM's n-gram proposer, at the settings that draft best (1 to 3 tokens, 5 drafts)."""
+    """The same contexts through vLLM's n-gram proposer, at its best settings (1 to 3 tokens, 5 drafts)."""
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
     # What the proposer reads of vLLM's configuration.
@@ -180,7 +206,7 @@ def time_ngram(tokens: np.ndarray, length: int, num_steps: int) -> dict[str, flo
         proposals = proposer.propose(5, [[0]], np.array([num_tokens], np.int32), batch)
         drafted.append(len(proposals[0]))
 
-    times = microseconds([lambda n=len(c): call(n) for c in growing(tokens, length, num_steps)])
+    times = microseconds([lambda c=context: call(len(c)) for context in growing(tokens, length, num_steps)])
     return {**times, "draft_tokens": round(float(np.mean(drafted)), 2)}
 
 
@@ -213,7 +239,14 @@ def tables(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
-    header = ["context", "aasd, us", "aasd without alignment, us", "vLLM ngram, us", "index of a prompt, us", "MiB"]
+    header = [
+        "context",
+        "aasd, us",
+        "aasd without alignment, us",
+        "vLLM ngram, us",
+        "index of a prompt, us",
+        "MiB",
+    ]
     return "\n".join((results.heading(result), "", results.table(header, rows)))
 
 

@@ -1,7 +1,7 @@
 """One real vLLM engine in a process of its own: requests go in as token ids, tokens and step counts come out.
 
-The engine core runs in the child process itself, so that each of its steps is seen: that gives the exact number
-of decode steps of every request, those without drafts included.
+The engine core runs in the child process itself, so that each of its steps is seen: that gives the exact
+number of decode steps of every request, those without drafts included.
 """
 
 import json
@@ -39,7 +39,6 @@ def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]
     """
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "HF_HUB_OFFLINE": "1",
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

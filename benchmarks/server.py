@@ -1,5 +1,6 @@
 """A real ``vllm serve`` in a process group of its own: started, waited for, measured, and always stopped."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -60,7 +61,7 @@ class Server:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         # Deleted when closed, so nothing is left behind whatever happens.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [*self._command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=self._log,
@@ -121,10 +122,8 @@ class Server:
             self._log.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def parse_counters(text: str) -> SpecCounters:

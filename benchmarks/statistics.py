@@ -43,8 +43,8 @@ def lcs_length(a: Sequence[int], b: Sequence[int]) -> int:
     b_ids = np.asarray(b)
     row = np.zeros(len(b) + 1, np.int64)
     for token in a:
-        # row[j + 1] = row[j] + 1 on a match, else the larger neighbour. A match never loses to a neighbour, and
-        # the neighbour on the left is what the running maximum brings.
+        # row[j + 1] = row[j] + 1 on a match, else the larger neighbour. A match never loses to a neighbour,
+        # and the neighbour on the left is what the running maximum brings.
         candidates = np.where(b_ids == token, row[:-1] + 1, row[1:])
         row[1:] = np.maximum.accumulate(candidates)
     return int(row[-1])
@@ -68,6 +68,6 @@ def num_copied(output: Sequence[int], prompt: Sequence[int], span: int = 8) -> i
 
 
 def num_repeats(output: Sequence[int], span: int = 4) -> tuple[int, int]:
-    """How many of the output's n-grams of ``span`` tokens stood earlier in it, and how many n-grams there are."""
+    """How many n-grams of ``span`` tokens stood earlier in the output, and how many it has in all."""
     runs = [tuple(output[i : i + span]) for i in range(len(output) - span + 1)]
     return len(runs) - len(set(runs)), len(runs)

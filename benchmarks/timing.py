@@ -11,7 +11,8 @@ def microseconds(calls: Sequence[Callable[[], object]], warm_up: int = 3) -> dic
     """Time calls one by one.
 
     Args:
-        calls: each is called once, so that one may leave state to the next. The first ``warm_up`` don't count.
+        calls: each is called once, so that one may leave state to the next. The first ``warm_up`` don't
+        count.
         warm_up: calls that compile, and fill caches.
 
     Returns:

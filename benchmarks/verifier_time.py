@@ -1,12 +1,13 @@
-"""Verifier time: microseconds that one step's verification takes, by batch size, vocabulary and what is accepted.
+"""Verifier time: microseconds that one step's verification takes, by batch size and vocabulary.
 
     python -m benchmarks.verifier_time
 
-The target's logits are made up: peaked rows, every draft token the row's argmax (all are read), or every draft
-token a near rival of it (the case in which `conditional` has to compute the entropy). Measured: `verify` under
-both rules, and vLLM's own rejection sampler of this platform, in turn on the same batches. Each batch is taken
-from a ring of several, together larger than the CPU's caches, so that logits come from memory as in a real step.
-Before anything is timed, `verify` is compared with its plain twin, and under `strict` with vLLM's sampler.
+The target's logits are made up: peaked rows, every draft token the row's argmax (all are read), or every
+draft token a near rival of it (the case in which `conditional` has to compute the entropy). Measured:
+`verify` under both rules, and vLLM's own rejection sampler of this platform, in turn on the same batches.
+Each batch is taken from a ring of several, together larger than the CPU's caches, so that logits come from
+memory as in a real step. Before anything is timed, `verify` is compared with its plain twin, and under
+`strict` with vLLM's sampler.
 """
 
 import sys
@@ -31,7 +32,9 @@ CASES = ("argmax", "rival")
 def main() -> None:
     """Measure, write the result, print its table."""
     parser = results.arguments(__doc__, out="verifier_time.json")
-    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[49152, 151936], help="default %(default)s")
+    parser.add_argument(
+        "--vocab-sizes", type=int, nargs="+", default=[49152, 151936], help="default %(default)s"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="default %(default)s")
     parser.add_argument("--steps", type=int, default=100, help="timed per figure (default %(default)s)")
     arguments = parser.parse_args()
@@ -49,7 +52,9 @@ def main() -> None:
                     {"vocab_size": vocab_size, "batch_size": batch_size, "drafts": case}
                     | time_in_turn(ring, stock, arguments.steps)
                 )
-    conditions = results.metadata(num_draft_tokens=NUM_DRAFT_TOKENS, dtype="float32", threads=torch.get_num_threads())
+    conditions = results.metadata(
+        num_draft_tokens=NUM_DRAFT_TOKENS, dtype="float32", threads=torch.get_num_threads()
+    )
     result = {"metadata": conditions, "rows": rows}
     results.write(arguments.out, result)
     print(tables(result))
@@ -94,7 +99,7 @@ class Batch:
 
 
 def made_up_batches(batch_size: int, vocab_size: int, case: str) -> list[Batch]:
-    """Batches that together don't fit into a cache; in each row two tokens share nearly all of the probability."""
+    """Batches that no cache holds together; in each row two tokens share nearly all of the probability."""
     rng = torch.Generator().manual_seed(0)
     num_rows = batch_size * NUM_DRAFT_TOKENS
     ring = []

@@ -1,4 +1,4 @@
-"""What acceptance and damage are measured on: real questions, answered greedily through one engine per setting."""
+"""What acceptance and damage are measured on: real questions, answered greedily, one engine per setting."""
 
 import argparse
 import pathlib
@@ -13,8 +13,12 @@ from benchmarks.engine import run_engine
 def add_arguments(parser: argparse.ArgumentParser, *, limit: int, dtype: str) -> None:
     """Add the arguments that `Workload` reads, with a benchmark's own defaults for two of them."""
     results.add_model_argument(parser)
-    parser.add_argument("--data", type=pathlib.Path, help="questions, in the format of Spec-Bench's question.jsonl")
-    parser.add_argument("--limit", type=_positive, default=limit, help="questions per category (default %(default)s)")
+    parser.add_argument(
+        "--data", type=pathlib.Path, help="questions, in the format of Spec-Bench's question.jsonl"
+    )
+    parser.add_argument(
+        "--limit", type=_positive, default=limit, help="questions per category (default %(default)s)"
+    )
     parser.add_argument("--max-tokens", type=_positive, default=96, help="per answer (default %(default)s)")
     parser.add_argument(
         "--concurrency", type=_positive, default=8, help="requests in a batch at once (default %(default)s)"
@@ -37,7 +41,9 @@ class Workload:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         if arguments.data is None:
-            sys.exit("--data FILE is needed: questions in the format of Spec-Bench's question.jsonl, one a line")
+            sys.exit(
+                "--data FILE is needed: questions in the format of Spec-Bench's question.jsonl, one a line"
+            )
         self._arguments = arguments
         longest = arguments.max_model_len - arguments.max_tokens
         try:
@@ -73,7 +79,9 @@ class Workload:
         requests = [{"prompt_token_ids": prompt, "sampling": params} for prompt in self.prompts]
         return run_engine(label, engine, requests)
 
-    def score(self, label: str, sequences: list[tuple[list[int], list[int]]]) -> list[list[tuple[float, float]]]:
+    def score(
+        self, label: str, sequences: list[tuple[list[int], list[int]]]
+    ) -> list[list[tuple[float, float]]]:
         """Score given answers with the target alone, by teacher forcing.
 
         Args:

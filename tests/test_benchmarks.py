@@ -9,8 +9,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Behind what is installed, and only for these imports: the root also holds `kernels`, a name that transformers
-# looks for.
+# Behind what is installed, and only for these imports: the root also holds `kernels`, a name that
+# transformers looks for.
 sys.path.append(str(ROOT))
 from benchmarks import acceptance, data, demo, results, server, statistics, steps  # noqa: E402
 
@@ -31,7 +31,10 @@ def write_lines(path, *lines):
 
 def test_questions_are_read_with_the_first_turn_and_the_group(tmp_path):
     path = write_lines(
-        tmp_path / "q.jsonl", question(81, "writing", ["one", "two"], reference=[]), "\n", question("x", "rag")
+        tmp_path / "q.jsonl",
+        question(81, "writing", ["one", "two"], reference=[]),
+        "\n",
+        question("x", "rag"),
     )
     assert data.read_questions(path) == [
         data.Question(81, "writing", "mt_bench", "one"),
@@ -77,7 +80,8 @@ def test_a_file_without_questions_is_refused(tmp_path):
 
 def test_choosing_takes_the_categories_of_a_group_in_turn():
     questions = [
-        data.Question(i, category, "mt_bench", "t") for i, category in enumerate(["writing"] * 3 + ["math"] * 2)
+        data.Question(i, category, "mt_bench", "t")
+        for i, category in enumerate(["writing"] * 3 + ["math"] * 2)
     ] + [data.Question(9, "qa", "qa", "t")]
     chosen = data.choose(questions, ("qa", "mt_bench"), 3)
     assert [(q.question_id, q.category) for q in chosen] == [
@@ -143,8 +147,8 @@ def test_ratio_is_pooled_within_groups_and_averaged_over_them():
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
-    # 400 samples of two groups of 30, of means 1 and 3: 95 % nominal, and the percentile bootstrap of 30 is known
-    # to fall a little short. Below 0.90 would come by chance with p < 1e-4 at a true coverage of 0.94.
+    # 400 samples of two groups of 30, of means 1 and 3: 95 % nominal, and the percentile bootstrap of 30 is
+    # known to fall a little short. Below 0.90 would come by chance with p < 1e-4 at a true coverage of 0.94.
     rng = np.random.default_rng(1)
     groups = ["a"] * 30 + ["b"] * 30
     covered = 0
@@ -235,7 +239,11 @@ def test_which_methods_promise_exact_answers(config, exact):
 
 
 def test_results_come_back_as_written_and_rows_stand_on_lines_of_their_own(tmp_path):
-    result = {"a": {"b": [1, 2], "c": None}, "questions": [{"id": 1, "n": 2.5}, {"id": 2, "n": 3}], "empty": []}
+    result = {
+        "a": {"b": [1, 2], "c": None},
+        "questions": [{"id": 1, "n": 2.5}, {"id": 2, "n": 3}],
+        "empty": [],
+    }
     results.write(tmp_path / "new" / "r.json", result)
     text = (tmp_path / "new" / "r.json").read_text()
     assert json.loads(text) == result == results.read(tmp_path / "new" / "r.json")
@@ -243,7 +251,9 @@ def test_results_come_back_as_written_and_rows_stand_on_lines_of_their_own(tmp_p
 
 
 def test_metadata_keeps_no_absolute_path(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/home/me/benchmarks/acceptance.py", "--data", "/home/me/questions.jsonl"])
+    monkeypatch.setattr(
+        sys, "argv", ["/home/me/benchmarks/acceptance.py", "--data", "/home/me/questions.jsonl"]
+    )
     run = results.metadata(data=pathlib.Path("/home/me/questions.jsonl"), limit=3)
     assert run["command"] == "python -m benchmarks.acceptance --data questions.jsonl"
     assert run["conditions"] == {"data": "questions.jsonl", "limit": 3}
@@ -261,7 +271,9 @@ def test_counters_are_read_from_the_text_of_metrics():
     )
     assert server.parse_counters(text) == server.SpecCounters(9, 31, 12)
     assert server.parse_counters("") == server.SpecCounters(0, 0, 0)
-    assert server.SpecCounters(9, 31, 12).since(server.SpecCounters(2, 1, 2)) == server.SpecCounters(7, 30, 10)
+    assert server.SpecCounters(9, 31, 12).since(server.SpecCounters(2, 1, 2)) == server.SpecCounters(
+        7, 30, 10
+    )
 
 
 def test_tokens_per_step_leaves_the_first_token_out():
