@@ -178,7 +178,7 @@ def tables(result: dict[str, Any]) -> str:
         (
             results.heading(result),
             f"{conditions['num_questions']} questions, {conditions['dtype']}; strict and none differ in "
-            f"{exactness['num_different']} of them, at gaps of up to {exactness['largest_gap_nats']:.2g} nats",
+            f"{exactness['num_different']} of them, gaps up to {exactness['largest_gap_nats']:.2g} nats",
             "",
             results.table(["setting", *COLUMNS.values()], rows),
         )

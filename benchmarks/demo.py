@@ -81,6 +81,7 @@ def main() -> None:
     )
     parser.add_argument("server_arguments", nargs="*", help="for both servers, behind --")
     arguments = parser.parse_args()
+    results.require_model(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C: by an exception, so that the server is stopped.
         signal.signal(number, lambda *_: sys.exit(1))

@@ -71,6 +71,7 @@ def main() -> None:
     if arguments.show:
         print(tables(results.read(arguments.show)))
         return
+    results.require_model(arguments)
     needed = max(arguments.lengths) + NEW_TOKENS * arguments.steps
     tokens, vocab_size, source = real_tokens(arguments, needed)
     view = made_up_alignment(tokens, vocab_size)

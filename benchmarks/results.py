@@ -45,15 +45,20 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``: by default $MODEL or what ``make model`` made, and required where neither is there."""
+    """Add ``--model``: by default $MODEL, or what ``make model`` made."""
     demo_model = ROOT / ".venv/models/SmolLM2-135M-Instruct"
-    default = os.environ.get("MODEL") or (str(demo_model) if (demo_model / "config.json").exists() else None)
+    made = str(demo_model) if (demo_model / "config.json").exists() else None
     parser.add_argument(
         "--model",
-        default=default,
-        required=default is None,
+        default=os.environ.get("MODEL") or made,
         help="path or name of the target model (default: the demo model that `make model` makes)",
     )
+
+
+def require_model(arguments: argparse.Namespace) -> None:
+    """End the program with a message where no model was named and none was made."""
+    if arguments.model is None:
+        sys.exit("no model: run `make model`, or name one with --model")
 
 
 def metadata(**conditions: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Workload:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        results.require_model(arguments)
         if arguments.data is None:
             sys.exit(
                 "--data FILE is needed: questions in the format of Spec-Bench's question.jsonl, one a line"
