@@ -1,4 +1,4 @@
-"""The worker that vLLM starts for `aasd`: its own, with the adapter called at the steps of a step."""
+"""The worker that vLLM starts for `aasd`: its own CPU worker, with our adapter called around each step."""
 
 import logging
 from typing import Any
