@@ -158,6 +158,7 @@ def check_against_twin(tokens: np.ndarray, view: AlignmentView, vocab_size: int)
     """
     drafter = Drafter(vocab_size, NUM_DRAFT_TOKENS, MIN_SURVIVAL)
     scores, seen = np.zeros(vocab_size, np.float32), np.empty(4096, np.int32)
+    starts = np.empty(NUM_ORDERS, np.int32)
     for length in range(len(tokens) // 2, len(tokens), 17):
         got, _ = drafter.draft("check", tokens[:length], view, NUM_DRAFT_TOKENS)
         index = SuffixIndex(NUM_ORDERS, NUM_DRAFT_TOKENS, length)
@@ -165,7 +166,7 @@ def check_against_twin(tokens: np.ndarray, view: AlignmentView, vocab_size: int)
         drafts, survival = np.empty(NUM_DRAFT_TOKENS, np.int32), np.empty(NUM_DRAFT_TOKENS, np.float32)
         constants = *DEFAULT_WEIGHTS, *draft_op.no_prior(), MAX_MATCHES, np.float32(MIN_SURVIVAL)
         request = index.tokens, index.prev, index.head, index.length
-        count = draft_reference.draft(*request, *view, *constants, scores, seen, drafts, survival)
+        count = draft_reference.draft(*request, *view, *constants, scores, seen, starts, drafts, survival)
         want = drafts[:count].tolist()
         if got.tolist() != want:
             sys.exit(f"at {length} tokens the drafter has {got.tolist()}, and its twin {want}")
