@@ -10,13 +10,13 @@ import numba
 
 
 def _cache_dir() -> str:
-    """Return where compiled code is kept: a folder named by the content of all CPU kernel files.
+    """Return where compiled code is kept: a folder named by the content of the CPU kernel files and this one.
 
     numba recompiles a function when its own file changes, not when a function that it calls from another file
-    does; without this an update of this file alone would leave the old machine code in use.
+    or the way it is compiled does; without this an update of either would leave the old machine code in use.
     """
     here = Path(__file__).parent
-    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*_cpu.py")))
+    sources = b"".join(path.read_bytes() for path in [*sorted(here.glob("*_cpu.py")), Path(__file__)])
     name = f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
         return os.path.join(numba.config.CACHE_DIR, name)
