@@ -1,7 +1,6 @@
 """Real prompts that ship with Python: its own documentation and the sources of its library."""
 
 import inspect
-import itertools
 import json
 import textwrap
 from pydoc_data.topics import topics
@@ -19,19 +18,15 @@ def real_prompts(count: int, max_chars: int = 2000) -> list[str]:
     texts = [topics[name].strip()[:max_chars] for name in sorted(topics) if len(topics[name]) > 1200]
     codes = [inspect.getsource(module)[: max_chars // 2] for module in _MODULES]
     codes += [inspect.getsource(module)[3000 : 3000 + max_chars // 2] for module in _MODULES]
-    kinds = itertools.cycle(
-        (
-            ("Summarise this text in three sentences.\n\n", texts),
-            ("Quote the two most important sentences of this text, word by word.\n\n", texts[1:]),
-            ("Continue this Python code.\n\n", codes),
-            ("Rewrite this text as a list, keeping its words.\n\n", texts[2:]),
-        )
+    kinds = (
+        ("Summarise this text in three sentences.\n\n", texts),
+        ("Quote the two most important sentences of this text, word by word.\n\n", texts[1:]),
+        ("Continue this Python code.\n\n", codes),
+        ("Rewrite this text as a list, keeping its words.\n\n", texts[2:]),
     )
-    used = [0, 0, 0, 0]
     prompts = []
-    for kind, (task, sources) in zip(itertools.cycle(range(4)), kinds, strict=False):
-        if len(prompts) == count:
-            return prompts
-        prompts.append(task + sources[used[kind] * 3 % len(sources)])
-        used[kind] += 1
-    raise AssertionError("unreachable")
+    for number in range(count):
+        turn, kind = divmod(number, len(kinds))
+        task, sources = kinds[kind]
+        prompts.append(task + sources[turn * 3 % len(sources)])
+    return prompts
