@@ -5,13 +5,18 @@ PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
 AASD_TEST_MODEL ?= $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
 export FLAVOUR MODEL PORT ARGS AASD_TEST_MODEL
+ifeq ($(strip $(MODEL)),)
+VLLM_AASD_CACHE_ROOT ?= $(CURDIR)/.venv/cache
+export VLLM_AASD_CACHE_ROOT
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve check-serve demo test test-long clean
+.PHONY: help setup model prior serve check-serve demo test test-long clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
 	@echo 'make model      make the demo chat model, and print its path'
+	@echo "make prior      make the demo model's prior, which drafts begin from"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
@@ -24,13 +29,16 @@ setup:
 model: setup
 	@.venv/bin/python tools/demo_model.py
 
-serve: check-serve $(if $(strip $(MODEL)),setup,model)
+prior: model
+	@.venv/bin/python tools/demo_prior.py
+
+serve: check-serve $(if $(strip $(MODEL)),setup,prior)
 	@exec .venv/bin/python tools/serve.py
 
 check-serve:
 	@$(PYTHON) tools/serve.py --check
 
-demo: model
+demo: prior
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 test: model

@@ -14,11 +14,12 @@ Mixture
     of the last four orders up to ``L``::
 
         P_m = (1 - w_m) P_{m-1} + w_m / n * sum_{j in C_m} [(1 - x_mj) delta(token j+1) + x_mj p_j]
-        w_m = n / (n + theta_m)
+        w_m = n / (n + theta_m (1 + (doubt - 1) u_m))
 
     with ``P_0`` the prior (nothing, if there is none), ``p_j`` the target's stored top-k distribution at position
-    ``j`` (the *alignment* of that position) and ``x_mj = x_m`` where a fresh one is stored, else 0. The draft
-    token is the argmax of ``P_L``, ties going to the longest match and then to the most recent position; the
+    ``j`` (the *alignment* of that position), ``x_mj = x_m`` where a fresh one is stored, else 0, and ``u_m`` the
+    share of ``C_m`` without one: a retrieved token that the target's own view does not temper is right less
+    often than its count says, so its order escapes more. The draft token is the argmax of ``P_L``, ties going to the longest match and then to the most recent position; the
     *survival* of a draft is the product of these maxima, the estimate that all of it is accepted. Drafting
     stops before the token that would take it under ``min_survival``.
 
@@ -32,44 +33,25 @@ The sum is evaluated from ``L`` downwards with the weight that is left, so that 
 The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.kernels.draft_cpu`.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from vllm_aasd.kernels import draft_cpu
+from vllm_aasd.kernels.mixture import MixtureWeights, no_prior
 
 extend_index = draft_cpu.extend_index
 rehash = draft_cpu.rehash
 draft = draft_cpu.draft
 
 
-class MixtureWeights(NamedTuple):
-    """The constants of the mixture, one entry per order (shape ``[M]``, float32).
+def max_candidates(max_matches: int, top_k: int, num_successors: int) -> int:
+    """How many candidates a draft token can have: what the scratch of `draft` must hold for none to be ignored.
 
-    Attributes:
-        theta: pseudo-count of each order, > 0; larger trusts its matches less.
-        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
+    Args:
+        max_matches: of an order.
+        top_k: predictions stored per context position.
+        num_successors: of a token in the prior.
     """
-
-    theta: np.ndarray
-    alignment: np.ndarray
-
-
-class Prior(NamedTuple):
-    """The target's likeliest successors of each token, outside any context.
-
-    Attributes:
-        ids: ``[vocab_size, k]`` int32; -1 where there are fewer than k.
-        probs: ``[vocab_size, k]`` float32.
-    """
-
-    ids: np.ndarray
-    probs: np.ndarray
-
-
-def no_prior() -> Prior:
-    """An empty prior: the mixture then starts from nothing."""
-    return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+    return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + num_successors
 
 
 def warm_up(num_orders: int, top_k: int) -> None:
@@ -85,7 +67,7 @@ def warm_up(num_orders: int, top_k: int) -> None:
     head = np.full((num_orders, 2 * capacity), -1, np.int32)
     extend_index(tokens, prev, head, 0, 5)
     rehash(tokens, head, np.full((num_orders, 4 * capacity), -1, np.int32))
-    weights = MixtureWeights(np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32))
+    weights = MixtureWeights(np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2))
     prior = no_prior()
     out = np.empty(2, np.int32), np.empty(2, np.float32)
     scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)

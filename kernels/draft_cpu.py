@@ -91,6 +91,15 @@ def _vote(scores, seen, num_seen, token, weight):
 
 
 @compiled
+def _slot(tokens, position, table, block_table, block_size):
+    """Where the stored distribution of a position lies; -1 if there is none, or a stale one."""
+    if table.shape[0] == 0:
+        return np.int64(-1)
+    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
+    return slot if table[slot, 0] == tokens[position] else np.int64(-1)
+
+
+@compiled
 def draft(
     tokens,
     prev,
@@ -101,6 +110,7 @@ def draft(
     block_size,
     theta,
     alignment,
+    doubt,
     prior_ids,
     prior_probs,
     max_matches,
@@ -123,6 +133,7 @@ def draft(
         block_table: ``[>= ceil(length / block_size)]`` int32, the request's KV blocks.
         block_size: slots per KV block.
         theta, alignment: ``[M]`` float32, see `MixtureWeights`.
+        doubt: float32, see `MixtureWeights`.
         prior_ids, prior_probs: ``[vocab_size, k]`` int32 and float32, see `Prior`; ``[0, 0]`` for none.
         max_matches: how many of the most recent matches of each order vote.
         min_survival: stop before a token whose survival (a probability) would be lower.
@@ -154,19 +165,20 @@ def draft(
         left = np.float32(1.0)
         for order in range(longest, max(longest - ORDERS_USED, 0), -1):
             count = 0
+            num_aligned = 0
             position = starts[order - 1]
             while position >= 0 and count < max_matches:
                 count += 1
+                if _slot(tokens, position, table, block_table, block_size) >= 0:
+                    num_aligned += 1
                 position = prev[order - 1, position]
-            weight = np.float32(count) / (np.float32(count) + theta[order - 1])
+            share_unaligned = np.float32(count - num_aligned) / np.float32(count)
+            escape = theta[order - 1] * (np.float32(1.0) + (doubt - np.float32(1.0)) * share_unaligned)
+            weight = np.float32(count) / (np.float32(count) + escape)
             share = left * weight / np.float32(count)
             position = starts[order - 1]
             for _ in range(count):
-                slot = np.int64(-1)
-                if top_k > 0:
-                    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
-                    if table[slot, 0] != tokens[position]:
-                        slot = np.int64(-1)
+                slot = _slot(tokens, position, table, block_table, block_size)
                 aligned = alignment[order - 1] if slot >= 0 else np.float32(0.0)
                 num_seen = _vote(scores, seen, num_seen, tokens[position + 1], share * (np.float32(1.0) - aligned))
                 if slot >= 0:

@@ -15,6 +15,7 @@ def draft(
     block_size,
     theta,
     alignment,
+    doubt,
     prior_ids,
     prior_probs,
     max_matches,
@@ -49,15 +50,20 @@ def draft(
 
         left = np.float32(1)
         for order in range(longest, max(longest - ORDERS_USED, 0), -1):
-            count = np.float32(len(matches[order]))
-            weight = count / (count + theta[order - 1])
+            entries = [_entry(table, block_table, block_size, position) for position in matches[order]]
+            fresh = [
+                entry is not None and entry[0] == context[position]
+                for position, entry in zip(matches[order], entries, strict=True)
+            ]
+            count = np.float32(len(entries))
+            share_unaligned = np.float32(fresh.count(False)) / count
+            escape = theta[order - 1] * (np.float32(1) + (doubt - np.float32(1)) * share_unaligned)
+            weight = count / (count + escape)
             share = left * weight / count
-            for position in matches[order]:
-                entry = _entry(table, block_table, block_size, position) if top_k else None
-                fresh = entry is not None and entry[0] == context[position]
-                aligned = alignment[order - 1] if fresh else np.float32(0)
+            for position, entry, is_fresh in zip(matches[order], entries, fresh, strict=True):
+                aligned = alignment[order - 1] if is_fresh else np.float32(0)
                 vote(context[position + 1], share * (np.float32(1) - aligned))
-                if fresh:
+                if is_fresh:
                     for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
                         vote(int(token), share * aligned * prob)
             left *= np.float32(1) - weight
@@ -85,4 +91,6 @@ def _matches(context, sequence, order, max_matches):
 
 
 def _entry(table, block_table, block_size, position):
+    if not len(table):
+        return None
     return table[block_table[position // block_size] * block_size + position % block_size]

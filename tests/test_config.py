@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import get_args
 
 import pytest
 
@@ -27,8 +28,14 @@ def test_defaults_are_valid_and_survive_parsing():
         ("aasd_min_survival", "0.5", "a number from 0 to 1"),
         ("aasd_min_survival", float("nan"), "a number from 0 to 1"),
         ("aasd_min_survival", True, "a number from 0 to 1"),
-        ("aasd_alignment", 1, "true or false"),
-        ("aasd_alignment", None, "true or false"),
+        ("aasd_draft_length", "long", "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", 0, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", 4.0, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", True, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_prior", "auto", "true or false"),
+        ("aasd_alignment", 1, "'auto' or true or false"),
+        ("aasd_alignment", "yes", "'auto' or true or false"),
+        ("aasd_alignment", None, "'auto' or true or false"),
         ("aasd_top_k", 0, "an integer from 1 to 8"),
         ("aasd_top_k", 2.0, "an integer from 1 to 8"),
         ("aasd_top_k", True, "an integer from 1 to 8"),
@@ -50,6 +57,11 @@ def test_integers_are_numbers():
     assert Settings.parse({"aasd_min_survival": 0, "aasd_beta": 2}) == Settings(min_survival=0.0, beta=2.0)
 
 
+def test_a_word_may_stand_beside_a_number_or_a_switch():
+    given = {"aasd_draft_length": 5, "aasd_alignment": False}
+    assert Settings.parse(given) == Settings(draft_length=5, alignment=False)
+
+
 def test_a_typo_is_refused_with_the_nearest_key():
     with pytest.raises(ValueError, match=r"Unknown setting 'aasd_topk'\. Did you mean 'aasd_top_k'\? Known: "):
         Settings.parse({"aasd_topk": 2})
@@ -58,9 +70,11 @@ def test_a_typo_is_refused_with_the_nearest_key():
 def test_every_setting_is_typed_documented_and_ranged():
     for field in dataclasses.fields(Settings):
         metadata = field.metadata
-        assert field.type in (str, bool, int, float)
+        kinds = set(get_args(field.type) or (field.type,))
+        assert kinds <= {str, bool, int, float}
         assert metadata["doc"].endswith(".")
-        assert field.type is bool or metadata["choices"] or metadata["within"], field.name
+        assert (str in kinds) == bool(metadata["choices"]), field.name
+        assert bool(kinds & {int, float}) == bool(metadata["within"]), field.name
 
 
 def test_the_readme_holds_the_table_that_the_code_draws():

@@ -9,6 +9,7 @@ from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, NO_ALIGNMENT, NUM_ORDERS
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels import draft as draft_op
 from vllm_aasd.kernels import draft_reference
+from vllm_aasd.kernels.mixture import Prior, no_prior
 
 K = 8
 BLOCK_SIZE = 16
@@ -75,9 +76,9 @@ def test_compiled_path_drafts_what_the_twin_drafts(
     rng = np.random.default_rng(seed)
     index = index_of(context, pieces=rng.integers(1, 5))
     view = aligned_store(context, seed, vocab_size) if aligned else NO_ALIGNMENT
-    prior = draft_op.no_prior()
+    prior = no_prior()
     if with_prior:
-        prior = draft_op.Prior(
+        prior = Prior(
             rng.integers(-1, vocab_size, (vocab_size, 3)).astype(np.int32),
             rng.dirichlet(np.ones(4), vocab_size).astype(np.float32)[:, :3],
         )
@@ -109,7 +110,7 @@ def test_index_is_the_same_however_the_context_arrives():
     assert grown.prev.shape[1] > 2048, "the context must make the index grow"
     np.testing.assert_array_equal(whole.prev[:, :2999], grown.prev[:, :2999])
     drafts = [
-        run(draft_op.draft, index, NO_ALIGNMENT, draft_op.no_prior(), 32, 0.0, 5)[0] for index in (whole, grown)
+        run(draft_op.draft, index, NO_ALIGNMENT, no_prior(), 32, 0.0, 5)[0] for index in (whole, grown)
     ]
     assert drafts[0] == drafts[1]
 

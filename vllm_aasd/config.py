@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from vllm_aasd.verification.conditional import ALPHA_RANGE, BETA_RANGE, FLOOR_RANGE
 
@@ -33,16 +33,29 @@ class Settings:
         "`prompt_lookup_min` and `prompt_lookup_max`, for comparison.",
         choices=("mixture", "ngram"),
     )
+    draft_length: int | str = _setting(
+        "adaptive",
+        "How many tokens are drafted, within `num_speculative_tokens`: `adaptive` drafts a token while it is "
+        "worth its share of the next step's time, over the whole batch; a number is the most that each request "
+        "gets, whatever the load.",
+        choices=("adaptive",),
+        within=(1, 128),
+    )
     min_survival: float = _setting(
-        0.1,
-        "A draft ends before the token that would make it less likely than this to be accepted as a whole. "
-        "Higher drafts less: cheaper when many requests run at once.",
+        0.02,
+        "A draft ends before the token that would make it less likely than this to be accepted as a whole.",
         within=(0.0, 1.0),
     )
-    alignment: bool = _setting(
+    prior: bool = _setting(
         True,
-        "Store the target's predictions at prompt positions too. Costs one lm_head over the prompt; "
-        "`false` stores them for generated tokens only, where they are free.",
+        "Draft from the model's prior too, where `python -m vllm_aasd.prior MODEL` has made one.",
+    )
+    alignment: bool | str = _setting(
+        "auto",
+        "Store the target's predictions at prompt positions too, which takes one lm_head over the prompt; "
+        "`auto` does where that was measured, at start-up, to cost at most 3 % of the prompt's time. At "
+        "generated tokens they are free, and always stored.",
+        choices=("auto",),
     )
     top_k: int = _setting(
         4,
@@ -95,33 +108,38 @@ class Settings:
 
 def allowed(field: dataclasses.Field) -> str:
     """What a field of `Settings` accepts, in words."""
-    if field.metadata["choices"]:
-        return " or ".join(repr(choice) for choice in field.metadata["choices"])
-    if field.type is bool:
-        return "true or false"
-    low, high = field.metadata["within"]
-    kind = "an integer" if field.type is int else "a number"
-    return f"{kind} from {low:g} to {high:g}"
+    kinds = _kinds(field)
+    words = [repr(choice) for choice in field.metadata["choices"]]
+    if bool in kinds:
+        words += ["true", "false"]
+    elif field.metadata["within"]:
+        low, high = field.metadata["within"]
+        words.append(f"{'an integer' if int in kinds else 'a number'} from {low:g} to {high:g}")
+    return " or ".join(words)
 
 
 def settings_table() -> str:
     """The settings as a Markdown table, as the README holds it."""
     rows = ["| key | default | allowed | what it does |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(Settings):
-        default = str(field.default).lower() if field.type is bool else field.default
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         rows.append(f"| `{PREFIX}{field.name}` | `{default}` | {allowed(field)} | {field.metadata['doc']} |")
     return "\n".join(rows)
 
 
+def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
+    return get_args(field.type) or (field.type,)
+
+
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    metadata = field.metadata
+    kinds = _kinds(field)
+    if type(value) is str and value in field.metadata["choices"]:
+        return value
+    if type(value) is bool and bool in kinds:
+        return value
     # JSON writes 1.0 as 1.
-    valid = type(value) in (int, float) if field.type is float else type(value) is field.type
-    if valid and metadata["choices"]:
-        valid = value in metadata["choices"]
-    elif valid and field.type is not bool:
-        low, high = metadata["within"]
-        valid = low <= value <= high
-    if not valid:
-        raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")
-    return field.type(value)
+    if type(value) in (int, float) if float in kinds else type(value) is int and int in kinds:
+        low, high = field.metadata["within"]
+        if low <= value <= high:
+            return float(value) if float in kinds else value
+    raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")

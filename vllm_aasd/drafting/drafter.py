@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_aasd.drafting.suffix_index import SuffixIndex
+from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.draft import MixtureWeights, Prior
+from vllm_aasd.kernels.mixture import MixtureWeights, Prior, no_prior
 
 NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
@@ -15,13 +16,14 @@ NUM_ORDERS = 6
 DEFAULT_WEIGHTS = MixtureWeights(
     theta=np.array([2.0, 1.5, 1.0, 1.0, 0.8, 0.6], np.float32),
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
+    doubt=np.float32(2.5),
 )
 
 MAX_MATCHES = 32
 """Most recent matches of each order that vote: the bound on the work of a step."""
 
-# Enough for every vote of a step: matches of the orders used, each with its token and 8 predictions.
-_MAX_CANDIDATES = 4 * MAX_MATCHES * 9
+MAX_TOP_K = 8
+"""Most predictions stored per context position that all vote."""
 
 
 class AlignmentView(NamedTuple):
@@ -38,7 +40,20 @@ class AlignmentView(NamedTuple):
     block_size: int
 
 
+_NOTHING = np.empty(0, np.float32)
+
 NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 1)
+
+
+class _Request:
+    """What is held for one request: its index, how far its estimates hold, and what its last draft promised."""
+
+    __slots__ = ("index", "promised", "trust")
+
+    def __init__(self, index: SuffixIndex) -> None:
+        self.index = index
+        self.trust = Trust()
+        self.promised = _NOTHING
 
 
 class Drafter:
@@ -49,16 +64,24 @@ class Drafter:
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
         prior: the target's successors of each token outside any context; none by default.
+        weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
     """
 
     def __init__(
-        self, vocab_size: int, max_draft_tokens: int, min_survival: float, prior: Prior | None = None
+        self,
+        vocab_size: int,
+        max_draft_tokens: int,
+        min_survival: float,
+        prior: Prior | None = None,
+        weights: MixtureWeights = DEFAULT_WEIGHTS,
     ) -> None:
-        self._indices: dict[str, SuffixIndex] = {}
+        self._requests: dict[str, _Request] = {}
         self._min_survival = np.float32(min_survival)
-        self._prior = prior if prior is not None else draft_op.no_prior()
+        self._prior = prior if prior is not None else no_prior()
+        self._weights = weights
         self._scores = np.zeros(vocab_size, np.float32)
-        self._seen = np.empty(_MAX_CANDIDATES, np.int32)
+        num_successors = self._prior.ids.shape[1]
+        self._seen = np.empty(draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_successors), np.int32)
         self._starts = np.empty(NUM_ORDERS, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)
         self._survival = np.empty(max_draft_tokens, np.float32)
@@ -66,7 +89,7 @@ class Drafter:
     @property
     def num_requests(self) -> int:
         """Requests that state is held for."""
-        return len(self._indices)
+        return len(self._requests)
 
     def draft(
         self, request_id: str, token_ids: np.ndarray, alignment: AlignmentView, max_draft_tokens: int
@@ -80,13 +103,14 @@ class Drafter:
             max_draft_tokens: the longest draft this time; 0 only takes in the context.
 
         Returns:
-            ``draft_token_ids [m]`` int32 and ``survival [m]`` float32, the probability that the draft up to
-            and including that token is accepted; views that the next call overwrites.
+            ``draft_token_ids [m]`` int32, a view that the next call overwrites, and ``survival [m]`` float32,
+            the probability that the draft up to and including that token is accepted.
         """
-        index = self._indices.get(request_id)
-        if index is None or not index.continues_to(token_ids):
-            index = SuffixIndex(NUM_ORDERS, len(self._draft_token_ids), len(token_ids))
-            self._indices[request_id] = index
+        request = self._requests.get(request_id)
+        if request is None or not request.index.continues_to(token_ids):
+            request = _Request(SuffixIndex(NUM_ORDERS, len(self._draft_token_ids), len(token_ids)))
+            self._requests[request_id] = request
+        index = request.index
         index.extend(token_ids[index.length :])
         limit = min(max_draft_tokens, len(self._draft_token_ids))
         count = draft_op.draft(
@@ -95,7 +119,7 @@ class Drafter:
             index.head,
             index.length,
             *alignment,
-            *DEFAULT_WEIGHTS,
+            *self._weights,
             *self._prior,
             MAX_MATCHES,
             self._min_survival,
@@ -105,9 +129,24 @@ class Drafter:
             self._draft_token_ids[:limit],
             self._survival,
         )
-        return self._draft_token_ids[:count], self._survival[:count]
+        survival = request.trust.apply(self._survival[:count])
+        count = np.count_nonzero(survival >= self._min_survival)
+        request.promised = survival[:count]
+        return self._draft_token_ids[:count], request.promised
+
+    def verified(self, request_id: str, num_draft_tokens: int, num_accepted: int) -> None:
+        """Learn what became of a request's last draft; unknown requests are passed over.
+
+        Args:
+            request_id: the request.
+            num_draft_tokens: how many tokens of the draft were verified, from its beginning; may be 0.
+            num_accepted: how many of those were accepted.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.trust.observe(request.promised[:num_draft_tokens], num_accepted)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is held for requests that have ended; unknown ones are passed over."""
         for request_id in request_ids:
-            self._indices.pop(request_id, None)
+            self._requests.pop(request_id, None)

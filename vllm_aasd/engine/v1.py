@@ -1,10 +1,12 @@
 """The adapter of vLLM's V1 model runner: it gathers what the runner has, calls, and hands back.
 
-One engine step, in the order in which `vllm_aasd.engine.worker` calls: `forget` (requests that have ended),
-the runner's forward pass, `begin_sampling` (alignment store), the runner's sampling (`V1Verifier`), `propose`.
+One engine step, in the order in which `vllm_aasd.engine.worker` calls: `begin_step` (drops requests that have
+ended), the runner's forward pass, `begin_sampling` (alignment store), the runner's sampling (`V1Verifier`),
+`propose`, `end_step` (step time).
 """
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +19,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.drafting.step_time import StepTimeModel
+from vllm_aasd.engine import start_up
 from vllm_aasd.engine.v1_verifier import V1Verifier
 
 logger = logging.getLogger("vllm.aasd")
@@ -30,19 +35,29 @@ class AASDProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         speculative_config = vllm_config.speculative_config
+        scheduler_config = vllm_config.scheduler_config
         self._settings = speculative_config.aasd
+        self._model_config = vllm_config.model_config
         self._max_draft_tokens = speculative_config.num_speculative_tokens
-        self._drafter = Drafter(
-            vllm_config.model_config.get_vocab_size(), self._max_draft_tokens, self._settings.min_survival
+        self._is_adaptive = self._settings.draft_length == "adaptive"
+        if not self._is_adaptive:
+            self._max_draft_tokens = min(self._max_draft_tokens, self._settings.draft_length)
+        self._max_step_tokens = min(
+            scheduler_config.max_num_seqs * (1 + self._max_draft_tokens), scheduler_config.max_num_batched_tokens
         )
+        self._step_time = StepTimeModel(self._max_step_tokens)
+        self._drafter: Drafter | None = None
         self._ngram = NgramProposer(vllm_config) if self._settings.draft == "ngram" else None
         self._model: torch.nn.Module | None = None
         self._runner: GPUModelRunner | None = None
         self._store: AlignmentStore | None = None
         self._store_group = 0
         self._align_prompts = False
+        self._began = 0.0
+        self._num_decode_tokens: int | None = None
+        self._num_drafted: dict[str, int] = {}
         self.verifier = V1Verifier(
-            self._settings, vllm_config.scheduler_config.max_num_seqs, vllm_config.device_config.device
+            self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
         )
         self.has_proposed = False
         """Whether the runner has asked for drafts in this step."""
@@ -56,6 +71,12 @@ class AASDProposer:
         self._runner = runner
         if self._ngram is not None:
             return
+        self._drafter = Drafter(
+            self._model_config.get_vocab_size(),
+            self._max_draft_tokens,
+            self._settings.min_survival,
+            start_up.load_prior(self._model_config) if self._settings.prior else None,
+        )
         group = _full_attention_group(kv_cache_config)
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
@@ -69,11 +90,47 @@ class AASDProposer:
         )
         # vLLM's copy-on-write of KV blocks then carries the entries along.
         runner.kv_caches.append(self._store.table)
-        self._align_prompts = self._settings.alignment
+        self._align_prompts = self._settings.alignment is not False
         if self._align_prompts and runner.lora_config is not None:
             # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
             logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
             self._align_prompts = False
+
+    @torch.inference_mode()
+    def profile(self) -> None:
+        """Time steps of the warmed-up model: the first step-time curve, and whether to align prompts."""
+        if self._drafter is None:
+            return
+        profile = start_up.profile_steps(
+            lambda num_tokens: self._runner._dummy_run(num_tokens)[0],
+            self._model.compute_logits,
+            self._max_step_tokens,
+            min(PREFILL_CHUNK, self._runner.max_num_tokens),
+            self._settings.top_k,
+        )
+        self._step_time.warm_start(profile.samples)
+        if self._settings.alignment == "auto" and profile.alignment_share > start_up.MAX_ALIGNMENT_SHARE:
+            self._align_prompts = False
+        logger.info(
+            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
+            "a prompt's time and are %s",
+            " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
+            100 * profile.alignment_share,
+            "stored" if self._align_prompts else "not stored",
+        )
+
+    def begin_step(self, finished_req_ids: Iterable[str]) -> None:
+        """Begin to time a step, and drop the state of requests that have ended."""
+        self._began = time.perf_counter()
+        self._num_decode_tokens = None
+        if self._drafter is not None:
+            self._drafter.forget(finished_req_ids)
+        self.verifier.forget(finished_req_ids)
+
+    def end_step(self) -> None:
+        """Learn from the time that a step took; one with prompt positions in it says nothing of decoding."""
+        if self._num_decode_tokens is not None:
+            self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
 
     def begin_sampling(self) -> None:
         """Store the target's predictions at every position of this step, while its logits are unprocessed."""
@@ -82,8 +139,15 @@ class AASDProposer:
         if runner is None or runner.execute_model_state is None:
             return
         self.verifier.begin_step(runner.input_batch.req_ids, runner.requests)
+        state = runner.execute_model_state
+        scheduled = state.scheduler_output
+        self._num_drafted = {
+            req_id: len(drafts) for req_id, drafts in scheduled.scheduled_spec_decode_tokens.items()
+        }
+        if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
+            self._num_decode_tokens = scheduled.total_num_scheduled_tokens
         if self._store is not None:
-            self._align(runner, runner.execute_model_state)
+            self._align(runner, state)
 
     def _align(self, runner: GPUModelRunner, state: Any) -> None:
         num_tokens = state.scheduler_output.total_num_scheduled_tokens
@@ -124,15 +188,22 @@ class AASDProposer:
             )
         req_ids = self._runner.input_batch.req_ids
         drafts: list[list[int]] = []
+        survival = np.zeros((len(sampled_token_ids), self._max_draft_tokens), np.float32)
         for row, sampled in enumerate(sampled_token_ids):
             if not sampled:
                 drafts.append([])
                 continue
+            req_id = req_ids[row]
             context = token_ids_cpu[row, : num_tokens_no_spec[row]]
-            limit = self._draft_limit(req_ids[row], len(context))
-            draft_token_ids, _ = self._drafter.draft(req_ids[row], context, self._alignment_of(row), limit)
+            limit = self._draft_limit(req_id, len(context))
+            self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
+            draft_token_ids, expected = self._drafter.draft(req_id, context, self._alignment_of(row), limit)
             drafts.append(draft_token_ids.tolist())
-        return drafts
+            survival[row, : len(expected)] = expected
+        if not self._is_adaptive:
+            return drafts
+        lengths = draft_lengths(survival, self._step_time.relative())
+        return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
 
     def _draft_limit(self, req_id: str, num_tokens: int) -> int:
         """No draft token past what the request may still emit: one token comes without a draft."""
@@ -148,11 +219,6 @@ class AASDProposer:
             return NO_ALIGNMENT
         blocks = self._runner.input_batch.block_table[self._store_group]
         return AlignmentView(self._store.numpy(), blocks.block_table.np[row], blocks.block_size)
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop the state of requests that have ended."""
-        self._drafter.forget(req_ids)
-        self.verifier.forget(req_ids)
 
 
 def _full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:

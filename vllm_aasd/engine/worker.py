@@ -8,6 +8,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
 from vllm_aasd.drafting.drafter import NUM_ORDERS
@@ -43,17 +44,25 @@ class AASDCPUWorker(CPUWorker):
             settings.describe(),
         )
 
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Also: find out what steps of the model cost, now that it is compiled."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.drafter.profile()
+        return times
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Also: drop the state of requests that have ended."""
-        self.model_runner.drafter.forget(scheduler_output.finished_req_ids)
+        """Also: begin to time the step, and drop the state of requests that have ended."""
+        self.model_runner.drafter.begin_step(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Also: store the step's predictions before vLLM's processors change the logits, then verify by ours."""
+        """Also: store the step's predictions before vLLM's processors change the logits, and verify by ours."""
         proposer = self.model_runner.drafter
         proposer.begin_sampling()
         with proposer.verifier.active():
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
+        proposer.end_step()
+        return output
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""

@@ -1,0 +1,36 @@
+"""What the mixture of `vllm_aasd.kernels.draft` is made with, apart from a request: its constants and the prior."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class MixtureWeights(NamedTuple):
+    """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.
+
+    Attributes:
+        theta: pseudo-count of each order, > 0; larger trusts its matches less.
+        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
+        doubt: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
+    """
+
+    theta: np.ndarray
+    alignment: np.ndarray
+    doubt: np.float32
+
+
+class Prior(NamedTuple):
+    """The target's likeliest successors of each token, outside any context.
+
+    Attributes:
+        ids: ``[vocab_size, k]`` int32; -1 where there are fewer than k.
+        probs: ``[vocab_size, k]`` float32.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+
+
+def no_prior() -> Prior:
+    """An empty prior: the mixture then starts from nothing."""
+    return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))

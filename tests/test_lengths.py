@@ -1,0 +1,168 @@
+"""Draft lengths by load: against a search over all lengths, and the curve of step times that they rest on."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.drafting.step_time import StepTimeModel, knots
+from vllm_aasd.drafting.trust import Trust
+
+K = 3
+
+
+def survivals(num_requests):
+    conditional = st.lists(
+        st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), min_size=num_requests * K, max_size=num_requests * K
+    )
+    return conditional.map(lambda values: np.cumprod(np.array(values, np.float32).reshape(num_requests, K), axis=1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    survival=st.integers(1, 3).flatmap(survivals),
+    costs=st.lists(st.floats(0.0, 1.0), min_size=12, max_size=12),
+)
+def test_no_other_lengths_emit_more_tokens_a_second(survival, costs):
+    step_times = 1 + np.cumsum([0.0, *costs])
+    num_requests = len(survival)
+
+    def rate(lengths):
+        expected = num_requests + sum(survival[row, :length].sum() for row, length in enumerate(lengths))
+        return expected / step_times[num_requests + sum(lengths)]
+
+    chosen = draft_lengths(survival, step_times)
+    assert chosen.shape == (num_requests,)
+    best = max(rate(lengths) for lengths in itertools.product(range(K + 1), repeat=num_requests))
+    assert rate(chosen) == pytest.approx(best, rel=1e-5)
+
+
+def test_the_same_drafts_get_shorter_as_tokens_get_dearer():
+    survival = np.tile(np.cumprod(np.full(8, 0.6, np.float32)), (4, 1))
+    totals = [draft_lengths(survival, 1 + price * np.arange(60)).sum() for price in (0.0, 0.02, 0.1, 1.0)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] == 32, "free tokens are all worth having"
+    assert totals[-1] == 0, "no draft is a legal answer"
+
+
+def test_likelier_requests_get_the_tokens():
+    survival = np.array([[0.9, 0.8, 0.7], [0.1, 0.05, 0.0]], np.float32)
+    assert draft_lengths(survival, np.array([1, 1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0])).tolist() == [3, 0]
+
+
+def test_nothing_is_drafted_beyond_the_curve_or_behind_a_drafts_end():
+    free = np.ones(5)
+    assert draft_lengths(np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32), free).tolist() == [3]
+    assert draft_lengths(np.array([[0.9, 0.0, 0.0]], np.float32), free).tolist() == [1]
+    assert draft_lengths(np.zeros((2, 3), np.float32), free).tolist() == [0, 0]
+
+
+def device(num_tokens):
+    """Seconds of a step: flat up to 16 tokens, then linear."""
+    return 0.01 * max(1.0, num_tokens / 16)
+
+
+def test_the_curve_is_learnt_from_steps_alone():
+    model = StepTimeModel(64)
+    assert model.relative().tolist() == [1.0] * 65
+    rng = np.random.default_rng(0)
+    for _ in range(30000):
+        num_tokens = int(rng.integers(1, 65))
+        model.observe(num_tokens, device(num_tokens) * rng.lognormal(0, 0.1))
+    for num_tokens in (1, 8, 16, 32, 64):
+        assert model.relative()[num_tokens] == pytest.approx(device(num_tokens) / device(1), rel=0.1)
+
+
+def warm():
+    model = StepTimeModel(64)
+    model.warm_start([(count, device(count) * slow) for count in (1, 8, 16, 32, 64) for slow in (1.0, 1.5)])
+    return model
+
+
+def test_a_warm_start_takes_the_fastest_of_each_size():
+    for num_tokens in (1, 8, 16, 32, 64):
+        assert warm().relative()[num_tokens] == pytest.approx(device(num_tokens) / device(1))
+
+
+def test_beyond_the_largest_profiled_size_time_grows_with_the_tokens():
+    model = StepTimeModel(256)
+    model.warm_start([(count, device(count)) for count in (1, 16, 32, 64)])
+    assert model.relative()[256] == pytest.approx(device(256) / device(1), rel=0.01)
+
+
+def test_a_slower_machine_does_not_bend_the_curve():
+    model = warm()
+    before = model.relative().copy()
+    for num_tokens in [4, 20, 40] * 20:
+        model.observe(num_tokens, 3 * device(num_tokens))
+    np.testing.assert_allclose(model.relative(), before, rtol=0.06)
+
+
+def test_one_accident_moves_the_curve_by_a_percent_at_most():
+    model = warm()
+    before = model.relative().copy()
+    for _ in range(16):
+        model.observe(1, device(1))
+    model.observe(32, 1e6)
+    for _ in range(16):
+        model.observe(1, device(1))
+    assert np.max(np.abs(model.relative() / before - 1)) < 0.02
+
+
+def test_the_curve_never_falls_whatever_is_observed():
+    model = warm()
+    for _ in range(2000):
+        model.observe(64, 1e-6)
+    assert np.all(np.diff(model.relative()) >= 0)
+    for num_tokens, seconds in ((0, 1.0), (65, 1.0), (3, 0.0), (3, -1.0)):
+        model.observe(num_tokens, seconds)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 5, 64, 100])
+def test_knots_begin_at_one_and_end_at_the_largest_size(max_tokens):
+    counts = knots(max_tokens)
+    assert counts[0] == 1 and counts[-1] == max_tokens
+    assert np.all(np.diff(counts) > 0)
+
+
+def test_a_request_whose_drafts_fail_stops_paying_and_is_tried_again():
+    estimate = np.cumprod(np.full(8, 0.5, np.float32))
+    price = 1 + 0.25 * np.arange(20)
+    trust = Trust()
+
+    def length():
+        return int(draft_lengths(trust.apply(estimate)[None], price)[0])
+
+    assert length() > 0
+    steps = 0
+    while length():
+        trust.observe(trust.apply(estimate)[: length()], 0)
+        steps += 1
+        assert steps < 200, "it must stop"
+    assert steps > 3, "one failure is no reason to stop"
+    quiet = 0
+    while not length():
+        trust.observe(np.empty(0, np.float32), 0)
+        quiet += 1
+        assert quiet < 200, "it must be tried again"
+
+
+def test_trust_stays_where_estimates_hold():
+    rng = np.random.default_rng(1)
+    estimate = np.cumprod(np.full(4, 0.6, np.float32))
+    trust, factors = Trust(), []
+    for _ in range(4000):
+        survival = trust.apply(estimate)
+        rejected = np.flatnonzero(rng.random(4) > 0.6)
+        trust.observe(survival, int(rejected[0]) if len(rejected) else 4)
+        factors.append(trust.factor)
+    assert np.mean(factors) == pytest.approx(1.0, abs=0.05)
+
+
+def test_survival_under_trust_is_still_a_survival():
+    trust = Trust()
+    trust.factor = 1.1
+    assert trust.apply(np.array([1.0, 0.99, 0.5], np.float32)).tolist() == pytest.approx([1.0, 1.0, 0.5 / 0.99 * 1.1])

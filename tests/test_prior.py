@@ -1,0 +1,227 @@
+"""The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
+
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
+from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.engine.successors import assistant_prefix
+from vllm_aasd.kernels.mixture import Prior
+
+VOCAB_SIZE = 7
+FORMAT = {"format": "vllm-aasd prior, version 1", "model": "m"}
+
+
+def small_prior():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCAB_SIZE, (VOCAB_SIZE, 2)).astype(np.int32)
+    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "folder" / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    loaded = prior_file.load(path, "m", VOCAB_SIZE)
+    np.testing.assert_array_equal(loaded.ids, small_prior().ids)
+    np.testing.assert_array_equal(loaded.probs, small_prior().probs)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no leftovers"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path, monkeypatch):
+    path = tmp_path / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    before = path.read_bytes()
+    monkeypatch.setattr(prior_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        prior_file.save(path, small_prior(), "another")
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def damaged(**changes):
+    return {**small_prior()._asdict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "reason"),
+    [
+        (damaged(), {}, "is no file of the format"),
+        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "is no file of the format"),
+        (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
+        ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
+        (damaged(ids=small_prior().ids[:5]), FORMAT, "holds shapes"),
+        (damaged(ids=small_prior().ids[0]), FORMAT, "holds shapes"),
+        (damaged(ids=np.zeros((7, 0), np.int32), probs=np.zeros((7, 0), np.float32)), FORMAT, "holds shapes"),
+        (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "expected int32 and float32"),
+        (damaged(ids=np.full((7, 2), 7, np.int32)), FORMAT, "outside of the vocabulary"),
+        (damaged(ids=np.full((7, 2), -2, np.int32)), FORMAT, "outside of the vocabulary"),
+        (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
+        (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
+        (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
+    path = tmp_path / "prior.safetensors"
+    save_file(tensors, path, metadata)
+    with pytest.raises(prior_file.PriorError, match=reason):
+        prior_file.load(path, "m", VOCAB_SIZE)
+
+
+def test_a_truncated_or_unreadable_file_is_refused(tmp_path):
+    path = tmp_path / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    content = path.read_bytes()
+    for part in (b"", content[:4], content[: len(content) // 2], b"\xff" * 64):
+        path.write_bytes(part)
+        with pytest.raises(prior_file.PriorError, match="can't be read"):
+            prior_file.load(path, "m", VOCAB_SIZE)
+    with pytest.raises(prior_file.PriorError, match="can't be read"):
+        prior_file.load(tmp_path, "m", VOCAB_SIZE)
+    with pytest.raises(FileNotFoundError):
+        prior_file.load(tmp_path / "none", "m", VOCAB_SIZE)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("VLLM_AASD_CACHE_ROOT", raising=False)
+    assert prior_file.cache_path("k") == tmp_path / "vllm_aasd" / "prior-k.safetensors"
+    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path / "shared"))
+    assert prior_file.cache_path("k") == tmp_path / "shared" / "prior-k.safetensors"
+
+
+def model_folder(path, **files):
+    path.mkdir()
+    for name, content in {"config.json": b"{}", "model.safetensors": bytes(1 << 23), **files}.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_a_models_key_is_its_content(tmp_path):
+    key = model_key(str(model_folder(tmp_path / "a")))
+    assert model_key(str(model_folder(tmp_path / "copy"))) == key
+    changed = [
+        {"config.json": b"{ }"},
+        {"tokenizer.json": b"{}"},
+        {"model.safetensors": bytes((1 << 23) + 1)},
+        *({"model.safetensors": bytes(at) + b"x" + bytes((1 << 23) - at - 1)} for at in (0, 1 << 22, (1 << 23) - 1)),
+    ]
+    keys = [model_key(str(model_folder(tmp_path / f"b{i}", **files))) for i, files in enumerate(changed)]
+    assert len({key, *keys}) == 1 + len(changed)
+    assert model_key(str(model_folder(tmp_path / "c", **{"README.md": b"words"}))) == key
+
+
+def test_a_model_that_is_not_here_has_no_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert model_key("nobody/no-such-model") is None
+    assert model_key("s3://bucket/model") is None
+    (tmp_path / "empty").mkdir()
+    assert model_key(str(tmp_path / "empty")) is None
+
+
+class Tokenizer:
+    bos_token_id = 1
+
+    def __init__(self, template):
+        self.template = template
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        return self.template(messages[0]["content"], add_generation_prompt)
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(letter) for letter in text]
+
+
+def test_the_prefix_is_what_the_template_puts_before_an_answer():
+    assert assistant_prefix(Tokenizer(lambda text, answer: f"U:{text}" + "A:" * answer)) == [ord("A"), ord(":")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [lambda text, answer: text, lambda text, answer: "x" * answer + text + "y", lambda text, answer: 1 / 0],
+)
+def test_without_a_usable_template_it_is_what_begins_a_text(template):
+    tokenizer = Tokenizer(template)
+    assert assistant_prefix(tokenizer) == [1]
+    tokenizer.bos_token_id = None
+    assert assistant_prefix(tokenizer) == []
+
+
+def test_the_prior_drafts_where_nothing_matches():
+    ids = np.array([[1], [2], [3], [0]], np.int32)
+    drafter = Drafter(4, 3, 0.0, Prior(ids, np.full((4, 1), 0.5, np.float32)))
+    draft_token_ids, survival = drafter.draft("a", np.array([0, 2], np.int32), NO_ALIGNMENT, 3)
+    assert draft_token_ids[0] == 3 and survival[0] == pytest.approx(0.5)
+
+
+COMMAND = """
+import sys
+from vllm_aasd import prior
+prior.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A random Llama with a vocabulary of 300, and a tokenizer that knows as many words."""
+    import torch
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=128, **shape))
+    # A fresh model's logits are all alike; these differ enough for an order that rounding does not change.
+    model.lm_head.weight.data *= 40
+    model.save_pretrained(path)
+    words = Words(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0").save_pretrained(path)
+    return path, model
+
+
+@pytest.mark.engine
+def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path):
+    import torch
+
+    path, model = tiny_model
+    environment = {
+        **os.environ,
+        "VLLM_AASD_CACHE_ROOT": str(tmp_path),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32"]
+    run = types.SimpleNamespace(args=command, env=environment, text=True, capture_output=True, timeout=300)
+    first = subprocess.run(**vars(run))
+    assert first.returncode == 0, first.stderr[-3000:]
+    key = model_key(str(path))
+    loaded = prior_file.load(tmp_path / f"prior-{key}.safetensors", key, 300)
+
+    with torch.inference_mode():
+        pairs = torch.stack([torch.ones(300, dtype=torch.long), torch.arange(300)], dim=1)
+        want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
+    np.testing.assert_array_equal(loaded.ids, want.indices)
+    np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
+
+    second = subprocess.run(**vars(run))
+    assert second.returncode == 0 and "there already" in second.stdout
+
+
+def test_the_command_refuses_what_it_can_not_do(capsys):
+    from vllm_aasd import prior
+
+    with pytest.raises(SystemExit):
+        prior.main(["model", "--top-k", "65"])
+    assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""Make the demo model's prior, so that the server drafts at full strength (``make serve``, ``make demo``).
+
+Takes some minutes, once: the model is run over its whole vocabulary.
+"""
+
+import os
+import sys
+
+from console import report_errors, run_logged, say
+from demo_model import MODEL_PATH
+from environment import ROOT, VENV, only_one_at_a_time
+
+KV_CACHE_GIB = "1"
+
+
+def is_there() -> bool:
+    """Whether the prior of the demo model, as it is on disk, lies where the server will look for it."""
+    from vllm_aasd.drafting.prior import cache_path
+    from vllm_aasd.engine.model_key import model_key
+
+    key = model_key(str(MODEL_PATH))
+    return key is not None and cache_path(key).exists()
+
+
+def main() -> None:
+    with only_one_at_a_time(ROOT):
+        if is_there():
+            return
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH)]
+        run_logged("making the demo model's prior (a few minutes, once)", command, VENV / "aasd-prior.log")
+        say("the prior is ready")
+
+
+if __name__ == "__main__":
+    report_errors(main)

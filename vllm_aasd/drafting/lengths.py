@@ -1,0 +1,34 @@
+"""How many draft tokens each request of a batch gets: as many as are worth their share of the next step."""
+
+import numpy as np
+
+
+def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
+    """Choose the draft lengths that make the batch emit most tokens a second.
+
+    A step in which n draft tokens are verified emits one token per request and, in expectation, the sum of
+    the survivals of those n. Its time depends on how many tokens are in the batch, not on whose they are. So
+    for each n the best drafts are the n likeliest tokens of the whole batch, and the best n maximises::
+
+        (B + s_1 + ... + s_n) / T(B + n)        s sorted descending, B requests, T the step time
+
+    Survival falls along a draft, so the likeliest tokens are a prefix of each. n = 0 is a legal answer.
+
+    Args:
+        survival: ``[B, K]``, the probability that a draft is accepted up to and including each of its tokens;
+            non-increasing along a row, 0 behind a draft's end.
+        step_times: ``[>= B + 1]``, the time of a step by the tokens in its batch, in any unit; beyond its end
+            nothing is drafted.
+
+    Returns:
+        ``[B]`` int64, the length of each draft.
+    """
+    num_requests, width = survival.shape
+    flat = survival.ravel()
+    # Stable, so that of equal survivals in a row the earlier token comes first.
+    order = np.argsort(-flat, kind="stable")
+    order = order[: min(np.count_nonzero(flat), len(step_times) - num_requests - 1)]
+    emitted = num_requests + np.concatenate(([0.0], np.cumsum(flat[order])))
+    rate = emitted / step_times[num_requests : num_requests + len(order) + 1]
+    chosen = order[: int(np.argmax(rate))]
+    return np.bincount(chosen // width, minlength=num_requests)

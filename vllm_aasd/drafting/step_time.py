@@ -1,0 +1,101 @@
+"""How long a step of the target model takes, by the number of tokens in its batch, learnt while serving."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+_LEVEL_RATE = 0.2
+_SHAPE_RATE = 0.02
+# Largest error, in nats of time, that a single step may teach: a step ten times as long is an accident.
+_MAX_ERROR = 0.5
+# Steps between two evaluations of the curve.
+_REFRESH = 16
+
+
+class StepTimeModel:
+    """The step-time curve: ``log T(n) = level + shape(n)``, n being the tokens in the batch.
+
+    Drafting only ever compares step times of the same moment, so what matters is the shape. The level follows
+    fast, and takes with it whatever slows all steps alike (a busy machine, longer contexts); the shape follows
+    slowly from what is left. It is linear between knots that lie ever farther apart, and read as
+    non-decreasing: more tokens are never taken to be cheaper. One step moves either by a bounded amount.
+
+    Args:
+        max_tokens: the most tokens that will be asked about, >= 1.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._knots = knots(max_tokens)
+        # Before anything is known, tokens cost nothing: as on a device that is far from its knee.
+        self._shape = np.zeros(len(self._knots))
+        self._level: float | None = None
+        self._tokens = np.arange(max_tokens + 1)
+        self._unread = 0
+        self._refresh()
+
+    def warm_start(self, samples: Iterable[tuple[int, float]]) -> None:
+        """Begin from steps that were timed for the purpose.
+
+        Args:
+            samples: tokens in the batch and seconds, at least one; the fastest of those with equally many
+                tokens counts. Beyond the most tokens the curve goes on as straight as it came there.
+        """
+        fastest: dict[int, float] = {}
+        for num_tokens, seconds in samples:
+            fastest[num_tokens] = min(seconds, fastest.get(num_tokens, seconds))
+        known = np.array(sorted(fastest))
+        times = np.maximum.accumulate([fastest[num_tokens] for num_tokens in known])
+        seconds = np.interp(self._knots, known, times)
+        if len(known) > 1:
+            slope = (times[-1] - times[-2]) / (known[-1] - known[-2])
+            seconds += slope * np.maximum(self._knots - known[-1], 0)
+        self._shape = np.log(seconds / seconds[0])
+        self._level = float(np.log(seconds[0]))
+        self._refresh()
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Learn from one step.
+
+        Args:
+            num_tokens: tokens in the batch, 1 to ``max_tokens``; others are passed over.
+            seconds: how long it took, > 0.
+        """
+        if not 1 <= num_tokens < len(self._tokens) or seconds <= 0:
+            return
+        high = int(np.searchsorted(self._knots, num_tokens))
+        low = max(high - 1, 0)
+        span = self._knots[high] - self._knots[low]
+        share = (num_tokens - self._knots[low]) / span if span else 1.0
+        expected = (1 - share) * self._shape[low] + share * self._shape[high]
+        if self._level is None:
+            self._level = float(np.log(seconds) - expected)
+        error = float(np.clip(np.log(seconds) - expected - self._level, -_MAX_ERROR, _MAX_ERROR))
+        self._level += _LEVEL_RATE * error
+        self._shape[low] += _SHAPE_RATE * (1 - share) * error
+        self._shape[high] += _SHAPE_RATE * share * error
+        self._unread += 1
+        if self._unread >= _REFRESH:
+            self._refresh()
+
+    def relative(self) -> np.ndarray:
+        """Step times by tokens in the batch, in units of the fastest.
+
+        Returns:
+            ``[max_tokens + 1]`` float64, non-decreasing, >= 1; entry 0 is that of one token.
+        """
+        return self._relative
+
+    def _refresh(self) -> None:
+        self._unread = 0
+        shape = np.maximum.accumulate(self._shape)
+        self._relative = np.exp(np.interp(self._tokens, self._knots, shape - shape[0]))
+
+
+def knots(max_tokens: int) -> np.ndarray:
+    """Token counts that the curve is held at: 1, 2, 3, 4, 6, 8, 12, 16, ... and ``max_tokens``."""
+    counts = {1, max_tokens}
+    power = 2
+    while power < max_tokens:
+        counts |= {power, min(power * 3 // 2, max_tokens)}
+        power *= 2
+    return np.array(sorted(counts))

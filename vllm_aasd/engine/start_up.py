@@ -1,0 +1,115 @@
+"""What a worker finds out once, before it serves: the model's prior, and what its steps cost."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from vllm.config import ModelConfig
+
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.step_time import knots
+from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.kernels.align import align
+from vllm_aasd.kernels.mixture import Prior
+
+logger = logging.getLogger("vllm.aasd")
+
+MAX_ALIGNMENT_SHARE = 0.03
+"""Of a prompt's time, what storing predictions at its positions may take for ``aasd_alignment: auto`` to do it."""
+
+_PROFILE_SECONDS = 4.0
+_REPETITIONS = 3
+# Beyond this a step's time grows with its tokens on every device: the curve is drawn on from there.
+_MOST_TOKENS = 512
+
+
+def load_prior(model: ModelConfig) -> Prior | None:
+    """The prior of the served model, if one was made and is of use; says in the log which it is."""
+    key = model_key(model.model, model.revision)
+    path = prior_file.cache_path(key) if key else None
+    try:
+        if path is None:
+            raise FileNotFoundError
+        prior = prior_file.load(path, key, model.get_vocab_size())
+    except FileNotFoundError:
+        logger.info(
+            "aasd: no prior for %s; `python -m vllm_aasd.prior %s` makes one, and drafts get better by it",
+            model.model,
+            model.model,
+        )
+        return None
+    except prior_file.PriorError as error:
+        logger.warning("aasd: serving without a prior: %s", error)
+        return None
+    logger.info("aasd: prior with %d successors a token from %s", prior.ids.shape[1], path)
+    return prior
+
+
+class StepProfile(NamedTuple):
+    """What steps cost.
+
+    Attributes:
+        samples: tokens in the batch and seconds, of steps whose every token is sampled from.
+        alignment_share: of a prompt's time, what storing predictions at its positions takes.
+    """
+
+    samples: list[tuple[int, float]]
+    alignment_share: float
+
+
+def profile_steps(
+    forward: Callable[[int], torch.Tensor],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    max_tokens: int,
+    prompt_chunk: int,
+    top_k: int,
+) -> StepProfile:
+    """Time steps of several sizes, for a few seconds in all.
+
+    Args:
+        forward: runs the model on so many tokens and returns hidden states, ``[>= n, hidden_size]``.
+        compute_logits: from hidden states to logits.
+        max_tokens: the most tokens of a step of decoding.
+        prompt_chunk: prompt positions whose logits are made at once.
+        top_k: predictions stored per position.
+    """
+    samples = []
+    began = time.perf_counter()
+    sizes = knots(min(max_tokens, _MOST_TOKENS))
+    for repetition in range(_REPETITIONS):
+        for num_tokens in map(int, sizes):
+            forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens, num_tokens)
+            if repetition:  # the first of a size pays for what libraries set up
+                samples.append((num_tokens, forward_seconds + logits_seconds))
+            if repetition > 1 and time.perf_counter() - began > _PROFILE_SECONDS:
+                break
+    shares = []
+    for _ in range(_REPETITIONS):
+        forward_seconds, logits_seconds, logits = _time_step(
+            forward, compute_logits, prompt_chunk, prompt_chunk
+        )
+        shares.append((logits_seconds + _time_align(logits, top_k)) / forward_seconds)
+    return StepProfile(samples, min(shares))
+
+
+def _time_step(
+    forward: Callable[[int], torch.Tensor],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    num_tokens: int,
+    num_rows: int,
+) -> tuple[float, float, torch.Tensor]:
+    began = time.perf_counter()
+    hidden_states = forward(num_tokens)[:num_rows]
+    between = time.perf_counter()
+    logits = compute_logits(hidden_states)
+    return between - began, time.perf_counter() - between, logits
+
+
+def _time_align(logits: torch.Tensor, top_k: int) -> float:
+    rows = torch.arange(len(logits), device=logits.device)
+    table = torch.empty(len(logits), 1 + 2 * top_k, dtype=torch.int32, device=logits.device)
+    began = time.perf_counter()
+    align(logits, rows.int(), rows, table)
+    return time.perf_counter() - began

@@ -1,0 +1,78 @@
+"""Make the prior of a model: what it would say after each token of its vocabulary, for drafts to begin from.
+
+    python -m vllm_aasd.prior MODEL [--top-k 8] [--output FILE] [--force] [arguments of vLLM's engine]
+
+Runs the model once over its vocabulary and keeps the result in a cache folder under a name that stands for the
+model's content; a server with method ``aasd`` finds it there. On a cluster, run it on each node, or put
+``VLLM_AASD_CACHE_ROOT`` on a file system that they share.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from vllm_aasd.drafting import prior as prior_file
+
+DEFAULT_TOP_K = 8
+_REPORT_SECONDS = 5.0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: with a message, where the model's files or the arguments are of no use.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_aasd.prior",
+        description="Make the prior of a model, for `vllm serve` with method aasd to draft from.",
+        epilog="All other arguments are those of vLLM's engine, such as --tensor-parallel-size 2.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="path or name of the target model")
+    parser.add_argument("--top-k", type=_top_k, default=DEFAULT_TOP_K, help="successors kept of each token")
+    parser.add_argument("--output", type=Path, help="file to write (default: where the server looks for it)")
+    parser.add_argument("--force", action="store_true", help="make it again where there is one")
+    ours, engine_arguments = parser.parse_known_args(arguments)
+
+    # Here, so that --help doesn't wait for vLLM.
+    from vllm_aasd.engine import successors
+
+    engine = successors.engine_arguments(ours.model, engine_arguments, ours.top_k)
+    key = successors.key_of(engine)
+    if key is None:
+        sys.exit(f"error: the files of {ours.model!r} are not on this machine; download the model first")
+    path = ours.output or prior_file.cache_path(key)
+    if path.exists() and not ours.force:
+        print(f"there already: {path}")
+        return
+    prior_file.save(path, successors.successors(engine, ours.top_k, _Progress()), key)
+    print(f"written: {path}")
+
+
+class _Progress:
+    """Says every few seconds how far it is, one line each: it ends in log files as often as on a terminal."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= _REPORT_SECONDS:
+            self._said = now
+            left = (now - self._began) * (of - done) / done
+            print(f"{done} of {of} tokens, {left:.0f} s left", flush=True)
+
+
+def _top_k(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= value <= prior_file.MAX_SUCCESSORS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not allowed: it takes an integer from 1 to {prior_file.MAX_SUCCESSORS}"
+        )
+    return value
+
+
+if __name__ == "__main__":
+    main()
