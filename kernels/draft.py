@@ -29,6 +29,14 @@ Mixture
     from that paper, where the stored predictions join the retrieved token as separate candidates: vLLM
     verifies one chain, so they are mixed into one choice instead. See README, "How it works".
 
+Memory
+    What the target predicted behind runs of 2 and 3 tokens in earlier requests: a direct-mapped table
+    ``[S, 2 + 2k]`` int32 with, per run, a tag, how many distributions were averaged (at most 5: from then on
+    the newest has a fifth of the weight), k ids and k probabilities as float32 bits. It stands between the
+    request's own matches and the prior: ``P_0`` is the prior mixed with the memory of 2 tokens, then of 3, with
+    ``w_m = memory_m c / (c + 1)`` for c averaged distributions. A run that loses its row to another is
+    forgotten, so its size is fixed.
+
 The sum is evaluated from ``L`` downwards with the weight that is left, so that it can stop once nothing is.
 The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.kernels.draft_cpu`.
 """
@@ -36,22 +44,25 @@ The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.ke
 import numpy as np
 
 from vllm_aasd.kernels import draft_cpu
-from vllm_aasd.kernels.mixture import MixtureWeights, no_prior
+from vllm_aasd.kernels.mixture import MixtureWeights, no_memory, no_prior
 
 extend_index = draft_cpu.extend_index
 rehash = draft_cpu.rehash
 draft = draft_cpu.draft
+remember = draft_cpu.remember
 
 
-def max_candidates(max_matches: int, top_k: int, num_successors: int) -> int:
+def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_successors: int) -> int:
     """How many candidates a draft token can have: what the scratch of `draft` must hold for none to be ignored.
 
     Args:
         max_matches: of an order.
         top_k: predictions stored per context position.
+        num_remembered: predictions of a row of the memory.
         num_successors: of a token in the prior.
     """
-    return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + num_successors
+    runs = draft_cpu.LONGEST_REMEMBERED - draft_cpu.SHORTEST_REMEMBERED + 1
+    return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
 
 
 def warm_up(num_orders: int, top_k: int) -> None:
@@ -67,9 +78,12 @@ def warm_up(num_orders: int, top_k: int) -> None:
     head = np.full((num_orders, 2 * capacity), -1, np.int32)
     extend_index(tokens, prev, head, 0, 5)
     rehash(tokens, head, np.full((num_orders, 4 * capacity), -1, np.int32))
-    weights = MixtureWeights(np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2))
-    prior = no_prior()
+    weights = MixtureWeights(
+        np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
+    )
+    memory = no_memory()
     out = np.empty(2, np.int32), np.empty(2, np.float32)
     scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
-    table = np.full((capacity, 1 + 2 * top_k), -1, np.int32)
-    draft(tokens, prev, head, 5, table, np.zeros(1, np.int32), capacity, *weights, *prior, 4, 0.1, *scratch, *out)
+    store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
+    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), memory, 4, 0.1, *scratch, *out)
+    remember(tokens, 3, 3, *store, memory)

@@ -7,8 +7,15 @@ from vllm_aasd.kernels.compiled import compiled
 ORDERS_USED = 4
 """How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
 
+SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
+"""Runs of tokens that the memory is asked for; of one token the prior knows more."""
+
+MOST_REMEMBERED = 5
+"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
+
 # An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio).
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER = 0x9E3779B97F4A7C15
+_MULTIPLIER = np.uint64(MULTIPLIER)
 
 
 @compiled
@@ -78,6 +85,77 @@ def rehash(tokens, head, new_head):
 
 
 @compiled
+def _slot(tokens, position, table, block_table, block_size):
+    """Where the stored distribution of a position lies; -1 if there is none, or a stale one."""
+    if table.shape[0] == 0:
+        return np.int64(-1)
+    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
+    return slot if table[slot, 0] == tokens[position] else np.int64(-1)
+
+
+@compiled
+def _memory_slot(tokens, order, end, memory):
+    """Where the memory holds, or would hold, the run of ``order`` tokens ending at ``end``; and its tag there."""
+    hashed = np.uint64(order)
+    for back in range(order):
+        hashed = _hash(hashed, tokens[end - back])
+    # The low half tells runs apart that share a slot; the two halves of a product are nearly independent.
+    tag = np.int32(hashed & np.uint64(0x7FFFFFFF))
+    return np.int64((hashed >> np.uint64(32)) & np.uint64(memory.shape[0] - 1)), tag
+
+
+@compiled
+def remember(tokens, first, last, table, block_table, block_size, memory):
+    """Mix the target's stored distributions at positions ``first`` to ``last`` into the memory.
+
+    Args:
+        tokens: ``[>= last + 1]`` int32, the context.
+        first, last: positions, both included; those without a fresh stored distribution are passed over.
+        table, block_table, block_size: the alignment store, as for `draft`.
+        memory: ``[S, 2 + 2k]`` int32 with S a power of two or 0, written in place; see `vllm_aasd.kernels.draft`.
+    """
+    if memory.shape[0] == 0:
+        return
+    top_k = (memory.shape[1] - 2) // 2
+    stored = (table.shape[1] - 1) // 2
+    probs = table.view(np.float32)
+    memory_probs = memory.view(np.float32)
+    for position in range(first, last + 1):
+        slot = _slot(tokens, position, table, block_table, block_size)
+        if slot < 0:
+            continue
+        for order in range(SHORTEST_REMEMBERED, min(LONGEST_REMEMBERED, position + 1) + 1):
+            row, tag = _memory_slot(tokens, order, position, memory)
+            if memory[row, 0] != tag:
+                memory[row, 0] = tag
+                memory[row, 1] = 0
+                for k in range(top_k):
+                    memory[row, 2 + k] = -1
+                    memory_probs[row, 2 + top_k + k] = 0.0
+            count = min(memory[row, 1] + 1, MOST_REMEMBERED)
+            memory[row, 1] = count
+            new_share = np.float32(1.0) / np.float32(count)
+            for k in range(top_k):
+                memory_probs[row, 2 + top_k + k] *= np.float32(1.0) - new_share
+            for j in range(stored):
+                token = table[slot, 1 + j]
+                share = new_share * probs[slot, 1 + stored + j]
+                target = -1
+                weakest = 0
+                for k in range(top_k):
+                    if memory[row, 2 + k] == token:
+                        target = k
+                        break
+                    if memory_probs[row, 2 + top_k + k] < memory_probs[row, 2 + top_k + weakest]:
+                        weakest = k
+                if target >= 0:
+                    memory_probs[row, 2 + top_k + target] += share
+                elif memory_probs[row, 2 + top_k + weakest] < share:
+                    memory[row, 2 + weakest] = token
+                    memory_probs[row, 2 + top_k + weakest] = share
+
+
+@compiled
 def _vote(scores, seen, num_seen, token, weight):
     if weight <= 0 or token < 0 or token >= scores.shape[0]:
         return num_seen
@@ -88,15 +166,6 @@ def _vote(scores, seen, num_seen, token, weight):
         num_seen += 1
     scores[token] += weight
     return num_seen
-
-
-@compiled
-def _slot(tokens, position, table, block_table, block_size):
-    """Where the stored distribution of a position lies; -1 if there is none, or a stale one."""
-    if table.shape[0] == 0:
-        return np.int64(-1)
-    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
-    return slot if table[slot, 0] == tokens[position] else np.int64(-1)
 
 
 @compiled
@@ -111,8 +180,10 @@ def draft(
     theta,
     alignment,
     doubt,
+    memory_weights,
     prior_ids,
     prior_probs,
+    memory,
     max_matches,
     min_survival,
     scores,
@@ -134,7 +205,9 @@ def draft(
         block_size: slots per KV block.
         theta, alignment: ``[M]`` float32, see `MixtureWeights`.
         doubt: float32, see `MixtureWeights`.
+        memory_weights: ``[LONGEST_REMEMBERED + 1]`` float32, see `MixtureWeights`.
         prior_ids, prior_probs: ``[vocab_size, k]`` int32 and float32, see `Prior`; ``[0, 0]`` for none.
+        memory: ``[S, 2 + 2k]`` int32, as `remember` fills it; ``[0, 4]`` for none.
         max_matches: how many of the most recent matches of each order vote.
         min_survival: stop before a token whose survival (a probability) would be lower.
         scores: ``[vocab_size]`` float32 scratch, all zero, left all zero.
@@ -188,6 +261,19 @@ def draft(
                         )
                 position = prev[order - 1, position]
             left *= np.float32(1.0) - weight
+        if memory.shape[0] > 0:
+            remembered = (memory.shape[1] - 2) // 2
+            memory_probs = memory.view(np.float32)
+            for order in range(min(LONGEST_REMEMBERED, end + 1), SHORTEST_REMEMBERED - 1, -1):
+                row, tag = _memory_slot(tokens, order, end, memory)
+                if memory[row, 0] != tag or memory[row, 1] == 0:
+                    continue
+                count = np.float32(memory[row, 1])
+                weight = memory_weights[order] * count / (count + np.float32(1.0))
+                for k in range(2, 2 + remembered):
+                    vote = left * weight * memory_probs[row, remembered + k]
+                    num_seen = _vote(scores, seen, num_seen, memory[row, k], vote)
+                left *= np.float32(1.0) - weight
         last = tokens[end] if end >= 0 else -1
         if 0 <= last < prior_ids.shape[0]:
             for k in range(prior_ids.shape[1]):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.draft_cpu import LONGEST_REMEMBERED, MOST_REMEMBERED, MULTIPLIER, ORDERS_USED, SHORTEST_REMEMBERED
 
 
 def draft(
@@ -16,8 +16,10 @@ def draft(
     theta,
     alignment,
     doubt,
+    memory_weights,
     prior_ids,
     prior_probs,
+    memory,
     max_matches,
     min_survival,
     scores,
@@ -67,6 +69,15 @@ def draft(
                     for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
                         vote(int(token), share * aligned * prob)
             left *= np.float32(1) - weight
+        for order in range(min(LONGEST_REMEMBERED, len(sequence)), SHORTEST_REMEMBERED - 1, -1):
+            held = _remembered(memory, sequence[len(sequence) - order :])
+            if held is None:
+                continue
+            count = np.float32(held[1])
+            weight = memory_weights[order] * count / (count + np.float32(1))
+            for token, prob in zip(*_predictions(held), strict=True):
+                vote(int(token), left * weight * prob)
+            left *= np.float32(1) - weight
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 vote(int(token), left * prob)
@@ -79,6 +90,52 @@ def draft(
         draft_token_ids[step] = best
         survival[step] = alive
     return len(draft_token_ids)
+
+
+def remember(tokens, first, last, table, block_table, block_size, memory):
+    """Same arguments and result as `vllm_aasd.kernels.draft_cpu.remember`."""
+    for position in range(first, last + 1):
+        entry = _entry(table, block_table, block_size, position)
+        if entry is None or entry[0] != tokens[position] or not len(memory):
+            continue
+        stored = (len(entry) - 1) // 2
+        for order in range(SHORTEST_REMEMBERED, min(LONGEST_REMEMBERED, position + 1) + 1):
+            row, tag = _place(memory, [int(token) for token in tokens[position - order + 1 : position + 1]])
+            held = memory[row]
+            ids, probs = _predictions(held)
+            if held[0] != tag:
+                held[:2] = tag, 0
+                ids[:], probs[:] = -1, 0
+            held[1] = min(held[1] + 1, MOST_REMEMBERED)
+            share = np.float32(1) / np.float32(held[1])
+            probs *= np.float32(1) - share
+            for token, prob in zip(entry[1 : stored + 1], entry[stored + 1 :].view(np.float32), strict=True):
+                if token in ids:
+                    probs[list(ids).index(token)] += share * prob
+                elif probs.min() < share * prob:
+                    weakest = int(probs.argmin())
+                    ids[weakest], probs[weakest] = token, share * prob
+
+
+def _place(memory, run):
+    """The row of the memory that is a run's, and the tag by which it is known there."""
+    hashed = len(run)
+    for token in reversed(run):
+        hashed = ((hashed ^ (token & 0xFFFFFFFF)) * MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
+    return (hashed >> 32) & (len(memory) - 1), hashed & 0x7FFFFFFF
+
+
+def _remembered(memory, run):
+    if not len(memory):
+        return None
+    row, tag = _place(memory, run)
+    return memory[row] if memory[row, 0] == tag and memory[row, 1] > 0 else None
+
+
+def _predictions(held):
+    """Ids and probabilities of a row of the memory, as views."""
+    top_k = (len(held) - 2) // 2
+    return held[2 : 2 + top_k], held[2 + top_k :].view(np.float32)
 
 
 def _matches(context, sequence, order, max_matches):

@@ -12,11 +12,14 @@ class MixtureWeights(NamedTuple):
         theta: pseudo-count of each order, > 0; larger trusts its matches less.
         alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
         doubt: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
+        memory: ``[4]`` float32, by the length of the run, the weight of what the memory holds in the limit of
+            many observations, in [0, 1].
     """
 
     theta: np.ndarray
     alignment: np.ndarray
     doubt: np.float32
+    memory: np.ndarray
 
 
 class Prior(NamedTuple):
@@ -34,3 +37,8 @@ class Prior(NamedTuple):
 def no_prior() -> Prior:
     """An empty prior: the mixture then starts from nothing."""
     return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+
+
+def no_memory() -> np.ndarray:
+    """A memory that holds nothing and learns nothing."""
+    return np.empty((0, 4), np.int32)

@@ -15,3 +15,11 @@ def demo_model() -> str:
     if not pathlib.Path(path, "config.json").exists():
         pytest.fail(f"no model at {path}: run `make model`, or set AASD_TEST_MODEL")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_priors_of_this_machine(tmp_path_factory):
+    """Engines under test must not find what somebody has made on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        yield

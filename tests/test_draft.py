@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels import draft as draft_op
 from vllm_aasd.kernels import draft_reference
-from vllm_aasd.kernels.mixture import Prior, no_prior
+from vllm_aasd.kernels.mixture import Prior, no_memory, no_prior
 
 K = 8
 BLOCK_SIZE = 16
@@ -49,15 +50,51 @@ def aligned_store(context, seed, vocab_size, top_k=2, stale_share=0.2):
     return AlignmentView(table, block_table, BLOCK_SIZE)
 
 
-def run(op, index, view, prior, max_matches, min_survival, vocab_size):
+def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
     scores, seen = np.zeros(vocab_size, np.float32), np.empty(4096, np.int32)
     starts = np.empty(NUM_ORDERS, np.int32)
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
-    constants = *DEFAULT_WEIGHTS, *prior, max_matches, np.float32(min_survival)
+    constants = *DEFAULT_WEIGHTS, *prior, memory, max_matches, np.float32(min_survival)
     count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival)
     assert not scores.any(), "the scratch must be left clean"
     return draft_token_ids[:count].tolist(), survival[:count]
+
+
+def remembered_by(op, wanted, seed, vocab_size):
+    """A small memory of two other requests, in which some runs have lost their row to others."""
+    if not wanted:
+        return no_memory()
+    memory = empty_memory(16, 3)
+    for other in (seed + 1, seed + 2):
+        context = np.random.default_rng(other).integers(0, 3, 40).astype(np.int32)
+        op.remember(context, 0, 38, *aligned_store(context, other, vocab_size), memory)
+    return memory
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_compiled_memory_holds_what_the_twins_holds(seed):
+    got, want = (remembered_by(op, True, seed, 11) for op in (draft_op, draft_reference))
+    np.testing.assert_array_equal(got[:, :5], want[:, :5])
+    np.testing.assert_allclose(got[:, 5:].view(np.float32), want[:, 5:].view(np.float32), rtol=1e-5)
+    assert (got[:, 1] > 1).any()
+
+
+def test_what_one_request_taught_helps_the_next():
+    table = np.full((6, 3), -1, np.int32)
+    context = np.array([5, 6, 7, 8, 9, 1], np.int32)
+    table[:, 0] = context
+    table[:, 1] = [6, 7, 8, 9, 1, 2]
+    table[:, 2:] = np.float32(0.9).view(np.int32)
+    memory = empty_memory(64, 2)
+    teacher = Drafter(10, 4, 0.0, memory=memory)
+    for length in range(2, 7):
+        teacher.draft("a", context[:length], AlignmentView(table, np.zeros(1, np.int32), 6), 0)
+    learner = Drafter(10, 4, 0.0, memory=memory)
+    assert learner.draft("b", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == [7, 8, 9, 1]
+    untaught = Drafter(10, 4, 0.0, memory=empty_memory(64, 2))
+    assert untaught.draft("c", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == []
 
 
 @settings(max_examples=300, deadline=None)
@@ -66,11 +103,12 @@ def run(op, index, view, prior, max_matches, min_survival, vocab_size):
     seed=st.integers(0, 2**31),
     aligned=st.booleans(),
     with_prior=st.booleans(),
+    with_memory=st.booleans(),
     max_matches=st.sampled_from([1, 3, 32]),
     min_survival=st.sampled_from([0.0, 0.05, 0.3]),
 )
 def test_compiled_path_drafts_what_the_twin_drafts(
-    context, seed, aligned, with_prior, max_matches, min_survival
+    context, seed, aligned, with_prior, with_memory, max_matches, min_survival
 ):
     vocab_size = 11
     rng = np.random.default_rng(seed)
@@ -82,7 +120,8 @@ def test_compiled_path_drafts_what_the_twin_drafts(
             rng.integers(-1, vocab_size, (vocab_size, 3)).astype(np.int32),
             rng.dirichlet(np.ones(4), vocab_size).astype(np.float32)[:, :3],
         )
-    arguments = (index, view, prior, max_matches, min_survival, vocab_size)
+    memory = remembered_by(draft_op, with_memory, seed, vocab_size)
+    arguments = (index, view, prior, memory, max_matches, min_survival, vocab_size)
     got_ids, got_survival = run(draft_op.draft, *arguments)
     want_ids, want_survival = run(draft_reference.draft, *arguments)
     assert got_ids == want_ids
@@ -110,7 +149,7 @@ def test_index_is_the_same_however_the_context_arrives():
     assert grown.prev.shape[1] > 2048, "the context must make the index grow"
     np.testing.assert_array_equal(whole.prev[:, :2999], grown.prev[:, :2999])
     drafts = [
-        run(draft_op.draft, index, NO_ALIGNMENT, no_prior(), 32, 0.0, 5)[0] for index in (whole, grown)
+        run(draft_op.draft, index, NO_ALIGNMENT, no_prior(), no_memory(), 32, 0.0, 5)[0] for index in (whole, grown)
     ]
     assert drafts[0] == drafts[1]
 

@@ -1,6 +1,7 @@
 """The other modes through the real engine: the defaults, constrained output, vLLM's own n-grams, refusals."""
 
 import json
+import re
 
 import pytest
 from engines import greedy, run_engine, token_ids
@@ -19,7 +20,9 @@ SCHEMA = {
     "required": ["name", "kind", "lines"],
     "additionalProperties": False,
 }
-LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4, "aasd_relax_sampling": True}
+# Drafts of the same length on every machine, so that only the bar differs.
+FIXED = {"aasd_draft_length": 8}
+LOOSEST = {**FIXED, "aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4, "aasd_relax_sampling": True}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def runs(demo_model, tmp_path_factory):
         *greedy(constrained, 80, schema=SCHEMA, temperature=1.0, seed=7),
     ]
     folder = tmp_path_factory.mktemp("modes")
-    modes = {"strict": {"aasd_verification": "strict"}, "default": {}, "loosest": LOOSEST}
+    modes = {"strict": {**FIXED, "aasd_verification": "strict"}, "default": {}, "loosest": LOOSEST}
     return {
         name: run_engine(demo_model, [batch], folder / name, aasd=aasd) for name, aasd in modes.items()
     }
@@ -43,6 +46,13 @@ def test_each_worker_says_what_is_in_force(runs):
     lines = [line for line in runs["default"]["log"].splitlines() if "is live" in line]
     assert len(lines) == 1
     assert "V1 model runner" in lines[0] and "aasd_verification=conditional" in lines[0]
+
+
+def test_the_default_says_what_it_measured_and_that_it_has_no_prior(runs):
+    log = runs["default"]["log"]
+    assert re.search(r"aasd: step times relative to one token: 1:1\.00 2:1\.\d\d ", log)
+    assert re.search(r"at prompt positions would take \d+\.\d % of a prompt's time and are not stored", log)
+    assert "aasd: no prior for " in log
 
 
 @pytest.mark.parametrize("mode", ["strict", "default", "loosest"])

@@ -19,7 +19,13 @@ def result(demo_model, tmp_path_factory):
     rounds = [greedy(prompt, 2, prompt_logprobs=4), greedy(prompt, 2)]
     out = tmp_path_factory.mktemp("store") / "out.json"
     return run_engine(
-        demo_model, rounds, out, aasd={}, record_store=True, block_size=32, max_num_batched_tokens=128
+        demo_model,
+        rounds,
+        out,
+        aasd={"aasd_alignment": True},
+        record_store=True,
+        block_size=32,
+        max_num_batched_tokens=128,
     )
 
 

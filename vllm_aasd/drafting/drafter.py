@@ -8,7 +8,7 @@ import numpy as np
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.mixture import MixtureWeights, Prior, no_prior
+from vllm_aasd.kernels.mixture import MixtureWeights, Prior, no_memory, no_prior
 
 NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
@@ -17,6 +17,7 @@ DEFAULT_WEIGHTS = MixtureWeights(
     theta=np.array([2.0, 1.5, 1.0, 1.0, 0.8, 0.6], np.float32),
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
     doubt=np.float32(2.5),
+    memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
 
 MAX_MATCHES = 32
@@ -64,6 +65,7 @@ class Drafter:
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
         prior: the target's successors of each token outside any context; none by default.
+        memory: what other requests taught, read and written here; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
     """
 
@@ -73,15 +75,18 @@ class Drafter:
         max_draft_tokens: int,
         min_survival: float,
         prior: Prior | None = None,
+        memory: np.ndarray | None = None,
         weights: MixtureWeights = DEFAULT_WEIGHTS,
     ) -> None:
         self._requests: dict[str, _Request] = {}
         self._min_survival = np.float32(min_survival)
         self._prior = prior if prior is not None else no_prior()
+        self._memory = memory if memory is not None else no_memory()
         self._weights = weights
         self._scores = np.zeros(vocab_size, np.float32)
-        num_successors = self._prior.ids.shape[1]
-        self._seen = np.empty(draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_successors), np.int32)
+        num_remembered, num_successors = (self._memory.shape[1] - 2) // 2, self._prior.ids.shape[1]
+        most = draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
+        self._seen = np.empty(most, np.int32)
         self._starts = np.empty(NUM_ORDERS, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)
         self._survival = np.empty(max_draft_tokens, np.float32)
@@ -111,7 +116,11 @@ class Drafter:
             request = _Request(SuffixIndex(NUM_ORDERS, len(self._draft_token_ids), len(token_ids)))
             self._requests[request_id] = request
         index = request.index
+        # The last token has not been run yet, so nothing is stored behind it; of a new request only what its
+        # prompt's last position predicted is learnt.
+        first_new = (index.length or len(token_ids) - 1) - 1
         index.extend(token_ids[index.length :])
+        draft_op.remember(index.tokens, max(first_new, 0), index.length - 2, *alignment, self._memory)
         limit = min(max_draft_tokens, len(self._draft_token_ids))
         count = draft_op.draft(
             index.tokens,
@@ -121,6 +130,7 @@ class Drafter:
             *alignment,
             *self._weights,
             *self._prior,
+            self._memory,
             MAX_MATCHES,
             self._min_survival,
             self._scores,

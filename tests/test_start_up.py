@@ -1,0 +1,91 @@
+"""What a worker measures before it serves, on a clock of our own."""
+
+import types
+
+import pytest
+import torch
+
+from vllm_aasd.engine import start_up
+
+
+class Device:
+    """A target whose forward pass takes 1 ms and 0.1 ms a token, its lm_head a given share of that."""
+
+    def __init__(self, lm_head_share, monkeypatch):
+        self.now = 0.0
+        self.sizes = []
+        self.lm_head_share = lm_head_share
+        monkeypatch.setattr(start_up, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+    def forward(self, num_tokens):
+        self.sizes.append(num_tokens)
+        self.now += 1e-3 + 1e-4 * num_tokens
+        return torch.zeros(num_tokens + 3, 2)
+
+    def compute_logits(self, hidden_states):
+        self.now += self.lm_head_share * (1e-3 + 1e-4 * len(hidden_states))
+        return torch.zeros(len(hidden_states), 10)
+
+    def profile(self, max_tokens=64):
+        return start_up.profile_steps(self.forward, self.compute_logits, max_tokens, 16, 4)
+
+
+def test_steps_are_timed_with_their_lm_head(monkeypatch):
+    profile = Device(0.5, monkeypatch).profile()
+    for num_tokens, seconds in profile.samples:
+        assert seconds == pytest.approx(1.5 * (1e-3 + 1e-4 * num_tokens))
+    assert {1, 2, 64} <= {num_tokens for num_tokens, _ in profile.samples}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_the_share_of_aligning_prompts_is_that_of_the_lm_head(share, monkeypatch):
+    assert Device(share, monkeypatch).profile().alignment_share == pytest.approx(share)
+
+
+def test_large_batches_are_not_run(monkeypatch):
+    device = Device(0.1, monkeypatch)
+    device.profile(max_tokens=100_000)
+    assert max(device.sizes) == 512
+    assert device.now < 10, "a start must not wait for the profile"
+
+
+def slow(device):
+    stock = device.forward
+    def forward(num_tokens):
+        device.now += 1.0
+        return stock(num_tokens)
+    return forward
+
+
+def test_a_slow_device_is_timed_twice_at_each_size_and_no_more(monkeypatch):
+    device = Device(0.1, monkeypatch)
+    start_up.profile_steps(slow(device), device.compute_logits, 8, 16, 4)
+    assert device.sizes.count(1) == 2 + 1 and device.sizes.count(8) == 2
+
+
+class Model:
+    revision = None
+
+    def __init__(self, model):
+        self.model = model
+
+    def get_vocab_size(self):
+        return 7
+
+
+def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert start_up.load_prior(Model(str(tmp_path))) is None
+    assert f"python -m vllm_aasd.prior {tmp_path}" in caplog.text
+
+
+def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    key = start_up.model_key(str(tmp_path / "model"))
+    (tmp_path / f"prior-{key}.safetensors").write_bytes(b"nonsense")
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert start_up.load_prior(Model(str(tmp_path / "model"))) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "serving without a prior" in caplog.text and "can't be read" in caplog.text
