@@ -90,7 +90,7 @@ def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_
     )
     assert "aasd: prior with 4 successors a token from" in result["log"]
     drafted, accepted = drafted_and_accepted(result)
-    assert 0 < accepted < 0.1 * drafted, "the nonsense must have been drafted"
+    assert 0 < accepted < 0.3 * drafted, "most of it must have been nonsense"
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])[:8]
 
 
