@@ -145,6 +145,8 @@ def _shortened(value: Any) -> Any:
     """The last part of an absolute path: where somebody keeps a file says nothing, and may be private."""
     if isinstance(value, pathlib.Path):
         value = str(value)
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
     return pathlib.Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
