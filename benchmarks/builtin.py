@@ -51,7 +51,7 @@ def in_file() -> Iterator[Task]:
 
 
 def cross_file() -> Iterator[Task]:
-    """Code to go on with, behind the definition of what it uses from another file. Scored by the line that does."""
+    """Code to go on with, behind the definition of what its next line uses from another file."""
     for package in _PACKAGES:
         for path in sorted((LIBRARY / package).glob("[a-z]*.py")):
             lines = _lines(path)
@@ -86,7 +86,7 @@ def _completion(category: str, path: pathlib.Path, at: int, before: str, line: s
 
 
 def _first_use(path: pathlib.Path, lines: list[str]) -> tuple[int, pathlib.Path, str] | None:
-    """The first line in a function that uses a name imported from a file beside; that file, the definition."""
+    """The first line in a function that uses a name of a file beside; that file, the definition."""
     tree = _parsed(path)
     sources = {}
     for node in tree.body:

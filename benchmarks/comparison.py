@@ -1,9 +1,9 @@
 """The figures of an end-to-end comparison, from its rows: by concurrency, category and method.
 
-Ratios are to the first method, and above 1 where the method is faster. They are paired: numerator and
-denominator stand on the same prompts in the same rounds, and a resample draws prompts and rounds for both. The
-mean over categories is the geometric one; a resample of it draws prompts within each category, and one set of
-rounds for all, for a round's trouble hits all categories.
+Ratios are to one method, the base, and above 1 where the method is faster. They are paired: numerator and
+denominator stand on the same prompts in the same rounds, and a resample draws prompts and rounds for both.
+The mean over categories is the geometric one; a resample of it draws prompts within each category, and one
+set of rounds for all, for a round's trouble hits all categories.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,17 @@ RATIOS = {"tokens_per_s": ("tokens", "charged_ms"), "tpot": ("decode_tokens", "d
 """By what is compared: the columns whose ratio of sums is the speed."""
 
 
-def figures(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """All figures of a result, by concurrency (as text), category or `MEAN`, and method."""
+REMEMBERS = 1.05
+"""How much better the last round's MAL must be than the first's for a method to be called out."""
+
+
+def figures(result: Mapping[str, Any], base: str | None = None) -> dict[str, dict[str, dict[str, dict]]]:
+    """All figures of a result, by concurrency (as text), category or `MEAN`, and method.
+
+    Args:
+        result: as `benchmarks.end_to_end` writes it.
+        base: the method that ratios are to; None for the first.
+    """
     columns = result["columns"]
     labels = list(result["methods"])
     tables: dict[tuple[int, str, str], list[Mapping[str, Any]]] = {}
@@ -35,7 +44,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, dict[str
             c: {label: category_figures(runs[c][label], columns) for label in labels} for c in categories
         }
         by_category[MEAN] = {label: {} for label in labels}
-        for name, ratios in _ratios(runs, columns).items():
+        for name, ratios in _ratios(runs, columns, base or labels[0]).items():
             for place, figure in ratios.items():
                 by_category[place[0]][place[1]][f"{name}_ratio"] = figure
         for label in labels:
@@ -55,8 +64,8 @@ def category_figures(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     Returns:
         ``tokens_per_s``, ``ttft_ms`` (median), ``tpot_ms`` (pooled: decode time by the tokens behind each
         answer's first), ``in_flight`` (mean requests in flight), what `benchmarks.steps.acceptance` tells,
-        with a prompt's rounds taken together; ``acceptance_at`` (by position of the draft token: accepted by
-        drafted), ``drafted_at``; ``equal`` and ``common_prefix`` with the first method's answers, and ``score``.
+        with a prompt's rounds taken together; ``drafted_at`` and ``accepted_at`` (draft tokens by their
+        position); ``equal`` and ``common_prefix`` with the first method's answers, and ``score``.
     """
     column = {
         name: np.array([row[i] for run in runs for row in run["rows"]], float)
@@ -81,34 +90,64 @@ def category_figures(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
         "tpot_ms": float(column["decode_ms"].sum() / decode_tokens) if decode_tokens else None,
         "in_flight": float((column["ttft_ms"] + column["decode_ms"]).sum() / 1000 / seconds),
         **acceptance,
-        "acceptance_at": [round(a / d, 4) for a, d in zip(accepted_at, drafted_at, strict=True)],
         "drafted_at": drafted_at,
-        "equal": float(column["equal"].mean()),
+        "accepted_at": accepted_at,
+        "equal": float((column["common_prefix"] == 1).mean()),
         "common_prefix": float(column["common_prefix"].mean()),
         "score": _mean_with_interval(column["score"], prompts, rng),
     }
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know: methods that remember earlier rounds, batches that were too small."""
+    found = []
+    steps_at, tokens_at = result["columns"].index("steps"), result["columns"].index("tokens")
+    concurrency = result["runs"][0]["concurrency"]
+    last = max(run["round"] for run in result["runs"])
+    for label in result["methods"]:
+        mal = []
+        for number in (0, last):
+            rows = [
+                row
+                for run in result["runs"]
+                if (run["method"], run["concurrency"], run["round"]) == (label, concurrency, number)
+                for row in run["rows"]
+            ]
+            num_steps = sum(row[steps_at] for row in rows)
+            mal.append(sum(row[tokens_at] - 1 for row in rows) / max(num_steps, 1))
+        if mal[1] > REMEMBERS * mal[0]:
+            found.append(
+                f"NOTE: {label} had a MAL of {mal[0]:.2f} in the first round, of {mal[1]:.2f} in the last, "
+                "over the same prompts. It remembers earlier answers, and its figures flatter it."
+            )
+    for run in result["runs"]:
+        if len(run["rows"]) < run["concurrency"]:
+            found.append(
+                f"NOTE: {run['category']} has {len(run['rows'])} prompts, not the {run['concurrency']} "
+                "that should have been in flight."
+            )
+    return list(dict.fromkeys(found))
+
+
 def _ratios(
-    runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], columns: Sequence[str]
+    runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], columns: Sequence[str], base: str
 ) -> dict[str, dict[tuple[str, str], dict[str, float | None]]]:
     """Each of `RATIOS` by category (or `MEAN`) and method."""
-    first = next(iter(next(iter(runs.values()))))
-    num_rounds = len(next(iter(runs.values()))[first])
+    num_rounds = len(next(iter(runs.values()))[base])
     rng = np.random.default_rng(0)
     round_draws = statistics.draws(num_rounds, rng)
     found: dict[str, dict[tuple[str, str], dict[str, float | None]]] = {name: {} for name in RATIOS}
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
     for category, by_label in runs.items():
         arrays = {label: _by_prompt_and_round(of, columns) for label, of in by_label.items()}
-        prompt_draws = statistics.draws(len(arrays[first]["tokens"]), rng)
+        prompt_draws = statistics.draws(len(arrays[base]["tokens"]), rng)
         for name, (top, bottom) in RATIOS.items():
             speeds = {
                 label: statistics.crossed_ratio(array[top], array[bottom], prompt_draws, round_draws)
                 for label, array in arrays.items()
             }
             for label, speed in speeds.items():
-                ratio = speed / speeds[first]
+                ratio = speed / speeds[base]
                 found[name][category, label] = statistics.with_interval(ratio)
                 if np.isfinite(ratio[0]):
                     logs.setdefault((name, label), []).append(np.log(ratio))

@@ -37,7 +37,8 @@ def read_questions(path: pathlib.Path) -> list[Question]:
     """Read questions in Spec-Bench's format, one JSON object a line.
 
     Each has ``question_id`` (int or str), ``category`` (str) and ``turns`` (a list of str, not empty);
-    ``reference`` (a list of str, one per turn) is taken where it is one, and anything else is left alone. Empty lines are passed over.
+    ``reference`` (a list of str, one per turn) is taken where it is one, and anything else is left alone.
+    Empty lines are passed over.
 
     Raises:
         DataError: for a line that isn't so, for an id that comes twice, and for a file without questions.

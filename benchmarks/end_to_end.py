@@ -1,36 +1,40 @@
 """End to end: how fast the real engine answers real prompts, by method, category and concurrency.
 
-    python -m benchmarks.end_to_end --builtin --quick
-    python -m benchmarks.end_to_end --data question.jsonl hotpotqa.jsonl --builtin --methods none ngram suffix aasd \\
-        --aasd '{"aasd_verification": "strict"}' --concurrency 1 8 32 --limit 8 16 32 --rounds 3 --core 0
+    python -m benchmarks.end_to_end --quick
+    python -m benchmarks.end_to_end --data question.jsonl hotpotqa.jsonl --builtin --core 0 --limit 8 16 32 \\
+        --methods none ngram suffix --aasd '{"aasd_verification": "strict"}' --concurrency 1 8 32
 
-One engine process per method lives through the whole run, and the methods take turns over the same prompts, in
-rounds; the others sleep meanwhile. With one request at a time the turns change with every request, else with
-every category, all of whose prompts are sent, so many in flight. Before every round and concurrency the engines
-forget what they learnt from earlier answers, for the same prompts come again. Speed needs a quiet core.
+One engine process per method lives through the whole run, and the methods take turns over the same prompts,
+in rounds; the others sleep meanwhile. With one request at a time the turns change with every request, else
+with every category, all of whose prompts are sent, so many in flight. Before every round and concurrency the
+engines forget what they learnt from earlier answers, for the same prompts come again. Speed needs a quiet
+core.
 
-Correctness comes first: greedy answers of a method that promises them are compared with the first method's, and
-where they part beyond a near tie (see `benchmarks.exactness`) no figure is printed and the exit code is 1.
+Correctness comes first: greedy answers of a method that promises them are compared with the first method's,
+and where they part beyond a near tie (see `benchmarks.exactness`) no figure is printed, and the exit code is
+1.
 """
 
 import argparse
-import contextlib
 import pathlib
 import sys
-import time
-from collections.abc import Mapping
-from typing import Any
 
-from benchmarks import comparison, methods, results, rounds
-from benchmarks.builtin import builtin_tasks
+from benchmarks import methods, results
 from benchmarks.data import DataError
 from benchmarks.end_to_end_report import report
-from benchmarks.engine import Engine, EngineError, progress_line
-from benchmarks.exactness import common_prefix, first_difference, gaps, verdict
+from benchmarks.end_to_end_run import compare
+from benchmarks.engine import EngineError
 from benchmarks.methods import METHODS, NEAR_TIE
-from benchmarks.prompts import load_tokenizer, tokenise
-from benchmarks.scores import score
-from benchmarks.tasks import Task, by_category, read_tasks
+
+QUICK = {
+    "builtin": True,
+    "concurrency": [1, 4],
+    "limit": [2, 4],
+    "rounds": 1,
+    "max_tokens": 32,
+    "eager": True,
+}
+"""What ``--quick`` stands for: too little for figures, enough to see that everything works."""
 
 
 def main() -> None:
@@ -38,183 +42,17 @@ def main() -> None:
     arguments = _arguments()
     if arguments.draw:
         result = results.read(arguments.draw)
-        print(report(result | {"figures": comparison.figures(result)}))
+        if arguments.against not in (None, *result["methods"]):
+            sys.exit(f"error: --against takes one of {', '.join(map(repr, result['methods']))}")
+        print(report(result, arguments.against))
         return
     try:
         result = compare(arguments)
     except (DataError, EngineError, OSError, ValueError, methods.MissingPackage) as error:
         sys.exit(f"error: {error}")
-    results.write(arguments.out, result)
     print(report(result))
     if any(found and not found["is_exact"] for found in result["exactness"].values()):
         sys.exit(1)
-
-
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every method over everything; what comes back is the result file."""
-    results.require_model(arguments)
-    chosen = methods.chosen(arguments.methods, arguments.aasd)
-    methods.require(list(chosen))
-    limits = dict(zip(arguments.concurrency, _per_concurrency(arguments), strict=True))
-    tasks = by_category(read_all(arguments), max(limits.values()), arguments.categories)
-    sizes = {
-        concurrency: {category: min(limit, len(members)) for category, members in tasks.items()}
-        for concurrency, limit in limits.items()
-    }
-    tokenizer = load_tokenizer(arguments.model)
-    prompts = {
-        category: tokenise(tokenizer, members, arguments.max_prompt_tokens)
-        for category, members in tasks.items()
-    }
-    sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
-    requests = {
-        category: [{"prompt_token_ids": prompt, "sampling": sampling} for prompt in members]
-        for category, members in prompts.items()
-    }
-    with contextlib.ExitStack() as stack:
-        engines = {}
-        for label, speculative_config in chosen.items():
-            progress_line(f"{label}: starting the engine ({len(engines) + 1} of {len(chosen)})")
-            began = time.monotonic()
-            engines[label] = stack.enter_context(start(label, speculative_config, arguments))
-            progress_line("")
-            print(f"{label}: started in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        warm_up(engines, requests, arguments)
-        total = arguments.rounds * sum(sum(by.values()) for by in sizes.values())
-        found = rounds.measure(engines, requests, sizes, arguments.rounds, rounds.Progress(total))
-        checked = check(engines, chosen, prompts, found, arguments)
-        ready = next(iter(engines.values())).ready
-    result = {
-        "metadata": results.metadata(
-            **{key: value for key, value in vars(arguments).items() if key not in ("out", "draw")},
-            **ready,
-            near_tie_nats=NEAR_TIE[arguments.dtype],
-            num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
-        ),
-        "methods": chosen,
-        "exactness": checked,
-        "notes": [],
-        "columns": [*rounds.COLUMNS, "equal", "common_prefix", "score"],
-        "runs": list(run_entries(found, next(iter(chosen)), tasks, prompts, tokenizer)),
-    }
-    result["figures"] = comparison.figures(result)
-    return result
-
-
-def read_all(arguments: argparse.Namespace) -> list[Task]:
-    """The tasks of all sources.
-
-    Raises:
-        DataError: if there is none.
-    """
-    tasks = [task for path in arguments.data for task in read_tasks(path)]
-    if arguments.builtin:
-        tasks += builtin_tasks()
-    if not tasks:
-        raise DataError("there is nothing to ask: name a file with --data, or take --builtin")
-    return tasks
-
-
-def start(label: str, speculative_config: dict[str, Any] | None, arguments: argparse.Namespace) -> Engine:
-    """The engine of a method, not started yet."""
-    engine = {
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        # Scoring an answer generates a token behind it.
-        "max_model_len": arguments.max_prompt_tokens + arguments.max_tokens + 1,
-        "max_num_seqs": max(*arguments.concurrency, 8),
-        "enable_prefix_caching": arguments.prefix_caching,
-        "enforce_eager": arguments.eager,
-        "distributed_executor_backend": "uni",
-    }
-    if speculative_config is not None:
-        engine |= {"speculative_config": speculative_config, "per_request_spec_decode_metrics": "detailed"}
-    return Engine(label, engine, arguments.core, {"OMP_NUM_THREADS": "1"})
-
-
-def warm_up(
-    engines: Mapping[str, Engine], requests: Mapping[str, list], arguments: argparse.Namespace
-) -> None:
-    """Let each engine pay for what is compiled or allocated on first use, at every concurrency."""
-    longest = max((request for members in requests.values() for request in members), key=_length)
-    # Reversed, so that nobody learns an answer.
-    words = longest["prompt_token_ids"][::-1]
-    for label, engine in engines.items():
-        progress_line(f"{label}: warming up")
-        for concurrency in arguments.concurrency:
-            sampling = longest["sampling"] | {"max_tokens": 16, "ignore_eos": True}
-            lengths = [len(words), *[len(words) // 4 + 1] * (concurrency - 1)]
-            engine.run([{"prompt_token_ids": words[:n], "sampling": sampling} for n in lengths], concurrency)
-
-
-def check(
-    engines: Mapping[str, Engine],
-    chosen: Mapping[str, dict[str, Any] | None],
-    prompts: Mapping[str, list[list[int]]],
-    found: Mapping[rounds.Place, rounds.Measurement],
-    arguments: argparse.Namespace,
-) -> dict[str, dict[str, Any] | None]:
-    """The verdict on each method that promises greedy answers; None for the others."""
-    first = next(iter(chosen))
-    # Plain decoding judges, where it runs.
-    judge = engines.get("none", engines[first])
-    verdicts: dict[str, dict[str, Any] | None] = {}
-    for label, speculative_config in chosen.items():
-        verdicts[label] = None
-        if label == first or arguments.temperature > 0 or not methods.is_exact(speculative_config):
-            continue
-        differences = [
-            first_difference(prompts[place[1]][int(row[0])], one, other)
-            for place, ours in found.items()
-            if place[0] == label
-            for row, one, other in zip(
-                ours.rows, found[first, *place[1:]].token_ids, ours.token_ids, strict=True
-            )
-        ]
-        parted = [one for one in differences if one is not None]
-        verdicts[label] = verdict(differences, gaps(judge, parted), NEAR_TIE[arguments.dtype])
-    return verdicts
-
-
-def run_entries(
-    found: Mapping[rounds.Place, rounds.Measurement],
-    first: str,
-    tasks: Mapping[str, list[Task]],
-    prompts: Mapping[str, list[list[int]]],
-    tokenizer: Any,
-) -> Any:
-    """The measurements as the result holds them: with agreement and scores, without tokens."""
-    for (label, category, concurrency, number), measured in found.items():
-        plain = found[first, category, concurrency, number].token_ids
-        rows = []
-        for row, ours, theirs in zip(measured.rows, measured.token_ids, plain, strict=True):
-            task, prompt = tasks[category][int(row[0])], prompts[category][int(row[0])]
-            share = common_prefix(ours, theirs) / max(len(ours), len(theirs), 1)
-            scored = score(
-                task.score, tokenizer, prompt=prompt, token_ids=ours, first=theirs, reference=task.reference
-            )
-            rows.append([*row, int(ours == theirs), round(share, 4), scored])
-        yield {
-            "method": label,
-            "category": category,
-            "concurrency": concurrency,
-            "round": number,
-            "seconds": round(measured.seconds, 4),
-            "drafted_at": measured.drafted_at,
-            "accepted_at": measured.accepted_at,
-            "rows": rows,
-        }
-
-
-def _per_concurrency(arguments: argparse.Namespace) -> list[int]:
-    limits = arguments.limit
-    if len(limits) not in (1, len(arguments.concurrency)):
-        raise ValueError(f"--limit takes one number, or one per concurrency, and has {len(limits)}")
-    return limits * len(arguments.concurrency) if len(limits) == 1 else limits
-
-
-def _length(request: dict[str, Any]) -> int:
-    return len(request["prompt_token_ids"])
 
 
 def _arguments() -> argparse.Namespace:
@@ -267,11 +105,18 @@ def _arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="default %(default)s, greedy")
     add("--dtype", choices=tuple(NEAR_TIE), default="bfloat16", help="default %(default)s")
     add("--core", type=int, help="the only CPU core that the engines may use")
+    add("--threads", type=_positive, default=1, help="of OpenMP, in each engine (default %(default)s)")
     add("--prefix-caching", action="store_true", help="keep prefixes within a round")
     add("--eager", action="store_true", help="don't compile; for a quick look, not for figures")
+    add("--quick", action="store_true", help="a few minutes, to see that it works; for no figures")
     add("--out", type=pathlib.Path, default=results.RESULTS / "end_to_end.json", help="result file")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     add("--draw", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file")
-    return parser.parse_args()
+    add("--against", metavar="METHOD", help="with --draw: ratios to this method instead of the first")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    return arguments
 
 
 def _positive(text: str) -> int:

@@ -26,7 +26,8 @@ class Engine:
         label: how it is called in messages.
         engine: arguments of ``vllm.LLM``.
         core: the only CPU core that it may run on; None for any.
-        environment: variables besides those of this process.
+        threads: of OpenMP; None for what the environment says.
+        mend_sampling: whether to mend vLLM's own: see `benchmarks.engine_process.mend_sampling`.
     """
 
     def __init__(
@@ -34,17 +35,19 @@ class Engine:
         label: str,
         engine: dict[str, Any],
         core: int | None = None,
-        environment: dict[str, str] | None = None,
+        threads: int | None = None,
+        mend_sampling: bool = False,
     ) -> None:
         self._label = label
-        self._scenario = {"engine": engine, "core": core}
+        self._scenario = {"engine": engine, "core": core, "mend_sampling": mend_sampling}
         self._environment = {
             "VLLM_CPU_KVCACHE_SPACE": "2",
             **os.environ,
-            **(environment or {}),
             # The engine core runs in the child itself, so that each of its steps is seen.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
+        if threads is not None:
+            self._environment["OMP_NUM_THREADS"] = str(threads)
 
     def __enter__(self) -> Self:
         # Deleted when closed, so nothing is left behind whatever happens.

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def metadata(**conditions: Any) -> dict[str, Any]:
         **conditions: of this benchmark.
     """
     return {
-        "command": " ".join(
+        "command": shlex.join(
             ["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *map(_shortened, sys.argv[1:])]
         ),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

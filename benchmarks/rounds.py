@@ -1,8 +1,9 @@
 """The measuring loop: several engines in turn over the same prompts, in rounds."""
 
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.engine import Engine, progress_line
@@ -35,7 +36,6 @@ class Unit(NamedTuple):
         concurrency: requests in flight.
         category: of its prompts.
         prompts: their numbers in the category.
-        is_first_of_pass: whether nothing of this round ran at this concurrency before.
     """
 
     number: int
@@ -43,7 +43,6 @@ class Unit(NamedTuple):
     concurrency: int
     category: str
     prompts: range
-    is_first_of_pass: bool
 
 
 class Measurement(NamedTuple):
@@ -77,13 +76,12 @@ def units(sizes: Mapping[int, Mapping[str, int]], num_rounds: int) -> Iterator[U
     for round_number in range(num_rounds):
         number = 0
         for concurrency, by_category in sizes.items():
-            first = True
             for category, size in by_category.items():
                 width = 1 if concurrency == 1 else size
                 for begin in range(0, size, width):
                     prompts = range(begin, begin + width)
-                    yield Unit(number, round_number, concurrency, category, prompts, first)
-                    number, first = number + 1, False
+                    yield Unit(number, round_number, concurrency, category, prompts)
+                    number += 1
 
 
 def rotated(labels: Sequence[str], unit: Unit) -> list[str]:
@@ -97,8 +95,10 @@ def measure(
     requests: Mapping[str, Sequence[dict[str, Any]]],
     sizes: Mapping[int, Mapping[str, int]],
     num_rounds: int,
-    done: Callable[[int], None],
-) -> dict[Place, Measurement]:
+    found: dict[Place, Measurement],
+    done: Callable[[int, bool], None],
+    save: Callable[[dict[Place, Measurement]], None],
+) -> None:
     """Run every unit by every method.
 
     Args:
@@ -106,20 +106,40 @@ def measure(
         requests: by category; see `Engine.run`.
         sizes: by concurrency and category, how many of the requests are sent.
         num_rounds: so many times over everything.
-        done: called behind each unit, with how many requests it had.
+        found: what is measured goes here. A pass (a round at one concurrency) that is there isn't run again.
+        done: called behind each unit with how many requests it had, and whether they were run.
+        save: called behind each pass, with ``found``.
     """
+    for (number, concurrency), members in itertools.groupby(
+        units(sizes, num_rounds), lambda unit: (unit.round, unit.concurrency)
+    ):
+        is_known = any(place[2:] == (concurrency, number) for place in found)
+        if not is_known:
+            found |= measure_pass(engines, requests, members, done)
+            save(found)
+            continue
+        for unit in members:
+            done(len(unit.prompts), False)
+
+
+def measure_pass(
+    engines: Mapping[str, Engine],
+    requests: Mapping[str, Sequence[dict[str, Any]]],
+    members: Iterable[Unit],
+    done: Callable[[int, bool], None],
+) -> dict[Place, Measurement]:
+    """Run the units of one pass; see `measure`. Engines forget before it, for each prompt comes once in it."""
     found: dict[Place, Measurement] = {}
-    for unit in units(sizes, num_rounds):
-        if unit.is_first_of_pass:
-            for engine in engines.values():
-                engine.forget()
+    for engine in engines.values():
+        engine.forget()
+    for unit in members:
         for label in rotated(list(engines), unit):
             wanted = [requests[unit.category][index] for index in unit.prompts]
             answers, seconds = engines[label].run(wanted, unit.concurrency)
             place = label, unit.category, unit.concurrency, unit.round
             earlier = found.get(place, Measurement([], 0.0, [], [], []))
             found[place] = joined(earlier, measurement(answers, seconds, unit.prompts))
-        done(len(unit.prompts))
+        done(len(unit.prompts), True)
     return found
 
 
@@ -172,14 +192,16 @@ class Progress:
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
+        self._run = 0
         self._began = time.monotonic()
         self._said = self._began
 
-    def __call__(self, num_requests: int) -> None:
+    def __call__(self, num_requests: int, was_run: bool) -> None:
         """Count requests that every method has answered, and show it: on a terminal at once, else by the minute."""
         self._done += num_requests
+        self._run += num_requests * was_run
         now = time.monotonic()
-        left = (now - self._began) / self._done * (self._total - self._done)
+        left = (now - self._began) / max(self._run, 1) * (self._total - self._done)
         text = (
             f"{self._done} of {self._total} requests answered by every method, about {left / 60:.0f} min left"
         )

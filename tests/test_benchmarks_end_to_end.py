@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     exactness,
     methods,
     prompts,
+    resume,
     rounds,
     scores,
     statistics,
@@ -239,7 +240,16 @@ def test_methods_take_turns_over_the_same_prompts():
     requests = {"x": ["x0", "x1", "x2"], "y": ["y0", "y1", "y2"]}
     sizes = {1: {"x": 2, "y": 1}, 4: {"x": 3, "y": 3}}
     counted = []
-    found = rounds.measure(engines, requests, sizes, 2, counted.append)
+    found, saved = {}, []
+    rounds.measure(
+        engines,
+        requests,
+        sizes,
+        2,
+        found,
+        lambda *counts: counted.append(counts),
+        lambda found: saved.append(len(found)),
+    )
     forgets = [("forget", name) for name in "ABC"]
     in_turn = [entry for entry in log if entry[0] != "forget"]
     # Each unit is done by all three, one after the other, before the next.
@@ -257,10 +267,36 @@ def test_methods_take_turns_over_the_same_prompts():
     # All forget before each round and concurrency, so no answer is asked for twice in between.
     assert log[:3] == forgets
     assert [i for i, entry in enumerate(log) if entry == forgets[0]] == [0, 12, 21, 33]
-    assert counted == [1, 1, 1, 3, 3] * 2
+    assert counted == [(n, True) for n in [1, 1, 1, 3, 3] * 2]
+    assert saved == [6, 12, 18, 24]
     assert set(found) == {(m, c, n, r) for m in "ABC" for c in "xy" for n in (1, 4) for r in (0, 1)}
     assert [row[0] for row in found["A", "x", 1, 1].rows] == [0, 1]
     assert found["A", "x", 1, 1].seconds == 8.0
+
+
+def test_a_run_goes_on_behind_its_last_whole_pass(tmp_path):
+    log, sizes, requests = [], {1: {"x": 1}, 2: {"x": 2}}, {"x": ["x0", "x1"]}
+    engines = {name: FakeEngine(name, log) for name in "AB"}
+    store = resume.Store(tmp_path / "r.unfinished", [sizes, "settings"])
+    assert store.load() == {}
+    whole, counted = {}, []
+    rounds.measure(engines, requests, sizes, 2, whole, lambda *_: None, store.save)
+    assert store.load() == whole
+    # As if it had ended within the last pass.
+    store.save({place: measured for place, measured in whole.items() if place[2:] != (2, 1)})
+    log.clear()
+    again = store.load()
+    rounds.measure(engines, requests, sizes, 2, again, lambda *one: counted.append(one), store.save)
+    assert again == whole
+    assert counted == [(1, False), (2, False), (1, False), (2, True)]
+    assert [entry for entry in log if entry[0] != "forget"] == [
+        ("A", 2, ("x0", "x1")),
+        ("B", 2, ("x0", "x1")),
+    ]
+    with pytest.raises(ValueError, match="other settings"):
+        resume.Store(tmp_path / "r.unfinished", [sizes, "others"]).load()
+    store.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_rows_of_a_batch_run_share_its_wall_time():
@@ -449,7 +485,7 @@ def made_up(speeds, num_prompts=6, num_rounds=3, seed=0):
                         900 * seconds[p],
                         1000 * seconds[p],
                     ]
-                    + [1, 1.0, 0.5]
+                    + [1.0, 0.5]
                     for p in range(num_prompts)
                 ]
                 run = {"method": label, "category": category, "concurrency": 1, "round": number}
@@ -460,7 +496,7 @@ def made_up(speeds, num_prompts=6, num_rounds=3, seed=0):
                     "rows": rows,
                 }
                 runs.append(run)
-    columns = [*rounds.COLUMNS, "equal", "common_prefix", "score"]
+    columns = [*rounds.COLUMNS, "common_prefix", "score"]
     return {"methods": dict.fromkeys(speeds), "columns": columns, "runs": runs}
 
 
@@ -477,20 +513,20 @@ def test_ratios_are_paired_and_their_mean_is_geometric():
 
 
 def test_figures_of_a_category_known_answers():
-    columns = [*rounds.COLUMNS, "equal", "common_prefix", "score"]
+    columns = [*rounds.COLUMNS, "common_prefix", "score"]
     runs = [
         {"seconds": 4.0, "drafted_at": [4, 2], "accepted_at": [3, 1], "round": 0}
         | {
             "rows": [
-                [0, 11, 5, 6, 4, 200.0, 1000.0, 1600.0, 1, 1.0, 1.0],
-                [1, 1, 0, 0, 0, 300.0, 0.0, 2400.0, 0, 0.5, 0.0],
+                [0, 11, 5, 6, 4, 200.0, 1000.0, 1600.0, 1.0, 1.0],
+                [1, 1, 0, 0, 0, 300.0, 0.0, 2400.0, 0.5, 0.0],
             ]
         },
         {"seconds": 2.0, "drafted_at": [4], "accepted_at": [3], "round": 1}
         | {
             "rows": [
-                [0, 11, 5, 4, 3, 100.0, 1000.0, 1000.0, 1, 1.0, 1.0],
-                [1, 1, 0, 0, 0, 400.0, 0.0, 1000.0, 1, 1.0, 0.5],
+                [0, 11, 5, 4, 3, 100.0, 1000.0, 1000.0, 1.0, 1.0],
+                [1, 1, 0, 0, 0, 400.0, 0.0, 1000.0, 1.0, 0.5],
             ]
         },
     ]
@@ -501,10 +537,38 @@ def test_figures_of_a_category_known_answers():
     assert got["in_flight"] == pytest.approx(3.0 / 6)
     assert got["mal"]["value"] == 2.0 and got["mal_per_question"]["value"] == 2.0
     assert got["drafted_per_step"] == 1.0 and got["acceptance_rate"] == pytest.approx(7 / 10)
-    assert got["drafted_at"] == [8, 2] and got["acceptance_at"] == [0.75, 0.5]
+    assert got["drafted_at"] == [8, 2] and got["accepted_at"] == [6, 1]
     assert got["equal"] == 0.75 and got["common_prefix"] == 0.875
     # Prompt 0 scored 1 in both rounds, prompt 1 in the mean 0.25.
     assert got["score"]["value"] == pytest.approx(0.625)
+
+
+def test_ratios_can_be_to_another_method():
+    result = made_up({"none": {"a": 50.0}, "x": {"a": 100.0}, "y": {"a": 150.0}})
+    found = comparison.figures(result, "x")["1"]["a"]
+    assert [found[label]["tokens_per_s_ratio"]["value"] for label in result["methods"]] == pytest.approx(
+        [0.5, 1.0, 1.5]
+    )
+
+
+def test_a_method_that_remembers_earlier_rounds_is_called_out():
+    result = made_up({"none": {"a": 50.0}, "x": {"a": 100.0}})
+    assert comparison.notes(result) == []
+    steps_at = result["columns"].index("steps")
+    for run in result["runs"]:
+        if run["method"] == "x" and run["round"] == 2:
+            for row in run["rows"]:
+                row[steps_at] = 5
+    (note,) = comparison.notes(result)
+    assert note.startswith("NOTE: x had a MAL of ") and "remembers" in note
+
+
+def test_a_batch_that_is_smaller_than_its_concurrency_is_called_out():
+    result = made_up({"none": {"a": 50.0}})
+    for run in result["runs"]:
+        run["concurrency"] = 8
+    (note,) = comparison.notes(result)
+    assert note == "NOTE: a has 6 prompts, not the 8 that should have been in flight."
 
 
 def test_ratio_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -554,7 +618,6 @@ def reported(exact=True):
             "conditions": CONDITIONS,
         },
         "exactness": {"none": None, "slow": verdict | {"is_exact": exact}},
-        "notes": ["noted"],
     }
 
 
@@ -566,9 +629,9 @@ def test_losing_rows_stay_and_the_tables_say_what_is_compared(tmp_path, monkeypa
     text = capsys.readouterr().out
     speeds = next(line for line in text.split("\n") if line.startswith("| a "))
     assert speeds.count("0.50 [0.50, 0.50]") == 2
+    assert "| slow   | 0.67 | 0.25 |" in text
     assert "slow, tokens/s" in text and "| geometric mean" in text and "as a ratio to none" in text
     assert "1 thread(s) on core 0" in text and "2 of 18 part, 0 beyond a near tie; gaps of up to 0.25" in text
-    assert "noted" in text
 
 
 def test_no_figure_is_shown_of_a_run_that_isnt_exact():
