@@ -12,28 +12,12 @@ model in bfloat16 batch their rows differently and round differently.
 """
 
 import argparse
-import importlib.util
-import json
 import sys
 from typing import Any
 
-from benchmarks import results, steps, workload
+from benchmarks import methods, results, steps, workload
 from benchmarks.data import GROUPS
-
-METHODS: dict[str, dict[str, Any] | None] = {
-    "none": None,
-    "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 5},
-    "suffix": {"method": "suffix"},
-    "aasd": {"method": "aasd", "num_speculative_tokens": 8},
-}
-"""By name: vLLM's own at settings that are good for it, and aasd."""
-
-NEAR_TIE = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
-"""Nats between two tokens that an exact method and plain decoding may swap, by dtype.
-
-A bfloat16 logit between 16 and 32 is a multiple of 0.125, and what reaches it has been rounded in every
-layer; in float16 the multiple is 0.016. In float32 only the order of summation is left.
-"""
+from benchmarks.methods import METHODS, NEAR_TIE
 
 
 def main() -> None:
@@ -42,13 +26,18 @@ def main() -> None:
     workload.add_arguments(parser, limit=40, dtype="bfloat16")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=["none", "ngram", "suffix", "aasd"])
     parser.add_argument(
-        "--aasd", action="append", default=[], type=_settings, metavar="JSON", help="aasd with these settings"
+        "--aasd",
+        action="append",
+        default=[],
+        type=methods.settings,
+        metavar="JSON",
+        help="aasd with these settings",
     )
     arguments = parser.parse_args()
     if arguments.show:
         print(tables(results.read(arguments.show)))
         return
-    methods = chosen_methods(arguments)
+    chosen = chosen_methods(arguments)
     work = workload.Workload(arguments)
     # The reference of the exactness check, so always run.
     plain = work.generate("none", None, logprobs=5)
@@ -57,9 +46,9 @@ def main() -> None:
         "methods": {},
         "inexact": {},
     }
-    for label, speculative_config in methods.items():
+    for label, speculative_config in chosen.items():
         answers = plain if speculative_config is None else work.generate(label, speculative_config)
-        exactness = compare(plain, answers) if is_exact(speculative_config) else None
+        exactness = compare(plain, answers) if methods.is_exact(speculative_config) else None
         if exactness is not None and exactness["largest_gap_nats"] > NEAR_TIE[arguments.dtype]:
             result["inexact"][label] = {"speculative_config": speculative_config, "exactness": exactness}
         else:
@@ -75,26 +64,14 @@ def main() -> None:
 
 
 def chosen_methods(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
-    """The speculative config of each run, by label."""
-    methods = {}
-    for name in arguments.methods:
-        if name == "suffix" and importlib.util.find_spec("arctic_inference") is None:
-            print("suffix is skipped: arctic-inference isn't installed", file=sys.stderr)
-            continue
-        methods[name] = METHODS[name]
-    for settings in arguments.aasd:
-        label = " ".join(
-            ["aasd", *(f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items())]
-        )
-        methods[label] = METHODS["aasd"] | settings
-    return methods
-
-
-def is_exact(speculative_config: dict[str, Any] | None) -> bool:
-    """Whether the method promises the greedy answers of plain decoding."""
-    if speculative_config is None or speculative_config["method"] != "aasd":
-        return True
-    return speculative_config.get("aasd_verification") == "strict"
+    """The speculative config of each run, by label; suffix is left out where it isn't installed."""
+    names = list(arguments.methods)
+    try:
+        methods.require(names)
+    except methods.MissingPackage as error:
+        print(f"suffix is left out: {error}", file=sys.stderr)
+        names.remove("suffix")
+    return methods.chosen(names, arguments.aasd)
 
 
 def compare(plain: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -138,16 +115,16 @@ def figures(answers: list[dict[str, Any]], work: workload.Workload) -> dict[str,
 
 def tables(result: dict[str, Any]) -> str:
     """The result as text."""
-    methods = result["methods"]
+    runs = result["methods"]
     by_group = [
         [label, *(results.number(run["groups"][group]["mal"]["value"]) for group in GROUPS)]
         + [results.interval(run["mean"]["mal"]), results.interval(run["mean"]["mal_per_question"])]
-        for label, run in methods.items()
+        for label, run in runs.items()
     ]
     by_step = [
         [label, *(results.number(run["mean"][key]) for key in ("drafted_per_step", "accepted_per_step"))]
         + [results.number(run["mean"]["acceptance_rate"]), _exactness(run["exactness"])]
-        for label, run in methods.items()
+        for label, run in runs.items()
     ]
     return "\n".join(
         (
@@ -175,16 +152,6 @@ def _exactness(exactness: dict[str, Any] | None) -> str:
         return "equal to none"
     gap = exactness["largest_gap_nats"]
     return f"{exactness['num_different']} part from none, at gaps of up to {gap:.2g} nats"
-
-
-def _settings(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a JSON object")
-    return settings
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import argparse
 from typing import Any
 
 from benchmarks import results, statistics, steps, workload
-from benchmarks.acceptance import METHODS, NEAR_TIE, compare
+from benchmarks.acceptance import compare
+from benchmarks.methods import METHODS, NEAR_TIE
 
 SETTINGS = (
     (0.1, 0.5, 0.1),

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 GROUPS = ("summarization", "rag", "qa", "math_reasoning", "mt_bench")
 """The categories that a mean is taken over."""
@@ -22,40 +23,61 @@ class Question(NamedTuple):
         category: as the file has it.
         group: the category that it counts under; the eight of MT-bench count as ``mt_bench``.
         text: the first turn.
+        reference: the file's answer to it, where there is one.
     """
 
     question_id: int | str
     category: str
     group: str
     text: str
+    reference: str | None = None
 
 
 def read_questions(path: pathlib.Path) -> list[Question]:
     """Read questions in Spec-Bench's format, one JSON object a line.
 
     Each has ``question_id`` (int or str), ``category`` (str) and ``turns`` (a list of str, not empty);
-    anything else, such as ``reference``, is left alone. Empty lines are passed over.
+    ``reference`` (a list of str, one per turn) is taken where it is one, and anything else is left alone.
+    Empty lines are passed over.
 
     Raises:
         DataError: for a line that isn't so, for an id that comes twice, and for a file without questions.
     """
     questions: dict[int | str, Question] = {}
+
+    def keep(value: dict[str, Any]) -> None:
+        question = parse_question(value)
+        if question.question_id in questions:
+            raise ValueError(f"question_id {question.question_id!r} stands on an earlier line already")
+        questions[question.question_id] = question
+
+    read_lines(path, keep)
+    if not questions:
+        raise DataError(f"{path}: no questions in it")
+    return list(questions.values())
+
+
+def read_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Hand each line's JSON object on; empty lines are passed over.
+
+    Args:
+        path: of the file.
+        keep: called with each object; may raise ValueError.
+
+    Raises:
+        DataError: for a line that isn't an object, or that ``keep`` refuses.
+    """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                question = _parsed(line)
-                if question.question_id in questions:
-                    raise ValueError(
-                        f"question_id {question.question_id!r} stands on an earlier line already"
-                    )
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise ValueError(f"an object is wanted, and this is {type(value).__name__}")
+                keep(value)
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
-            questions[question.question_id] = question
-    if not questions:
-        raise DataError(f"{path}: no questions in it")
-    return list(questions.values())
 
 
 def choose(questions: list[Question], groups: tuple[str, ...], limit: int) -> list[Question]:
@@ -107,10 +129,12 @@ def chat_token_ids(model: str, texts: list[str], max_length: int) -> list[list[i
     return prompts
 
 
-def _parsed(line: bytes) -> Question:
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise ValueError(f"an object is wanted, and this is {type(value).__name__}")
+def parse_question(value: dict[str, Any]) -> Question:
+    """Check one object in Spec-Bench's format.
+
+    Raises:
+        ValueError: if it isn't so.
+    """
     for key, types, what in (
         ("question_id", (int, str), "an integer or a string"),
         ("category", (str,), "a string"),
@@ -125,4 +149,6 @@ def _parsed(line: bytes) -> Question:
         raise ValueError(f"'turns' must hold at least one string, and no empty one; it is {turns!r}")
     category = value["category"]
     group = "mt_bench" if category in _MT_BENCH else category
-    return Question(value["question_id"], category, group, turns[0])
+    references = value.get("reference")
+    known = isinstance(references, list) and references and isinstance(references[0], str)
+    return Question(value["question_id"], category, group, turns[0], references[0] if known else None)

@@ -1,7 +1,6 @@
-"""One real vLLM engine in a process of its own: requests go in as token ids, tokens and step counts come out.
+"""Real vLLM engines in processes of their own: requests go in as token ids, tokens, steps and times come out.
 
-The engine core runs in the child process itself, so that each of its steps is seen: that gives the exact
-number of decode steps of every request, those without drafts included.
+The other end of the pipe is `benchmarks.engine_process`.
 """
 
 import json
@@ -9,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from benchmarks.results import ROOT
 
@@ -20,124 +19,153 @@ class EngineError(RuntimeError):
     """The engine's process ended before it had answered; the text holds the end of its log."""
 
 
-def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Start an engine, send it all requests at once, and return what it answered, in their order.
+class Engine:
+    """One engine in a process of its own, from `__enter__` to `__exit__`; between two runs it sleeps.
 
     Args:
-        label: how the run is called in the lines of progress.
+        label: how it is called in messages.
         engine: arguments of ``vllm.LLM``.
-        requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for
-            ``vllm.SamplingParams``; with ``"score_from": n`` the prompt's tokens from ``n`` on are scored.
-
-    Returns:
-        Per request ``token_ids``; ``emitted``, the tokens of each step that emitted any; ``draft_tokens`` and
-        ``accepted_tokens``; ``logprobs``, per token a dict of token id to logprob, where they were asked for;
-        ``scores``, per scored token its logprob, and that of the likeliest one.
-
-    Raises:
-        EngineError: if the process ends early.
+        core: the only CPU core that it may run on; None for any.
+        threads: of OpenMP; None for what the environment says.
+        mend_sampling: whether to mend vLLM's own: see `benchmarks.engine_process.mend_sampling`.
     """
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    answers: dict[int, dict[str, Any]] = {}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engine"],
+
+    def __init__(
+        self,
+        label: str,
+        engine: dict[str, Any],
+        core: int | None = None,
+        threads: int | None = None,
+        mend_sampling: bool = False,
+    ) -> None:
+        self._label = label
+        self._scenario = {"engine": engine, "core": core, "mend_sampling": mend_sampling}
+        self._environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            **os.environ,
+            # The engine core runs in the child itself, so that each of its steps is seen.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        if threads is not None:
+            self._environment["OMP_NUM_THREADS"] = str(threads)
+
+    def __enter__(self) -> Self:
+        # Deleted when closed, so nothing is left behind whatever happens.
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.engine_process"],
             cwd=ROOT,
-            env=environment,
+            env=self._environment,
+            # Left open: the child ends when it is closed, however this process ends.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=self._log,
             text=True,
         )
         try:
-            # Left open: the child ends when it is closed, however this process ends.
-            print(json.dumps({"engine": engine, "requests": requests}), file=process.stdin, flush=True)
-            _progress(f"{label}: starting the engine")
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "ready" in answer:
-                    began = time.monotonic()
-                    continue
-                answers[answer.pop("index")] = answer
-                _progress(f"{label}: {len(answers)} of {len(requests)} requests")
-            process.wait()
+            self._send(self._scenario)
+            self.ready = self._receive()["ready"]
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def run(
+        self,
+        requests: list[dict[str, Any]],
+        concurrency: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Send requests, and wait until all are answered.
+
+        Args:
+            requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for
+                ``vllm.SamplingParams``; with ``"score_from": n`` the prompt's tokens from ``n`` on are scored.
+            concurrency: so many in flight, the next one sent when one ends; None for all at once.
+            progress: called after each answer with their number.
+
+        Returns:
+            The answers in the requests' order, and the seconds from the first request to the last answer.
+            Per answer ``token_ids``; ``emitted``, the tokens of each step that emitted any; ``sent``,
+            ``first_token`` and ``last_token`` in seconds since the run began; ``draft_tokens`` and
+            ``accepted_tokens``; ``drafted`` and ``accepted``, the same by verified draft; ``logprobs``, per
+            token a dict of token id to logprob, where they were asked for; ``scores``, per scored token its
+            logprob, and that of the likeliest one.
+
+        Raises:
+            EngineError: if the process ends early.
+        """
+        self._send(
+            {
+                "run": requests,
+                "concurrency": concurrency or max(len(requests), 1),
+                "count": progress is not None,
+            }
+        )
+        answers: dict[int, dict[str, Any]] = {}
+        while True:
+            message = self._receive()
+            if "seconds" in message:
+                return [answers[index] for index in range(len(requests))], message["seconds"]
+            if "done" in message:
+                progress(message["done"])
+            else:
+                answers[message.pop("index")] = message
+
+    def forget(self) -> None:
+        """Drop what the engine has learnt from earlier requests: see `benchmarks.engine_process.forget`."""
+        self._send({"forget": True})
+        self._receive()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(message), file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            _progress("")
-        if process.returncode != 0 or len(answers) != len(requests):
-            log.seek(0)
-            raise EngineError(f"{label}: the engine ended with {process.returncode}\n{log.read()[-4000:]}")
+            raise self._error() from None
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._error()
+        return json.loads(line)
+
+    def _error(self) -> EngineError:
+        code = self._process.wait()
+        self._log.seek(0)
+        return EngineError(f"{self._label}: the engine ended with {code}\n{self._log.read()[-4000:]}")
+
+    def _stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                continue
+
+
+def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Start an engine, send it all requests at once, and return what it answered, in their order.
+
+    Args, Returns, Raises: see `Engine`.
+    """
+    try:
+        progress_line(f"{label}: starting the engine")
+        with Engine(label, engine) as process:
+            began = time.monotonic()
+            answers, _ = process.run(
+                requests, progress=lambda done: progress_line(f"{label}: {done} of {len(requests)} requests")
+            )
+    finally:
+        progress_line("")
     print(f"{label}: {len(requests)} requests in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return [answers[index] for index in range(len(requests))]
+    return answers
 
 
-def _progress(text: str) -> None:
+def progress_line(text: str) -> None:
     """One line that overwrites itself, on a terminal; nothing elsewhere."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _main() -> None:
-    # Standard output belongs to the answers; what vLLM prints there goes to the log.
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    scenario = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(**scenario["engine"]).llm_engine
-    print(json.dumps({"ready": True}), file=channel, flush=True)
-    for index, request in enumerate(scenario["requests"]):
-        params = SamplingParams(detokenize=False, **request["sampling"])
-        llm.add_request(str(index), {"prompt_token_ids": request["prompt_token_ids"]}, params)
-    emitted: dict[str, list[int]] = {}
-    while llm.has_unfinished_requests():
-        for output in llm.step():
-            completion = output.outputs[0]
-            steps = emitted.setdefault(output.request_id, [])
-            new = len(completion.token_ids) - sum(steps)
-            if new > 0:
-                steps.append(new)
-            if output.finished:
-                request = scenario["requests"][int(output.request_id)]
-                print(json.dumps(_answer(output, steps, request)), file=channel, flush=True)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
-
-
-def _answer(output: Any, steps: list[int], request: dict[str, Any]) -> dict[str, Any]:
-    completion = output.outputs[0]
-    metrics = completion.spec_decode_metrics
-    answer = {
-        "index": int(output.request_id),
-        "token_ids": list(completion.token_ids),
-        "emitted": steps,
-        "draft_tokens": metrics.num_draft_tokens if metrics else 0,
-        "accepted_tokens": sum(j * times for j, times in enumerate(metrics.histogram)) if metrics else 0,
-    }
-    if completion.logprobs is not None:
-        answer["logprobs"] = [
-            {token: entry.logprob for token, entry in at.items()} for at in completion.logprobs
-        ]
-    if "score_from" in request:
-        first = request["score_from"]
-        scored = zip(request["prompt_token_ids"][first:], output.prompt_logprobs[first:], strict=True)
-        answer["scores"] = [
-            (at[token].logprob, max(entry.logprob for entry in at.values())) for token, at in scored
-        ]
-    return answer
-
-
-if __name__ == "__main__":
-    _main()

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def metadata(**conditions: Any) -> dict[str, Any]:
         **conditions: of this benchmark.
     """
     return {
-        "command": " ".join(
+        "command": shlex.join(
             ["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *map(_shortened, sys.argv[1:])]
         ),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -145,6 +146,8 @@ def _shortened(value: Any) -> Any:
     """The last part of an absolute path: where somebody keeps a file says nothing, and may be private."""
     if isinstance(value, pathlib.Path):
         value = str(value)
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
     return pathlib.Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 

@@ -71,3 +71,45 @@ def num_repeats(output: Sequence[int], span: int = 4) -> tuple[int, int]:
     """How many n-grams of ``span`` tokens stood earlier in the output, and how many it has in all."""
     runs = [tuple(output[i : i + span]) for i in range(len(output) - span + 1)]
     return len(runs) - len(set(runs)), len(runs)
+
+
+def crossed_ratio(
+    numerators: np.ndarray, denominators: np.ndarray, prompt_draws: np.ndarray, round_draws: np.ndarray
+) -> np.ndarray:
+    """A ratio of sums over prompts and rounds, and the same of resamples of both.
+
+    Args:
+        numerators, denominators: ``[num_prompts, num_rounds]``.
+        prompt_draws: ``[num_resamples, num_prompts]``, how often each prompt was drawn.
+        round_draws: ``[num_resamples, num_rounds]``, how often each round was.
+
+    Returns:
+        ``[1 + num_resamples]``: of all, then of each resample; NaN where the denominators sum to 0.
+    """
+    top, bottom = (
+        np.concatenate([[values.sum()], np.einsum("sp,pr,sr->s", prompt_draws, values, round_draws)])
+        for values in (np.asarray(numerators, float), np.asarray(denominators, float))
+    )
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
+
+
+def draws(size: int, rng: np.random.Generator) -> np.ndarray:
+    """``[RESAMPLES, size]``, how often each of ``size`` things comes in a draw of as many with replacement."""
+    return rng.multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(float)
+
+
+def with_interval(values: np.ndarray) -> dict[str, float | None]:
+    """A figure and the 2.5th and 97.5th percentile of its resamples; None for what can't be told.
+
+    Args:
+        values: ``[1 + num_resamples]``, the figure first.
+    """
+    if not np.isfinite(values[0]):
+        return {"value": None, "low": None, "high": None}
+    known = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (None, None)
+    return {
+        "value": float(values[0]),
+        "low": None if low is None else float(low),
+        "high": None if high is None else float(high),
+    }

@@ -1,0 +1,74 @@
+"""The methods that are compared: their speculative configs, their labels, and which of them promise what."""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Sequence
+from typing import Any
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 5},
+    "suffix": {"method": "suffix"},
+    "aasd": {"method": "aasd"},
+}
+"""By name: vLLM's own at settings that are good for it, and aasd as it is shipped."""
+
+SUFFIX_NEEDS = "suffix needs `pip install --no-deps arctic-inference==0.1.1`"
+
+NEAR_TIE = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
+"""Nats between two tokens that an exact method and plain decoding may swap, by dtype.
+
+A bfloat16 logit between 16 and 32 is a multiple of 0.125, and what reaches it has been rounded in every
+layer; in float16 the multiple is 0.016. In float32 only the order of summation is left.
+"""
+
+
+class MissingPackage(RuntimeError):
+    """A method needs a package that isn't installed; the text says how to install it."""
+
+
+def require(methods: Sequence[str]) -> None:
+    """Look whether what the methods need is installed.
+
+    Raises:
+        MissingPackage: if it isn't.
+    """
+    if "suffix" in methods and importlib.util.find_spec("arctic_inference") is None:
+        raise MissingPackage(SUFFIX_NEEDS)
+
+
+def chosen(names: Sequence[str], variants: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """The speculative config of each run, by label.
+
+    Args:
+        names: of `METHODS`.
+        variants: of aasd, each its settings.
+    """
+    pairs = [(name, METHODS[name]) for name in names]
+    pairs += [(label(settings), METHODS["aasd"] | settings) for settings in variants]
+    return dict(pairs)
+
+
+def label(settings: dict[str, Any]) -> str:
+    """How a variant of aasd is called: its settings, without their prefix."""
+    words = [f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items() if key != "method"]
+    return " ".join(["aasd", *words])
+
+
+def is_exact(speculative_config: dict[str, Any] | None) -> bool:
+    """Whether the method promises the greedy answers of plain decoding."""
+    if speculative_config is None or speculative_config["method"] != "aasd":
+        return True
+    return speculative_config.get("aasd_verification") == "strict"
+
+
+def settings(text: str) -> dict[str, Any]:
+    """Read a variant from the command line: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a JSON object")
+    return value
