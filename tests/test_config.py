@@ -33,6 +33,8 @@ def test_defaults_are_valid_and_survive_parsing():
         ("aasd_draft_length", 4.0, "'adaptive' or an integer from 1 to 128"),
         ("aasd_draft_length", True, "'adaptive' or an integer from 1 to 128"),
         ("aasd_prior", "auto", "true or false"),
+        ("aasd_memory", True, "'off' or 'process' or 'file'"),
+        ("aasd_memory", "/tmp/x", "'off' or 'process' or 'file'"),
         ("aasd_alignment", 1, "'auto' or true or false"),
         ("aasd_alignment", "yes", "'auto' or true or false"),
         ("aasd_alignment", None, "'auto' or true or false"),

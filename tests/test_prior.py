@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
@@ -38,7 +40,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path, monkeypat
     path = tmp_path / "prior.safetensors"
     prior_file.save(path, small_prior(), "m")
     before = path.read_bytes()
-    monkeypatch.setattr(prior_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tensor_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         prior_file.save(path, small_prior(), "another")
     assert path.read_bytes() == before
@@ -70,7 +72,7 @@ def damaged(**changes):
 def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
     path = tmp_path / "prior.safetensors"
     save_file(tensors, path, metadata)
-    with pytest.raises(prior_file.PriorError, match=reason):
+    with pytest.raises(tensor_file.TensorFileError, match=reason):
         prior_file.load(path, "m", VOCAB_SIZE)
 
 
@@ -80,12 +82,64 @@ def test_a_truncated_or_unreadable_file_is_refused(tmp_path):
     content = path.read_bytes()
     for part in (b"", content[:4], content[: len(content) // 2], b"\xff" * 64):
         path.write_bytes(part)
-        with pytest.raises(prior_file.PriorError, match="can't be read"):
+        with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
             prior_file.load(path, "m", VOCAB_SIZE)
-    with pytest.raises(prior_file.PriorError, match="can't be read"):
+    with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
         prior_file.load(tmp_path, "m", VOCAB_SIZE)
     with pytest.raises(FileNotFoundError):
         prior_file.load(tmp_path / "none", "m", VOCAB_SIZE)
+
+
+def learnt_memory():
+    memory = memory_file.empty_memory()
+    memory[3] = [17, 2, 1, 4, -1, -1, *np.array([0.5, 0.25, 0, 0], np.float32).view(np.int32)]
+    return memory
+
+
+def test_a_memory_survives_its_process(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    memory_file.MemoryFile(path, "m", learnt_memory()).save()
+    np.testing.assert_array_equal(memory_file.load(path, "m", VOCAB_SIZE), learnt_memory())
+    with pytest.raises(tensor_file.TensorFileError, match="made with another model"):
+        memory_file.load(path, "other", VOCAB_SIZE)
+    with pytest.raises(tensor_file.TensorFileError, match="outside of the vocabulary"):
+        memory_file.load(path, "m", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda memory: memory[:8].copy(), "of shape"),
+        (lambda memory: memory.astype(np.int64), "int64"),
+        (lambda memory: np.where(np.arange(10) == 1, 6, memory).astype(np.int32), "counts outside of 0 to 5"),
+        (lambda memory: np.where(np.arange(10) == 1, -1, memory).astype(np.int32), "counts outside of 0 to 5"),
+        (lambda memory: np.where(np.arange(10) > 5, -1, memory).astype(np.int32), "no probabilities"),
+    ],
+)
+def test_a_damaged_memory_is_refused_with_its_reason(tmp_path, change, reason):
+    path = tmp_path / "memory.safetensors"
+    memory_file.MemoryFile(path, "m", change(learnt_memory())).save()
+    with pytest.raises(tensor_file.TensorFileError, match=reason):
+        memory_file.load(path, "m", VOCAB_SIZE)
+
+
+def test_the_memory_is_written_now_and_then_without_waiting(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(memory_file.time, "monotonic", lambda: clock.now)
+    path = tmp_path / "memory.safetensors"
+    file = memory_file.MemoryFile(path, "m", learnt_memory())
+    file.save_now_and_then()
+    assert file._writer is None, "too early"
+    clock.now += 61
+    file.save_now_and_then()
+    file._writer.join()
+    assert path.exists()
+
+
+def test_a_memory_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    memory_file.MemoryFile(tmp_path / "file" / "memory.safetensors", "m", learnt_memory()).save()
+    assert "the memory was not written to" in caplog.text
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):

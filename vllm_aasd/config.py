@@ -50,6 +50,12 @@ class Settings:
         True,
         "Draft from the model's prior too, where `python -m vllm_aasd.prior MODEL` has made one.",
     )
+    memory: str = _setting(
+        "off",
+        "What other requests taught about short runs of tokens: `off`; `process` remembers it, at most 10 MiB, "
+        "while the server runs; `file` also keeps it in the cache folder. Tenants share it: see README.",
+        choices=("off", "process", "file"),
+    )
     alignment: bool | str = _setting(
         "auto",
         "Store the target's predictions at prompt positions too, which takes one lm_head over the prompt; "

@@ -5,11 +5,15 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from vllm.config import ModelConfig
 
+from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.memory import MemoryFile, empty_memory
 from vllm_aasd.drafting.step_time import knots
+from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.mixture import Prior
@@ -40,11 +44,41 @@ def load_prior(model: ModelConfig) -> Prior | None:
             model.model,
         )
         return None
-    except prior_file.PriorError as error:
+    except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
     logger.info("aasd: prior with %d successors a token from %s", prior.ids.shape[1], path)
     return prior
+
+
+def load_memory(setting: str, model: ModelConfig) -> tuple[np.ndarray | None, MemoryFile | None]:
+    """The memory that ``aasd_memory`` asks for, and the file behind it; says in the log what it begins from.
+
+    Args:
+        setting: ``off``, ``process`` or ``file``.
+        model: the served model.
+
+    Returns:
+        The table, None for ``off``; and where it is kept, None if only in the process.
+    """
+    if setting == "off":
+        return None, None
+    key = model_key(model.model, model.revision) if setting == "file" else None
+    if key is None:
+        if setting == "file":
+            logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)
+        return empty_memory(), None
+    path = cache_path("memory", key)
+    try:
+        memory = memory_file.load(path, key, model.get_vocab_size())
+        logger.info("aasd: memory from %s", path)
+    except FileNotFoundError:
+        memory = empty_memory()
+        logger.info("aasd: a new memory, to be kept in %s", path)
+    except TensorFileError as error:
+        memory = empty_memory()
+        logger.warning("aasd: beginning with an empty memory: %s", error)
+    return memory, MemoryFile(path, key, memory)
 
 
 class StepProfile(NamedTuple):

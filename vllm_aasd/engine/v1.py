@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
 from vllm_aasd.engine.v1_verifier import V1Verifier
@@ -47,6 +48,7 @@ class AASDProposer:
         )
         self._step_time = StepTimeModel(self._max_step_tokens)
         self._drafter: Drafter | None = None
+        self._memory_file: MemoryFile | None = None
         self._ngram = NgramProposer(vllm_config) if self._settings.draft == "ngram" else None
         self._model: torch.nn.Module | None = None
         self._runner: GPUModelRunner | None = None
@@ -71,11 +73,13 @@ class AASDProposer:
         self._runner = runner
         if self._ngram is not None:
             return
+        memory, self._memory_file = start_up.load_memory(self._settings.memory, self._model_config)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             self._settings.min_survival,
             start_up.load_prior(self._model_config) if self._settings.prior else None,
+            memory,
         )
         group = _full_attention_group(kv_cache_config)
         if group is None:
@@ -128,9 +132,16 @@ class AASDProposer:
         self.verifier.forget(finished_req_ids)
 
     def end_step(self) -> None:
-        """Learn from the time that a step took; one with prompt positions in it says nothing of decoding."""
+        """Learn from the time that a step took: one with prompt positions in it says nothing of decoding."""
         if self._num_decode_tokens is not None:
             self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
+        if self._memory_file is not None:
+            self._memory_file.save_now_and_then()
+
+    def shutdown(self) -> None:
+        """Keep what was learnt."""
+        if self._memory_file is not None:
+            self._memory_file.save()
 
     def begin_sampling(self) -> None:
         """Store the target's predictions at every position of this step, while its logits are unprocessed."""

@@ -70,3 +70,11 @@ class AASDCPUWorker(CPUWorker):
         if drafts is None or self.model_runner.drafter.has_proposed:
             return drafts
         return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+
+    def shutdown(self) -> None:
+        """Also: keep what was learnt."""
+        # vLLM also shuts down workers whose start failed.
+        drafter = getattr(getattr(self, "model_runner", None), "drafter", None)
+        if drafter is not None:
+            drafter.shutdown()
+        super().shutdown()
