@@ -25,6 +25,10 @@ def report(result: Mapping[str, Any], base: str | None = None) -> str:
         return "\n\n".join(parts)
     for concurrency, figures in comparison.figures(result, base).items():
         parts.append(tables(int(concurrency), figures, list(result["methods"]), base))
+    if result["metadata"]["conditions"]["temperature"] > 0:
+        return "\n\n".join(
+            [*parts, "Answers are sampled, so exactness isn't checked.", *comparison.notes(result)]
+        )
     parts.append(
         "Answers, compared with the first method's at the same concurrency:\n"
         + "\n".join(
@@ -41,8 +45,8 @@ def conditions(of: Mapping[str, Any]) -> str:
     where = f"core {of['core']}" if of["core"] is not None else "any core"
     return (
         f"{of['model']} in {of['dtype']}, {mode}, temperature {of['temperature']:g}, answers of up to "
-        f"{of['max_tokens']} tokens to prompts of up to {of['max_prompt_tokens']}, {of['rounds']} rounds. One "
-        f"engine process per method, {of['threads']} thread(s) on {where}, prefix caching "
+        f"{of['max_tokens']} tokens to prompts of up to {of['max_prompt_tokens']}, {of['rounds']} rounds. "
+        f"One engine process per method, {of['threads']} thread(s) on {where}, prefix caching "
         f"{'on' if of['prefix_caching'] else 'off'}; no HTTP and no detokenising."
     )
 
@@ -106,7 +110,10 @@ def exactness(found: Mapping[str, Any] | None) -> str:
         return f"all {found['num_answers']} are equal"
     gap = found["largest_gap_nats"]
     worst = "one ends where the other goes on" if gap is None else f"gaps of up to {gap:.2g} nats"
-    return f"{found['num_different']} of {found['num_answers']} part, {found['num_wider']} beyond a near tie; {worst}"
+    counts = (
+        f"{found['num_different']} of {found['num_answers']} part, {found['num_wider']} beyond a near tie"
+    )
+    return f"{counts}; {worst}"
 
 
 def _table(figures: Mapping[str, Any], columns: Sequence[tuple[str, str, Cell]]) -> str:

@@ -83,7 +83,8 @@ class Engine:
 
         Args:
             requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for
-                ``vllm.SamplingParams``; with ``"score_from": n`` the prompt's tokens from ``n`` on are scored.
+                ``vllm.SamplingParams``; with ``"score_from": n`` the prompt's tokens from ``n`` on are
+                scored.
             concurrency: so many in flight, the next one sent when one ends; None for all at once.
             progress: called after each answer with their number.
 

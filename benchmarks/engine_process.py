@@ -1,6 +1,7 @@
-"""The process of `benchmarks.engine.Engine`: the engine core runs in it, one thread, one step after the other.
+"""The process of `benchmarks.engine.Engine`: the engine core runs in it, one step after the other.
 
-Lines of JSON come in on standard input (first the engine's arguments, then runs) and go out on standard output.
+Lines of JSON come in on standard input, first the engine's arguments, then runs; answers go out on standard
+output.
 """
 
 import json

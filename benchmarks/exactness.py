@@ -1,11 +1,12 @@
 """Whether answers that should be the greedy ones are, but for near ties; judged by teacher forcing.
 
-Two runs of one model in bfloat16 batch their rows differently, so they round differently, and where two tokens
-are nearly as likely either may come. So an answer that differs isn't wrong for that alone: at its first
-difference, the target, given the prompt and what both answers share, must find both tokens about as likely as
-its likeliest. The bound is `benchmarks.methods.NEAR_TIE`.
+Two runs of one model in bfloat16 batch their rows differently, so they round differently, and where two
+tokens are nearly as likely either may come. So an answer that differs isn't wrong for that alone: at its
+first difference, the target, given the prompt and what both answers share, must find both tokens about as
+likely as its likeliest. The bound is `benchmarks.methods.NEAR_TIE`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def verdict(
         bound: the widest that is a tie, in nats.
 
     Returns:
-        ``num_answers``, ``num_different``, ``largest_gap_nats``, ``is_exact``; None for a gap that is infinite.
+        ``num_answers``; ``num_different`` of them; ``num_wider``, those beyond the bound; ``is_exact`` if
+        there is none; ``largest_gap_nats``, None where that is infinite or not a number.
     """
     wide = [found[one] for one in differences if one is not None]
     largest = max(wide, default=0.0)
@@ -91,7 +93,7 @@ def verdict(
         "num_answers": len(differences),
         "num_different": len(wide),
         "num_wider": sum(not gap <= bound for gap in wide),
-        "largest_gap_nats": None if largest == float("inf") else round(largest, 4),
+        "largest_gap_nats": round(largest, 4) if math.isfinite(largest) else None,
         # Not `>`: a gap that isn't a number is no tie.
         "is_exact": all(gap <= bound for gap in wide),
     }

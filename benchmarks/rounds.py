@@ -20,10 +20,10 @@ COLUMNS = (
 )
 """Of a row, which is one request.
 
-``prompt`` is its number in the category; ``tokens`` were emitted, in ``steps`` decode steps behind the prefill's;
-``drafted`` and ``accepted`` are draft tokens; ``ttft_ms`` is from sending it to its first token, ``decode_ms``
-from there to its last. ``charged_ms`` is its share of the batch run's wall time, in proportion to its latency
-(``ttft_ms`` and ``decode_ms`` together): the rows of a batch run add up to the run.
+``prompt`` is its number in the category; ``tokens`` were emitted, in ``steps`` decode steps behind the
+prefill's; ``drafted`` and ``accepted`` are draft tokens; ``ttft_ms`` is from sending it to its first token,
+``decode_ms`` from there to its last. ``charged_ms`` is its share of the batch run's wall time, in proportion
+to its latency (``ttft_ms`` and ``decode_ms`` together): the rows of a batch run add up to the run.
 """
 
 
@@ -128,7 +128,7 @@ def measure_pass(
     members: Iterable[Unit],
     done: Callable[[int, bool], None],
 ) -> dict[Place, Measurement]:
-    """Run the units of one pass; see `measure`. Engines forget before it, for each prompt comes once in it."""
+    """Run the units of one pass; see `measure`. Engines forget before it; no prompt comes twice in it."""
     found: dict[Place, Measurement] = {}
     for engine in engines.values():
         engine.forget()
@@ -197,7 +197,7 @@ class Progress:
         self._said = self._began
 
     def __call__(self, num_requests: int, was_run: bool) -> None:
-        """Count requests that every method has answered, and show it: on a terminal at once, else by the minute."""
+        """Count requests that every method has answered; show it, elsewhere than on a terminal by the minute."""
         self._done += num_requests
         self._run += num_requests * was_run
         now = time.monotonic()

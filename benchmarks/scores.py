@@ -85,7 +85,7 @@ def score(kind: str | None, tokenizer: Any, **parts: Any) -> float | None:
 
 
 def similarity(one: str, other: str) -> float:
-    """Edit similarity by insertions and deletions, 1 for equal texts (``fuzz.ratio`` of rapidfuzz, by 100)."""
+    """Edit similarity by insertions and deletions, 1 for equal texts: a hundredth of rapidfuzz's ratio."""
     if not one and not other:
         return 1.0
     codes = [[ord(char) for char in text] for text in (one, other)]

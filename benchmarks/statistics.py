@@ -94,7 +94,7 @@ def crossed_ratio(
 
 
 def draws(size: int, rng: np.random.Generator) -> np.ndarray:
-    """``[RESAMPLES, size]``, how often each of ``size`` things comes in a draw of as many with replacement."""
+    """``[RESAMPLES, size]``, how often each of ``size`` things is drawn in as many draws with replacement."""
     return rng.multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(float)
 
 

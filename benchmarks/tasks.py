@@ -33,8 +33,8 @@ def read_tasks(path: pathlib.Path) -> list[Task]:
     """Read a file with one JSON object a line, in any of three formats.
 
     - Spec-Bench: ``question_id``, ``category``, ``turns``, perhaps ``reference``;
-    - HotpotQA with its passages: ``question``, ``answer``, ``context`` (a list of ``{"title", "text"}``, or of
-      ``[title, [sentence, ...]]`` as HotpotQA itself has it), perhaps ``id`` or ``_id``;
+    - HotpotQA with its passages: ``question``, ``answer``, ``context`` (a list of ``{"title", "text"}``, or
+      of ``[title, [sentence, ...]]`` as HotpotQA itself has it), perhaps ``id`` or ``_id``;
     - any: ``prompt``, perhaps ``category`` (by default the file's name).
 
     Raises:
