@@ -640,7 +640,12 @@ def test_sampled_answers_are_not_said_to_be_exact():
     assert "exactness isn't checked" in text and "near tie" not in text
 
 
-def test_no_figure_is_shown_of_a_run_that_isnt_exact():
-    text = end_to_end_report.report(reported(exact=False))
+def test_no_figure_is_shown_of_a_run_that_isnt_exact(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["end_to_end"])
+    monkeypatch.setattr(end_to_end, "compare", lambda arguments: reported(exact=False))
+    with pytest.raises(SystemExit) as ended:
+        end_to_end.main()
+    assert ended.value.code == 1
+    text = capsys.readouterr().out
     assert "NO FIGURES: slow isn't exact. 2 of 18 part, 2 beyond a near tie" in text
     assert "|" not in text
