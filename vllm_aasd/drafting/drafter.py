@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
@@ -155,6 +156,10 @@ class Drafter:
         request = self._requests.get(request_id)
         if request is not None:
             request.trust.observe(request.promised[:num_draft_tokens], num_accepted)
+
+    def clear_memory(self) -> None:
+        """Unlearn what other requests taught."""
+        self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is held for requests that have ended; unknown ones are passed over."""

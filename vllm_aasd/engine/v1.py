@@ -138,6 +138,11 @@ class AASDProposer:
         if self._memory_file is not None:
             self._memory_file.save_now_and_then()
 
+    def clear_memory(self) -> None:
+        """Unlearn what other requests taught."""
+        if self._drafter is not None:
+            self._drafter.clear_memory()
+
     def shutdown(self) -> None:
         """Keep what was learnt."""
         if self._memory_file is not None:

@@ -71,6 +71,10 @@ class AASDCPUWorker(CPUWorker):
             return drafts
         return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
 
+    def aasd_clear_memory(self) -> None:
+        """Unlearn what other requests taught: for ``collective_rpc("aasd_clear_memory")``."""
+        self.model_runner.drafter.clear_memory()
+
     def shutdown(self) -> None:
         """Also: keep what was learnt."""
         # vLLM also shuts down workers whose start failed.
