@@ -1,0 +1,375 @@
+"""The Triton path of `draft_batch`. The maths and the memory argument are in `vllm_aasd.kernels.draft_batch`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+
+NUM_WARPS = 8
+"""Warps per request: one program has a whole multiprocessor to itself at the batch sizes that draft much."""
+
+TILE = 1024
+"""Context positions matched at once: four per thread, and the [orders, TILE] ranks fit the registers."""
+
+CHUNK = 256
+"""Candidates scored at once: one per thread, as most steps have fewer votes than that."""
+
+
+@triton.jit
+def _collect_matches(
+    tokens_ptr,  # [length] of all_token_ids
+    length,
+    suffix,  # NUM_ORDERS tokens, the last of context plus draft first
+    matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
+    NUM_ORDERS: tl.constexpr,
+    ORDERS_PAD: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the latest positions of each order, latest first, and return how many: [ORDERS_PAD]."""
+    orders = 1 + tl.arange(0, ORDERS_PAD)
+    counts = tl.zeros([ORDERS_PAD], tl.int32)
+    # The last token has no successor yet.
+    num_positions = tl.maximum(length - 1, 0)
+    num_tiles = tl.cdiv(num_positions, TILE)
+    for tile in range(num_tiles):
+        positions = (num_tiles - 1 - tile) * TILE + tl.arange(0, TILE)
+        same = positions < num_positions
+        run = tl.zeros([TILE], tl.int32)
+        for back in tl.static_range(NUM_ORDERS):
+            # A suffix token from before the context is never compared: no position reaches back as far.
+            same = same & (positions >= back)
+            same = same & (tl.load(tokens_ptr + positions - back, mask=same, other=-1) == suffix[back])
+            run += same.to(tl.int32)
+        # Lists fill in the order of m, since what matches m + 1 tokens matches m.
+        lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
+        if tl.max(run, axis=0) >= lowest_open:
+            ends = (run[None, :] >= orders[:, None]).to(tl.int32)
+            ranks = counts[:, None] + tl.cumsum(ends, axis=1, reverse=True) - 1
+            places = (orders[:, None] - 1) * MAX_MATCHES + ranks
+            values = tl.broadcast_to(positions[None, :], (ORDERS_PAD, TILE))
+            tl.store(matches_ptr + places, values, mask=(ends > 0) & (ranks < MAX_MATCHES))
+            counts += tl.sum(ends, axis=1)
+    return tl.minimum(counts, MAX_MATCHES)
+
+
+@triton.jit
+def _put_votes(vote_ids_ptr, vote_weights_ptr, places, ids, weights, vocab_size, mask):
+    """Write votes; one that does not count becomes a vote of weight 0 for no token."""
+    counts = (weights > 0) & (ids >= 0) & (ids < vocab_size)
+    tl.store(vote_ids_ptr + places, tl.where(counts, ids, -1), mask=mask)
+    tl.store(vote_weights_ptr + places, tl.where(counts, weights, 0.0), mask=mask)
+
+
+@triton.jit
+def _cast_votes(
+    tokens_ptr,  # [length] of all_token_ids
+    last_token,
+    counts,  # [ORDERS_PAD]
+    matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
+    table_ptr,  # [num_slots, 1 + 2 TOP_K]
+    num_slots,
+    blocks_ptr,  # [max_blocks] of block_tables
+    block_size,
+    theta_ptr,  # [NUM_ORDERS]
+    alignment_ptr,  # [NUM_ORDERS]
+    prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_vocab_size,
+    vocab_size,
+    vote_ids_ptr,  # [max_votes]
+    vote_weights_ptr,  # [max_votes]
+    ORDERS_PAD: tl.constexpr,
+    ORDERS_USED: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    MATCHES_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr,
+    PRIOR_TOP_K: tl.constexpr,
+    PRIOR_TOP_K_PAD: tl.constexpr,
+):
+    """Write the votes of a step in the order in which the twin adds them, and return how many."""
+    orders = 1 + tl.arange(0, ORDERS_PAD)
+    longest = tl.max(tl.where(counts > 0, orders, 0), axis=0)
+    # One lane for each position that may vote: the orders used, longest first, times the rank in its list.
+    lanes = tl.arange(0, ORDERS_USED * MATCHES_PAD)
+    ranks = lanes % MATCHES_PAD
+    present = lanes < 0
+    lane_shares = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
+    lane_alignment = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
+    places = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.int32)
+    left = 1.0
+    num_votes = 0
+    for drop in tl.static_range(ORDERS_USED):
+        order = longest - drop
+        num_matches = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+        count = num_matches.to(tl.float32)
+        theta = tl.load(theta_ptr + order - 1, mask=order > 0, other=1.0)
+        weight = tl.div_rn(count, count + theta)
+        mine = lanes // MATCHES_PAD == drop
+        present = present | (mine & (ranks < num_matches))
+        lane_shares = tl.where(mine, tl.div_rn(left * weight, tl.maximum(count, 1.0)), lane_shares)
+        alignment = tl.load(alignment_ptr + order - 1, mask=order > 0, other=0.0)
+        lane_alignment = tl.where(mine, alignment, lane_alignment)
+        places = tl.where(mine, num_votes + ranks * (1 + TOP_K), places)
+        # An order below 1 has count 0, so weight 0.
+        left = left * (1.0 - weight)
+        num_votes += num_matches * (1 + TOP_K)
+
+    lists = (longest - lanes // MATCHES_PAD - 1) * MAX_MATCHES
+    positions = tl.load(matches_ptr + lists + ranks, mask=present, other=0)
+    successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)
+    aligned = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
+    if TOP_K > 0:
+        blocks = tl.load(blocks_ptr + positions // block_size, mask=present, other=-1).to(tl.int64)
+        slots = blocks * block_size + positions % block_size
+        in_table = present & (slots >= 0) & (slots < num_slots)
+        tags = tl.load(table_ptr + slots * (1 + 2 * TOP_K), mask=in_table, other=-1)
+        fresh = in_table & (tags == tl.load(tokens_ptr + positions, mask=present, other=-1))
+        aligned = tl.where(fresh, lane_alignment, 0.0)
+        ks = tl.arange(0, TOP_K_PAD)[None, :]
+        stored = fresh[:, None] & (ks < TOP_K)
+        entry_ptrs = table_ptr + slots[:, None] * (1 + 2 * TOP_K) + 1 + ks
+        ids = tl.load(entry_ptrs, mask=stored, other=-1)
+        probs = tl.load(entry_ptrs + TOP_K, mask=stored, other=0).to(tl.float32, bitcast=True)
+        _put_votes(
+            vote_ids_ptr,
+            vote_weights_ptr,
+            places[:, None] + 1 + ks,
+            ids,
+            (lane_shares * aligned)[:, None] * probs,
+            vocab_size,
+            present[:, None] & (ks < TOP_K),
+        )
+    _put_votes(
+        vote_ids_ptr, vote_weights_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present
+    )
+
+    if PRIOR_TOP_K > 0:
+        num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)
+        prior_ks = tl.arange(0, PRIOR_TOP_K_PAD)
+        known = prior_ks < num_known
+        successor_ks = last_token.to(tl.int64) * PRIOR_TOP_K + prior_ks
+        prior_ids = tl.load(prior_ids_ptr + successor_ks, mask=known, other=-1)
+        prior_weights = left * tl.load(prior_probs_ptr + successor_ks, mask=known, other=0.0)
+        _put_votes(vote_ids_ptr, vote_weights_ptr, num_votes + prior_ks, prior_ids, prior_weights, vocab_size, known)
+        num_votes += num_known
+    return num_votes
+
+
+@triton.jit
+def _elect(
+    vote_ids_ptr,  # [max_votes]
+    vote_weights_ptr,  # [max_votes]
+    num_votes,
+    CHUNK: tl.constexpr,
+):
+    """Return the token with the most votes, of equals the one voted for first, and its score; -1 for none."""
+    best_token = -1
+    best_score = 0.0
+    for start in range(0, num_votes, CHUNK):
+        candidates = start + tl.arange(0, CHUNK)
+        ids = tl.load(vote_ids_ptr + candidates, mask=candidates < num_votes, other=-1)
+        scores = tl.zeros([CHUNK], tl.float32)
+        # Every candidate adds up its votes in the order in which they were cast: the twin's sum to the bit.
+        for vote in tl.range(num_votes, loop_unroll_factor=4):
+            weight = tl.load(vote_weights_ptr + vote)
+            scores += tl.where(ids == tl.load(vote_ids_ptr + vote), weight, 0.0)
+        score = tl.max(scores, axis=0)
+        if score > best_score:
+            best_score = score
+            first = tl.min(tl.where(scores == score, candidates, num_votes), axis=0)
+            best_token = tl.load(vote_ids_ptr + first)
+    return best_token, best_score
+
+
+@triton.jit(do_not_specialize=["num_spec_tokens"])
+def draft_kernel(
+    all_token_ids_ptr,  # [max_num_reqs, max_model_len]
+    all_token_ids_stride,
+    total_len_ptr,  # [max_num_reqs]
+    idx_mapping_ptr,  # [num_reqs]
+    draft_limits_ptr,  # [num_reqs]
+    table_ptr,  # [num_slots, 1 + 2 TOP_K]
+    num_slots,
+    block_tables_ptr,  # [max_num_reqs, max_blocks]
+    block_tables_stride,
+    block_size,
+    theta_ptr,  # [NUM_ORDERS]
+    alignment_ptr,  # [NUM_ORDERS]
+    prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_vocab_size,
+    vocab_size,
+    min_survival,
+    matches_ptr,  # [max_num_reqs, NUM_ORDERS, MAX_MATCHES]
+    vote_ids_ptr,  # [max_num_reqs, max_votes]
+    vote_weights_ptr,  # [max_num_reqs, max_votes]
+    max_votes,
+    draft_token_ids_ptr,  # [num_reqs, num_spec_tokens]
+    draft_token_ids_stride,
+    num_drafts_ptr,  # [num_reqs]
+    survival_ptr,  # [num_reqs, num_spec_tokens]
+    survival_stride,
+    num_spec_tokens,
+    NUM_ORDERS: tl.constexpr,
+    ORDERS_PAD: tl.constexpr,
+    ORDERS_USED: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    MATCHES_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr,
+    PRIOR_TOP_K: tl.constexpr,
+    PRIOR_TOP_K_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Draft for one request per program; see `vllm_aasd.kernels.draft_batch`."""
+    # int64: a row of a large batch times a long context leaves int32.
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(idx_mapping_ptr + row).to(tl.int64)
+    length = tl.load(total_len_ptr + slot, mask=slot >= 0, other=0)
+    limit = tl.minimum(tl.load(draft_limits_ptr + row), num_spec_tokens)
+    tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
+    blocks_ptr = block_tables_ptr + slot * block_tables_stride
+    matches_ptr += row * NUM_ORDERS * MAX_MATCHES
+    vote_ids_ptr += row * max_votes
+    vote_weights_ptr += row * max_votes
+    draft_token_ids_ptr += row * draft_token_ids_stride
+    survival_ptr += row * survival_stride
+
+    suffix = ()
+    for back in tl.static_range(NUM_ORDERS):
+        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)
+    last_token = tl.where(length > 0, suffix[0], 0)
+
+    num_drafts = 0
+    alive = 1.0
+    drafting = (length > 0) & (limit > 0)
+    while drafting:
+        counts = _collect_matches(
+            tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, ORDERS_PAD, MAX_MATCHES, TILE
+        )
+        # Lists and votes go from thread to thread through memory (L1).
+        tl.debug_barrier()
+        num_votes = _cast_votes(
+            tokens_ptr,
+            suffix[0],
+            counts,
+            matches_ptr,
+            table_ptr,
+            num_slots,
+            blocks_ptr,
+            block_size,
+            theta_ptr,
+            alignment_ptr,
+            prior_ids_ptr,
+            prior_probs_ptr,
+            prior_vocab_size,
+            vocab_size,
+            vote_ids_ptr,
+            vote_weights_ptr,
+            ORDERS_PAD,
+            ORDERS_USED,
+            MAX_MATCHES,
+            MATCHES_PAD,
+            TOP_K,
+            TOP_K_PAD,
+            PRIOR_TOP_K,
+            PRIOR_TOP_K_PAD,
+        )
+        tl.debug_barrier()
+        token, score = _elect(vote_ids_ptr, vote_weights_ptr, num_votes, CHUNK)
+        alive *= score
+        drafting = (token >= 0) & (alive >= min_survival)
+        if drafting:
+            tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
+            tl.store(survival_ptr + num_drafts, alive)
+            num_drafts += 1
+            suffix = (token,) + suffix[:-1]
+        drafting = drafting & (num_drafts < limit)
+
+    tl.store(num_drafts_ptr + row, num_drafts)
+    for column in range(num_drafts, num_spec_tokens):
+        tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
+        tl.store(survival_ptr + column, 0.0)
+
+
+def launch_constants(num_orders: int, max_matches: int, top_k: int, prior_top_k: int) -> dict[str, int]:
+    """The compile-time constants of `draft_kernel` for tensors of these sizes."""
+    return {
+        "NUM_ORDERS": num_orders,
+        "ORDERS_PAD": triton.next_power_of_2(num_orders),
+        "ORDERS_USED": ORDERS_USED,
+        "MAX_MATCHES": max_matches,
+        "MATCHES_PAD": triton.next_power_of_2(max_matches),
+        "TOP_K": top_k,
+        "TOP_K_PAD": triton.next_power_of_2(max(top_k, 1)),
+        "PRIOR_TOP_K": prior_top_k,
+        "PRIOR_TOP_K_PAD": triton.next_power_of_2(max(prior_top_k, 1)),
+        "TILE": TILE,
+        "CHUNK": CHUNK,
+    }
+
+
+# Each sum keeps the rounding of its products, so that scores equal the twin's to the bit.
+LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+
+def draft_batch(
+    all_token_ids: torch.Tensor,
+    total_len: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    table: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+    theta: torch.Tensor,
+    alignment: torch.Tensor,
+    prior_ids: torch.Tensor,
+    prior_probs: torch.Tensor,
+    vocab_size: int,
+    max_matches: int,
+    min_survival: float,
+    draft_limits: torch.Tensor,
+    workspace,
+    draft_token_ids: torch.Tensor,
+    num_drafts: torch.Tensor,
+    survival: torch.Tensor,
+) -> None:
+    """See `vllm_aasd.kernels.draft_batch.draft_batch`."""
+    num_reqs = len(idx_mapping)
+    if num_reqs == 0:
+        return
+    top_k = (table.shape[1] - 1) // 2
+    draft_kernel[(num_reqs,)](
+        all_token_ids,
+        all_token_ids.stride(0),
+        total_len,
+        idx_mapping,
+        draft_limits,
+        table,
+        table.shape[0],
+        block_tables,
+        block_tables.stride(0),
+        block_size,
+        theta,
+        alignment,
+        prior_ids,
+        prior_probs,
+        prior_ids.shape[0],
+        vocab_size,
+        min_survival,
+        workspace.matches,
+        workspace.vote_ids,
+        workspace.vote_weights,
+        workspace.vote_ids.shape[1],
+        draft_token_ids,
+        draft_token_ids.stride(0),
+        num_drafts,
+        survival,
+        survival.stride(0),
+        draft_token_ids.shape[1],
+        **launch_constants(len(theta), max_matches, top_k, prior_ids.shape[1]),
+        **LAUNCH_OPTIONS,
+    )
