@@ -34,29 +34,13 @@ Sources
     Those of `vllm_aasd.kernels.draft`. The paged predictions are those of `vllm_aasd.kernels.align`.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_shape
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
 
-__all__ = ["DraftWorkspace", "draft_batch", "draft_workspace"]
-
-
-class DraftWorkspace(NamedTuple):
-    """Scratch of `draft_batch`, by row of the batch; what it holds between calls has no meaning.
-
-    Attributes:
-        matches: [max_num_reqs, M, max_matches] int32, the matching positions of each order.
-        vote_ids: [max_num_reqs, max_votes] int32.
-        vote_weights: [max_num_reqs, max_votes] float32.
-    """
-
-    matches: torch.Tensor
-    vote_ids: torch.Tensor
-    vote_weights: torch.Tensor
+__all__ = ["draft_batch", "draft_workspace"]
 
 
 def draft_workspace(
@@ -66,7 +50,7 @@ def draft_workspace(
     top_k: int,
     prior_top_k: int,
     device: torch.device | str,
-) -> DraftWorkspace:
+) -> torch.Tensor:
     """Allocate scratch for batches of up to ``max_num_reqs`` requests.
 
     Args:
@@ -76,13 +60,12 @@ def draft_workspace(
         top_k: predictions that the alignment table stores of a position; 0 without one.
         prior_top_k: successors that the prior gives of a token; 0 without one.
         device: that of the batch.
+
+    Returns:
+        [max_num_reqs, words] int32. What it holds between calls has no meaning.
     """
-    max_votes = _max_votes(max_matches, top_k, prior_top_k)
-    return DraftWorkspace(
-        torch.empty((max_num_reqs, num_orders, max_matches), dtype=torch.int32, device=device),
-        torch.empty((max_num_reqs, max_votes), dtype=torch.int32, device=device),
-        torch.empty((max_num_reqs, max_votes), dtype=torch.float32, device=device),
-    )
+    words = _workspace_words(num_orders, max_matches, top_k, prior_top_k)
+    return torch.empty((max_num_reqs, words), dtype=torch.int32, device=device)
 
 
 def draft_batch(
@@ -100,7 +83,7 @@ def draft_batch(
     max_matches: int,
     min_survival: float,
     draft_limits: torch.Tensor,
-    workspace: DraftWorkspace,
+    workspace: torch.Tensor,
     draft_token_ids: torch.Tensor,
     num_drafts: torch.Tensor,
     survival: torch.Tensor,
@@ -162,13 +145,11 @@ def draft_batch(
     _check_vector("num_drafts", num_drafts, num_reqs, torch.int32)
     _check_rows("survival", survival, num_reqs, torch.float32)
     check_shape("survival", survival, tuple(draft_token_ids.shape))
-    max_votes = _max_votes(max_matches, top_k, prior_ids.shape[1])
-    rows = workspace.matches.shape[0]
-    if rows < num_reqs:
-        raise ValueError(f"workspace has {rows} rows, expected at least the batch's {num_reqs}")
-    check_shape("workspace.matches", workspace.matches, (rows, num_orders, max_matches))
-    check_shape("workspace.vote_ids", workspace.vote_ids, (rows, max_votes))
-    check_shape("workspace.vote_weights", workspace.vote_weights, (rows, max_votes))
+    words = _workspace_words(num_orders, max_matches, top_k, prior_ids.shape[1])
+    _check_rows("workspace", workspace, workspace.shape[0], torch.int32)
+    if workspace.shape[0] < num_reqs or workspace.shape[1] != words:
+        shape = tuple(workspace.shape)
+        raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
     # On CPU the compiled drafter is `draft`, over an index; whole batches there are for tests.
     backend("draft", all_token_ids.device.type, twin_on=("cpu",)).draft_batch(
         all_token_ids,
@@ -192,8 +173,9 @@ def draft_batch(
     )
 
 
-def _max_votes(max_matches: int, top_k: int, prior_top_k: int) -> int:
-    return ORDERS_USED * max_matches * (1 + top_k) + prior_top_k
+def _workspace_words(num_orders: int, max_matches: int, top_k: int, prior_top_k: int) -> int:
+    # The lists of matches, then the votes, each a token id and the bits of a weight.
+    return num_orders * max_matches + 2 * (ORDERS_USED * max_matches * (1 + top_k) + prior_top_k)
 
 
 def _check_vector(name: str, tensor: torch.Tensor, length: int, *dtypes: torch.dtype) -> None:

@@ -35,31 +35,31 @@ def _collect_matches(
     num_tiles = tl.cdiv(num_positions, TILE)
     for tile in range(num_tiles):
         positions = (num_tiles - 1 - tile) * TILE + tl.arange(0, TILE)
-        same = positions < num_positions
-        run = tl.zeros([TILE], tl.int32)
+        run = tl.where(positions < num_positions, 0, -1)
         for back in tl.static_range(NUM_ORDERS):
             # A suffix token from before the context is never compared: no position reaches back as far.
-            same = same & (positions >= back)
-            same = same & (tl.load(tokens_ptr + positions - back, mask=same, other=-1) == suffix[back])
-            run += same.to(tl.int32)
-        # Lists fill in the order of m, since what matches m + 1 tokens matches m.
+            same = (run == back) & (positions >= back)
+            tokens = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
+            run += (same & (tokens == suffix[back])).to(tl.int32)
+        # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
         lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
-        if tl.max(run, axis=0) >= lowest_open:
-            ends = (run[None, :] >= orders[:, None]).to(tl.int32)
-            ranks = counts[:, None] + tl.cumsum(ends, axis=1, reverse=True) - 1
-            places = (orders[:, None] - 1) * MAX_MATCHES + ranks
-            values = tl.broadcast_to(positions[None, :], (ORDERS_PAD, TILE))
-            tl.store(matches_ptr + places, values, mask=(ends > 0) & (ranks < MAX_MATCHES))
-            counts += tl.sum(ends, axis=1)
+        for order in range(lowest_open, tl.max(run, axis=0) + 1):
+            ends = (run >= order).to(tl.int32)
+            found = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+            ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
+            places = (order - 1) * MAX_MATCHES + ranks
+            tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
+            counts += tl.where(orders == order, tl.sum(ends, axis=0), 0)
     return tl.minimum(counts, MAX_MATCHES)
 
 
 @triton.jit
-def _put_votes(vote_ids_ptr, vote_weights_ptr, places, ids, weights, vocab_size, mask):
+def _put_votes(votes_ptr, places, ids, weights, vocab_size, mask):
     """Write votes; one that does not count becomes a vote of weight 0 for no token."""
     counts = (weights > 0) & (ids >= 0) & (ids < vocab_size)
-    tl.store(vote_ids_ptr + places, tl.where(counts, ids, -1), mask=mask)
-    tl.store(vote_weights_ptr + places, tl.where(counts, weights, 0.0), mask=mask)
+    bits = tl.where(counts, weights, 0.0).to(tl.int32, bitcast=True)
+    tl.store(votes_ptr + 2 * places, tl.where(counts, ids, -1), mask=mask)
+    tl.store(votes_ptr + 2 * places + 1, bits, mask=mask)
 
 
 @triton.jit
@@ -78,8 +78,7 @@ def _cast_votes(
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
     vocab_size,
-    vote_ids_ptr,  # [max_votes]
-    vote_weights_ptr,  # [max_votes]
+    votes_ptr,  # [max_votes, 2]: token id, bits of the weight
     ORDERS_PAD: tl.constexpr,
     ORDERS_USED: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
@@ -134,17 +133,14 @@ def _cast_votes(
         ids = tl.load(entry_ptrs, mask=stored, other=-1)
         probs = tl.load(entry_ptrs + TOP_K, mask=stored, other=0).to(tl.float32, bitcast=True)
         _put_votes(
-            vote_ids_ptr,
-            vote_weights_ptr,
+            votes_ptr,
             places[:, None] + 1 + ks,
             ids,
             (lane_shares * aligned)[:, None] * probs,
             vocab_size,
             present[:, None] & (ks < TOP_K),
         )
-    _put_votes(
-        vote_ids_ptr, vote_weights_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present
-    )
+    _put_votes(votes_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present)
 
     if PRIOR_TOP_K > 0:
         num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)
@@ -153,15 +149,14 @@ def _cast_votes(
         successor_ks = last_token.to(tl.int64) * PRIOR_TOP_K + prior_ks
         prior_ids = tl.load(prior_ids_ptr + successor_ks, mask=known, other=-1)
         prior_weights = left * tl.load(prior_probs_ptr + successor_ks, mask=known, other=0.0)
-        _put_votes(vote_ids_ptr, vote_weights_ptr, num_votes + prior_ks, prior_ids, prior_weights, vocab_size, known)
+        _put_votes(votes_ptr, num_votes + prior_ks, prior_ids, prior_weights, vocab_size, known)
         num_votes += num_known
     return num_votes
 
 
 @triton.jit
 def _elect(
-    vote_ids_ptr,  # [max_votes]
-    vote_weights_ptr,  # [max_votes]
+    votes_ptr,  # [max_votes, 2]: token id, bits of the weight
     num_votes,
     CHUNK: tl.constexpr,
 ):
@@ -170,17 +165,17 @@ def _elect(
     best_score = 0.0
     for start in range(0, num_votes, CHUNK):
         candidates = start + tl.arange(0, CHUNK)
-        ids = tl.load(vote_ids_ptr + candidates, mask=candidates < num_votes, other=-1)
+        ids = tl.load(votes_ptr + 2 * candidates, mask=candidates < num_votes, other=-1)
         scores = tl.zeros([CHUNK], tl.float32)
         # Every candidate adds up its votes in the order in which they were cast: the twin's sum to the bit.
-        for vote in tl.range(num_votes, loop_unroll_factor=4):
-            weight = tl.load(vote_weights_ptr + vote)
-            scores += tl.where(ids == tl.load(vote_ids_ptr + vote), weight, 0.0)
+        for vote in tl.range(num_votes):
+            weight = tl.load(votes_ptr + 2 * vote + 1).to(tl.float32, bitcast=True)
+            scores += tl.where(ids == tl.load(votes_ptr + 2 * vote), weight, 0.0)
         score = tl.max(scores, axis=0)
         if score > best_score:
             best_score = score
             first = tl.min(tl.where(scores == score, candidates, num_votes), axis=0)
-            best_token = tl.load(vote_ids_ptr + first)
+            best_token = tl.load(votes_ptr + 2 * first)
     return best_token, best_score
 
 
@@ -203,10 +198,8 @@ def draft_kernel(
     prior_vocab_size,
     vocab_size,
     min_survival,
-    matches_ptr,  # [max_num_reqs, NUM_ORDERS, MAX_MATCHES]
-    vote_ids_ptr,  # [max_num_reqs, max_votes]
-    vote_weights_ptr,  # [max_num_reqs, max_votes]
-    max_votes,
+    workspace_ptr,  # [max_num_reqs, workspace_stride]
+    workspace_stride,
     draft_token_ids_ptr,  # [num_reqs, num_spec_tokens]
     draft_token_ids_stride,
     num_drafts_ptr,  # [num_reqs]
@@ -233,9 +226,8 @@ def draft_kernel(
     limit = tl.minimum(tl.load(draft_limits_ptr + row), num_spec_tokens)
     tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
     blocks_ptr = block_tables_ptr + slot * block_tables_stride
-    matches_ptr += row * NUM_ORDERS * MAX_MATCHES
-    vote_ids_ptr += row * max_votes
-    vote_weights_ptr += row * max_votes
+    matches_ptr = workspace_ptr + row * workspace_stride
+    votes_ptr = matches_ptr + NUM_ORDERS * MAX_MATCHES
     draft_token_ids_ptr += row * draft_token_ids_stride
     survival_ptr += row * survival_stride
 
@@ -268,8 +260,7 @@ def draft_kernel(
             prior_probs_ptr,
             prior_vocab_size,
             vocab_size,
-            vote_ids_ptr,
-            vote_weights_ptr,
+            votes_ptr,
             ORDERS_PAD,
             ORDERS_USED,
             MAX_MATCHES,
@@ -280,7 +271,7 @@ def draft_kernel(
             PRIOR_TOP_K_PAD,
         )
         tl.debug_barrier()
-        token, score = _elect(vote_ids_ptr, vote_weights_ptr, num_votes, CHUNK)
+        token, score = _elect(votes_ptr, num_votes, CHUNK)
         alive *= score
         drafting = (token >= 0) & (alive >= min_survival)
         if drafting:
@@ -332,7 +323,7 @@ def draft_batch(
     max_matches: int,
     min_survival: float,
     draft_limits: torch.Tensor,
-    workspace,
+    workspace: torch.Tensor,
     draft_token_ids: torch.Tensor,
     num_drafts: torch.Tensor,
     survival: torch.Tensor,
@@ -360,10 +351,8 @@ def draft_batch(
         prior_ids.shape[0],
         vocab_size,
         min_survival,
-        workspace.matches,
-        workspace.vote_ids,
-        workspace.vote_weights,
-        workspace.vote_ids.shape[1],
+        workspace,
+        workspace.stride(0),
         draft_token_ids,
         draft_token_ids.stride(0),
         num_drafts,
