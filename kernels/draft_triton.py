@@ -6,14 +6,19 @@ import triton.language as tl
 
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
 
-NUM_WARPS = 8
-"""Warps per request: one program has a whole multiprocessor to itself at the batch sizes that draft much."""
-
 TILE = 1024
-"""Context positions matched at once: four per thread, and the [orders, TILE] ranks fit the registers."""
+"""Context positions matched at once: four a thread, with the loads of one tile to hide another's latency."""
 
 CHUNK = 256
-"""Candidates scored at once: one per thread, as most steps have fewer votes than that."""
+"""Candidates scored at once: one a thread, and most steps have fewer votes than that."""
+
+LAUNCH_OPTIONS = {
+    # 256 threads. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor; with up
+    # to 128 two fit, and none is spilled.
+    "cuda": {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False},
+    "hip": {"num_warps": 4, "enable_fp_fusion": False},
+}
+"""By the kind of GPU. A product that is not fused with its sum is rounded, as the twin's is."""
 
 
 @triton.jit
@@ -304,10 +309,6 @@ def launch_constants(num_orders: int, max_matches: int, top_k: int, prior_top_k:
     }
 
 
-# Each sum keeps the rounding of its products, so that scores equal the twin's to the bit.
-LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-
-
 def draft_batch(
     all_token_ids: torch.Tensor,
     total_len: torch.Tensor,
@@ -360,5 +361,5 @@ def draft_batch(
         survival.stride(0),
         draft_token_ids.shape[1],
         **launch_constants(len(theta), max_matches, top_k, prior_ids.shape[1]),
-        **LAUNCH_OPTIONS,
+        **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
     )
