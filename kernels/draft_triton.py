@@ -184,7 +184,11 @@ def _elect(
     return best_token, best_score
 
 
-@triton.jit(do_not_specialize=["num_spec_tokens"])
+# What may change from step to step must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["num_spec_tokens", "draft_token_ids_stride", "survival_stride"],
+    do_not_specialize_on_alignment=["idx_mapping_ptr", "draft_limits_ptr", "num_drafts_ptr"],
+)
 def draft_kernel(
     all_token_ids_ptr,  # [max_num_reqs, max_model_len]
     all_token_ids_stride,

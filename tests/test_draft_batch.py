@@ -29,7 +29,7 @@ from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 
-TILE = 1024  # draft_triton.TILE, which test_draft_compile.py compares; importing it would import Triton here
+TILE = 1024  # that of draft_triton, which would bring Triton into this process
 NEAR_TIE = 1e-6  # relative; the compiled CPU drafter rounds a vote's product and sum once, the twin twice
 POISON_ID, POISON_COUNT = -77, -99
 
@@ -413,11 +413,9 @@ def test_cpu_tensors_get_the_twin():
 
 
 def test_gpu_tensors_get_the_triton_path(worker):
-    assert worker.submit(gpu_backend).result() == "vllm_aasd.kernels.draft_triton"
-
-
-def gpu_backend():
-    return backend("draft", "cuda", twin_on=("cpu",)).__name__
+    name, tile = worker.submit(draft_worker.gpu_path).result()
+    assert name == "vllm_aasd.kernels.draft_triton"
+    assert tile == TILE, "the tests of contexts longer than a tile go by this number"
 
 
 def test_the_op_loads_triton_only_where_it_runs():

@@ -24,5 +24,13 @@ def draft_batch(*args):
     draft_triton.draft_batch(*args)
 
 
+def gpu_path():
+    """The module that the dispatcher gives GPU tensors to, and the positions it matches at once."""
+    from vllm_aasd.kernels.backends import backend
+
+    module = backend("draft", "cuda", twin_on=("cpu",))
+    return module.__name__, module.TILE
+
+
 def _interpret():
     os.environ["TRITON_INTERPRET"] = "1"
