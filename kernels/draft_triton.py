@@ -1,4 +1,4 @@
-"""The Triton path of `draft_batch`. The maths and the memory argument are in `vllm_aasd.kernels.draft_batch`."""
+"""The Triton path of `draft_batch`. The method, memory and cost are in `vllm_aasd.kernels.draft_batch`."""
 
 import torch
 import triton

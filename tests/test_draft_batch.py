@@ -103,7 +103,7 @@ def batch_of(
     block_size=4,
     seed=0,
 ):
-    """A batch for these contexts, with random predictions and prior, and other contexts in the slots between."""
+    """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
     rng = np.random.default_rng(seed)
     num_reqs = len(contexts)
     max_num_reqs, max_model_len = num_reqs + 3, -(-(max(map(len, contexts)) + 5) // 16) * 16
@@ -203,7 +203,12 @@ def test_lists_go_on_from_tile_to_tile(worker, length):
         st.one_of(
             st.lists(st.integers(0, 2), max_size=40),
             st.lists(st.integers(0, 9), max_size=40),
-            st.builds(lambda period, times: period * times, st.lists(st.integers(0, 4), max_size=9), st.integers(1, 5)),
+            # Periodic: long matches, drafts that leave the context's end.
+            st.builds(
+                lambda period, times: period * times,
+                st.lists(st.integers(0, 4), max_size=9),
+                st.integers(1, 5),
+            ),
         ),
         min_size=1,
         max_size=2,
@@ -224,6 +229,16 @@ def test_rows_do_not_affect_each_other(worker):
     for row in range(len(batch.idx_mapping)):
         alone = batch.row(row).drafts(interpreted(worker))
         assert_equal(alone, [output[row : row + 1] for output in together])
+
+
+def test_rows_keep_to_their_part_of_the_workspace(worker):
+    batch = batch_of(random_contexts((80, 80, 80), 3), 3, 3, 4, 3)
+    batch.draft_limits.copy_(torch.tensor([0, 3, 0]))
+    workspace = batch.workspace()
+    before = workspace.clone()
+    batch.drafts(interpreted(worker), workspace)
+    changed = (workspace != before).any(dim=1)
+    assert changed.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -41,7 +41,10 @@ def recorded_launch(target: GPUTarget, top_k: int, prior_top_k: int, num_spec_to
     int32 = {"dtype": torch.int32}
     recorder = _Recorder()
     on_hip = "7.0" if target.backend == "hip" else None
-    with mock.patch.object(draft_triton, "draft_kernel", recorder), mock.patch.object(torch.version, "hip", on_hip):
+    with (
+        mock.patch.object(draft_triton, "draft_kernel", recorder),
+        mock.patch.object(torch.version, "hip", on_hip),
+    ):
         draft_triton.draft_batch(
             all_token_ids=torch.empty((num_reqs, 32768), **int32),
             total_len=torch.empty(num_reqs, **int32),
