@@ -4,8 +4,8 @@ What is computed
     The mixture of `vllm_aasd.kernels.draft`, for each request of a batch: the same votes of the same
     positions, each token's added in the same order in float32, so ids and survival equal the plain twin's to
     the bit. The compiled CPU drafter may fuse a vote's product with its sum and then rounds once instead of
-    twice: scores differ by at most 2^-24 of a token's score for each of its votes, and ids can differ only
-    where two tokens are as close as that. There is room for every vote, so none is ever dropped.
+    twice: a score differs by at most 2^-23 of itself for each vote in it, 1e-6 in all on any prompt tried, and
+    ids can differ only where two tokens are as close as that. There is room for every vote: none is dropped.
 
 How
     The CPU drafter keeps hash tables that grow with the context. On a device a scan of the context is cheaper
@@ -109,11 +109,12 @@ def draft_batch(
     """Draft the likeliest continuation of each request's context; the module's docstring has the method.
 
     *Slot* is a request's place in the runner's state, *row* its place in the batch. Nothing waits for the
-    device, so lengths, slots and limits are taken as they are: they must be in range.
+    device, so lengths, slots and limits are taken as they are: they must be in range. The first call on a
+    GPU for tensors of other sizes (K and num_reqs aside) compiles, for seconds; a worker makes it at start.
 
     Args:
         all_token_ids: [max_num_reqs, max_model_len] int32 by slot, rows contiguous, any row stride: the
-            contexts, prompt and output.
+            contexts, prompt and output. In the device's own memory, since each draft token scans them.
         total_len: [max_num_reqs] int32 by slot, tokens in the context, at most max_model_len. 0 drafts nothing.
         idx_mapping: [num_reqs] int32 or int64, the slot of each row; a negative one drafts nothing.
         table: [num_kv_slots, 1 + 2k] int32, the alignment store, see `vllm_aasd.kernels.align`;
@@ -149,7 +150,14 @@ def draft_batch(
     if table.ndim != 2 or table.shape[1] % 2 == 0 or not table.is_contiguous():
         raise ValueError(f"table has shape {tuple(table.shape)}, expected contiguous (num_kv_slots, 1 + 2k)")
     check_dtype("table", table, torch.int32)
+    if table.shape[0] % block_size:
+        raise ValueError(f"table has {table.shape[0]} rows, expected whole blocks of {block_size}")
     _check_rows("block_tables", block_tables, max_num_reqs, torch.int32)
+    if top_k and block_tables.shape[1] * block_size < all_token_ids.shape[1]:
+        raise ValueError(
+            f"block_tables has {block_tables.shape[1]} columns of {block_size} positions, "
+            f"expected enough for the {all_token_ids.shape[1]} of all_token_ids"
+        )
     if num_orders < 1:
         raise ValueError("theta has no entries, expected one per order")
     _check_vector("theta", theta, num_orders, torch.float32)

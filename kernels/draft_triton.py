@@ -28,11 +28,11 @@ def _collect_matches(
     suffix,  # NUM_ORDERS tokens, the last of context plus draft first
     matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
     NUM_ORDERS: tl.constexpr,
-    ORDERS_PAD: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write the latest positions of each order, latest first, and return how many: [ORDERS_PAD]."""
+    """Write the latest positions of each order, latest first, and return how many, by order."""
+    ORDERS_PAD: tl.constexpr = triton.next_power_of_2(NUM_ORDERS)
     orders = 1 + tl.arange(0, ORDERS_PAD)
     counts = tl.zeros([ORDERS_PAD], tl.int32)
     # The last token has no successor yet.
@@ -71,7 +71,7 @@ def _put_votes(votes_ptr, places, ids, weights, vocab_size, mask):
 def _cast_votes(
     tokens_ptr,  # [length] of all_token_ids
     last_token,
-    counts,  # [ORDERS_PAD]
+    counts,  # [orders, padded to a power of two]
     matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
     num_slots,
@@ -84,25 +84,22 @@ def _cast_votes(
     prior_vocab_size,
     vocab_size,
     votes_ptr,  # [max_votes, 2]: token id, bits of the weight
-    ORDERS_PAD: tl.constexpr,
     ORDERS_USED: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
-    MATCHES_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_K_PAD: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    PRIOR_TOP_K_PAD: tl.constexpr,
 ):
     """Write the votes of a step in the order in which the twin adds them, and return how many."""
-    orders = 1 + tl.arange(0, ORDERS_PAD)
+    LANES: tl.constexpr = triton.next_power_of_2(ORDERS_USED * MAX_MATCHES)
+    orders = 1 + tl.arange(0, counts.shape[0])
     longest = tl.max(tl.where(counts > 0, orders, 0), axis=0)
     # One lane for each position that may vote: the orders used, longest first, times the rank in its list.
-    lanes = tl.arange(0, ORDERS_USED * MATCHES_PAD)
-    ranks = lanes % MATCHES_PAD
+    lanes = tl.arange(0, LANES)
+    ranks = lanes % MAX_MATCHES
     present = lanes < 0
-    lane_shares = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
-    lane_alignment = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
-    places = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.int32)
+    lane_shares = tl.zeros([LANES], tl.float32)
+    lane_alignment = tl.zeros([LANES], tl.float32)
+    places = tl.zeros([LANES], tl.int32)
     left = 1.0
     num_votes = 0
     for drop in tl.static_range(ORDERS_USED):
@@ -111,7 +108,7 @@ def _cast_votes(
         count = num_matches.to(tl.float32)
         theta = tl.load(theta_ptr + order - 1, mask=order > 0, other=1.0)
         weight = tl.div_rn(count, count + theta)
-        mine = lanes // MATCHES_PAD == drop
+        mine = lanes // MAX_MATCHES == drop
         present = present | (mine & (ranks < num_matches))
         lane_shares = tl.where(mine, tl.div_rn(left * weight, tl.maximum(count, 1.0)), lane_shares)
         alignment = tl.load(alignment_ptr + order - 1, mask=order > 0, other=0.0)
@@ -121,10 +118,10 @@ def _cast_votes(
         left = left * (1.0 - weight)
         num_votes += num_matches * (1 + TOP_K)
 
-    lists = (longest - lanes // MATCHES_PAD - 1) * MAX_MATCHES
+    lists = (longest - lanes // MAX_MATCHES - 1) * MAX_MATCHES
     positions = tl.load(matches_ptr + lists + ranks, mask=present, other=0)
     successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)
-    aligned = tl.zeros([ORDERS_USED * MATCHES_PAD], tl.float32)
+    aligned = tl.zeros([LANES], tl.float32)
     if TOP_K > 0:
         blocks = tl.load(blocks_ptr + positions // block_size, mask=present, other=-1).to(tl.int64)
         slots = blocks * block_size + positions % block_size
@@ -132,7 +129,7 @@ def _cast_votes(
         tags = tl.load(table_ptr + slots * (1 + 2 * TOP_K), mask=in_table, other=-1)
         fresh = in_table & (tags == tl.load(tokens_ptr + positions, mask=present, other=-1))
         aligned = tl.where(fresh, lane_alignment, 0.0)
-        ks = tl.arange(0, TOP_K_PAD)[None, :]
+        ks = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
         stored = fresh[:, None] & (ks < TOP_K)
         entry_ptrs = table_ptr + slots[:, None] * (1 + 2 * TOP_K) + 1 + ks
         ids = tl.load(entry_ptrs, mask=stored, other=-1)
@@ -149,7 +146,7 @@ def _cast_votes(
 
     if PRIOR_TOP_K > 0:
         num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)
-        prior_ks = tl.arange(0, PRIOR_TOP_K_PAD)
+        prior_ks = tl.arange(0, triton.next_power_of_2(PRIOR_TOP_K))
         known = prior_ks < num_known
         successor_ks = last_token.to(tl.int64) * PRIOR_TOP_K + prior_ks
         prior_ids = tl.load(prior_ids_ptr + successor_ks, mask=known, other=-1)
@@ -216,14 +213,10 @@ def draft_kernel(
     survival_stride,
     num_spec_tokens,
     NUM_ORDERS: tl.constexpr,
-    ORDERS_PAD: tl.constexpr,
     ORDERS_USED: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
-    MATCHES_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_K_PAD: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    PRIOR_TOP_K_PAD: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -249,9 +242,7 @@ def draft_kernel(
     alive = 1.0
     drafting = (length > 0) & (limit > 0)
     while drafting:
-        counts = _collect_matches(
-            tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, ORDERS_PAD, MAX_MATCHES, TILE
-        )
+        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, MAX_MATCHES, TILE)
         # Lists and votes go from thread to thread through memory (L1).
         tl.debug_barrier()
         num_votes = _cast_votes(
@@ -270,14 +261,10 @@ def draft_kernel(
             prior_vocab_size,
             vocab_size,
             votes_ptr,
-            ORDERS_PAD,
             ORDERS_USED,
             MAX_MATCHES,
-            MATCHES_PAD,
             TOP_K,
-            TOP_K_PAD,
             PRIOR_TOP_K,
-            PRIOR_TOP_K_PAD,
         )
         tl.debug_barrier()
         token, score = _elect(votes_ptr, num_votes, CHUNK)
@@ -294,23 +281,6 @@ def draft_kernel(
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
         tl.store(survival_ptr + column, 0.0)
-
-
-def launch_constants(num_orders: int, max_matches: int, top_k: int, prior_top_k: int) -> dict[str, int]:
-    """The compile-time constants of `draft_kernel` for tensors of these sizes."""
-    return {
-        "NUM_ORDERS": num_orders,
-        "ORDERS_PAD": triton.next_power_of_2(num_orders),
-        "ORDERS_USED": ORDERS_USED,
-        "MAX_MATCHES": max_matches,
-        "MATCHES_PAD": triton.next_power_of_2(max_matches),
-        "TOP_K": top_k,
-        "TOP_K_PAD": triton.next_power_of_2(max(top_k, 1)),
-        "PRIOR_TOP_K": prior_top_k,
-        "PRIOR_TOP_K_PAD": triton.next_power_of_2(max(prior_top_k, 1)),
-        "TILE": TILE,
-        "CHUNK": CHUNK,
-    }
 
 
 def draft_batch(
@@ -337,7 +307,6 @@ def draft_batch(
     num_reqs = len(idx_mapping)
     if num_reqs == 0:
         return
-    top_k = (table.shape[1] - 1) // 2
     draft_kernel[(num_reqs,)](
         all_token_ids,
         all_token_ids.stride(0),
@@ -364,6 +333,12 @@ def draft_batch(
         survival,
         survival.stride(0),
         draft_token_ids.shape[1],
-        **launch_constants(len(theta), max_matches, top_k, prior_ids.shape[1]),
+        NUM_ORDERS=len(theta),
+        ORDERS_USED=ORDERS_USED,
+        MAX_MATCHES=max_matches,
+        TOP_K=(table.shape[1] - 1) // 2,
+        PRIOR_TOP_K=prior_ids.shape[1],
+        TILE=TILE,
+        CHUNK=CHUNK,
         **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
     )

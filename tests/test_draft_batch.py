@@ -288,6 +288,13 @@ def test_of_equal_scores_the_latest_position_wins(worker):
     assert check(worker, batch)[0].tolist() == [[4]]
 
 
+def test_of_equal_scores_the_latest_position_wins_among_many(worker):
+    # 300 matches of one token, each before another one: more candidates than are scored at once.
+    pairs = [token for successor in range(2, 302) for token in (1, successor)]
+    batch = batch_of([[*pairs, 1]], 400, 1, max_matches=512)
+    assert check(worker, batch)[0].tolist() == [[301]]
+
+
 def test_stale_predictions_do_not_count(worker):
     contexts = random_contexts((50, 70), 4)
     stale = batch_of(contexts, 4, 4, top_k=3, stale_share=1.1)
@@ -311,6 +318,12 @@ def test_ids_outside_the_vocabulary_are_never_drafted(worker):
     assert num_drafts.tolist() == [0, 0, 1]
     assert draft_token_ids[2, 0] == 1
     assert draft_token_ids[1].tolist() == [900] * 4, "the filler is the context's own last token"
+
+
+def test_a_token_that_the_prior_does_not_hold_has_no_successors(worker):
+    draft_token_ids, num_drafts, _ = check(worker, batch_of([[1, 900], [900, 1]], 4, 2, prior_top_k=3))
+    assert num_drafts.tolist()[0] == 0 and num_drafts[1] > 0
+    assert draft_token_ids[0].tolist() == [900, 900]
 
 
 def test_a_position_before_the_context_matches_nothing(worker):
@@ -446,7 +459,9 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("total_len", torch.zeros(3, dtype=torch.int32), r"total_len has shape \(3,\), expected \(4,\)"),
         ("idx_mapping", torch.zeros(1), "idx_mapping has dtype"),
         ("table", torch.zeros((8, 4), dtype=torch.int32), r"table has shape \(8, 4\)"),
+        ("table", torch.zeros((9, 5), dtype=torch.int32), "table has 9 rows, expected whole blocks of 4"),
         ("block_tables", torch.zeros((2, 8), dtype=torch.int32), r"block_tables has shape \(2, 8\)"),
+        ("block_tables", torch.zeros((4, 3), dtype=torch.int32), "block_tables has 3 columns of 4 positions"),
         ("block_size", 0, "block_size is 0, must be at least 1"),
         ("theta", torch.zeros(0), "theta has no entries"),
         ("alignment", torch.zeros(2), r"alignment has shape \(2,\), expected \(6,\)"),
