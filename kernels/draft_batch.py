@@ -1,7 +1,7 @@
 """Draft batch: draft tokens of many requests whose contexts lie on the device, without asking the host.
 
 What is computed
-    The mixture of `vllm_aasd.kernels.draft`, for each request of a batch: the same votes of the same
+    The mixture of `vllm_aasd.kernels.draft`, without its memory, for each request of a batch: the same votes of the same
     positions, each token's added in the same order in float32, so ids and survival equal the plain twin's to
     the bit. The compiled CPU drafter may fuse a vote's product with its sum and then rounds once instead of
     twice: a score differs by at most 2^-23 of itself for each vote in it, 1e-6 in all on any prompt tried, and
@@ -95,6 +95,7 @@ def draft_batch(
     block_size: int,
     theta: torch.Tensor,
     alignment: torch.Tensor,
+    doubt: torch.Tensor,
     prior_ids: torch.Tensor,
     prior_probs: torch.Tensor,
     vocab_size: int,
@@ -122,8 +123,9 @@ def draft_batch(
         block_tables: [max_num_reqs, max_blocks] int32 by slot, the KV blocks of each context. A position
             whose block lies outside the table has no stored prediction.
         block_size: slots per KV block, >= 1.
-        theta, alignment: [M] float32, see `vllm_aasd.kernels.draft.MixtureWeights`.
-        prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.draft.Prior`;
+        theta, alignment: [M] float32, see `vllm_aasd.kernels.mixture.MixtureWeights`.
+        doubt: [1] float32, see there.
+        prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.mixture.Prior`;
             [0, 0] for none.
         vocab_size: ids from it on never become a draft token, >= 1.
         max_matches: how many of the most recent matches of each order vote, >= 1.
@@ -162,6 +164,7 @@ def draft_batch(
         raise ValueError("theta has no entries, expected one per order")
     _check_vector("theta", theta, num_orders, torch.float32)
     _check_vector("alignment", alignment, num_orders, torch.float32)
+    _check_vector("doubt", doubt, 1, torch.float32)
     if prior_ids.ndim != 2 or not prior_ids.is_contiguous() or not prior_probs.is_contiguous():
         raise ValueError(f"prior_ids has shape {tuple(prior_ids.shape)}, expected contiguous (vocab_size, k)")
     check_dtype("prior_ids", prior_ids, torch.int32)
@@ -187,6 +190,7 @@ def draft_batch(
         block_size,
         theta,
         alignment,
+        doubt,
         prior_ids,
         prior_probs,
         vocab_size,

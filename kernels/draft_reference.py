@@ -5,7 +5,14 @@ They scan the context.
 
 import numpy as np
 
-from vllm_aasd.kernels.draft_cpu import LONGEST_REMEMBERED, MOST_REMEMBERED, MULTIPLIER, ORDERS_USED, SHORTEST_REMEMBERED
+from vllm_aasd.kernels.draft_cpu import (
+    LONGEST_REMEMBERED,
+    MOST_REMEMBERED,
+    MULTIPLIER,
+    ORDERS_USED,
+    SHORTEST_REMEMBERED,
+)
+from vllm_aasd.kernels.mixture import no_memory
 
 
 def draft(
@@ -165,6 +172,7 @@ def draft_batch(
     block_size,
     theta,
     alignment,
+    doubt,
     prior_ids,
     prior_probs,
     vocab_size,
@@ -181,7 +189,9 @@ def draft_batch(
     # One more block, never fresh (no context holds token -1), stands for those outside the table.
     nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
     entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
-    constants = [tensor.cpu().numpy() for tensor in (theta, alignment, prior_ids, prior_probs)]
+    constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
+    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs)]
+    weights = *constants, np.float32(doubt.item()), np.zeros(4, np.float32)
     width = draft_token_ids.shape[1]
     for row, slot in enumerate(idx_mapping.tolist()):
         length = int(total_len[slot]) if slot >= 0 else 0
@@ -197,7 +207,9 @@ def draft_batch(
             entries,
             np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
             block_size,
-            *constants,
+            *weights,
+            *prior,
+            no_memory(),
             max_matches,
             np.float32(min_survival),
             np.zeros(vocab_size, np.float32),

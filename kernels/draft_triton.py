@@ -79,6 +79,7 @@ def _cast_votes(
     block_size,
     theta_ptr,  # [NUM_ORDERS]
     alignment_ptr,  # [NUM_ORDERS]
+    doubt_ptr,  # [1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
@@ -96,39 +97,45 @@ def _cast_votes(
     # One lane for each position that may vote: the orders used, longest first, times the rank in its list.
     lanes = tl.arange(0, LANES)
     ranks = lanes % MAX_MATCHES
-    present = lanes < 0
-    lane_shares = tl.zeros([LANES], tl.float32)
-    lane_alignment = tl.zeros([LANES], tl.float32)
-    places = tl.zeros([LANES], tl.int32)
-    left = 1.0
-    num_votes = 0
-    for drop in tl.static_range(ORDERS_USED):
-        order = longest - drop
-        num_matches = tl.sum(tl.where(orders == order, counts, 0), axis=0)
-        count = num_matches.to(tl.float32)
-        theta = tl.load(theta_ptr + order - 1, mask=order > 0, other=1.0)
-        weight = tl.div_rn(count, count + theta)
-        mine = lanes // MAX_MATCHES == drop
-        present = present | (mine & (ranks < num_matches))
-        lane_shares = tl.where(mine, tl.div_rn(left * weight, tl.maximum(count, 1.0)), lane_shares)
-        alignment = tl.load(alignment_ptr + order - 1, mask=order > 0, other=0.0)
-        lane_alignment = tl.where(mine, alignment, lane_alignment)
-        places = tl.where(mine, num_votes + ranks * (1 + TOP_K), places)
-        # An order below 1 has count 0, so weight 0.
-        left = left * (1.0 - weight)
-        num_votes += num_matches * (1 + TOP_K)
-
-    lists = (longest - lanes // MAX_MATCHES - 1) * MAX_MATCHES
-    positions = tl.load(matches_ptr + lists + ranks, mask=present, other=0)
+    lane_orders = longest - lanes // MAX_MATCHES
+    lane_counts = tl.sum(tl.where(lane_orders[:, None] == orders[None, :], counts[None, :], 0), axis=1)
+    present = (lanes < ORDERS_USED * MAX_MATCHES) & (ranks < lane_counts)
+    positions = tl.load(matches_ptr + (lane_orders - 1) * MAX_MATCHES + ranks, mask=present, other=0)
     successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)
-    aligned = tl.zeros([LANES], tl.float32)
+    fresh = lanes < 0
+    slots = tl.zeros([LANES], tl.int64)
     if TOP_K > 0:
         blocks = tl.load(blocks_ptr + positions // block_size, mask=present, other=-1).to(tl.int64)
         slots = blocks * block_size + positions % block_size
         in_table = present & (slots >= 0) & (slots < num_slots)
         tags = tl.load(table_ptr + slots * (1 + 2 * TOP_K), mask=in_table, other=-1)
         fresh = in_table & (tags == tl.load(tokens_ptr + positions, mask=present, other=-1))
-        aligned = tl.where(fresh, lane_alignment, 0.0)
+
+    doubt = tl.load(doubt_ptr)
+    lane_shares = tl.zeros([LANES], tl.float32)
+    aligned = tl.zeros([LANES], tl.float32)
+    places = tl.zeros([LANES], tl.int32)
+    left = 1.0
+    num_votes = 0
+    for drop in tl.static_range(ORDERS_USED):
+        order = longest - drop
+        mine = lanes // MAX_MATCHES == drop
+        num_matches = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+        num_unaligned = tl.sum((mine & present & (fresh == 0)).to(tl.int32), axis=0)
+        count = num_matches.to(tl.float32)
+        theta = tl.load(theta_ptr + order - 1, mask=order > 0, other=1.0)
+        share_unaligned = tl.div_rn(num_unaligned.to(tl.float32), tl.maximum(count, 1.0))
+        escape = theta * (1.0 + (doubt - 1.0) * share_unaligned)
+        weight = tl.div_rn(count, count + escape)
+        lane_shares = tl.where(mine, tl.div_rn(left * weight, tl.maximum(count, 1.0)), lane_shares)
+        alignment = tl.load(alignment_ptr + order - 1, mask=order > 0, other=0.0)
+        aligned = tl.where(mine & fresh, alignment, aligned)
+        places = tl.where(mine, num_votes + ranks * (1 + TOP_K), places)
+        # An order below 1 has count 0, so weight 0.
+        left = left * (1.0 - weight)
+        num_votes += num_matches * (1 + TOP_K)
+
+    if TOP_K > 0:
         ks = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
         stored = fresh[:, None] & (ks < TOP_K)
         entry_ptrs = table_ptr + slots[:, None] * (1 + 2 * TOP_K) + 1 + ks
@@ -199,6 +206,7 @@ def draft_kernel(
     block_size,
     theta_ptr,  # [NUM_ORDERS]
     alignment_ptr,  # [NUM_ORDERS]
+    doubt_ptr,  # [1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
@@ -256,6 +264,7 @@ def draft_kernel(
             block_size,
             theta_ptr,
             alignment_ptr,
+            doubt_ptr,
             prior_ids_ptr,
             prior_probs_ptr,
             prior_vocab_size,
@@ -292,6 +301,7 @@ def draft_batch(
     block_size: int,
     theta: torch.Tensor,
     alignment: torch.Tensor,
+    doubt: torch.Tensor,
     prior_ids: torch.Tensor,
     prior_probs: torch.Tensor,
     vocab_size: int,
@@ -320,6 +330,7 @@ def draft_batch(
         block_size,
         theta,
         alignment,
+        doubt,
         prior_ids,
         prior_probs,
         prior_ids.shape[0],

@@ -26,7 +26,7 @@ from vllm_aasd.drafting.drafter import (
 )
 from vllm_aasd.kernels import draft_reference
 from vllm_aasd.kernels.backends import backend
-from vllm_aasd.kernels.draft import Prior
+from vllm_aasd.kernels.mixture import Prior
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 
 TILE = 1024  # that of draft_triton, which would bring Triton into this process
@@ -52,6 +52,7 @@ class Batch:
     block_size: int
     theta: torch.Tensor
     alignment: torch.Tensor
+    doubt: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
     vocab_size: int
@@ -131,7 +132,9 @@ def batch_of(
         torch.from_numpy(table),
         torch.from_numpy(block_tables.astype(np.int32)),
         block_size,
-        *map(torch.from_numpy, DEFAULT_WEIGHTS),
+        torch.from_numpy(DEFAULT_WEIGHTS.theta),
+        torch.from_numpy(DEFAULT_WEIGHTS.alignment),
+        torch.tensor([DEFAULT_WEIGHTS.doubt]),
         torch.from_numpy(prior_ids),
         torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
         vocab_size,
@@ -270,6 +273,7 @@ def test_the_scores_of_an_example_worked_out_by_hand(worker):
     batch.table[:, 0] = 8
     at_3 = int(batch.block_tables[slot, 1]) * 2 + 1
     batch.table[at_3] = torch.tensor([1, 2, int(np.float32(0.5).view(np.int32))])
+    batch.doubt[0] = 1
     batch.prior_ids[1] = torch.tensor([4, 7])
     batch.prior_probs[1] = torch.tensor([0.1, 0.5])
     # 2: 1/4 + 1/4 * 0.7 * 0.5 = 0.3375. 4: 1/4 * 0.3 + 1/2 * 0.1 = 0.125. 7: 1/2 * 0.5 = 0.25.
@@ -280,6 +284,16 @@ def test_the_scores_of_an_example_worked_out_by_hand(worker):
     # Stale now: 2 has 1/4, 4 has 1/4 + 1/2 * 0.1.
     draft_token_ids, _, survival = check(worker, batch)
     assert draft_token_ids.tolist() == [[4]]
+    assert survival.item() == pytest.approx(0.3, rel=1e-6)
+    batch.doubt[0] = 2
+    # No match has a stored distribution, so w = 2 / (2 + 2 * 2), and 7 has 2/3 * 0.5 from the prior.
+    draft_token_ids, _, survival = check(worker, batch)
+    assert draft_token_ids.tolist() == [[7]]
+    assert survival.item() == pytest.approx(1 / 3, rel=1e-6)
+    batch.table[at_3, 0] = 1
+    # One of two has one: w = 2 / (2 + 2 * 1.5). 7: 3/5 * 0.5. 2: 1/5 + 1/5 * 0.7 * 0.5 = 0.27.
+    draft_token_ids, _, survival = check(worker, batch)
+    assert draft_token_ids.tolist() == [[7]]
     assert survival.item() == pytest.approx(0.3, rel=1e-6)
 
 
@@ -333,8 +347,8 @@ def test_a_position_before_the_context_matches_nothing(worker):
     batch.all_token_ids[:, -1] = 2
     batch.all_token_ids[slot, :5] = torch.tensor([1, 2, 3, 2, 1])
     batch.total_len[slot] = 5
-    # Order 1 alone, one match: 1 / (1 + theta_1).
-    assert check(worker, batch)[2].item() == pytest.approx(1 / 3, rel=1e-6)
+    # Order 1 alone, one match, no stored distribution: 1 / (1 + theta_1 * doubt).
+    assert check(worker, batch)[2].item() == pytest.approx(1 / 6, rel=1e-6)
 
 
 def test_survival_stops_a_draft(worker):

@@ -54,6 +54,7 @@ def recorded_launch(target: GPUTarget, top_k: int, prior_top_k: int, num_spec_to
             block_size=16,
             theta=torch.empty(num_orders),
             alignment=torch.empty(num_orders),
+            doubt=torch.empty(1),
             prior_ids=torch.empty((vocab_size if prior_top_k else 0, prior_top_k), **int32),
             prior_probs=torch.empty((vocab_size if prior_top_k else 0, prior_top_k)),
             vocab_size=vocab_size,
