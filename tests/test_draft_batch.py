@@ -31,7 +31,8 @@ from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 
 TILE = 1024  # that of draft_triton, which would bring Triton into this process
-NEAR_TIE = 1e-6  # relative; the compiled CPU drafter rounds a vote's product and sum once, the twin twice
+# Relative: the compiled CPU drafter may round a vote's product and sum once, the twin rounds twice.
+NEAR_TIE = 1e-6
 POISON_ID, POISON_COUNT = -77, -99
 
 
