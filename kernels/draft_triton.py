@@ -7,13 +7,13 @@ import triton.language as tl
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
 
 TILE = 1024
-"""Context positions matched at once: four a thread, with the loads of one tile to hide another's latency."""
+"""Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
 
 CHUNK = 256
 """Candidates scored at once: one a thread, and most steps have fewer votes than that."""
 
 LAUNCH_OPTIONS = {
-    # 256 threads. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor; with up
+    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor; with up
     # to 128 two fit, and none is spilled.
     "cuda": {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False},
     "hip": {"num_warps": 4, "enable_fp_fusion": False},
@@ -177,7 +177,7 @@ def _elect(
         ids = tl.load(votes_ptr + 2 * candidates, mask=candidates < num_votes, other=-1)
         scores = tl.zeros([CHUNK], tl.float32)
         # Every candidate adds up its votes in the order in which they were cast: the twin's sum to the bit.
-        for vote in tl.range(num_votes):
+        for vote in range(num_votes):
             weight = tl.load(votes_ptr + 2 * vote + 1).to(tl.float32, bitcast=True)
             scores += tl.where(ids == tl.load(votes_ptr + 2 * vote), weight, 0.0)
         score = tl.max(scores, axis=0)

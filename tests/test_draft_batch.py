@@ -21,6 +21,7 @@ from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
     NO_ALIGNMENT,
+    NUM_ORDERS,
     AlignmentView,
     Drafter,
 )
@@ -30,7 +31,8 @@ from vllm_aasd.kernels.mixture import Prior
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 
 TILE = 1024  # that of draft_triton, which would bring Triton into this process
-NEAR_TIE = 1e-6  # relative; the compiled CPU drafter rounds a vote's product and sum once, the twin twice
+# Relative: the compiled CPU drafter may round a vote's product and sum once, the twin rounds twice.
+NEAR_TIE = 1e-6
 POISON_ID, POISON_COUNT = -77, -99
 
 
@@ -305,8 +307,12 @@ def test_of_equal_scores_the_latest_position_wins(worker):
 def test_of_equal_scores_the_latest_position_wins_among_many(worker):
     # 300 matches of one token, each before another one: more candidates than are scored at once.
     pairs = [token for successor in range(2, 302) for token in (1, successor)]
-    batch = batch_of([[*pairs, 1]], 400, 1, max_matches=512)
+    batch = batch_of([[*pairs, 1]], 400, 1, prior_top_k=1, max_matches=512)
+    batch.prior_ids[1], batch.prior_probs[1] = 350, 0.1
     assert check(worker, batch)[0].tolist() == [[301]]
+    # 2 / 302 of the weight is the prior's, 1 / 302 that of each match.
+    batch.prior_probs[1] = 0.6
+    assert check(worker, batch)[0].tolist() == [[350]], "the last vote of all can win"
 
 
 def test_stale_predictions_do_not_count(worker):
@@ -327,7 +333,7 @@ def test_blocks_outside_the_table_hold_no_prediction(worker, block):
 
 
 def test_ids_outside_the_vocabulary_are_never_drafted(worker):
-    contexts = [[1, 900, 2, 1], [900, 900, 900], [3, 1, 900, 3]]
+    contexts = [[1, 4, 2, 1], [900, 900, 900], [3, 1, 900, 3]]
     draft_token_ids, num_drafts, _ = check(worker, batch_of(contexts, 4, 4))
     assert num_drafts.tolist() == [0, 0, 1]
     assert draft_token_ids[2, 0] == 1
@@ -335,7 +341,12 @@ def test_ids_outside_the_vocabulary_are_never_drafted(worker):
 
 
 def test_a_token_that_the_prior_does_not_hold_has_no_successors(worker):
-    draft_token_ids, num_drafts, _ = check(worker, batch_of([[1, 900], [900, 1]], 4, 2, prior_top_k=3))
+    batch = batch_of([[1, 900], [900, 1]], 4, 2, prior_top_k=3)
+    # What lies behind the prior in memory would pass for a row of it.
+    ids, probs = torch.full((1000, 3), 2, dtype=torch.int32), torch.full((1000, 3), 0.3)
+    ids[:4], probs[:4] = batch.prior_ids, batch.prior_probs
+    batch = replace(batch, prior_ids=ids[:4], prior_probs=probs[:4])
+    draft_token_ids, num_drafts, _ = check(worker, batch)
     assert num_drafts.tolist()[0] == 0 and num_drafts[1] > 0
     assert draft_token_ids[0].tolist() == [900, 900]
 
@@ -435,10 +446,16 @@ def test_real_prompts_as_they_grow(worker, texts, first, num_steps, min_survival
     assert total >= 2 * num_steps, "these prompts hold something to draft"
 
 
-@pytest.mark.parametrize("text", [topics["assignment"], inspect.getsource(textwrap)], ids=["prose", "code"])
-def test_letters_of_a_text_longer_than_a_tile(worker, text):
-    """Bytes as tokens: dozens of matches of every order, the lists of all of them full."""
-    context = np.frombuffer(text.encode()[: TILE + 700], np.uint8).astype(np.int32)
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [(topics["specialnames"], "the"), (inspect.getsource(textwrap), " " * NUM_ORDERS)],
+    ids=["prose", "code"],
+)
+def test_letters_of_a_text_longer_than_a_tile(worker, text, ending):
+    """Bytes as tokens, up to an ending that has more matches of low orders, or of all, than vote."""
+    text = text[: text.rindex(ending, 0, 6 * TILE) + len(ending)]
+    assert text.count(ending) > MAX_MATCHES + 1
+    context = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
     batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES)
     draft_token_ids, num_drafts, survival = check(worker, batch)
     drafter = Drafter(256, 2, 0.0)
