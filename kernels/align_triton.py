@@ -1,9 +1,8 @@
-"""Triton path of the align ops; the entry's layout and the sources are in `vllm_aasd.kernels.align`.
+"""Triton path of the align op; the entry's layout and the sources are in `vllm_aasd.kernels.align`.
 
 One program reads one block of one row and writes its partial entry; a second kernel merges a row's partial
 entries. A block of a row and a shard of the vocabulary are the same thing to that merge, so tensor
-parallelism needs no kernel of its own: ranks merge their blocks into one partial entry each, and one more
-merge over the ranks writes the table.
+parallelism needs no kernel of its own (`vllm_aasd.kernels.align_shard_triton`).
 """
 
 import torch
@@ -34,9 +33,10 @@ def _partials_kernel(
     store_top_k(z, ids, vocab_size, first_id, partials_ptr + partial * (1 + 2 * TOP_K), TOP_K)
 
 
-def _block_partials(
+def block_partials(
     logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id: int, top_k: int
 ) -> torch.Tensor:
+    """Reduce logits to the partial entries of their blocks, [num_blocks, num_rows, 1 + 2k] int32."""
     num_rows, vocab_size = logits.shape
     shape, num_blocks = launch_shape(num_rows, vocab_size)
     partials = torch.empty(num_blocks, num_rows, 1 + 2 * top_k, dtype=torch.int32, device=logits.device)
@@ -83,22 +83,6 @@ def align(
     logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor, table: torch.Tensor
 ) -> None:
     """See `vllm_aasd.kernels.align.align`."""
-    partials = _block_partials(logits, slot_mapping, 0, table.shape[1] // 2)
+    partials = block_partials(logits, slot_mapping, 0, table.shape[1] // 2)
     merge_partials(partials, token_ids, slot_mapping, table)
 
-
-def align_shard(
-    logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id: int, top_k: int
-) -> torch.Tensor:
-    """See `vllm_aasd.kernels.align.align_shard`."""
-    partials = _block_partials(logits, slot_mapping, first_token_id, top_k)
-    merged = torch.empty_like(partials[0])
-    merge_partials(partials, None, slot_mapping, merged)
-    return merged
-
-
-def align_merge(
-    partials: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor, table: torch.Tensor
-) -> None:
-    """See `vllm_aasd.kernels.align.align_merge`."""
-    merge_partials(partials.contiguous(), token_ids, slot_mapping, table)
