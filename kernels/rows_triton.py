@@ -12,13 +12,14 @@ maxima. It is built of plain reductions, because what `tl.max` makes of NaN diff
 import triton
 import triton.language as tl
 
-# A program of 8 warps holds 8192 logits, 32 a thread: 64 to 128 bytes in flight from each, and with the
-# weights about 100 registers, so that two to three programs share an SM and cover each other's reductions.
-WIDE = {"BLOCK": 8192, "num_warps": 8}
-# For few rows: four times the programs, of 16 logits a thread.
+# A program of 4 warps holds 4096 logits, 32 a thread: 64 to 128 bytes in flight from each thread, and with the
+# weights about 100 registers, so that four or five programs share an SM and cover each other's reductions.
+WIDE = {"BLOCK": 4096, "num_warps": 4}
+# For few rows: twice the programs, of 16 logits a thread (8 on AMD, which is the least for 16-byte loads of
+# bfloat16).
 NARROW = {"BLOCK": 2048, "num_warps": 4}
-# Two for each of the 132 to 148 SMs of an H100 or B200, one for each of the 304 CUs of an MI300X.
-ENOUGH_PROGRAMS = 304
+# Four for each of the 132 to 148 SMs of an H100 or B200, two for each of the 304 CUs of an MI300X.
+ENOUGH_PROGRAMS = 608
 
 # Above every token id and index, and below int32's end even when an offset is added.
 _BEYOND = tl.constexpr(2**30)

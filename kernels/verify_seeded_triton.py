@@ -15,14 +15,14 @@ import triton.language as tl
 from vllm_aasd.kernels.align_triton import merge_partials
 from vllm_aasd.kernels.noise_triton import row_uniform, token_gumbel
 from vllm_aasd.kernels.rows_triton import first_argmax, launch_shape, load_block, store_top_k
-from vllm_aasd.kernels.verify_reference import VerifyPolicies
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyPolicies
 from vllm_aasd.kernels.verify_seeded_reference import AlignmentRows, SeededVerifyOutput
 
-# A race spends some 40 operations on a logit, not its bytes, and only one row per request runs it: blocks of
-# 1024, 8 logits a thread, spread it over the GPU.
-RACE = {"BLOCK": 1024, "num_warps": 4}
-# 16 rows by 32 blocks of partial results, the common case, are four words a thread of each kind.
-DECIDE = {"num_warps": 4}
+# A race spends some 40 operations on a logit, and only one row per request runs it: blocks of 1024 spread it
+# over the GPU. Two warps, because 8 logits a thread are the least for 16-byte loads of bfloat16 on AMD.
+RACE = {"BLOCK": 1024, "num_warps": 2}
+# 16 rows by 64 or 128 blocks of partial results, of three kinds: 4 to 8 words a thread of each.
+DECIDE = {"num_warps": 16}
 FINISH = {"num_warps": 1}
 
 
@@ -139,18 +139,20 @@ def _decide_kernel(
     known = (draft >= 0) & (draft < vocab_size)
     z = tl.load(logits_ptr + row * logits_stride + draft, mask=known, other=float("-inf")).to(tl.float32)
 
-    # Merge the blocks. What was not written for a row, because nobody wants it, is not looked at below.
+    # Merge the blocks. Rows and blocks that don't exist are read as the last that does, which costs less than
+    # a mask; for their maxima it changes nothing, and their sums count for 0. What was not written for a row,
+    # because nobody wants it, is not looked at below.
     block = tl.arange(0, BLOCKS)
-    exists = (i <= num_drafts)[:, None] & (block < num_blocks)[None, :]
-    offset = row[:, None] * num_blocks + block[None, :]
+    offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + tl.minimum(block, num_blocks - 1)[None, :]
     plane = num_logits.to(tl.int64) * num_blocks
-    maxima = tl.load(sums_ptr + offset, mask=exists, other=float("-inf"))
-    argmaxima = tl.load(argmax_ptr + offset, mask=exists, other=0)
-    sums = tl.load(sums_ptr + plane + offset, mask=exists & known[:, None], other=0.0)
-    weighted_sums = tl.load(sums_ptr + 2 * plane + offset, mask=exists & known[:, None], other=0.0)
+    maxima = tl.load(sums_ptr + offset)
+    argmaxima = tl.load(argmax_ptr + offset)
+    sums = tl.load(sums_ptr + plane + offset)
+    weighted_sums = tl.load(sums_ptr + 2 * plane + offset)
+    exists = (block < num_blocks)[None, :]
     row_max, row_argmax = first_argmax(maxima, argmaxima, 1)
     distance = maxima - row_max
-    shrink = tl.where(maxima > float("-inf"), tl.exp(distance), 0.0)
+    shrink = tl.where(exists & (maxima > float("-inf")), tl.exp(distance), 0.0)
     s = tl.sum(sums * shrink, axis=1)
     moved = shrink * (weighted_sums + distance * sums)
     t = tl.sum(tl.where(shrink > 0.0, moved, 0.0), axis=1)
@@ -287,7 +289,9 @@ def verify_seeded(
         empty(num_logits, dtype=torch.bool),
         empty(num_logits, dtype=torch.float32),
     )
-    if not num_reqs:
+    if not num_reqs or not num_logits:
+        output.sampled.fill_(PLACEHOLDER_TOKEN_ID)
+        output.num_sampled.zero_()
         return output
 
     shape, num_blocks = launch_shape(num_logits, vocab_size)
@@ -296,23 +300,22 @@ def verify_seeded(
     race_row = empty(num_reqs, dtype=torch.int64)
     top_k = 0 if alignment is None else alignment.table.shape[1] // 2
     partials = empty(num_blocks, num_logits, 1 + 2 * top_k, dtype=torch.int32) if top_k else argmax
-    if num_logits:
-        _row_statistics_kernel[(num_logits, num_blocks)](
-            target_logits,
-            target_logits.stride(0),
-            draft_sampled,
-            expanded_idx_mapping,
-            expanded_local_pos,
-            temperature,
-            policies.relaxed,
-            argmax,
-            sums,
-            alignment.slot_mapping if top_k else expanded_local_pos,
-            partials,
-            vocab_size,
-            TOP_K=top_k,
-            **shape,
-        )
+    _row_statistics_kernel[(num_logits, num_blocks)](
+        target_logits,
+        target_logits.stride(0),
+        draft_sampled,
+        expanded_idx_mapping,
+        expanded_local_pos,
+        temperature,
+        policies.relaxed,
+        argmax,
+        sums,
+        alignment.slot_mapping if top_k else expanded_local_pos,
+        partials,
+        vocab_size,
+        TOP_K=top_k,
+        **shape,
+    )
     _decide_kernel[(num_reqs,)](
         *output,
         race_row,

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
+from interpreter import Interpreter
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,3 +17,11 @@ def demo_model() -> str:
     if not pathlib.Path(path, "config.json").exists():
         pytest.fail(f"no model at {path}: run `make model`, or set AASD_TEST_MODEL")
     return path
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """The process in which Triton kernels run on CPU tensors."""
+    process = Interpreter()
+    yield process
+    process.close()
