@@ -91,7 +91,7 @@ def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
         slots=torch.randperm(num_reqs + 3, generator=g)[:num_reqs],
         temperature=[0.0 if i % 3 == 0 else 0.5 + float(unit[0, i]) for i in range(num_reqs)],
         seed=torch.randint(-(2**62), 2**62, (num_reqs,), generator=g),
-        relaxed=torch.arange(num_reqs) % 4 < 2,
+        relaxed=torch.arange(num_reqs) % 5 != 2,
         alpha=unit[1] * 0.2,
         beta=unit[2] * 0.4,
         floor=0.005 + unit[3] * 0.05,
