@@ -12,7 +12,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import triton
@@ -40,8 +40,21 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's name, with the sizes that it was compiled for where it has several."""
+        """The kernel's name."""
         return self.kernel.__name__.strip("_")
+
+    @property
+    def sizes(self) -> str:
+        """The constants that the kernel is compiled for."""
+        return " ".join(f"{name}={value}" for name, value in self.kwargs.items() if name.isupper())
+
+    def specialization(self, target: GPUTarget) -> tuple[Any, ...]:
+        """Options, signature, constants and attributes, as Triton's launcher derives them."""
+        backend = make_backend(target)
+        kernel = self.kernel
+        binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*self.args, **self.kwargs)
+        return kernel._pack_args(backend, self.kwargs, bound, specialization, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +70,9 @@ class Build:
     """Local memory per thread."""
     num_warps: int
     wide_loads: int
-    """Load instructions of 16 bytes per thread, from global memory."""
+    """Global load instructions of 16 bytes per thread, or 32, which sm_100 has."""
     narrow_loads: int
-    """Unpredicated-in-source loads of fewer bytes count too: scalars, masked tails, 2- to 8-byte vectors."""
+    """Global load instructions of fewer bytes: scalars, masked ends of rows, vectors of 2 to 8 bytes."""
 
 
 def recorded(op: Callable[[], Any]) -> list[Launch]:
@@ -74,16 +87,19 @@ def recorded(op: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Drop launches that run the machine code of an earlier one."""
+    found = {}
+    for launch in launches:
+        _, signature, constexprs, attrs = launch.specialization(TARGETS["sm_90"])
+        found.setdefault((launch.kernel, str((signature, constexprs, attrs, launch.sizes))), launch)
+    return list(found.values())
+
+
 def build(launch: Launch, target: GPUTarget) -> Build:
     """Compile a launch for a target, with the specialisation that the launcher would give it."""
-    backend = make_backend(target)
-    kernel = launch.kernel
-    binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*launch.args, **launch.kwargs)
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, launch.kwargs, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    options, signature, constexprs, attrs = launch.specialization(target)
+    source = ASTSource(launch.kernel, signature, constexprs, attrs)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.backend == "hip":

@@ -1,43 +1,28 @@
-"""vLLM's own V2 kernels under the interpreter, which its CPU build keeps from running; imported there only."""
+"""What the interpreting process runs beside our ops: vLLM's own V2 kernels, and the count of bytes."""
 
-import types
+import sys
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import triton
-import triton.backends
 import triton.language as tl
-from triton.runtime import interpreter
 
+# Behind what is installed, and only for these imports: the root also holds `kernels`, a name that
+# transformers looks for.
+_ROOT = str(Path(__file__).parents[2])
+sys.path.append(_ROOT)
+from benchmarks import interpreted, kernels  # noqa: E402
 
-def _enable() -> None:
-    """Make vLLM count Triton as present, and the interpreter take integer masks as the compiler does."""
-    triton.backends.backends["cpu"] = types.SimpleNamespace(
-        driver=types.SimpleNamespace(is_active=lambda: False), compiler=None
-    )
-    builder = interpreter.InterpreterBuilder
-    for name in ("create_masked_load", "create_masked_store"):
-        original = getattr(builder, name)
-        position = {"create_masked_load": 1, "create_masked_store": 2}[name]
-
-        def with_bool_mask(self: Any, *args: Any, original: Any = original, position: int = position) -> Any:
-            mask = args[position]
-            if mask is not None and mask.data.dtype != np.bool_:
-                mask = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
-            return original(self, *args[:position], mask, *args[position + 1 :])
-
-        setattr(builder, name, with_bool_mask)
-
-
-_enable()
+sys.path.remove(_ROOT)
+interpreted.let_vllm_see_triton()
 
 from vllm.v1.worker.gpu.sample import gumbel  # noqa: E402
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample  # noqa: E402
 
 from vllm_aasd.kernels import noise_triton  # noqa: E402
 
-__all__ = ["numbers", "rejection_sample"]
+__all__ = ["count_bytes", "numbers", "rejection_sample"]
 
 
 @triton.jit
@@ -62,3 +47,8 @@ def numbers(seed: int, position: int, ids: torch.Tensor, ours: bool) -> torch.Te
         out, torch.tensor([seed]), torch.tensor([position]), ids.int(), N=len(ids), OURS=ours
     )
     return out
+
+
+def count_bytes(job: str, *shape: int) -> dict[str, Any]:
+    """What a job of `benchmarks.kernels` moves, by its name; `shape` as for its `count_one`."""
+    return kernels.count_one(next(one for one in kernels.JOBS if one.name == job), *shape)
