@@ -21,7 +21,8 @@ def let_vllm_see_triton() -> None:
     from triton.runtime import interpreter
 
     triton.backends.backends["cpu"] = types.SimpleNamespace(
-        driver=types.SimpleNamespace(is_active=lambda: False), compiler=None
+        driver=types.SimpleNamespace(is_active=lambda: False),
+        compiler=types.SimpleNamespace(supports_target=lambda target: False),
     )
     builder = interpreter.InterpreterBuilder
 

@@ -26,11 +26,10 @@ VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
 TOP_K = 4
 NUM_SLOTS = 1024
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Requests of the compiled launches: one, which takes narrow blocks, and a batch, which takes wide ones.
-BATCHES = (1, 64)
-# Enough for wide blocks; the interpreter takes some seconds a job.
-COUNTED = {"vocab_size": 32768, "num_reqs": 10, "num_drafts": 7}
+# Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
+BATCHES = ((1, torch.bfloat16), (64, torch.float32))
+# Narrow blocks, for which partial results weigh most; the interpreter takes some seconds a job.
+COUNTED = {"num_reqs": 4, "num_drafts": 3, "vocab_size": 32768}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,19 +200,18 @@ def compile_all() -> list[dict[str, Any]]:
     from benchmarks.launches import TARGETS, build, distinct, recorded
 
     rows = []
-    for dtype in DTYPES:
-        for num_reqs in BATCHES:
-            inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, DTYPES[dtype])
-            for stock in (False, True):
-                calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
-                launches = distinct(launch for call in calls for launch in recorded(call))
-                rows += [
-                    {"stock": stock, "kernel": launch.name, "dtype": dtype, "requests": num_reqs}
-                    | {"sizes": launch.sizes, "target": target}
-                    | dataclasses.asdict(build(launch, TARGETS[target]))
-                    for launch in launches
-                    for target in TARGETS
-                ]
+    for num_reqs, dtype in BATCHES:
+        inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)
+        for stock in (False, True):
+            calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
+            launches = distinct(launch for call in calls for launch in recorded(call))
+            rows += [
+                {"stock": stock, "kernel": launch.name, "sizes": launch.sizes, "requests": num_reqs}
+                | {"dtype": str(dtype).removeprefix("torch."), "target": target}
+                | dataclasses.asdict(build(launch, TARGETS[target]))
+                for launch in launches
+                for target in TARGETS
+            ]
     return rows
 
 
@@ -221,9 +219,7 @@ def count() -> list[dict[str, Any]]:
     """Count each job's bytes; to be run where TRITON_INTERPRET is set."""
     from benchmarks.interpreted import Traffic
 
-    return [
-        count_one(job, COUNTED["num_reqs"], COUNTED["num_drafts"], COUNTED["vocab_size"]) for job in JOBS
-    ]
+    return [count_one(job, **COUNTED) for job in JOBS]
 
 
 def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:

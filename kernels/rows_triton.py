@@ -12,7 +12,7 @@ maxima. It is built of plain reductions, because what `tl.max` makes of NaN diff
 import triton
 import triton.language as tl
 
-# A program of 4 warps holds 4096 logits, 32 a thread: 64 to 128 bytes in flight from each thread, and with the
+# A program of 4 warps holds 4096 logits, 32 a thread: 64 to 128 bytes in flight from each, and with the
 # weights about 100 registers, so that four or five programs share an SM and cover each other's reductions.
 WIDE = {"BLOCK": 4096, "num_warps": 4}
 # For few rows: twice the programs, of 16 logits a thread (8 on AMD, which is the least for 16-byte loads of

@@ -1,11 +1,10 @@
 """Triton path of the seeded verify op; the rule, the memory argument and the sources are in
 `vllm_aasd.kernels.verify_seeded`.
 
-Four launches, of which sampled requests alone need the last two. `_row_statistics_kernel`, one program per
-row and block of the vocabulary, is the one that reads the logits. `_decide_kernel`, one program per request,
-merges the blocks of all of the request's rows at once and finds the first rejection without a loop over
-them. `_race_kernel` reads the one row from which a sampled request draws, and `_finish_kernel` puts the
-winner in its place. No launch depends on data: a program with nothing to do returns.
+`_row_statistics_kernel`, one program per row and block of the vocabulary, is the one that reads the logits.
+`_decide_kernel`, one program per request, merges the blocks of all of the request's rows at once and finds
+the first rejection without a loop over them. Sampled requests alone need the two launches of
+`vllm_aasd.kernels.race_triton`. No launch depends on data: a program with nothing to do returns.
 """
 
 import torch
@@ -13,17 +12,15 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.align_triton import merge_partials
-from vllm_aasd.kernels.noise_triton import row_uniform, token_gumbel
+from vllm_aasd.kernels.noise_triton import row_uniform
+from vllm_aasd.kernels.race_triton import race
 from vllm_aasd.kernels.rows_triton import first_argmax, launch_shape, load_block, store_top_k
 from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyPolicies
 from vllm_aasd.kernels.verify_seeded_reference import AlignmentRows, SeededVerifyOutput
 
-# A race spends some 40 operations on a logit, and only one row per request runs it: blocks of 1024 spread it
-# over the GPU. Two warps, because 8 logits a thread are the least for 16-byte loads of bfloat16 on AMD.
-RACE = {"BLOCK": 1024, "num_warps": 2}
-# 16 rows by 64 or 128 blocks of partial results, of three kinds: 4 to 8 words a thread of each.
+# 16 rows by 64 or 128 blocks of partial results of four kinds: 2 to 4 words of each a thread. With 8 warps
+# gfx942 runs out of the scalar registers that hold its masks.
 DECIDE = {"num_warps": 16}
-FINISH = {"num_warps": 1}
 
 
 @triton.jit
@@ -143,7 +140,8 @@ def _decide_kernel(
     # a mask; for their maxima it changes nothing, and their sums count for 0. What was not written for a row,
     # because nobody wants it, is not looked at below.
     block = tl.arange(0, BLOCKS)
-    offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + tl.minimum(block, num_blocks - 1)[None, :]
+    near = tl.minimum(block, num_blocks - 1)
+    offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + near[None, :]
     plane = num_logits.to(tl.int64) * num_blocks
     maxima = tl.load(sums_ptr + offset)
     argmaxima = tl.load(argmax_ptr + offset)
@@ -204,63 +202,6 @@ def _decide_kernel(
     tl.store(num_sampled_ptr + req, tl.maximum(num_accepted + 1, 0))
     has_race = (is_greedy == 0) & (num_drafts >= 0)
     tl.store(race_row_ptr + req, tl.where(has_race, start + num_accepted, -1))
-
-
-@triton.jit
-def _race_kernel(
-    winner_ptr,  # [num_reqs, num_blocks]
-    score_ptr,  # [num_reqs, num_blocks]
-    race_row_ptr,  # [num_reqs]
-    logits_ptr,  # [num_logits, vocab_size]
-    logits_stride,
-    draft_sampled_ptr,  # [num_logits]
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    pos_ptr,  # [num_logits]
-    idx_mapping_ptr,  # [num_reqs]
-    seed_ptr,  # [max_num_reqs]
-    vocab_size,
-    BLOCK: tl.constexpr,
-):
-    """Run one block of the Gumbel race over the row from which a sampled request draws."""
-    req = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    row = tl.load(race_row_ptr + req)
-    if row < 0:
-        return
-    slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
-    is_bonus = row + 1 >= tl.load(cu_num_logits_ptr + req + 1)
-    draft = tl.load(draft_sampled_ptr + row + 1, mask=is_bonus == 0, other=-1)
-    z, ids = load_block(logits_ptr + row * logits_stride, block * BLOCK, vocab_size, BLOCK)
-    z = tl.where(ids == draft, float("-inf"), z)
-    gumbel = token_gumbel(tl.load(seed_ptr + slot), tl.load(pos_ptr + row), ids)
-    score, winner = first_argmax(z + gumbel, ids, 0)
-    out = req * tl.num_programs(1) + block + tl.arange(0, 1)
-    tl.store(winner_ptr + out, winner)
-    tl.store(score_ptr + out, score)
-
-
-@triton.jit
-def _finish_kernel(
-    sampled_ptr,  # [num_reqs, num_speculative_steps + 1]
-    num_sampled_ptr,  # [num_reqs]
-    race_row_ptr,  # [num_reqs]
-    winner_ptr,  # [num_reqs, num_blocks]
-    score_ptr,  # [num_reqs, num_blocks]
-    num_blocks,
-    num_speculative_steps,
-    BLOCKS: tl.constexpr,
-):
-    """Put the winner of a request's race behind its accepted prefix."""
-    req = tl.program_id(0).to(tl.int64)
-    if tl.load(race_row_ptr + req) < 0:
-        return
-    block = tl.arange(0, BLOCKS)
-    exists = block < num_blocks
-    scores = tl.load(score_ptr + req * num_blocks + block, mask=exists, other=float("-inf"))
-    winners = tl.load(winner_ptr + req * num_blocks + block, mask=exists, other=0)
-    _, winner = first_argmax(scores, winners, 0)
-    place = tl.load(num_sampled_ptr + req) - 1 + tl.arange(0, 1)
-    tl.store(sampled_ptr + req * (num_speculative_steps + 1) + place, winner.to(tl.int64))
 
 
 def verify_seeded(
@@ -344,32 +285,15 @@ def verify_seeded(
     if top_k:
         merge_partials(partials, alignment.token_ids, alignment.slot_mapping, alignment.table)
     if not all_greedy:
-        num_race_blocks = triton.cdiv(vocab_size, RACE["BLOCK"])
-        winner = empty(num_reqs, num_race_blocks, dtype=torch.int32)
-        score = empty(num_reqs, num_race_blocks, dtype=torch.float32)
-        _race_kernel[(num_reqs, num_race_blocks)](
-            winner,
-            score,
+        race(
+            output.sampled,
+            output.num_sampled,
             race_row,
             target_logits,
-            target_logits.stride(0),
             draft_sampled,
             cu_num_logits,
             pos,
             idx_mapping,
             seed,
-            vocab_size,
-            **RACE,
-        )
-        _finish_kernel[(num_reqs,)](
-            output.sampled,
-            output.num_sampled,
-            race_row,
-            winner,
-            score,
-            num_race_blocks,
-            num_speculative_steps,
-            BLOCKS=triton.next_power_of_2(num_race_blocks),
-            **FINISH,
         )
     return output
