@@ -89,7 +89,7 @@ def _row_statistics_kernel(
             store_top_k(z, ids, vocab_size, 0, align_partials_ptr + partial * (1 + 2 * TOP_K), TOP_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_logits"])
 def _decide_kernel(
     sampled_ptr,  # [num_reqs, num_speculative_steps + 1]
     num_sampled_ptr,  # [num_reqs]
@@ -120,7 +120,10 @@ def _decide_kernel(
     BLOCKS: tl.constexpr,
     STOPS: tl.constexpr,
 ):
-    """Decide one request: its accepted prefix, and what follows it unless that is drawn in a race."""
+    """Decide one request: its accepted prefix, and what follows it unless that is drawn in a race.
+
+    The number of rows changes from step to step: specialised, it would have the kernel compiled again.
+    """
     req = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
     start = tl.load(cu_num_logits_ptr + req).to(tl.int64)

@@ -109,3 +109,12 @@ def test_the_count_sees_a_second_read(interpreter):
     job = "verify, sampled, conditional, with alignment"
     counted = interpreter.call("stock_v2:count_bytes", job, 1, 3, 32768)
     assert 1.25 <= counted["logits_bytes"] / counted["least_bytes"] < 1.26
+
+
+def test_sizes_of_one_compile():
+    """Triton makes constants of arguments that are 1: one row, one block, one stop token, one slot."""
+    inputs = kernels.Inputs(1, 0, 111, torch.float32)
+    inputs.stop_token_ids = inputs.stop_token_ids[:, :1].contiguous()
+    for name in ("verify, sampled, conditional, with alignment", "align"):
+        for launch in recorded(JOBS[name].make(inputs)):
+            assert build(launch, TARGETS["gfx942"]).registers > 0
