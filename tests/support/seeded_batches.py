@@ -5,10 +5,6 @@ import torch
 from vllm_aasd.kernels.verify_seeded import VerifyPolicies
 
 INF, NAN = float("inf"), float("nan")
-ARGUMENTS = (
-    "target_logits draft_sampled cu_num_logits pos idx_mapping expanded_idx_mapping expanded_local_pos "
-    "temperature seed num_speculative_steps policies stop_token_ids"
-).split()
 
 
 def batch(rows, drafts, **given):
