@@ -180,8 +180,7 @@ def draft_batch(
     if workspace.shape[0] < num_reqs or workspace.shape[1] != words:
         shape = tuple(workspace.shape)
         raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
-    # On CPU the compiled drafter is `draft`, over an index; whole batches there are for tests.
-    backend("draft", all_token_ids.device.type, twin_on=("cpu",)).draft_batch(
+    backend("draft", all_token_ids.device.type).draft_batch(
         all_token_ids,
         total_len,
         idx_mapping,

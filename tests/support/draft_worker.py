@@ -28,7 +28,7 @@ def gpu_path():
     """The module that the dispatcher gives GPU tensors to, and the positions it matches at once."""
     from vllm_aasd.kernels.backends import backend
 
-    module = backend("draft", "cuda", twin_on=("cpu",))
+    module = backend("draft", "cuda")
     return module.__name__, module.TILE
 
 
