@@ -11,7 +11,10 @@ The entry
 Memory
     One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor
     of its own. The CPU path keeps the top k in order while the online softmax runs
-    (`vllm_aasd.kernels.rows_cpu`).
+    (`vllm_aasd.kernels.rows_cpu`). The Triton path loads each block of a row once, 16 bytes a thread and
+    instruction, and takes from it in registers the top k and s: 4 + 8k bytes for 4 to 32 KiB of logits. A
+    row's k best are among its blocks' k best, and blocks merge as s = sum s_i e^(m_i - m); what is written
+    and read in between is a hundredth of the logits or less.
 
 Source
     The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding
@@ -29,6 +32,19 @@ __all__ = ["MAX_TOP_K", "align", "warm_up"]
 MAX_TOP_K = 8
 
 
+def check_table(name: str, table: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless a tensor can hold alignment entries over this vocabulary."""
+    check_dtype(name, table, torch.int32)
+    top_k, odd = divmod(table.shape[-1] - 1, 2)
+    if table.ndim != 2 or odd or not 1 <= top_k <= min(MAX_TOP_K, vocab_size):
+        raise ValueError(
+            f"{name} has shape {tuple(table.shape)}, expected (num_slots, 1 + 2k) with k from 1 to "
+            f"min({MAX_TOP_K}, vocab_size {vocab_size})"
+        )
+    if not table.is_contiguous():
+        raise ValueError(f"{name} has strides {table.stride()}, expected a contiguous tensor")
+
+
 def align(
     logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor, table: torch.Tensor
 ) -> None:
@@ -37,13 +53,14 @@ def align(
     Args:
         logits: [num_rows, vocab_size] float32, bfloat16 or float16, any row stride. Not modified.
         token_ids: [num_rows] int32, the input token at each row's own position.
-        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row; of rows with
-            the same slot the last one stays.
+        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row. Of rows with
+            the same slot the last one stays on a CPU; a GPU writes rows in any order, so there slots must
+            differ.
         table: [num_slots, 1 + 2k] int32 with 1 <= k <= 8 and k <= vocab_size; modified in place.
 
     Raises:
         ValueError: an argument has a wrong shape or dtype, or a slot does not exist. In the latter case rows
-            before it have been written.
+            before it have been written. A GPU, which is not waited for, skips such rows instead.
     """
     num_rows = slot_mapping.shape[0]
     check_logits("logits", logits)
@@ -52,15 +69,7 @@ def align(
     check_dtype("token_ids", token_ids, torch.int32)
     check_shape("slot_mapping", slot_mapping, (num_rows,))
     check_dtype("slot_mapping", slot_mapping, torch.int64)
-    check_dtype("table", table, torch.int32)
-    top_k, odd = divmod(table.shape[-1] - 1, 2)
-    if table.ndim != 2 or odd or not 1 <= top_k <= min(MAX_TOP_K, logits.shape[1]):
-        raise ValueError(
-            f"table has shape {tuple(table.shape)}, expected (num_slots, 1 + 2k) with k from 1 to "
-            f"min({MAX_TOP_K}, vocab_size {logits.shape[1]})"
-        )
-    if not table.is_contiguous():
-        raise ValueError(f"table has strides {table.stride()}, expected a contiguous tensor")
+    check_table("table", table, logits.shape[1])
     backend("align", logits.device.type).align(logits, token_ids, slot_mapping, table)
 
 

@@ -1,8 +1,18 @@
-"""The plain twin of `vllm_aasd.kernels.draft`: the specification, written to be read. Scans the context."""
+"""The plain twins of `vllm_aasd.kernels.draft` and `draft_batch`: the specification, written to be read.
+
+They scan the context.
+"""
 
 import numpy as np
 
-from vllm_aasd.kernels.draft_cpu import LONGEST_REMEMBERED, MOST_REMEMBERED, MULTIPLIER, ORDERS_USED, SHORTEST_REMEMBERED
+from vllm_aasd.kernels.draft_cpu import (
+    LONGEST_REMEMBERED,
+    MOST_REMEMBERED,
+    MULTIPLIER,
+    ORDERS_USED,
+    SHORTEST_REMEMBERED,
+)
+from vllm_aasd.kernels.mixture import no_memory
 
 
 def draft(
@@ -151,3 +161,66 @@ def _entry(table, block_table, block_size, position):
     if not len(table):
         return None
     return table[block_table[position // block_size] * block_size + position % block_size]
+
+
+def draft_batch(
+    all_token_ids,
+    total_len,
+    idx_mapping,
+    table,
+    block_tables,
+    block_size,
+    theta,
+    alignment,
+    doubt,
+    prior_ids,
+    prior_probs,
+    vocab_size,
+    max_matches,
+    min_survival,
+    draft_limits,
+    workspace,
+    draft_token_ids,
+    num_drafts,
+    survival,
+):
+    """See `vllm_aasd.kernels.draft_batch.draft_batch`; one `draft` after the other, without the workspace."""
+    entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
+    # One more block, never fresh (no context holds token -1), stands for those outside the table.
+    nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
+    entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
+    constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
+    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs)]
+    weights = *constants, np.float32(doubt.item()), np.zeros(4, np.float32)
+    width = draft_token_ids.shape[1]
+    for row, slot in enumerate(idx_mapping.tolist()):
+        length = int(total_len[slot]) if slot >= 0 else 0
+        context = all_token_ids[slot, :length].cpu().numpy()
+        blocks = block_tables[slot].cpu().numpy()
+        limit = max(min(int(draft_limits[row]), width), 0) if length else 0
+        ids, alive = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
+        count = draft(
+            context,
+            None,
+            None,
+            length,
+            entries,
+            np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
+            block_size,
+            *weights,
+            *prior,
+            no_memory(),
+            max_matches,
+            np.float32(min_survival),
+            np.zeros(vocab_size, np.float32),
+            None,
+            None,
+            ids,
+            alive,
+        )
+        draft_token_ids[row] = int(context[-1]) if length else 0
+        survival[row] = 0
+        for step in range(count):
+            draft_token_ids[row, step] = int(ids[step])
+            survival[row, step] = float(alive[step])
+        num_drafts[row] = count

@@ -37,6 +37,35 @@ class VerifyOutput(NamedTuple):
     """[num_tokens] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
 
 
+class RowStatistics(NamedTuple):
+    """What the rule needs of one row of logits."""
+
+    probs: torch.Tensor
+    """[vocab_size] float32."""
+    argmax: int
+    """The first NaN if there is one, else the lowest id of the maximum."""
+    entropy: torch.Tensor
+    """float32, nats."""
+
+
+def row_statistics(logits: torch.Tensor) -> RowStatistics:
+    """Reduce one row, [vocab_size], in float32."""
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    return RowStatistics(probs, int(logits.float().argmax()), torch.special.entr(probs).sum())
+
+
+def clears_relaxed_bar(
+    x: int, row: RowStatistics, stop_token_ids: torch.Tensor, policies: VerifyPolicies, i: int
+) -> bool:
+    """Whether the relaxed bar of request i accepts draft token x at a row, whatever the strict rule says."""
+    p = row.probs
+    stops = [stop for stop in stop_token_ids.tolist() if 0 <= stop < len(p)]
+    if not policies.relaxed[i] or x in stops:
+        return False
+    clears = p[x] >= policies.beta[i] - policies.alpha[i] * row.entropy or x == row.argmax
+    return bool(clears and p[x] > 0 and p[x] >= policies.floor[i] and p[x] > p[stops].sum())
+
+
 def verify(
     draft_token_ids: torch.Tensor,
     cu_num_draft_tokens: torch.Tensor,
@@ -58,27 +87,23 @@ def verify(
     num_accepted = torch.zeros(batch_size, dtype=torch.int32, device=device)
     relaxed = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     regret = torch.zeros(num_tokens, dtype=torch.float32, device=device)
-    argmax = target_logits.float().argmax(dim=-1)
-    probs = target_logits.softmax(dim=-1, dtype=torch.float32)
-    entropy = torch.special.entr(probs).sum(dim=-1)
     start = 0
     for i, end in enumerate(cu_num_draft_tokens.tolist()):
-        stops = [stop for stop in stop_token_ids[i].tolist() if 0 <= stop < vocab_size]
         last = bonus_token_ids.reshape(-1)[i]
         for row in range(start, end):
-            x, p = int(draft_token_ids[row]), probs[row]
+            x, statistics = int(draft_token_ids[row]), row_statistics(target_logits[row])
+            p = statistics.probs
             known = 0 <= x < vocab_size
             if is_greedy[i]:
-                accepted = x == argmax[row]
+                accepted = x == statistics.argmax
             else:
                 accepted = known and p[x] > 0 and p[x] >= uniform_probs[row]
-            if not accepted and known and policies.relaxed[i]:
-                clears = p[x] >= policies.beta[i] - policies.alpha[i] * entropy[row] or x == argmax[row]
-                goes_on = x not in stops and p[x] > p[stops].sum()
-                accepted = relaxed[row] = p[x] > 0 and p[x] >= policies.floor[i] and clears and goes_on
+            if not accepted and known:
+                accepted = clears_relaxed_bar(x, statistics, stop_token_ids[i], policies, i)
+                relaxed[row] = accepted
                 regret[row] = torch.log(p.max()) - torch.log(p[x]) if accepted else 0.0
             if not accepted:
-                last = argmax[row] if is_greedy[i] else PLACEHOLDER_TOKEN_ID
+                last = statistics.argmax if is_greedy[i] else PLACEHOLDER_TOKEN_ID
                 break
             output[i, num_accepted[i]] = x
             num_accepted[i] += 1

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
+from interpreter import Interpreter
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,3 +25,11 @@ def _no_priors_of_this_machine(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """The process in which Triton kernels run on CPU tensors."""
+    process = Interpreter()
+    yield process
+    process.close()

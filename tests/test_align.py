@@ -2,50 +2,19 @@
 
 import pytest
 import torch
+from alignment_rows import INF, UNTOUCHED, probabilities, random_rows, untouched_table
 
 from vllm_aasd.kernels import align as op
 from vllm_aasd.kernels import align_cpu, align_reference
 from vllm_aasd.kernels.align import align, warm_up
 from vllm_aasd.kernels.backends import backend
 
-INF = float("inf")
 # Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the twin takes torch's
 # float32 softmax, whose sum of 150k weights is off by up to 3e-5.
 CPU_TOLERANCE = 1e-6
 TWIN_TOLERANCE = 5e-5
-UNTOUCHED = -12345
 
 both_paths = pytest.mark.parametrize("path", [align_cpu, align_reference], ids=["cpu", "twin"])
-
-
-def untouched_table(num_slots, top_k):
-    return torch.full((num_slots, 1 + 2 * top_k), UNTOUCHED, dtype=torch.int32)
-
-
-def probabilities(table):
-    return table[:, 1 + (table.shape[1] - 1) // 2 :].contiguous().view(torch.float32)
-
-
-def random_rows(num_rows, vocab_size, dtype, seed):
-    g = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(num_rows, vocab_size + 9, generator=g) * 3).to(dtype)[:, 4 : 4 + vocab_size]
-    for row in range(num_rows):
-        kind = row % 9
-        if kind == 1:
-            logits[row, torch.randperm(vocab_size, generator=g)[: vocab_size // 2]] = -INF
-        elif kind == 2:
-            hot = int(torch.randint(0, vocab_size, (), generator=g))
-            logits[row] = -INF
-            logits[row, hot] = -5.0
-        elif kind == 3:
-            logits[row, vocab_size // 2] = float("nan")
-        elif kind == 4:
-            logits[row] = -INF
-        elif kind == 5:
-            logits[row] = torch.randint(0, 3, (vocab_size,), generator=g).to(dtype)
-        elif kind == 6:
-            logits[row] = logits[row].sort().values
-    return logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,272 @@
+"""Kernels: what the Triton kernels cost in registers and in bytes, beside vLLM's own for the same job.
+
+    python -m benchmarks.kernels
+
+Nothing is timed, and no GPU is needed. Registers, shared memory, spills and load widths are read from the
+machine code of the launches that the ops really make (`benchmarks.launches`), compiled ahead of time. Bytes
+are counted while the same ops run in Triton's interpreter (`benchmarks.interpreted.Traffic`), for requests
+whose drafts are all accepted but the last, beside one read of all of the rows. vLLM's greedy kernels stay
+below that where a request has a rejection: they read its bonus row in a later launch, if it is needed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import results
+
+VOCAB_SIZE = 151936
+NUM_SPECULATIVE_STEPS = 8
+TOP_K = 4
+NUM_SLOTS = 1024
+# Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
+BATCHES = ((1, torch.bfloat16), (64, torch.float32))
+# Narrow blocks, for which partial results weigh most; the interpreter takes some seconds a job.
+COUNTED = {"num_reqs": 4, "num_drafts": 3, "vocab_size": 32768}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A line of the table: one thing to do, by an op of ours or of vLLM."""
+
+    name: str
+    make: Callable[["Inputs"], Callable[[], Any]]
+    """From inputs to the call that does it, on CPU tensors."""
+    is_stock: bool = False
+
+
+class Inputs:
+    """One step's input: each request has its drafts and a bonus row, and a slot of the same number."""
+
+    def __init__(self, num_reqs: int, num_drafts: int, vocab_size: int, dtype: torch.dtype) -> None:
+        rng = torch.Generator().manual_seed(0)
+        per_request = num_drafts + 1
+        self.num_reqs, self.num_drafts, self.vocab_size = num_reqs, num_drafts, vocab_size
+        self.num_rows = num_reqs * per_request
+        self.logits = torch.randn(self.num_rows, vocab_size, generator=rng).to(dtype)
+        self.argmax = self.logits.float().argmax(-1)
+        self.token_ids = torch.zeros(self.num_rows, dtype=torch.int32)
+        # Each draft is the argmax, so all are accepted but the last of each request.
+        self.draft_sampled = self.argmax.roll(1).int()
+        self.draft_sampled[per_request - 1 :: per_request] = 0
+        self.cu_num_logits = torch.arange(0, self.num_rows + 1, per_request, dtype=torch.int32)
+        self.pos = torch.arange(self.num_rows)
+        self.idx_mapping = torch.arange(num_reqs)
+        self.expanded_idx_mapping = self.idx_mapping.repeat_interleave(per_request)
+        self.expanded_local_pos = (torch.arange(self.num_rows) % per_request).int()
+        self.seed = torch.arange(num_reqs)
+        self.slot_mapping = torch.arange(self.num_rows)
+        self.stop_token_ids = torch.full((num_reqs, 2), 2, dtype=torch.int32)
+        self.stop_token_ids[:, 1] = -1
+
+    def table(self, top_k: int) -> torch.Tensor:
+        """An empty alignment table."""
+        return torch.zeros(max(NUM_SLOTS, self.num_rows), 1 + 2 * top_k, dtype=torch.int32)
+
+
+def verify(temperature: float, relaxed: bool, aligned: bool = False) -> Callable[[Inputs], Callable]:
+    """`verify_seeded` for requests of one kind."""
+
+    def make(inputs: Inputs) -> Callable[[], Any]:
+        from vllm_aasd.kernels import verify_seeded_triton
+        from vllm_aasd.kernels.verify_seeded import AlignmentRows, VerifyPolicies
+
+        one = torch.ones(inputs.num_reqs)
+        alignment = AlignmentRows(inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
+        return lambda: verify_seeded_triton.verify_seeded(
+            inputs.logits,
+            inputs.draft_sampled,
+            inputs.cu_num_logits,
+            inputs.pos,
+            inputs.idx_mapping,
+            inputs.expanded_idx_mapping,
+            inputs.expanded_local_pos,
+            one * temperature,
+            inputs.seed,
+            inputs.num_drafts,
+            VerifyPolicies(one.bool() & relaxed, one * 0.1, one * 0.5, one * 0.1),
+            inputs.stop_token_ids,
+            alignment if aligned else None,
+            all_greedy=temperature == 0,
+        )
+
+    return make
+
+
+def align(inputs: Inputs) -> Callable[[], Any]:
+    """`align` of all rows."""
+    from vllm_aasd.kernels import align_triton
+
+    return lambda: align_triton.align(
+        inputs.logits, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K)
+    )
+
+
+def align_shards(inputs: Inputs) -> Callable[[], Any]:
+    """`align_shard` on two ranks, and `align_merge`."""
+    from vllm_aasd.kernels import align_shard_triton
+
+    half = inputs.vocab_size // 2
+
+    def run() -> None:
+        shards = [
+            align_shard_triton.align_shard(inputs.logits[:, a : a + half], inputs.slot_mapping, a, TOP_K)
+            for a in (0, half)
+        ]
+        partials = torch.stack(shards)
+        align_shard_triton.align_merge(partials, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
+
+    return run
+
+
+def stock_verify(temperature: float) -> Callable[[Inputs], Callable]:
+    """vLLM's V2 `rejection_sample` for one-hot drafts."""
+
+    def make(inputs: Inputs) -> Callable[[], Any]:
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
+
+        return lambda: rejection_sample(
+            inputs.logits,
+            None,
+            inputs.draft_sampled,
+            inputs.cu_num_logits,
+            inputs.pos,
+            inputs.idx_mapping,
+            inputs.expanded_idx_mapping,
+            inputs.expanded_local_pos,
+            torch.full((inputs.num_reqs,), temperature),
+            inputs.seed,
+            inputs.num_drafts,
+        )
+
+    return make
+
+
+# A further kernel is a further entry.
+JOBS = (
+    Job("verify, greedy, strict", verify(0.0, False)),
+    Job("verify, greedy, conditional", verify(0.0, True)),
+    Job("verify, sampled, strict", verify(1.0, False)),
+    Job("verify, sampled, conditional", verify(1.0, True)),
+    Job("verify, greedy, conditional, with alignment", verify(0.0, True, aligned=True)),
+    Job("verify, sampled, conditional, with alignment", verify(1.0, True, aligned=True)),
+    Job("align", align),
+    Job("align, two shards", align_shards),
+    Job("vLLM's rejection_sample, greedy", stock_verify(0.0), is_stock=True),
+    Job("vLLM's rejection_sample, sampled", stock_verify(1.0), is_stock=True),
+)
+
+
+def main() -> None:
+    """Compile, count, write the result, print its tables."""
+    parser = results.arguments(__doc__, out="kernels.json")
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.show:
+        print(tables(results.read(arguments.show)))
+        return
+    from benchmarks import interpreted
+
+    interpreted.let_vllm_see_triton()
+    if arguments.count:
+        json.dump(count(), sys.stdout)
+        return
+    builds = compile_all()
+    traffic = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.kernels", "--count"],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout.splitlines()[-1]
+    )
+    conditions = results.metadata(
+        vocab_size=VOCAB_SIZE, num_speculative_steps=NUM_SPECULATIVE_STEPS, top_k=TOP_K, counted=COUNTED
+    )
+    result = {"metadata": conditions, "builds": builds, "traffic": traffic}
+    results.write(arguments.out, result)
+    print(tables(result))
+
+
+def compile_all() -> list[dict[str, Any]]:
+    """Compile every distinct launch of every job for every target."""
+    from benchmarks.launches import TARGETS, build, distinct, recorded
+
+    rows = []
+    for num_reqs, dtype in BATCHES:
+        inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)
+        for stock in (False, True):
+            calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
+            launches = distinct(launch for call in calls for launch in recorded(call))
+            rows += [
+                {"stock": stock, "kernel": launch.name, "sizes": launch.sizes, "requests": num_reqs}
+                | {"dtype": str(dtype).removeprefix("torch."), "target": target}
+                | dataclasses.asdict(build(launch, TARGETS[target]))
+                for launch in launches
+                for target in TARGETS
+            ]
+    return rows
+
+
+def count() -> list[dict[str, Any]]:
+    """Count each job's bytes; to be run where TRITON_INTERPRET is set."""
+    from benchmarks.interpreted import Traffic
+
+    return [count_one(job, **COUNTED) for job in JOBS]
+
+
+def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:
+    """Count one job's bytes on bfloat16 logits; the least possible is to read each of the rows once."""
+    from benchmarks.interpreted import Traffic
+
+    inputs = Inputs(num_reqs, num_drafts, vocab_size, torch.bfloat16)
+    call = job.make(inputs)
+    with Traffic(inputs.logits) as traffic:
+        call()
+    return {
+        "job": job.name,
+        "stock": job.is_stock,
+        "least_bytes": inputs.logits.nbytes,
+        "logits_bytes": traffic.logits_bytes,
+        "other_bytes": traffic.other_bytes,
+        "over_least": (traffic.logits_bytes + traffic.other_bytes) / inputs.logits.nbytes,
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result as text."""
+    traffic = [
+        [row["job"], f"{row['logits_bytes'] / row['least_bytes']:.4f}",
+         f"{row['other_bytes'] / row['least_bytes']:.4f}", f"{row['over_least']:.4f}"]
+        for row in result["traffic"]
+    ]  # fmt: skip
+    builds = [
+        [("vLLM: " if row["stock"] else "") + row["kernel"], row["sizes"], row["dtype"], row["target"]]
+        + [str(row[field]) for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes")]
+        + [f"{row['wide_loads']} / {row['narrow_loads']}"]
+        for row in result["builds"]
+    ]
+    return "\n".join(
+        (
+            results.heading(result),
+            "",
+            results.table(["job", "logits", "anything else", "bytes over one read of all rows"], traffic),
+            "",
+            results.table(
+                ["kernel", "sizes", "logits", "target", "warps", "registers", "shared, B", "spilled, B",
+                 "stack, B", "16-byte / other loads"],
+                builds,
+            ),
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
