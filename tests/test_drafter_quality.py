@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import drafter_quality, replay
+from benchmarks import drafter_quality, replay, results
 from benchmarks.builtin import builtin_tasks
 from benchmarks.fitting_tasks import fitting_tasks
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
@@ -66,6 +66,11 @@ def test_constants_survive_being_searched():
     vector = drafter_quality.pack(DEFAULT_WEIGHTS)
     for got, want in zip(drafter_quality.unpack(vector), DEFAULT_WEIGHTS, strict=True):
         np.testing.assert_allclose(got, want)
+
+
+def test_the_served_constants_are_those_that_were_found():
+    found = results.read(results.RESULTS / "fit.json")["fit"]["found"]["weights"]
+    np.testing.assert_allclose(drafter_quality.pack(DEFAULT_WEIGHTS), found, rtol=1e-6)
 
 
 def test_the_search_ends_no_worse_than_it_began():
