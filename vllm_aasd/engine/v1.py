@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -113,13 +114,15 @@ class AASDProposer:
             self._settings.top_k,
         )
         self._step_time.warm_start(profile.samples)
-        if self._settings.alignment == "auto" and profile.alignment_share > start_up.MAX_ALIGNMENT_SHARE:
+        # All ranks make logits together, so they must agree on which; the first one's clock decides.
+        alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
+        if self._settings.alignment == "auto" and alignment_share > start_up.MAX_ALIGNMENT_SHARE:
             self._align_prompts = False
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
-            100 * profile.alignment_share,
+            100 * alignment_share,
             "stored" if self._align_prompts else "not stored",
         )
 
