@@ -47,14 +47,29 @@ class Job:
 
 
 class Inputs:
-    """One step's input: each request has its drafts and a bonus row, and a slot of the same number."""
+    """One step's input: each request has its drafts and a bonus row, and a slot of the same number.
 
-    def __init__(self, num_reqs: int, num_drafts: int, vocab_size: int, dtype: torch.dtype) -> None:
+    Args:
+        num_reqs: requests.
+        num_drafts: of each.
+        vocab_size: columns of the logits.
+        dtype: of the logits.
+        row_stride: of the logits; None for ``vocab_size``. vLLM's are slices of rows of a padded vocabulary.
+    """
+
+    def __init__(
+        self,
+        num_reqs: int,
+        num_drafts: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        row_stride: int | None = None,
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
         per_request = num_drafts + 1
         self.num_reqs, self.num_drafts, self.vocab_size = num_reqs, num_drafts, vocab_size
         self.num_rows = num_reqs * per_request
-        self.logits = torch.randn(self.num_rows, vocab_size, generator=rng).to(dtype)
+        self.logits = torch.randn(self.num_rows, row_stride or vocab_size, generator=rng).to(dtype)[:, :vocab_size]
         self.argmax = self.logits.float().argmax(-1)
         self.token_ids = torch.zeros(self.num_rows, dtype=torch.int32)
         # Each draft is the argmax, so all are accepted but the last of each request.

@@ -33,8 +33,8 @@ LONG = [
 ]  # fmt: skip
 
 
-def launches_of(jobs, num_reqs, num_drafts, vocab_size, dtype):
-    inputs = kernels.Inputs(num_reqs, num_drafts, vocab_size, dtype)
+def launches_of(jobs, num_reqs, num_drafts, vocab_size, dtype, row_stride=None):
+    inputs = kernels.Inputs(num_reqs, num_drafts, vocab_size, dtype, row_stride)
     return distinct(launch for name in jobs for launch in recorded(JOBS[name].make(inputs)))
 
 
@@ -65,7 +65,8 @@ def test_no_spills_and_wide_loads(target):
 @pytest.mark.parametrize("case", LONG, ids=lambda case: "-".join(map(str, case[1:])))
 def test_no_spills_and_wide_loads_of_any_shape(target, case):
     jobs, *shape = case
-    for launch in launches_of(jobs, *shape):
+    # As vLLM pads a vocabulary.
+    for launch in launches_of(jobs, *shape, row_stride=-(-shape[2] // 64) * 64):
         check(launch, target)
 
 
