@@ -16,6 +16,10 @@ def main() -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if scenario["v2"]:
+        import v2_on_cpu
+
+        v2_on_cpu.prepare()
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
