@@ -112,11 +112,29 @@ def pick_carrier(args: EngineArgs) -> str:
     vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), of which the speculative one is a
     part, so this foresees it, by the same rules and switches; the worker refuses to start where the two disagree.
     """
-    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
-        return V2_CARRIER if envs.VLLM_USE_V2_MODEL_RUNNER else V1_CARRIER
-    unsupported = args.enable_dbo or args.ubatch_size > 1
-    unsupported |= args.distributed_executor_backend == "external_launcher" and args.pipeline_parallel_size > 1
-    return V1_CARRIER if unsupported or not HAS_TRITON else V2_CARRIER
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        if args.enable_dbo or args.ubatch_size > 1:
+            return V1_CARRIER
+        if args.distributed_executor_backend == "external_launcher" and args.pipeline_parallel_size > 1:
+            return V1_CARRIER
+    return V2_CARRIER if chooses_v2() else V1_CARRIER
+
+
+def chooses_v2() -> bool:
+    """Whether this machine and environment have vLLM choose its V2 model runner, whatever the arguments."""
+    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
+
+
+def runner_refusal(runner: str) -> str | None:
+    """Why aasd can't work with a model runner (``V1`` or ``V2``) on this machine's platform; None if it can."""
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        return f"it runs on CUDA, ROCm and vLLM's CPU platform, and this is {current_platform.device_name}"
+    if runner == "V1" and not current_platform.is_cpu():
+        return (
+            "on GPUs it needs vLLM's V2 model runner: install Triton, and leave out VLLM_USE_V2_MODEL_RUNNER, "
+            "enable_dbo and ubatch_size"
+        )
+    return None
 
 
 def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]:
@@ -143,8 +161,6 @@ def _refuse(name: str, value: Any, allowed: str) -> None:
 
 
 def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> None:
-    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
-        _refuse("platform", current_platform.device_name, "it runs on CUDA, ROCm and vLLM's CPU platform")
     if args.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
         _refuse("worker_cls", args.worker_cls, "it brings a worker of its own, so leave worker_cls at 'auto'")
     for name, default, reason in (
@@ -165,6 +181,10 @@ def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> Non
 
 
 def _refuse_what_the_runner_cannot(args: EngineArgs, settings: Settings, carrier: str) -> None:
+    runner = "V2" if carrier == V2_CARRIER else "V1"
+    refusal = runner_refusal(runner)
+    if refusal is not None:
+        _refuse("model_runner", runner, refusal)
     if carrier == V2_CARRIER:
         on_v2 = "on vLLM's V2 model runner"
         if settings.memory != "off":
@@ -173,13 +193,6 @@ def _refuse_what_the_runner_cannot(args: EngineArgs, settings: Settings, carrier
             _refuse("aasd_draft", settings.draft, f"for vLLM's own n-grams {on_v2} use its method 'ngram_gpu'")
         return
     on_v1 = "on vLLM's V1 model runner"
-    if not current_platform.is_cpu():
-        _refuse(
-            "model_runner",
-            "V1",
-            "on GPUs it needs vLLM's V2 model runner: install Triton, and leave out VLLM_USE_V2_MODEL_RUNNER, "
-            "enable_dbo and ubatch_size",
-        )
     if args.pipeline_parallel_size != 1:
         _refuse(
             "pipeline_parallel_size",
