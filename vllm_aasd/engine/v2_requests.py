@@ -38,6 +38,7 @@ class RequestSlots(LogitsProcessor):
         self._relaxed = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
         self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self._stop_token_ids = self._wide(max_num_reqs, 4)
+        self._retired: list[UvaBackedTensor] = []
         self._changed = True
         bar = (1.0, 1.0, 1.0)
         if isinstance(policy, ConditionalVerification):
@@ -75,6 +76,8 @@ class RequestSlots(LogitsProcessor):
             # Rare, and the only thing here that ever grows.
             wider = self._wide(len(self._max_seq_len), 2 * len(stop_token_ids))
             wider.np[:, :width] = self._stop_token_ids.np
+            # A step that is still running may read it.
+            self._retired.append(self._stop_token_ids)
             self._stop_token_ids = wider
         self._stop_token_ids.np[req_idx] = _NO_TOKEN
         self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
