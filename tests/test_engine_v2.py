@@ -10,8 +10,8 @@ from prompts import real_prompts
 pytestmark = pytest.mark.engine
 
 STRICT = {"aasd_verification": "strict", "num_speculative_tokens": 4}
-PROMPTS = real_prompts(4, max_chars=160)
-MAX_TOKENS = 12
+PROMPTS = real_prompts(3, max_chars=140)
+MAX_TOKENS = 10
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, "required": ["kind"]}
 
 
@@ -30,10 +30,10 @@ def plain(demo_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speculated(demo_model, tmp_path_factory):
-    """Four prompts, three at once, prompts in chunks of 64; then two again from the prefix cache, and an object."""
+    """Three prompts at once, in chunks of 48; then one again from the prefix cache, and a JSON object."""
     out = tmp_path_factory.mktemp("v2") / "out.json"
-    constrained = greedy(["Is this text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
-    again = greedy(PROMPTS[:2], MAX_TOKENS, logprobs=1)
+    constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
+    again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1)
     return run_engine(
         demo_model,
         [greedy(PROMPTS, MAX_TOKENS), again + constrained],
@@ -41,29 +41,28 @@ def speculated(demo_model, tmp_path_factory):
         v2=True,
         aasd={**STRICT, "aasd_alignment": True},
         record_store=True,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=48,
     )
 
 
 def test_the_worker_says_which_runner_is_live(speculated):
     lines = [line for line in speculated["log"].splitlines() if "is live" in line]
     assert len(lines) == 1 and "V2 model runner" in lines[0]
-    for op in ("align", "draft", "verify_seeded"):
-        assert f"AASD op '{op}' on device 'cpu' runs on backend 'triton'" in speculated["log"]
+    assert {"align_triton", "draft_triton", "verify_seeded_triton"} <= set(speculated["kernels"])
 
 
 def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
-    assert min(len(output["prompt_token_ids"]) for output in speculated["rounds"][0]) > 64, "more than one chunk"
+    assert min(len(output["prompt_token_ids"]) for output in speculated["rounds"][0]) > 48, "more than one chunk"
     drafted, accepted = drafted_and_accepted(speculated)
     assert 0 < accepted < drafted
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
 def test_prefix_cache_hits(plain, speculated):
-    again = speculated["rounds"][1][:2]
-    assert all(output["num_cached_tokens"] > 0 for output in again)
-    assert token_ids(again) == token_ids(plain["rounds"][0])[:2]
-    assert all(len(output["logprobs"]) == len(output["token_ids"]) for output in again)
+    again = speculated["rounds"][1][0]
+    assert again["num_cached_tokens"] > 0
+    assert again["token_ids"] == plain["rounds"][0][0]["token_ids"]
+    assert len(again["logprobs"]) == MAX_TOKENS
 
 
 def test_the_store_holds_every_position_of_every_request(speculated):
@@ -85,7 +84,7 @@ def test_entries_equal_the_prompt_logprobs_of_the_other_runner(plain, speculated
 
 
 def test_constrained_output_is_valid(speculated):
-    output = speculated["rounds"][1][2]
+    output = speculated["rounds"][1][1]
     assert output["finish_reason"] == "stop"
     assert json.loads(output["text"])["kind"] in ("text", "code")
 

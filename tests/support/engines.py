@@ -20,7 +20,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
             ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
-        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...], "log": str}``
+        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
+        "kernels": [module, ...], "log": str}``
     """
     record_store = options.pop("record_store", False)
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
@@ -32,7 +33,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         engine["speculative_config"] = {"method": "aasd", **aasd}
     scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store, "v2": v2}
     process = subprocess.run(
-        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=900
+        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=1800
     )
     log = process.stdout + process.stderr
     assert process.returncode == 0, log[-6000:]

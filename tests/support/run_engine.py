@@ -49,7 +49,8 @@ def main() -> None:
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
         outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
         rounds.append([described(output) for output in outputs])
-    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots}
+    kernels = [name.rpartition(".")[2] for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
+    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots, "kernels": kernels}
     with open(scenario["out"], "w") as out:
         json.dump(result, out)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from vllm.config import VllmConfig
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -79,6 +80,7 @@ class AASDSpeculator(BaseSpeculator):
         self._runner: GPUModelRunner | None = None
         self._store: AlignmentStore | None = None
         self._store_layer = ""
+        self._hooks: list[RemovableHandle] = []
         self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
@@ -98,7 +100,8 @@ class AASDSpeculator(BaseSpeculator):
         runner.sampler.logits_processors.append(self.requests)
         for module in runner.get_model().modules():
             if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
-                module.register_forward_hook(lambda module, args, logits: self._store_sampled(logits))
+                hook = module.register_forward_hook(lambda module, args, logits: self._store_sampled(logits))
+                self._hooks.append(hook)
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
         """Set up the alignment store beside the KV cache that has just been laid out, and all that drafting needs."""
@@ -148,7 +151,9 @@ class AASDSpeculator(BaseSpeculator):
         """Nothing to drop: a slot is written anew when a request enters it."""
 
     def shutdown(self) -> None:
-        """Nothing to keep."""
+        """Let go of the model; there is nothing to keep."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
