@@ -42,7 +42,7 @@ demo: prior
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 test: model
-	@$(PYTEST) -m 'not long' $(ARGS)
+	@$(PYTEST) -n 2 --dist loadfile -m 'not long' $(ARGS)
 
 test-long: model
 	@$(PYTEST) -m long $(ARGS)

@@ -24,6 +24,7 @@ from benchmarks.data import DataError
 from benchmarks.end_to_end_report import report
 from benchmarks.end_to_end_run import compare
 from benchmarks.engine import EngineError
+from benchmarks.exactness import failed
 from benchmarks.methods import METHODS, NEAR_TIE
 
 QUICK = {
@@ -50,8 +51,10 @@ def main() -> None:
         result = compare(arguments)
     except (DataError, EngineError, OSError, ValueError, methods.MissingPackage) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; what was measured is kept for --resume")
     print(report(result))
-    if any(found and not found["is_exact"] for found in result["exactness"].values()):
+    if failed(result["exactness"]):
         sys.exit(1)
 
 

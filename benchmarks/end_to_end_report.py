@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks import comparison, results
 from benchmarks.comparison import MEAN
+from benchmarks.exactness import failed
 
 Cell = Callable[[Mapping[str, Any]], str]
 
@@ -17,10 +18,10 @@ def report(result: Mapping[str, Any], base: str | None = None) -> str:
         base: the method that ratios are to; None for the first.
     """
     parts = [results.heading(result), conditions(result["metadata"]["conditions"])]
-    failed = [label for label, found in result["exactness"].items() if found and not found["is_exact"]]
-    if failed:
+    inexact = failed(result["exactness"])
+    if inexact:
         parts += [
-            f"NO FIGURES: {label} isn't exact. {exactness(result['exactness'][label])}" for label in failed
+            f"NO FIGURES: {label} isn't exact. {exactness(result['exactness'][label])}" for label in inexact
         ]
         return "\n\n".join(parts)
     for concurrency, figures in comparison.figures(result, base).items():

@@ -11,7 +11,7 @@ from benchmarks import comparison, methods, resume, results, rounds
 from benchmarks.builtin import builtin_tasks
 from benchmarks.data import DataError
 from benchmarks.engine import Engine, progress_line
-from benchmarks.exactness import common_prefix, first_difference, gaps, verdict
+from benchmarks.exactness import common_prefix, failed, first_difference, gaps, verdict
 from benchmarks.methods import NEAR_TIE
 from benchmarks.prompts import load_tokenizer, tokenise
 from benchmarks.scores import score
@@ -19,6 +19,9 @@ from benchmarks.tasks import Task, by_category, read_tasks
 
 Prompts = Mapping[str, list[list[int]]]
 """Token ids, by category."""
+
+SLACK = 64
+"""Tokens that the engines hold beyond the longest prompt and answer, so that no draft is cut short."""
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -47,6 +50,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for key, value in vars(arguments).items()
         if key not in ("out", "draw", "against", "resume", "quick")
     }
+    metadata = results.metadata(
+        **conditions,
+        near_tie_nats=NEAR_TIE[arguments.dtype],
+        num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
+    )
+    settings = [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, prompts]
+    store = resume.Store(arguments.out.with_suffix(".unfinished"), settings)
+    found = store.load() if arguments.resume else {}
     with contextlib.ExitStack() as stack:
         engines = {}
         for label, speculative_config in chosen.items():
@@ -56,26 +67,22 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             progress_line("")
             print(f"{label}: started in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         warm_up(engines, requests, arguments)
-        store = resume.Store(arguments.out.with_suffix(".unfinished"), [chosen, sizes, prompts, conditions])
         total = arguments.rounds * sum(sum(by.values()) for by in sizes.values())
-        found = store.load() if arguments.resume else {}
         progress = rounds.Progress(total)
         rounds.measure(engines, requests, sizes, arguments.rounds, found, progress, store.save)
         checked = check(engines, chosen, prompts, found, arguments)
-        ready = next(iter(engines.values())).ready
+        # How many threads and which cores there really were.
+        metadata["conditions"] |= next(iter(engines.values())).ready
     result = {
-        "metadata": results.metadata(
-            **conditions,
-            **ready,
-            near_tie_nats=NEAR_TIE[arguments.dtype],
-            num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
-        ),
+        "metadata": metadata,
         "methods": chosen,
         "exactness": checked,
         "columns": [*rounds.COLUMNS, "common_prefix", "score"],
         "runs": list(run_entries(found, next(iter(chosen)), tasks, prompts, tokenizer)),
     }
-    result["figures"] = rounded(comparison.figures(result))
+    # No speed of wrong answers, not even in the file.
+    if not failed(checked):
+        result["figures"] = rounded(comparison.figures(result))
     results.write(arguments.out, result)
     store.remove()
     return result
@@ -107,8 +114,7 @@ def start(label: str, speculative_config: dict[str, Any] | None, arguments: argp
     engine = {
         "model": arguments.model,
         "dtype": arguments.dtype,
-        # Scoring an answer generates a token behind it.
-        "max_model_len": arguments.max_prompt_tokens + arguments.max_tokens + 1,
+        "max_model_len": arguments.max_prompt_tokens + arguments.max_tokens + SLACK,
         "max_num_seqs": max(*arguments.concurrency, 8),
         "enable_prefix_caching": arguments.prefix_caching,
         "enforce_eager": arguments.eager,

@@ -108,11 +108,12 @@ def forget(engine: Any) -> None:
 
 def _forget_answers(worker: Any) -> None:
     config = worker.vllm_config.speculative_config
-    if config is None or config.method != "suffix":
-        return
-    from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
+    if config is not None and config.method == "suffix":
+        from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
 
-    worker.model_runner.drafter = SuffixDecodingProposer(worker.vllm_config)
+        worker.model_runner.drafter = SuffixDecodingProposer(worker.vllm_config)
+    elif hasattr(worker, "aasd_clear_memory"):
+        worker.aasd_clear_memory()
 
 
 def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:

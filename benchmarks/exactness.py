@@ -97,3 +97,8 @@ def verdict(
         # Not `>`: a gap that isn't a number is no tie.
         "is_exact": all(gap <= bound for gap in wide),
     }
+
+
+def failed(verdicts: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """The methods, by label, whose answers aren't what they promise."""
+    return [label for label, found in verdicts.items() if found and not found["is_exact"]]

@@ -11,10 +11,12 @@ below that where a request has a rejection: they read its bonus row in a later l
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,8 @@ class Job:
     make: Callable[["Inputs"], Callable[[], Any]]
     """From inputs to the call that does it, on CPU tensors."""
     is_stock: bool = False
+    reads_logits: bool = True
+    """Whether its bytes are to be counted beside those of the logits."""
 
 
 class Inputs:
@@ -126,6 +130,41 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
+def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS) -> Callable:
+    """`draft_batch` over contexts of up to 32k tokens, with what a position and the prior predict."""
+
+    def make(inputs: Inputs) -> Callable[[], Any]:
+        from vllm_aasd.kernels import draft_triton
+        from vllm_aasd.kernels.draft_batch import draft_workspace
+
+        num_orders, max_matches, num_reqs = 6, 32, inputs.num_reqs
+        int32 = {"dtype": torch.int32}
+        prior_shape = (inputs.vocab_size if prior_top_k else 0, prior_top_k)
+        return lambda: draft_triton.draft_batch(
+            all_token_ids=torch.empty((num_reqs, 32768), **int32),
+            total_len=torch.empty(num_reqs, **int32),
+            idx_mapping=inputs.idx_mapping,
+            table=torch.empty((NUM_SLOTS if top_k else 0, 1 + 2 * top_k), **int32),
+            block_tables=torch.empty((num_reqs, 2048), **int32),
+            block_size=16,
+            theta=torch.empty(num_orders),
+            alignment=torch.empty(num_orders),
+            doubt=torch.empty(1),
+            prior_ids=torch.empty(prior_shape, **int32),
+            prior_probs=torch.empty(prior_shape),
+            vocab_size=inputs.vocab_size,
+            max_matches=max_matches,
+            min_survival=0.02,
+            draft_limits=torch.empty(num_reqs, **int32),
+            workspace=draft_workspace(num_reqs, num_orders, max_matches, top_k, prior_top_k, "cpu"),
+            draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
+            num_drafts=torch.empty(num_reqs, **int32),
+            survival=torch.empty((num_reqs, num_spec_tokens)),
+        )
+
+    return make
+
+
 def stock_verify(temperature: float) -> Callable[[Inputs], Callable]:
     """vLLM's V2 `rejection_sample` for one-hot drafts."""
 
@@ -159,6 +198,9 @@ JOBS = (
     Job("verify, sampled, conditional, with alignment", verify(1.0, True, aligned=True)),
     Job("align", align),
     Job("align, two shards", align_shards),
+    Job("draft, retrieval alone", draft(0, 0), reads_logits=False),
+    Job("draft, top 2 and prior", draft(2, 8), reads_logits=False),
+    Job("draft, top 4 and prior", draft(4, 8), reads_logits=False),
     Job("vLLM's rejection_sample, greedy", stock_verify(0.0), is_stock=True),
     Job("vLLM's rejection_sample, sampled", stock_verify(1.0), is_stock=True),
 )
@@ -176,6 +218,8 @@ def main() -> None:
 
     interpreted.let_vllm_see_triton()
     if arguments.count:
+        # numpy warns where the interpreter computes what a kernel goes on to discard.
+        warnings.simplefilter("ignore")
         json.dump(count(), sys.stdout)
         return
     builds = compile_all()
@@ -202,24 +246,20 @@ def compile_all() -> list[dict[str, Any]]:
     rows = []
     for num_reqs, dtype in BATCHES:
         inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)
-        for stock in (False, True):
+        for stock, (name, target) in itertools.product((False, True), TARGETS.items()):
             calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
-            launches = distinct(launch for call in calls for launch in recorded(call))
             rows += [
                 {"stock": stock, "kernel": launch.name, "sizes": launch.sizes, "requests": num_reqs}
-                | {"dtype": str(dtype).removeprefix("torch."), "target": target}
-                | dataclasses.asdict(build(launch, TARGETS[target]))
-                for launch in launches
-                for target in TARGETS
+                | {"dtype": str(dtype).removeprefix("torch."), "target": name}
+                | dataclasses.asdict(build(launch, target))
+                for launch in distinct(launch for call in calls for launch in recorded(call, target))
             ]
     return rows
 
 
 def count() -> list[dict[str, Any]]:
     """Count each job's bytes; to be run where TRITON_INTERPRET is set."""
-    from benchmarks.interpreted import Traffic
-
-    return [count_one(job, **COUNTED) for job in JOBS]
+    return [count_one(job, **COUNTED) for job in JOBS if job.reads_logits]
 
 
 def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:
@@ -249,7 +289,7 @@ def tables(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     builds = [
         [("vLLM: " if row["stock"] else "") + row["kernel"], row["sizes"], row["dtype"], row["target"]]
-        + [str(row[field]) for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes")]
+        + [str(row[field]) for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes", "parked_scalars")]
         + [f"{row['wide_loads']} / {row['narrow_loads']}"]
         for row in result["builds"]
     ]
@@ -261,7 +301,7 @@ def tables(result: dict[str, Any]) -> str:
             "",
             results.table(
                 ["kernel", "sizes", "logits", "target", "warps", "registers", "shared, B", "spilled, B",
-                 "stack, B", "16-byte / other loads"],
+                 "stack, B", "parked scalars", "16-byte / other loads"],
                 builds,
             ),
         )

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -65,9 +66,11 @@ class Build:
     """Per thread; vector registers on AMD."""
     shared_bytes: int
     spill_bytes: int
-    """Registers spilled to memory, NVIDIA: bytes of local memory per thread; AMD: spilled registers x 4."""
+    """Registers spilled to memory, NVIDIA: bytes of local memory per thread; AMD: vector registers x 4."""
     stack_bytes: int
     """Local memory per thread."""
+    parked_scalars: int
+    """AMD: scalars kept in the lanes of vector registers, which touches no memory."""
     num_warps: int
     wide_loads: int
     """Global load instructions of 16 bytes per thread, or 32, which sm_100 has."""
@@ -75,14 +78,20 @@ class Build:
     """Global load instructions of fewer bytes: scalars, masked ends of rows, vectors of 2 to 8 bytes."""
 
 
-def recorded(op: Callable[[], Any]) -> list[Launch]:
-    """Run an op on CPU tensors, launching nothing, and return its launches; what it returns is garbage."""
+def recorded(op: Callable[[], Any], target: GPUTarget = TARGETS["sm_90"]) -> list[Launch]:
+    """Run an op on CPU tensors, launching nothing, and return its launches; what it returns is garbage.
+
+    Args:
+        op: to run.
+        target: the GPU that the op is to believe in.
+    """
     launches: list[Launch] = []
 
     def take_note(kernel: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(kernel, tuple(grid), args, kwargs))
 
-    with _replaced(jit.JITFunction, "run", take_note):
+    on_hip = "7.0" if target.backend == "hip" else None
+    with _replaced(jit.JITFunction, "run", take_note), _replaced(torch.version, "hip", on_hip):
         op()
     return launches
 
@@ -96,11 +105,22 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(found.values())
 
 
-def build(launch: Launch, target: GPUTarget) -> Build:
-    """Compile a launch for a target, with the specialisation that the launcher would give it."""
+def compiled_kernel(launch: Launch, target: GPUTarget, **overrides: Any) -> Any:
+    """Compile a launch for a target, with the specialisation that the launcher would give it.
+
+    Args:
+        launch: to compile.
+        target: to compile for.
+        **overrides: launch options to replace.
+    """
     options, signature, constexprs, attrs = launch.specialization(target)
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return triton.compile(source, target=target, options={**vars(options), **overrides})
+
+
+def build(launch: Launch, target: GPUTarget, **overrides: Any) -> Build:
+    """What a launch costs on a target; the arguments are those of `compiled_kernel`."""
+    compiled = compiled_kernel(launch, target, **overrides)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.backend == "hip":
         return _from_amdgcn(compiled.asm["amdgcn"], shared, warps)
@@ -123,6 +143,7 @@ def _from_cubin(cubin: bytes, shared: int, warps: int) -> Build:
         shared,
         spills,
         resources["STACK"] + resources["LOCAL"],
+        0,
         warps,
         wide,
         len(loads) - wide,
@@ -138,8 +159,9 @@ def _from_amdgcn(assembly: str, shared: int, warps: int) -> Build:
     return Build(
         number("vgpr_count"),
         shared,
-        4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+        4 * number("vgpr_spill_count"),
         number("private_segment_fixed_size"),
+        number("sgpr_spill_count"),
         warps,
         wide,
         len(loads) - wide,

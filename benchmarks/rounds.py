@@ -197,7 +197,7 @@ class Progress:
         self._said = self._began
 
     def __call__(self, num_requests: int, was_run: bool) -> None:
-        """Count requests that every method has answered; show it, elsewhere than on a terminal by the minute."""
+        """Count requests that every method has answered; show it, on a terminal or once a minute."""
         self._done += num_requests
         self._run += num_requests * was_run
         now = time.monotonic()

@@ -518,28 +518,36 @@ def test_figures_of_a_category_known_answers():
         | {
             "rows": [
                 [0, 11, 5, 6, 4, 200.0, 1000.0, 1600.0, 1.0, 1.0],
-                [1, 1, 0, 0, 0, 300.0, 0.0, 2400.0, 0.5, 0.0],
+                [1, 1, 0, 0, 0, 350.0, 0.0, 2400.0, 0.5, 0.0],
             ]
         },
         {"seconds": 2.0, "drafted_at": [4], "accepted_at": [3], "round": 1}
         | {
             "rows": [
                 [0, 11, 5, 4, 3, 100.0, 1000.0, 1000.0, 1.0, 1.0],
-                [1, 1, 0, 0, 0, 400.0, 0.0, 1000.0, 1.0, 0.5],
+                [1, 1, 0, 0, 0, 320.0, 0.0, 1000.0, 1.0, 0.5],
             ]
         },
     ]
     got = comparison.category_figures(runs, columns)
     assert got["tokens_per_s"] == pytest.approx(24 / 6)
-    assert got["ttft_ms"] == 250.0
+    assert got["ttft_ms"] == 260.0
     assert got["tpot_ms"] == pytest.approx(2000 / 20)
-    assert got["in_flight"] == pytest.approx(3.0 / 6)
+    assert got["in_flight"] == pytest.approx(2.97 / 6)
     assert got["mal"]["value"] == 2.0 and got["mal_per_question"]["value"] == 2.0
     assert got["drafted_per_step"] == 1.0 and got["acceptance_rate"] == pytest.approx(7 / 10)
     assert got["drafted_at"] == [8, 2] and got["accepted_at"] == [6, 1]
     assert got["equal"] == 0.75 and got["common_prefix"] == 0.875
     # Prompt 0 scored 1 in both rounds, prompt 1 in the mean 0.25.
     assert got["score"]["value"] == pytest.approx(0.625)
+
+
+def test_the_first_token_does_not_count_for_tpot():
+    result = made_up({"none": {"a": 50.0}, "short": {"a": 50.0}}, num_prompts=1, num_rounds=1)
+    for run, tokens in zip(result["runs"], (11, 6), strict=True):
+        run["rows"][0][1] = tokens
+    # In the same time 10 tokens behind the first, and 5.
+    assert comparison.figures(result)["1"]["a"]["short"]["tpot_ratio"]["value"] == pytest.approx(0.5)
 
 
 def test_ratios_can_be_to_another_method():
@@ -640,7 +648,12 @@ def test_sampled_answers_are_not_said_to_be_exact():
     assert "exactness isn't checked" in text and "near tie" not in text
 
 
-def test_no_figure_is_shown_of_a_run_that_isnt_exact():
-    text = end_to_end_report.report(reported(exact=False))
+def test_no_figure_is_shown_of_a_run_that_isnt_exact(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["end_to_end"])
+    monkeypatch.setattr(end_to_end, "compare", lambda arguments: reported(exact=False))
+    with pytest.raises(SystemExit) as ended:
+        end_to_end.main()
+    assert ended.value.code == 1
+    text = capsys.readouterr().out
     assert "NO FIGURES: slow isn't exact. 2 of 18 part, 2 beyond a near tie" in text
     assert "|" not in text

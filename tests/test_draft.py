@@ -93,6 +93,8 @@ def test_what_one_request_taught_helps_the_next():
         teacher.draft("a", context[:length], AlignmentView(table, np.zeros(1, np.int32), 6), 0)
     learner = Drafter(10, 4, 0.0, memory=memory)
     assert learner.draft("b", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == [7, 8, 9, 1]
+    teacher.clear_memory()
+    assert learner.draft("c", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == []
     untaught = Drafter(10, 4, 0.0, memory=empty_memory(64, 2))
     assert untaught.draft("c", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == []
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import drafter_quality, replay
+from benchmarks import drafter_quality, plot, replay, results
 from benchmarks.builtin import builtin_tasks
 from benchmarks.fitting_tasks import fitting_tasks
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
@@ -68,6 +68,11 @@ def test_constants_survive_being_searched():
         np.testing.assert_allclose(got, want)
 
 
+def test_the_served_constants_are_those_that_were_found():
+    found = results.read(results.RESULTS / "fit.json")["fit"]["found"]["weights"]
+    np.testing.assert_allclose(drafter_quality.pack(DEFAULT_WEIGHTS), found, rtol=1e-6)
+
+
 def test_the_search_ends_no_worse_than_it_began():
     rng = np.random.default_rng(0)
     # Matches of one token mislead, longer ones don't: the fit must come to trust the former less.
@@ -93,3 +98,16 @@ def test_nothing_is_fitted_on_what_is_measured():
     assert len(fitted) == 140
     assert not measured & fitted
     assert [task.text for task in fitting_tasks()] == [task.text for task in fitting_tasks()]
+
+
+def test_the_figure_shows_every_category_with_its_error():
+    result = results.read(results.RESULTS / "calibration.json")
+    reliability = result["calibration"]["reliability"]
+    titles = [axis.get_title() for axis in plot.calibration(result).axes if axis.get_visible()]
+    assert titles == [f"{category}, ECE {entry['ece']:.3f}" for category, entry in reliability.items()]
+
+
+def test_the_served_drafter_is_calibrated():
+    """The bound that the README states, on prompts that the constants were not fitted on."""
+    reliability = results.read(results.RESULTS / "calibration.json")["calibration"]["reliability"]
+    assert reliability["all"]["ece"] <= 0.05

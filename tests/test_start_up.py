@@ -45,22 +45,17 @@ def test_the_share_of_aligning_prompts_is_that_of_the_lm_head(share, monkeypatch
 def test_large_batches_are_not_run(monkeypatch):
     device = Device(0.1, monkeypatch)
     device.profile(max_tokens=100_000)
-    assert max(device.sizes) == 512
-    assert device.now < 10, "a start must not wait for the profile"
+    assert max(device.sizes) == 128
 
 
-def slow(device):
-    stock = device.forward
-    def forward(num_tokens):
-        device.now += 1.0
-        return stock(num_tokens)
-    return forward
-
-
-def test_a_slow_device_is_timed_twice_at_each_size_and_no_more(monkeypatch):
-    device = Device(0.1, monkeypatch)
-    start_up.profile_steps(slow(device), device.compute_logits, 8, 16, 4)
-    assert device.sizes.count(1) == 2 + 1 and device.sizes.count(8) == 2
+def test_what_is_run_does_not_depend_on_the_clock(monkeypatch):
+    """With tensor parallelism, ranks that ran different numbers of steps would wait for each other for ever."""
+    sizes = []
+    for share in (0.1, 1e6):
+        device = Device(share, monkeypatch)
+        device.profile()
+        sizes.append(device.sizes)
+    assert sizes[0] == sizes[1]
 
 
 class Model:

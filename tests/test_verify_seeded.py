@@ -207,6 +207,17 @@ def test_end_of_sequence_guard_and_bars(path):
     torch.testing.assert_close(result.regret[0], regret, rtol=0, atol=1e-6)
 
 
+def test_the_entropy_is_that_of_the_whole_row(path):
+    """The row of the test above, a token in each of three blocks: 1.34 nats, of which blocks see a part."""
+    row = torch.full((2, 5000), -INF)
+    row[:, [10, 2100, 3000, 4500]] = torch.log(torch.tensor([0.35, 0.30, 0.20, 0.15]))
+    result = path(
+        batch([row, row], [[2100], [2100]], relaxed=[True] * 2, alpha=[0.2] * 2, beta=[0.55, 0.58],
+              floor=[0.1] * 2)
+    )  # fmt: skip
+    assert result.num_sampled.tolist() == [2, 1]
+
+
 def test_regret_and_relaxed_stand_only_in_the_accepted_prefix(path):
     row = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     result = path(batch([row.repeat(5, 1)], [[1, 0, 2, 1]], relaxed=[True], beta=[0.25], alpha=[0.0]))

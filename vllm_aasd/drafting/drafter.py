@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
@@ -14,11 +15,13 @@ NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
 
 DEFAULT_WEIGHTS = MixtureWeights(
-    theta=np.array([2.0, 1.5, 1.0, 1.0, 0.8, 0.6], np.float32),
-    alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
+    theta=np.array([1.571, 1.286, 0.857, 0.714, 0.8, 0.545], np.float32),
+    alignment=np.array([0.583, 0.7, 0.26, 0.25, 0.25, 0.179], np.float32),
     doubt=np.float32(2.5),
     memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
+"""Found by ``python -m benchmarks.drafter_quality fit`` (``benchmarks/results/fit.json``), but for the memory's, which
+were chosen by hand."""
 
 MAX_MATCHES = 32
 """Most recent matches of each order that vote: the bound on the work of a step."""
@@ -155,6 +158,10 @@ class Drafter:
         request = self._requests.get(request_id)
         if request is not None:
             request.trust.observe(request.promised[:num_draft_tokens], num_accepted)
+
+    def clear_memory(self) -> None:
+        """Unlearn what other requests taught."""
+        self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is held for requests that have ended; unknown ones are passed over."""

@@ -28,10 +28,10 @@ logger = logging.getLogger("vllm.aasd")
 MAX_ALIGNMENT_SHARE = 0.03
 """Of a prompt's time, what storing predictions at its positions may take for ``aasd_alignment: auto`` to do it."""
 
-_PROFILE_SECONDS = 4.0
+# Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
 _REPETITIONS = 3
-# Beyond this a step's time grows with its tokens on every device: the curve is drawn on from there.
-_MOST_TOKENS = 512
+# From here on the curve is drawn on as straight as it came.
+_MOST_TOKENS = 128
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -135,7 +135,7 @@ def profile_steps(
     prompt_chunk: int,
     top_k: int,
 ) -> StepProfile:
-    """Time steps of several sizes, for a few seconds in all.
+    """Time steps of several sizes.
 
     Args:
         forward: runs the model on so many tokens and returns hidden states, ``[>= n, hidden_size]``.
@@ -145,20 +145,14 @@ def profile_steps(
         top_k: predictions stored per position.
     """
     samples = []
-    began = time.perf_counter()
-    sizes = knots(min(max_tokens, _MOST_TOKENS))
     for repetition in range(_REPETITIONS):
-        for num_tokens in map(int, sizes):
-            forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens, num_tokens)
+        for num_tokens in map(int, knots(min(max_tokens, _MOST_TOKENS))):
+            forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens)
             if repetition:  # the first of a size pays for what libraries set up
                 samples.append((num_tokens, forward_seconds + logits_seconds))
-            if repetition > 1 and time.perf_counter() - began > _PROFILE_SECONDS:
-                break
     shares = []
     for _ in range(_REPETITIONS):
-        forward_seconds, logits_seconds, logits = _time_step(
-            forward, compute_logits, prompt_chunk, prompt_chunk
-        )
+        forward_seconds, logits_seconds, logits = _time_step(forward, compute_logits, prompt_chunk)
         shares.append((logits_seconds + _time_align(logits, top_k)) / forward_seconds)
     return StepProfile(samples, min(shares))
 
@@ -167,10 +161,9 @@ def _time_step(
     forward: Callable[[int], torch.Tensor],
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
     num_tokens: int,
-    num_rows: int,
 ) -> tuple[float, float, torch.Tensor]:
     began = time.perf_counter()
-    hidden_states = forward(num_tokens)[:num_rows]
+    hidden_states = forward(num_tokens)[:num_tokens]
     between = time.perf_counter()
     logits = compute_logits(hidden_states)
     return between - began, time.perf_counter() - between, logits

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
@@ -120,13 +121,15 @@ class AASDProposer:
             self._settings.top_k,
         )
         self._step_time.warm_start(profile.samples)
-        if self._settings.alignment == "auto" and profile.alignment_share > start_up.MAX_ALIGNMENT_SHARE:
+        # All ranks make logits together, so they must agree on which; the first one's clock decides.
+        alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
+        if self._settings.alignment == "auto" and alignment_share > start_up.MAX_ALIGNMENT_SHARE:
             self._align_prompts = False
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
-            100 * profile.alignment_share,
+            100 * alignment_share,
             "stored" if self._align_prompts else "not stored",
         )
 
@@ -152,6 +155,11 @@ class AASDProposer:
             self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
         if self._memory_file is not None:
             self._memory_file.save_now_and_then()
+
+    def clear_memory(self) -> None:
+        """Unlearn what other requests taught."""
+        if self._drafter is not None:
+            self._drafter.clear_memory()
 
     def shutdown(self) -> None:
         """Keep what was learnt."""

@@ -150,6 +150,9 @@ class AASDSpeculator(BaseSpeculator):
     def begin_step(self, finished_req_ids: Iterable[str]) -> None:
         """Nothing to drop: a slot is written anew when a request enters it."""
 
+    def clear_memory(self) -> None:
+        """Nothing to unlearn: no request is remembered beyond its slot."""
+
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
         for hook in self._hooks:

@@ -104,6 +104,11 @@ class AASDWorker(Worker):
         drafts = super().take_draft_token_ids()
         return drafts if drafts is None or self._adapter is None else self._adapter.trimmed(drafts)
 
+    def aasd_clear_memory(self) -> None:
+        """Unlearn what other requests taught: for ``collective_rpc("aasd_clear_memory")``."""
+        if self._adapter is not None:
+            self._adapter.clear_memory()
+
     def shutdown(self) -> None:
         """Also: keep what was learnt."""
         # vLLM also shuts down workers whose start failed.
