@@ -102,6 +102,8 @@ class AASDSpeculator(BaseSpeculator):
             if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
                 hook = module.register_forward_hook(lambda module, args, logits: self._store_sampled(logits))
                 self._hooks.append(hook)
+        if not self._hooks:
+            logger.warning("aasd: the model has no logits layer of vLLM's, so no predictions are stored as it decodes")
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
         """Set up the alignment store beside the KV cache that has just been laid out, and all that drafting needs."""
