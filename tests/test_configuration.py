@@ -116,6 +116,7 @@ def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message)
 @pytest.mark.parametrize(("chosen", "carrier"), [("0", configuration.V1_CARRIER), ("1", configuration.V2_CARRIER)])
 def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, chosen, carrier):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     config = create({"method": "aasd", "num_speculative_tokens": 5})
     assert config.speculative_config.method == carrier
     assert config.use_v2_model_runner is (chosen == "1")
@@ -160,6 +161,7 @@ def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, k
 def test_gpus_run_v2_and_nothing_else(create, monkeypatch):
     gpu = types.SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
     monkeypatch.setattr(configuration, "current_platform", gpu)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert create({"method": "aasd"}).parallel_config.worker_cls == configuration.GPU_WORKER
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")

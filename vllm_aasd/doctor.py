@@ -23,11 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.parse_args(arguments)
     try:
-        import vllm  # noqa: F401
+        from vllm_aasd.engine import diagnosis
     except ImportError as error:
         sys.exit(f"vllm-aasd {__version__}: vLLM can't be imported ({error}); install vllm-aasd[cuda] or [cpu]")
-    from vllm_aasd.engine import diagnosis
-
     found = diagnosis.diagnose()
     print("\n".join(found.lines))
     sys.exit(0 if found.works else 1)
