@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 from vllm.config.utils import replace
@@ -110,6 +111,65 @@ def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message)
     with pytest.raises(ValueError) as refusal:
         create({"method": "aasd", **keys}, **options)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(("chosen", "carrier"), [("0", configuration.V1_CARRIER), ("1", configuration.V2_CARRIER)])
+def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, chosen, carrier):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    config = create({"method": "aasd", "num_speculative_tokens": 5})
+    assert config.speculative_config.method == carrier
+    assert config.use_v2_model_runner is (chosen == "1")
+    assert config.parallel_config.worker_cls == configuration.CPU_WORKER
+    for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
+        assert twin.aasd == Settings() and twin.num_speculative_tokens == 5
+
+
+def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
+    arguments = {
+        "enable_dbo": False,
+        "ubatch_size": 0,
+        "distributed_executor_backend": "mp",
+        "pipeline_parallel_size": 2,
+    }
+
+    def carrier(**changed):
+        return configuration.pick_carrier(types.SimpleNamespace(**{**arguments, **changed}))
+
+    monkeypatch.setattr(configuration, "HAS_TRITON", True)
+    assert carrier() == configuration.V2_CARRIER
+    assert carrier(enable_dbo=True) == carrier(ubatch_size=2) == configuration.V1_CARRIER
+    assert carrier(distributed_executor_backend="external_launcher") == configuration.V1_CARRIER
+    monkeypatch.setattr(configuration, "HAS_TRITON", False)
+    assert carrier() == configuration.V1_CARRIER
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"aasd_memory": "process"}, "can't work with aasd_memory='process': the memory is the host's"),
+        ({"aasd_draft": "ngram"}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
+    ],
+)
+def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, keys, message):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError) as refusal:
+        create({"method": "aasd", **keys})
+    assert message in str(refusal.value)
+
+
+def test_gpus_run_v2_and_nothing_else(create, monkeypatch):
+    gpu = types.SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
+    monkeypatch.setattr(configuration, "current_platform", gpu)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert create({"method": "aasd"}).parallel_config.worker_cls == configuration.GPU_WORKER
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="can't work with model_runner='V1': on GPUs it needs vLLM's V2"):
+        create({"method": "aasd"})
+    gpu.is_cuda_alike = lambda: False
+    with pytest.raises(ValueError, match="it runs on CUDA, ROCm and vLLM's CPU platform"):
+        create({"method": "aasd"})
 
 
 def test_ngram_bounds_default_as_vllms(create):

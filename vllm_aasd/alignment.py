@@ -44,6 +44,11 @@ class AlignmentStore:
         self._slots = self.table.view(num_blocks * block_size, 1 + 2 * top_k)
 
     @property
+    def slots(self) -> torch.Tensor:
+        """The table as ``[num_slots, 1 + 2 top_k]`` int32, the same memory."""
+        return self._slots
+
+    @property
     def num_slots(self) -> int:
         """Slots of the table, num_blocks * block_size."""
         return self._slots.shape[0]

@@ -17,19 +17,23 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
-            and whatever `vllm.LLM` takes.
+            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
-        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...], "log": str}``
+        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
+        "kernels": [module, ...], "log": str}``
     """
     record_store = options.pop("record_store", False)
-    aasd = options.pop("aasd", None)
+    aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
+    if v2:
+        # The CPU's attention takes blocks of whole 32 tokens there.
+        options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
     engine = {"model": model, "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, **options}
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store}
+    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store, "v2": v2}
     process = subprocess.run(
-        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=900
+        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=1800
     )
     log = process.stdout + process.stderr
     assert process.returncode == 0, log[-6000:]

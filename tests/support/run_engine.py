@@ -16,6 +16,10 @@ def main() -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if scenario["v2"]:
+        import v2_on_cpu
+
+        v2_on_cpu.prepare()
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -38,13 +42,15 @@ def main() -> None:
             params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
         return SamplingParams(**params)
 
-    snapshots = record_store(llm) if scenario["record_store"] else []
+    recorded = record_store_v2 if scenario["v2"] else record_store
+    snapshots = recorded(llm) if scenario["record_store"] else []
     rounds = []
     for batch in scenario["rounds"]:
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
         outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
         rounds.append([described(output) for output in outputs])
-    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots}
+    kernels = [name.rpartition(".")[2] for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
+    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots, "kernels": kernels}
     with open(scenario["out"], "w") as out:
         json.dump(result, out)
 
@@ -94,6 +100,32 @@ def record_store(llm):
         return stock(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, **kwargs)
 
     proposer.propose = propose
+    return snapshots
+
+
+def record_store_v2(llm):
+    """The same on the V2 model runner, of the first request that drafts are asked for; with its token ids."""
+    import torch
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    speculator, snapshots = runner.speculator, []
+    stock = speculator.propose
+
+    def propose(batch, attn_metadata, slot_mappings, hidden_states, aux, num_sampled, *args, **kwargs):
+        # Asked first: it stores this step's prompt positions.
+        drafts = stock(batch, attn_metadata, slot_mappings, hidden_states, aux, num_sampled, *args, **kwargs)
+        if not kwargs.get("dummy_run") and num_sampled[0] > 0:
+            slot = int(batch.idx_mapping[0])
+            positions = torch.arange(int(runner.req_states.total_len.gpu[slot]) - 1)
+            tables, block_size = runner.block_tables.block_tables[0].gpu, runner.block_tables.block_sizes[0]
+            slots = tables[slot, positions // block_size].long() * block_size + positions % block_size
+            token_ids = runner.req_states.all_token_ids.gpu[slot, positions]
+            ids, probs, fresh = speculator._store.read(token_ids, slots)
+            lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids}
+            snapshots.append({name: tensor.tolist() for name, tensor in lists.items()})
+        return drafts
+
+    speculator.propose = propose
     return snapshots
 
 

@@ -1,24 +1,30 @@
 """From ``--speculative-config '{"method": "aasd", ...}'`` to a speculative config that vLLM runs.
 
-vLLM knows its methods by a closed list, so ``aasd`` travels under a *carrier*: a stock method that leads to our
-proposer without loading a draft model. On the V1 model runner that is ``custom_class``.
+vLLM knows its methods by a closed list, so ``aasd`` travels under a *carrier*: a stock method that loads no draft
+model. On the V2 model runner, which GPUs run by default, that is ``ngram_gpu``: it keeps asynchronous scheduling and
+has every request's tokens in device memory. On the V1 model runner it is ``custom_class``, which leads to our proposer.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd.config import DEFAULT_NUM_SPECULATIVE_TOKENS, PREFIX, Settings
 from vllm_aasd.engine import seams
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.AASDProposer"
-CPU_WORKER = "vllm_aasd.engine.worker.AASDCPUWorker"
+V1_CARRIER = "custom_class"
+V2_CARRIER = "ngram_gpu"
+CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
+GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
@@ -70,10 +76,12 @@ def _create(
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
     ngram_keys = _ngram_keys(vllm_keys, settings)
+    carrier = pick_carrier(args)
     _refuse_what_cannot_work(args, vllm_keys)
+    _refuse_what_the_runner_cannot(args, settings, carrier)
 
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
-    carried.update(method="custom_class", model=PROPOSER)
+    carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
     if args.spec_tokens is None:
         carried.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
         _check_num_speculative_tokens(carried["num_speculative_tokens"])
@@ -90,11 +98,43 @@ def _create(
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
     ours.aasd = settings
-    # custom_class leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
-    ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
-    ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
-    target_parallel_config.worker_cls = CPU_WORKER
+    if carrier == V1_CARRIER:
+        # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
+        ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
+        ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
+    target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     return ours
+
+
+def pick_carrier(args: EngineArgs) -> str:
+    """The stock method that leads to the model runner which vLLM will choose for these arguments.
+
+    vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), of which the speculative one is a
+    part, so this foresees it, by the same rules and switches; the worker refuses to start where the two disagree.
+    """
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        if args.enable_dbo or args.ubatch_size > 1:
+            return V1_CARRIER
+        if args.distributed_executor_backend == "external_launcher" and args.pipeline_parallel_size > 1:
+            return V1_CARRIER
+    return V2_CARRIER if chooses_v2() else V1_CARRIER
+
+
+def chooses_v2() -> bool:
+    """Whether this machine and environment have vLLM choose its V2 model runner, whatever the arguments."""
+    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
+
+
+def runner_refusal(runner: str) -> str | None:
+    """Why aasd can't work with a model runner (``V1`` or ``V2``) on this machine's platform; None if it can."""
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        return f"it runs on CUDA, ROCm and vLLM's CPU platform, and this is {current_platform.device_name}"
+    if runner == "V1" and not current_platform.is_cpu():
+        return (
+            "on GPUs it needs vLLM's V2 model runner: install Triton, and leave out VLLM_USE_V2_MODEL_RUNNER, "
+            "enable_dbo and ubatch_size"
+        )
+    return None
 
 
 def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]:
@@ -115,18 +155,14 @@ def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]
     return {"prompt_lookup_min": low, "prompt_lookup_max": high}
 
 
-def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> None:
-    def refuse(name: str, value: Any, allowed: str) -> None:
-        raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {allowed}.")
+def _refuse(name: str, value: Any, allowed: str) -> None:
+    """Raise the ValueError that names a setting, its value and what is allowed."""
+    raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {allowed}.")
 
-    if not current_platform.is_cpu():
-        refuse(
-            "platform",
-            current_platform.device_name,
-            "this version runs on vLLM's CPU platform; GPUs (vLLM's V2 model runner) come in a later one",
-        )
-    if args.worker_cls not in ("auto", CPU_WORKER):
-        refuse("worker_cls", args.worker_cls, "it brings a worker of its own, so leave worker_cls at 'auto'")
+
+def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> None:
+    if args.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
+        _refuse("worker_cls", args.worker_cls, "it brings a worker of its own, so leave worker_cls at 'auto'")
     for name, default, reason in (
         ("rejection_sample_method", "standard", "it replaces the rejection sampler; allowed is 'standard'"),
         ("draft_sample_method", "greedy", "its drafts are the likeliest tokens; allowed is 'greedy'"),
@@ -134,22 +170,37 @@ def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> Non
         ("model", None, "it needs no draft model; leave it out"),
     ):
         if vllm_keys.get(name, default) not in (default, None):
-            refuse(name, vllm_keys[name], reason)
+            _refuse(name, vllm_keys[name], reason)
     if args.spec_model is not None:
-        refuse("spec_model", args.spec_model, "it needs no draft model; leave it out")
+        _refuse("spec_model", args.spec_model, "it needs no draft model; leave it out")
     if args.kv_sharing_fast_prefill:
-        refuse("kv_sharing_fast_prefill", True, "prompt hidden states are wrong in that mode; allowed is false")
+        _refuse("kv_sharing_fast_prefill", True, "prompt hidden states are wrong in that mode; allowed is false")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(args, name) != 1:
-            refuse(name, getattr(args, name), "the KV slots of a request must lie on one rank; allowed is 1")
+            _refuse(name, getattr(args, name), "the KV slots of a request must lie on one rank; allowed is 1")
+
+
+def _refuse_what_the_runner_cannot(args: EngineArgs, settings: Settings, carrier: str) -> None:
+    runner = "V2" if carrier == V2_CARRIER else "V1"
+    refusal = runner_refusal(runner)
+    if refusal is not None:
+        _refuse("model_runner", runner, refusal)
+    if carrier == V2_CARRIER:
+        on_v2 = "on vLLM's V2 model runner"
+        if settings.memory != "off":
+            _refuse("aasd_memory", settings.memory, f"the memory is the host's, and drafts are the device's {on_v2}")
+        if settings.draft != "mixture":
+            _refuse("aasd_draft", settings.draft, f"for vLLM's own n-grams {on_v2} use its method 'ngram_gpu'")
+        return
+    on_v1 = "on vLLM's V1 model runner"
     if args.pipeline_parallel_size != 1:
-        refuse(
+        _refuse(
             "pipeline_parallel_size",
             args.pipeline_parallel_size,
-            "vLLM's V1 model runner can't speculate across pipeline stages; allowed is 1",
+            f"there is no speculation across pipeline stages {on_v1}; allowed is 1",
         )
     if args.async_scheduling:
-        refuse("async_scheduling", True, "drafts are made on the host between two steps; leave it out")
+        _refuse("async_scheduling", True, f"drafts are made on the host between two steps {on_v1}; leave it out")
 
 
 def _check_num_speculative_tokens(value: Any) -> None:

@@ -61,6 +61,28 @@ APPLY_SAMPLING_CONSTRAINTS = Seam(
     ("logits", "cu_num_draft_tokens", "sampling_metadata"),
 )
 
+V2_INIT_SPECULATOR = Seam(
+    "vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states")
+)
+V2_REJECTION_SAMPLE = Seam(
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "rejection_sample",
+    (
+        "target_logits",
+        "draft_logits",
+        "draft_sampled",
+        "cu_num_logits",
+        "pos",
+        "idx_mapping",
+        "expanded_idx_mapping",
+        "expanded_local_pos",
+        "temperature",
+        "seed",
+        "num_speculative_steps",
+        "synthetic_conditional_rates",
+    ),
+)
+
 
 class SeamError(RuntimeError):
     """vLLM isn't as we know it at a seam."""

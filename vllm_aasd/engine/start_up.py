@@ -1,14 +1,16 @@
-"""What a worker finds out once, before it serves: the model's prior, and what its steps cost."""
+"""What a worker finds out once, before it serves: its policy, the model's prior, and what its steps cost."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.config import ModelConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
+from vllm_aasd.config import Settings
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.memory import MemoryFile, empty_memory
@@ -17,6 +19,9 @@ from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.verification.batch import Policy
+from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.verification.strict import StrictVerification
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -27,6 +32,36 @@ MAX_ALIGNMENT_SHARE = 0.03
 _REPETITIONS = 3
 # From here on the curve is drawn on as straight as it came.
 _MOST_TOKENS = 128
+
+
+def policy_of(settings: Settings) -> Policy:
+    """How the requests of a server are verified."""
+    if settings.verification == "conditional":
+        return ConditionalVerification(
+            settings.alpha, settings.beta, settings.floor, sampled=settings.relax_sampling
+        )
+    return StrictVerification()
+
+
+def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
+    """The KV cache group whose blocks keep every token of a request, by its index."""
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+            return index
+    return None
+
+
+def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
+    """Of the memory for KV cache and alignment store, what the KV cache gets, in (0, 1].
+
+    Args:
+        specs: of each layer, as vLLM's runner gives them.
+        top_k: predictions stored per slot.
+    """
+    kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs.values())
+    if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+        return 1.0
+    return kv_bytes / (kv_bytes + 4 + 8 * top_k)
 
 
 def load_prior(model: ModelConfig) -> Prior | None:

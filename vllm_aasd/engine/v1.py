@@ -1,30 +1,33 @@
 """The adapter of vLLM's V1 model runner: it gathers what the runner has, calls, and hands back.
 
 One engine step, in the order in which `vllm_aasd.engine.worker` calls: `begin_step` (drops requests that have
-ended), the runner's forward pass, `begin_sampling` (alignment store), the runner's sampling (`V1Verifier`),
-`propose`, `end_step` (step time).
+ended), the runner's forward pass, `sampling` (around the rest: alignment store, then the runner's sampling by
+`V1Verifier`, `propose`, step time).
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import AlignmentStore
-from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
 from vllm_aasd.engine.v1_verifier import V1Verifier
+from vllm_aasd.kernels import align, draft, verify
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -59,11 +62,10 @@ class AASDProposer:
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
-        self.verifier = V1Verifier(
+        self._verifier = V1Verifier(
             self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
         )
-        self.has_proposed = False
-        """Whether the runner has asked for drafts in this step."""
+        self._has_proposed = False
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the target model; there is no other to load."""
@@ -72,9 +74,13 @@ class AASDProposer:
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
         """Set up the alignment store beside the KV cache that has just been laid out."""
         self._runner = runner
+        # Compiled, or loaded from the cache on disk, before a request waits for it. vLLM's rejection sampler
+        # hands over float32, whatever the model's dtype.
+        verify.warm_up(runner.device, torch.float32)
         if self._ngram is not None:
             return
         memory, self._memory_file = start_up.load_memory(self._settings.memory, self._model_config)
+        draft.warm_up(NUM_ORDERS, self._settings.top_k)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
@@ -82,7 +88,7 @@ class AASDProposer:
             start_up.load_prior(self._model_config) if self._settings.prior else None,
             memory,
         )
-        group = _full_attention_group(kv_cache_config)
+        group = start_up.full_attention_group(kv_cache_config)
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return
@@ -93,6 +99,7 @@ class AASDProposer:
             self._settings.top_k,
             runner.device,
         )
+        align.warm_up(runner.device, self._model_config.dtype)
         # vLLM's copy-on-write of KV blocks then carries the entries along.
         runner.kv_caches.append(self._store.table)
         self._align_prompts = self._settings.alignment is not False
@@ -132,10 +139,18 @@ class AASDProposer:
         self._num_decode_tokens = None
         if self._drafter is not None:
             self._drafter.forget(finished_req_ids)
-        self.verifier.forget(finished_req_ids)
+        self._verifier.forget(finished_req_ids)
 
-    def end_step(self) -> None:
-        """Learn from the time that a step took: one with prompt positions in it says nothing of decoding."""
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around the runner's `sample_tokens`: what the step says is stored, and verified by our rule."""
+        self._begin_sampling()
+        with self._verifier.active():
+            yield
+        self._end_step()
+
+    def _end_step(self) -> None:
+        # Learn from the time that the step took: one with prompt positions in it says nothing of decoding.
         if self._num_decode_tokens is not None:
             self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
         if self._memory_file is not None:
@@ -151,13 +166,13 @@ class AASDProposer:
         if self._memory_file is not None:
             self._memory_file.save()
 
-    def begin_sampling(self) -> None:
-        """Store the target's predictions at every position of this step, while its logits are unprocessed."""
-        self.has_proposed = False
+    def _begin_sampling(self) -> None:
+        # Predictions are stored at every position of this step, while its logits are unprocessed.
+        self._has_proposed = False
         runner = self._runner
         if runner is None or runner.execute_model_state is None:
             return
-        self.verifier.begin_step(runner.input_batch.req_ids, runner.requests)
+        self._verifier.begin_step(runner.input_batch.req_ids, runner.requests)
         state = runner.execute_model_state
         scheduled = state.scheduler_output
         self._num_drafted = {
@@ -200,7 +215,7 @@ class AASDProposer:
         Returns:
             Draft token ids per batch row.
         """
-        self.has_proposed = True
+        self._has_proposed = True
         if self._ngram is not None:
             return self._ngram.propose(
                 self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
@@ -224,6 +239,12 @@ class AASDProposer:
         lengths = draft_lengths(survival, self._step_time.relative())
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
 
+    def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
+        """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""
+        if self._has_proposed:
+            return drafts
+        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+
     def _draft_limit(self, req_id: str, num_tokens: int) -> int:
         """No draft token past what the request may still emit: one token comes without a draft."""
         request = self._runner.requests[req_id]
@@ -238,11 +259,3 @@ class AASDProposer:
             return NO_ALIGNMENT
         blocks = self._runner.input_batch.block_table[self._store_group]
         return AlignmentView(self._store.numpy(), blocks.block_table.np[row], blocks.block_size)
-
-
-def _full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
-    """The KV cache group whose blocks keep every token of a request."""
-    for index, group in enumerate(kv_cache_config.kv_cache_groups):
-        if isinstance(group.kv_cache_spec, FullAttentionSpec):
-            return index
-    return None

@@ -17,10 +17,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import seams
+from vllm_aasd.engine.start_up import policy_of
 from vllm_aasd.kernels import verify as verify_op
-from vllm_aasd.verification.batch import Policy, PolicyBatch
-from vllm_aasd.verification.conditional import ConditionalVerification
-from vllm_aasd.verification.strict import StrictVerification
+from vllm_aasd.verification.batch import PolicyBatch
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
 
@@ -35,11 +34,7 @@ class V1Verifier:
     """
 
     def __init__(self, settings: Settings, max_num_reqs: int, device: torch.device) -> None:
-        self._policy: Policy = StrictVerification()
-        if settings.verification == "conditional":
-            self._policy = ConditionalVerification(
-                settings.alpha, settings.beta, settings.floor, sampled=settings.relax_sampling
-            )
+        self._policy = policy_of(settings)
         self._policies = PolicyBatch(max_num_reqs, device)
         self._stop_token_ids: dict[str, list[int]] = {}
         self._req_ids: list[str] = []

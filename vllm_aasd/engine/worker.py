@@ -1,84 +1,117 @@
-"""The worker that vLLM starts for `aasd`: its own CPU worker, with our adapter called around each step."""
+"""What the workers of `aasd` share, whatever the platform: vLLM's own worker, with our adapter called around it.
+
+Which adapter it is follows the model runner: `vllm_aasd.engine.v1` or `vllm_aasd.engine.v2`. Only public methods of
+vLLM's `Worker` are extended.
+"""
 
 import logging
 from typing import Any
 
-import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
-from vllm_aasd.drafting.drafter import NUM_ORDERS
-from vllm_aasd.engine import seams, v1_verifier
-from vllm_aasd.kernels import align, draft, verify
+from vllm_aasd.engine import configuration, relied_on, seams
+from vllm_aasd.engine.start_up import kv_cache_share
 
 logger = logging.getLogger("vllm.aasd")
 
 
-class AASDCPUWorker(CPUWorker):
-    """vLLM's CPU worker on the V1 model runner; only public methods of `Worker` are extended."""
+class AASDWorker(Worker):
+    """The part of a platform's worker that is ours; to stand before that worker among the base classes."""
 
     def init_device(self) -> None:
-        """Also: put our verifier where vLLM's rejection sampler looks, before its first profiling run."""
+        """Also: put our verifier where vLLM's rejection sampler looks, and have the runner make our drafter."""
+        if self.use_v2_model_runner != (self.speculative_config.method == configuration.V2_CARRIER):
+            found, expected = ("V2", "V1") if self.use_v2_model_runner else ("V1", "V2")
+            raise RuntimeError(
+                f"method 'aasd' was set up for vLLM's {expected} model runner, and vLLM chose {found}: "
+                f"set VLLM_USE_V2_MODEL_RUNNER={int(self.use_v2_model_runner)}, or leave out what made it choose so"
+            )
+        relied_on.check("V2" if self.use_v2_model_runner else "V1")
+        if not self.use_v2_model_runner:
+            super().init_device()
+            # Before vLLM's first profiling run. The import would load the other runner too where it isn't needed.
+            from vllm_aasd.engine import v1_verifier
+
+            v1_verifier.install()
+            return
+        from vllm_aasd.engine import v2
+
+        # The runner is made by super(), and makes the speculator.
+        v2.install()
         super().init_device()
-        v1_verifier.install()
+
+    @property
+    def _adapter(self) -> Any:
+        """Ours on the last pipeline rank; None on others, and where a start has failed."""
+        runner = getattr(self, "model_runner", None)
+        return getattr(runner, "speculator" if self.use_v2_model_runner else "drafter", None)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Also: let the V2 adapter find its place in the loaded model; to V1's, vLLM's runner hands the model."""
+        super().load_model(**kwargs)
+        if self.use_v2_model_runner and self._adapter is not None:
+            self._adapter.attach(self.model_runner)
+
+    def determine_available_memory(self) -> int:
+        """As vLLM's, less what the alignment store will take beside a KV cache of that size."""
+        available = super().determine_available_memory()
+        if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
+            return available
+        return int(available * kv_cache_share(self.get_kv_cache_spec(), self.speculative_config.aasd.top_k))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""
         super().initialize_from_config(kv_cache_config)
-        settings = self.speculative_config.aasd
-        self.model_runner.drafter.bind(self.model_runner, kv_cache_config)
-        draft.warm_up(NUM_ORDERS, settings.top_k)
-        align.warm_up(self.device, self.model_config.dtype)
-        # vLLM's rejection sampler hands over float32, whatever the model's dtype.
-        verify.warm_up(self.device, torch.float32)
+        if self._adapter is not None:
+            self._adapter.bind(self.model_runner, kv_cache_config)
         logger.info(
-            "aasd %s is live: vLLM %s, V1 model runner, backend %s, num_speculative_tokens=%d %s",
+            "aasd %s is live: vLLM %s, %s model runner, backend %s, num_speculative_tokens=%d %s",
             __version__,
             seams.vllm_version(),
+            "V2" if self.use_v2_model_runner else "V1",
             self.device.type,
             self.speculative_config.num_speculative_tokens,
-            settings.describe(),
+            self.speculative_config.aasd.describe(),
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Also: find out what steps of the model cost, now that it is compiled."""
         times = super().compile_or_warm_up_model()
-        self.model_runner.drafter.profile()
+        if self._adapter is not None:
+            self._adapter.profile()
         return times
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Also: begin to time the step, and drop the state of requests that have ended."""
-        self.model_runner.drafter.begin_step(scheduler_output.finished_req_ids)
+        if self._adapter is not None:
+            self._adapter.begin_step(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Also: store the step's predictions before vLLM's processors change the logits, and verify by ours."""
-        proposer = self.model_runner.drafter
-        proposer.begin_sampling()
-        with proposer.verifier.active():
-            output = super().sample_tokens(grammar_output)
-        proposer.end_step()
-        return output
+        if self._adapter is None:
+            return super().sample_tokens(grammar_output)
+        with self._adapter.sampling():
+            return super().sample_tokens(grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""
+        """As vLLM's, less what isn't a draft."""
         drafts = super().take_draft_token_ids()
-        if drafts is None or self.model_runner.drafter.has_proposed:
-            return drafts
-        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+        return drafts if drafts is None or self._adapter is None else self._adapter.trimmed(drafts)
 
     def aasd_clear_memory(self) -> None:
         """Unlearn what other requests taught: for ``collective_rpc("aasd_clear_memory")``."""
-        self.model_runner.drafter.clear_memory()
+        if self._adapter is not None:
+            self._adapter.clear_memory()
 
     def shutdown(self) -> None:
         """Also: keep what was learnt."""
         # vLLM also shuts down workers whose start failed.
-        drafter = getattr(getattr(self, "model_runner", None), "drafter", None)
-        if drafter is not None:
-            drafter.shutdown()
+        if self._adapter is not None:
+            self._adapter.shutdown()
         super().shutdown()

@@ -82,10 +82,9 @@ class PolicyBatch:
         return torch.from_numpy(values[:n]).to(self._device)
 
     def _write(self, i: int, policy: Policy, stop_token_ids: Sequence[int]) -> None:
-        relaxed = isinstance(policy, ConditionalVerification)
-        self._relax_greedy[i] = relaxed
-        self._relax_sampled[i] = relaxed and policy.sampled
-        if relaxed:
+        self._relax_greedy[i] = policy.relaxes(is_greedy=True)
+        self._relax_sampled[i] = policy.relaxes(is_greedy=False)
+        if isinstance(policy, ConditionalVerification):
             self._alpha[i], self._beta[i], self._floor[i] = policy.alpha, policy.beta, policy.floor
         width = self._stop_token_ids.shape[1]
         if len(stop_token_ids) > width:

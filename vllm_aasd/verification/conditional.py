@@ -55,3 +55,7 @@ class ConditionalVerification:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field} is {value}, must lie in [{low:g}, {high:g}]")
+
+    def relaxes(self, is_greedy: bool) -> bool:
+        """Whether requests of a kind (greedy, or sampled) may get tokens that aren't strictly the target's."""
+        return is_greedy or self.sampled

@@ -16,3 +16,7 @@ class StrictVerification:
     """
 
     name = "strict"
+
+    def relaxes(self, is_greedy: bool) -> bool:
+        """Whether requests of a kind (greedy, or sampled) may get tokens that aren't strictly the target's."""
+        return False

@@ -1,0 +1,210 @@
+"""The V2 adapter against a fake of the runner's device state, in the orders in which schedulers call it."""
+
+import logging
+
+import pytest
+import torch
+from fake_v2 import BLOCK, MAX_LEN, VOCAB, WIDTH, FakeRunner, next_token
+from vllm.sampling_params import SamplingParams
+
+from vllm_aasd.engine import v2, v2_verifier
+from vllm_aasd.engine.v2_verifier import V2Verifier
+from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
+
+PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
+MAX_TOKENS = 24
+STRICT = {"verification": "strict"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pinned_memory(monkeypatch):
+    """vLLM takes a CPU for a device with memory that the host can pin; its own fallback does without."""
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
+
+
+def target_alone(prompt, max_tokens=MAX_TOKENS):
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens[-2] if len(tokens) > 1 else 0, tokens[-1]))
+    return tokens[len(prompt) :]
+
+
+def serve(runner, prompts, chunk=MAX_LEN, abort_after=None):
+    """All prompts through as few slots as there are, each freed slot taken at once by the next request."""
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    waiting, running, done = list(enumerate(prompts)), {}, {}
+    steps = 0
+    while waiting or running:
+        for slot in range(len(runner.counts)):
+            if slot not in running and waiting:
+                running[slot], prompt = waiting.pop(0)
+                done[running[slot]] = []
+                runner.add(slot, prompt, MAX_TOKENS, params)
+        # The batch's order isn't the slots'.
+        for slot, tokens in runner.step(sorted(running, reverse=True), chunk).items():
+            done[running[slot]] += tokens
+        steps += 1
+        for slot, number in list(running.items()):
+            if len(done[number]) >= MAX_TOKENS or (number == 0 and steps == abort_after):
+                del running[slot]
+    return [done[number] for number in range(len(prompts))]
+
+
+@pytest.mark.parametrize("alignment", [True, "auto"])
+@pytest.mark.parametrize("chunk", [MAX_LEN, 3])
+def test_both_orders_emit_what_the_target_says_alone(chunk, alignment):
+    wanted = [target_alone(prompt) for prompt in PROMPTS]
+    runs = {}
+    for fillers in (False, True):
+        runner = FakeRunner(fillers=fillers, alignment=alignment, **STRICT)
+        assert serve(runner, PROMPTS, chunk) == wanted
+        runs[fillers] = runner
+    assert runs[True].accepted == runs[False].accepted, "the same drafts are accepted, with fillers or without"
+    assert sum(runs[True].accepted) > len(PROMPTS) * MAX_TOKENS / 4
+    assert runs[True].num_scheduled > runs[False].num_scheduled, "only asynchronous scheduling pays for fillers"
+
+
+def test_an_aborted_requests_slot_is_taken_over():
+    runner = FakeRunner(max_num_reqs=2, **STRICT)
+    outputs = serve(runner, PROMPTS, abort_after=3)
+    assert outputs[0] == target_alone(PROMPTS[0])[: len(outputs[0])] and len(outputs[0]) < MAX_TOKENS
+    assert outputs[1:] == [target_alone(prompt) for prompt in PROMPTS[1:]]
+
+
+def test_a_filler_is_never_accepted_even_by_the_loosest_bar():
+    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0}
+    runner = FakeRunner(max_num_reqs=1, **loosest)
+    # Nothing repeats, so nothing is drafted: every column is the last token again.
+    runner.add(0, [9, 10, 11], 8, SamplingParams(temperature=0.0, max_tokens=8))
+    runner.step([0])
+    assert runner.speculator._num_drafts[0] == 0 and runner.counts[0] == WIDTH
+    fillers = runner.drafts[0].clone()
+    assert set(fillers.tolist()) == {int(runner.tokens[0, 3])}
+    # A target that is undecided, and would rather say 1: under this bar any draft would pass.
+    undecided = torch.zeros(VOCAB)
+    undecided[1] = 0.5
+    runner.model.head.forward = lambda pairs: undecided.repeat(len(pairs), 1)
+    assert len(runner.step([0])[0]) == 1
+    runner.speculator._num_valid_drafts[0] = WIDTH
+    runner.drafts[0], runner.counts[0] = fillers, 2
+    assert len(runner.step([0])[0]) == 3, "had they been drafts"
+
+
+def test_no_draft_beyond_what_the_request_may_emit():
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    for max_tokens, longest in ((3, 1), (20, WIDTH)):
+        runner.add(0, prompt, max_tokens, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        runner.step([0])
+        assert runner.speculator._num_drafts[0] == longest, "of three, one is emitted, one comes without a draft"
+
+
+def test_the_store_holds_raw_predictions_by_kv_slot():
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[:2], chunk=3)
+    for slot, prompt in enumerate(PROMPTS[:2]):
+        # The last tokens emitted were never fed to the model.
+        tokens = (prompt + target_alone(prompt))[: int(runner.num_computed[slot])]
+        positions = torch.arange(len(tokens))
+        kv_slots = runner.blocks[slot, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        ids, probs, fresh = runner.speculator._store.read(torch.tensor(tokens), kv_slots)
+        assert fresh.all()
+        says = [next_token(before, last) for before, last in zip([0, *tokens], tokens, strict=False)]
+        assert ids[:, 0].tolist() == says
+        assert (probs[:, 0] > 0.9).all()
+
+
+def test_generated_positions_only_by_default():
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
+    serve(runner, PROMPTS[1:2])
+    prompt = PROMPTS[1]
+    positions = torch.arange(len(prompt))
+    kv_slots = runner.blocks[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
+    *_, fresh = runner.speculator._store.read(torch.tensor(prompt), kv_slots)
+    assert fresh.tolist() == [False] * (len(prompt) - 1) + [True]
+
+
+def test_logits_of_another_call_or_shape_are_not_stored():
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
+    before = runner.speculator._store.table.clone()
+    runner.model.compute_logits(torch.tensor([[1, 2]]))
+    runner.speculator._expected = torch.tensor([1], dtype=torch.int32), torch.tensor([0])
+    runner.speculator._store_sampled(torch.zeros(1, VOCAB // 2))
+    assert torch.equal(runner.speculator._store.table, before)
+    assert runner.speculator._expected is None
+
+
+def test_dummy_runs_touch_nothing():
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[:1])
+    speculator = runner.speculator
+    before = speculator._store.table.clone(), speculator._num_valid_drafts.clone()
+    batch = type("Batch", (), {"num_reqs": 2})()
+    rows = torch.zeros(5, 2, dtype=torch.int64)
+    calls = []
+    runner.model.head.register_forward_hook(lambda *args: calls.append(len(args[2])))
+    nothing = [None] * 8
+    drafts = speculator.propose(batch, None, None, rows, *nothing[:1], *nothing[:6], dummy_run=True, is_profile=True)
+    assert drafts.shape == (2, WIDTH) and int(drafts.abs().sum()) == 0
+    assert calls == [5], "the profiling run must see a chunk of logits"
+    assert torch.equal(speculator._store.table, before[0])
+    assert torch.equal(speculator._num_valid_drafts, before[1])
+
+
+def test_policies_and_stop_tokens_follow_the_slot():
+    requests = FakeRunner(max_num_reqs=2).speculator.requests
+    many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
+    assert requests.add_request(0, many) is False
+    requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
+    requests.apply_staged_writes()
+    assert requests.policies.relaxed.tolist() == [False, True]
+    assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
+    requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
+    requests.apply_staged_writes()
+    assert requests.policies.relaxed.tolist() == [True, True]
+    assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(
+    ("draft_logits", "kwargs"),
+    [
+        (torch.zeros(1, WIDTH, VOCAB), {}),
+        (None, {"synthetic_conditional_rates": torch.ones(WIDTH)}),
+        (None, {"use_block_verification": True}),
+        (None, {"use_fp64": True}),
+        (None, {"watermark_key": 7}),
+        (None, {"of_a_later_vllm": None}),
+    ],
+)
+def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
+    v2_verifier._say_once.cache_clear()
+    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None)
+    seen = {}
+
+    def stock(*args, **more):
+        seen.update(drafts=args[2].tolist(), kwargs=more)
+        return "stock"
+
+    rows = [torch.zeros(3, VOCAB), draft_logits, torch.tensor([4, 5, 6]), torch.tensor([0, 3]), torch.arange(3)]
+    rows += [torch.zeros(1).long(), torch.zeros(3).long(), torch.arange(3), torch.zeros(1), torch.zeros(1).long(), WIDTH]
+    sample = v2_verifier._dispatching(stock)
+    with verifier.active(), caplog.at_level(logging.WARNING, "vllm.aasd"):
+        assert sample(*rows, **kwargs) == "stock"
+    assert seen["drafts"] == [4, 5, PLACEHOLDER_TOKEN_ID]
+    assert seen["kwargs"].keys() == kwargs.keys()
+    assert "vLLM's own rejection sampler verifies" in caplog.text
+
+
+def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
+    replacements = v2.install()
+    try:
+        assert len(replacements) == 2 and v2.install() == []
+        import vllm.v1.worker.gpu.model_runner as host
+
+        with pytest.raises(AssertionError):
+            host.init_speculator(type("C", (), {"speculative_config": None})(), None, None)
+        assert v2_verifier._dispatching(lambda *args, **kwargs: args)(*range(11)) == tuple(range(11))
+    finally:
+        for replacement in replacements:
+            replacement.undo()
+    assert not hasattr(host.init_speculator, "__wrapped__")

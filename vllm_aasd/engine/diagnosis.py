@@ -1,0 +1,70 @@
+"""What the doctor finds: the installed vLLM, this machine's platform, and whether the runner that will be chosen fits."""
+
+import importlib.metadata
+from typing import NamedTuple
+
+from vllm import envs
+from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
+
+from vllm_aasd import __version__
+from vllm_aasd.engine import relied_on, seams
+from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
+
+_UNSUPPORTED = {
+    "V1": (
+        "pipeline parallelism",
+        "asynchronous scheduling",
+        "context parallelism",
+        "kv_sharing_fast_prefill",
+        "any device but CPUs",
+    ),
+    "V2": (
+        "aasd_memory other than off",
+        "aasd_draft ngram",
+        "context parallelism",
+        "kv_sharing_fast_prefill",
+        "adaptive verification",
+        "drafts that follow the load (aasd_draft_length adaptive is bounded by aasd_min_survival alone)",
+    ),
+}
+
+
+class Diagnosis(NamedTuple):
+    """The doctor's words, and whether aasd works with the runner that vLLM would choose."""
+
+    lines: list[str]
+    works: bool
+
+
+def diagnose() -> Diagnosis:
+    """Check everything; nothing is raised, served or changed."""
+    chosen = "V2" if chooses_v2() else "V1"
+    lines = [
+        f"vllm-aasd {__version__}, vLLM {seams.vllm_version()}, platform {current_platform.device_type}, "
+        f"Triton {'yes' if HAS_TRITON else 'no'}, VLLM_USE_V2_MODEL_RUNNER {envs.VLLM_USE_V2_MODEL_RUNNER}"
+    ]
+    reasons = []
+    try:
+        seams.check_version()
+    except seams.SeamError as error:
+        reasons.append(str(error))
+    if not any(point.name == "aasd" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        reasons.append("vLLM can't find the plugin: the entry point isn't installed (pip install vllm-aasd)")
+    elif envs.VLLM_PLUGINS is not None and "aasd" not in envs.VLLM_PLUGINS:
+        reasons.append(f"VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)} doesn't let vLLM load the plugin: add 'aasd'")
+    refusal = runner_refusal(chosen)
+    if refusal is not None:
+        reasons.append(refusal)
+    for runner, needed in relied_on.RUNNERS.items():
+        needed = relied_on.BOTH + needed
+        found = relied_on.problems(needed)
+        lines.append(f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them")
+        lines += [f"  - {problem}" for problem in found]
+        if found and runner == chosen:
+            reasons.append(f"vLLM's {runner} model runner isn't as we know it")
+    if reasons:
+        return Diagnosis([*lines, *(f"aasd can't work: {reason}" for reason in reasons)], works=False)
+    lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused or not supported there:")
+    lines += [f"  - {what}" for what in _UNSUPPORTED[chosen]]
+    return Diagnosis(lines, works=True)

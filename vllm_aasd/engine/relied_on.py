@@ -1,0 +1,180 @@
+"""All of vLLM that we hold on to, by model runner, and the check of it: the doctor's, and that of a starting worker.
+
+What is replaced is in `seams`; here stand too the methods that we extend or implement and the names that we read.
+A check imports a runner, which is heavy: not for vLLM's API server.
+"""
+
+import importlib
+import inspect
+from typing import NamedTuple
+
+from vllm_aasd.engine import seams
+from vllm_aasd.engine.seams import Seam, SeamError
+
+
+class Members(NamedTuple):
+    """Names that we read from objects of a class of vLLM.
+
+    Attributes:
+        module: where the class is.
+        attribute: its name.
+        names: fields, methods, or what its code assigns on ``self``.
+    """
+
+    module: str
+    attribute: str
+    names: tuple[str, ...]
+
+
+_WORKER = "vllm.v1.worker.gpu_worker"
+_V1, _V2 = "vllm.v1.worker", "vllm.v1.worker.gpu"
+
+BOTH: tuple[Seam | Members, ...] = (
+    seams.CREATE_SPECULATIVE_CONFIG,
+    Seam(_WORKER, "Worker.init_device", ("self",)),
+    Seam(_WORKER, "Worker.load_model", ("self",)),
+    Seam(_WORKER, "Worker.determine_available_memory", ("self",)),
+    Seam(_WORKER, "Worker.initialize_from_config", ("self", "kv_cache_config")),
+    Seam(_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
+    Seam(_WORKER, "Worker.execute_model", ("self", "scheduler_output")),
+    Seam(_WORKER, "Worker.sample_tokens", ("self", "grammar_output")),
+    Seam(_WORKER, "Worker.take_draft_token_ids", ("self",)),
+    Seam(_WORKER, "Worker.shutdown", ("self",)),
+    Members(_WORKER, "Worker", ("use_v2_model_runner", "get_kv_cache_spec", "model_runner")),
+    Members("vllm.v1.outputs", "DraftTokenIds", ("req_ids", "draft_token_ids")),
+    Members("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks", "kv_cache_groups")),
+    Members("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", ("kv_cache_spec", "layer_names")),
+    Members("vllm.v1.kv_cache_interface", "FullAttentionSpec", ("block_size", "page_size_bytes")),
+    Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "max_tokens", "temperature")),
+)
+
+V1: tuple[Seam | Members, ...] = (
+    seams.REJECTION_SAMPLE,
+    seams.EXPAND_BATCH_TO_TOKENS,
+    seams.APPLY_SAMPLING_CONSTRAINTS,
+    Seam("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
+    Seam(
+        "vllm.v1.sample.rejection_sampler",
+        "generate_uniform_probs",
+        ("num_tokens", "num_draft_tokens", "generators", "device"),
+    ),
+    Members(
+        f"{_V1}.gpu_model_runner",
+        "GPUModelRunner",
+        ("drafter", "execute_model_state", "input_batch", "input_ids", "kv_caches", "requests", "_dummy_run"),
+    ),
+    Members(
+        f"{_V1}.gpu_model_runner",
+        "ExecuteModelState",
+        ("scheduler_output", "logits", "spec_decode_metadata", "hidden_states"),
+    ),
+    Members("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("logits_indices",)),
+    Members("vllm.v1.sample.metadata", "SamplingMetadata", ("all_greedy", "temperature", "generators")),
+    Members(f"{_V1}.block_table", "BlockTable", ("block_table", "slot_mapping", "block_size")),
+)
+
+V2: tuple[Seam | Members, ...] = (
+    seams.V2_INIT_SPECULATOR,
+    seams.V2_REJECTION_SAMPLE,
+    Seam(
+        f"{_V2}.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        (
+            "self",
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+        ),
+    ),
+    Seam(f"{_V2}.spec_decode.speculator", "BaseSpeculator.init_cudagraph_manager", ("self", "cudagraph_mode")),
+    Seam(f"{_V2}.spec_decode.speculator", "BaseSpeculator.capture", ("self",)),
+    Seam(
+        f"{_V2}.sample.logits_processor.interface",
+        "LogitsProcessor.add_request",
+        ("self", "req_idx", "sampling_params"),
+    ),
+    Seam(f"{_V2}.sample.logits_processor.interface", "LogitsProcessor.apply_staged_writes", ("self",)),
+    Seam(f"{_V2}.sample.logits_processor.interface", "LogitsProcessor.apply", ("self", "logits", "ctx")),
+    Seam("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward", ("self", "lm_head")),
+    Members(
+        f"{_V2}.model_runner",
+        "GPUModelRunner",
+        ("speculator", "sampler", "model", "get_model", "block_tables", "kv_caches", "execute_model_state"),
+    ),
+    Members(
+        f"{_V2}.model_runner",
+        "ExecuteModelState",
+        ("input_batch", "slot_mappings_by_layer", "hidden_states"),
+    ),
+    Members(
+        f"{_V2}.input_batch",
+        "InputBatch",
+        (
+            "num_reqs",
+            "idx_mapping",
+            "idx_mapping_np",
+            "input_ids",
+            "logits_indices",
+            "query_start_loc_np",
+            "is_prefilling_np",
+        ),
+    ),
+    Members(f"{_V2}.states", "RequestState", ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs")),
+    Members(f"{_V2}.block_table", "BlockTables", ("block_tables", "block_sizes")),
+    Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states")),
+    Members(f"{_V2}.sample.states", "SamplingStates", ("temperature",)),
+    Members(f"{_V2}.buffer_utils", "UvaBackedTensor", ("np", "gpu", "copy_to_uva")),
+)
+
+RUNNERS = {"V1": V1, "V2": V2}
+
+
+def problems(needed: tuple[Seam | Members, ...]) -> list[str]:
+    """What of vLLM isn't as we know it, a sentence each; empty if all is well."""
+    found = []
+    for one in needed:
+        try:
+            seams.check(one) if isinstance(one, Seam) else _check_members(one)
+        except SeamError as error:
+            found.append(str(error))
+    return found
+
+
+def check(runner: str) -> None:
+    """Refuse a vLLM on which a model runner's adapter can't work.
+
+    Args:
+        runner: ``V1`` or ``V2``.
+
+    Raises:
+        SeamError: naming everything that isn't as we know it.
+    """
+    found = problems(BOTH + RUNNERS[runner])
+    if found:
+        raise SeamError(
+            f"method 'aasd' can't work on vLLM {seams.vllm_version()} ({runner} model runner): " + "; ".join(found)
+        )
+
+
+def _check_members(members: Members) -> None:
+    where = f"{members.module}.{members.attribute}"
+    try:
+        owner = getattr(importlib.import_module(members.module), members.attribute)
+    except (ImportError, AttributeError) as error:
+        raise SeamError(f"vLLM has no {where} any more ({error})") from error
+    names = {name for cls in owner.__mro__ for name in (*vars(cls), *vars(cls).get("__annotations__", {}))}
+    missing = [name for name in members.names if name not in names]
+    if missing:
+        # Most of what a runner holds is only ever assigned.
+        source = "\n".join(inspect.getsource(cls) for cls in owner.__mro__ if cls.__module__.startswith("vllm."))
+        missing = [name for name in missing if f"self.{name} " not in source and f"self.{name}:" not in source]
+    if missing:
+        raise SeamError(f"{where} of vLLM has no {', '.join(missing)} any more")

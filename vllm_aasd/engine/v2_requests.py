@@ -1,0 +1,97 @@
+"""What the V2 model runner's kernels must know of each request, by its slot in the runner's state."""
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+
+from vllm_aasd.kernels.verify_seeded import VerifyPolicies
+from vllm_aasd.verification.batch import Policy
+from vllm_aasd.verification.conditional import ConditionalVerification
+
+_NO_TOKEN = -1
+
+
+class RequestSlots(LogitsProcessor):
+    """Policy, stop tokens and longest length of each request, where the device can read them.
+
+    It stands in the list of vLLM's sampler, which tells its entries of each request that enters a slot and, before
+    the forward pass, that host writes are due. Logits are none of its business: it declines every request.
+    `UvaBackedTensor` is what vLLM keeps its own sampling parameters in: a step that is still running goes on
+    reading the values that it was launched with while the host prepares the next.
+
+    Args:
+        policy: of every request.
+        max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
+        max_model_len: tokens that the model takes.
+        device: where the verifier runs.
+    """
+
+    def __init__(
+        self, policy: Policy, max_seq_len: np.ndarray, max_model_len: int, device: torch.device
+    ) -> None:
+        self._policy = policy
+        self._max_seq_len = max_seq_len
+        self._max_model_len = max_model_len
+        max_num_reqs = len(max_seq_len)
+        self._relaxed = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._stop_token_ids = self._wide(max_num_reqs, 4)
+        self._retired: list[UvaBackedTensor] = []
+        self._changed = True
+        bar = (1.0, 1.0, 1.0)
+        if isinstance(policy, ConditionalVerification):
+            bar = policy.alpha, policy.beta, policy.floor
+        self._bar = [torch.full((max_num_reqs,), value, dtype=torch.float32, device=device) for value in bar]
+
+    @staticmethod
+    def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
+        tensor = UvaBackedTensor((max_num_reqs, width), dtype=torch.int32)
+        tensor.np[:] = _NO_TOKEN
+        return tensor
+
+    @property
+    def policies(self) -> VerifyPolicies:
+        """By slot; to be asked for at every step."""
+        return VerifyPolicies(self._relaxed.gpu, *self._bar)
+
+    @property
+    def stop_token_ids(self) -> torch.Tensor:
+        """``[max_num_reqs, max_stop]`` int32 by slot, padded with -1; to be asked for at every step."""
+        return self._stop_token_ids.gpu
+
+    @property
+    def max_len(self) -> torch.Tensor:
+        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach; to be asked for at every step."""
+        return self._max_len.gpu
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Take in who has entered a slot."""
+        self._relaxed.np[req_idx] = self._policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
+        self._max_len.np[req_idx] = min(self._max_seq_len[req_idx], self._max_model_len)
+        stop_token_ids = sorted(sampling_params.all_stop_token_ids)
+        width = self._stop_token_ids.np.shape[1]
+        if len(stop_token_ids) > width:
+            # Rare, and the only thing here that ever grows.
+            wider = self._wide(len(self._max_seq_len), 2 * len(stop_token_ids))
+            wider.np[:, :width] = self._stop_token_ids.np
+            # A step that is still running may read it.
+            self._retired.append(self._stop_token_ids)
+            self._stop_token_ids = wider
+        self._stop_token_ids.np[req_idx] = _NO_TOKEN
+        self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
+        self._changed = True
+        return False
+
+    def apply_staged_writes(self) -> None:
+        """Let the device see what was taken in since the last step."""
+        if not self._changed:
+            return
+        for tensor in (self._relaxed, self._max_len, self._stop_token_ids):
+            tensor.copy_to_uva()
+        self._changed = False
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        """Leave the logits as they are; other requests' processors may have had this list called."""
+        return logits
