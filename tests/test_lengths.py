@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.step_time import StepTimeModel, knots
 from vllm_aasd.drafting.trust import Trust
 
@@ -51,6 +51,13 @@ def test_the_same_drafts_get_shorter_as_tokens_get_dearer():
 def test_likelier_requests_get_the_tokens():
     survival = np.array([[0.9, 0.8, 0.7], [0.1, 0.05, 0.0]], np.float32)
     assert draft_lengths(survival, np.array([1, 1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0])).tolist() == [3, 0]
+
+
+def test_reproducible_lengths_are_each_rows_own():
+    survival = np.array([[0.9, 0.2, 0.1, 0.05], [0.09, 0.0, 0.0, 0.0]], np.float32)
+    assert reproducible_lengths(survival).tolist() == [3, 0]
+    assert reproducible_lengths(survival[:1]).tolist() == [3]
+    assert reproducible_lengths(survival[:0]).tolist() == []
 
 
 def test_nothing_is_drafted_beyond_the_curve_or_behind_a_drafts_end():

@@ -37,9 +37,12 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def server(demo_model, tmp_path_factory):
-    """A server with the method alone; yields its address and its log."""
+    """A strict server; yields its address and its log.
+
+    Strict, since answers are compared here: what `conditional` accepts depends on what is drafted, and that on time.
+    """
     log, port = tmp_path_factory.mktemp("server") / "log", free_port()
-    process = start(demo_model, log, {"method": "aasd"}, port)
+    process = start(demo_model, log, {"method": "aasd", "aasd_verification": "strict"}, port)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):

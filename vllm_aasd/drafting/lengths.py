@@ -2,6 +2,10 @@
 
 import numpy as np
 
+REPRODUCIBLE_SURVIVAL = 0.1
+"""What a draft token is worth verifying for where its price must not be asked: between that at one request at a
+time, and that at sixteen."""
+
 
 def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
     """Choose the draft lengths that make the batch emit most tokens a second.
@@ -32,3 +36,18 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
     rate = emitted / step_times[num_requests : num_requests + len(order) + 1]
     chosen = order[: int(np.argmax(rate))]
     return np.bincount(chosen // width, minlength=num_requests)
+
+
+def reproducible_lengths(survival: np.ndarray) -> np.ndarray:
+    """Draft lengths that depend on nothing but the drafts: neither on time nor on other requests.
+
+    For sampled requests with a seed. A request's random numbers are drawn in the order of its tokens and draft
+    tokens, so the same seed gives the same answer only if the same lengths are drafted.
+
+    Args:
+        survival: ``[B, K]``, as for `draft_lengths`.
+
+    Returns:
+        ``[B]`` int64, the tokens whose survival is at least `REPRODUCIBLE_SURVIVAL`.
+    """
+    return np.count_nonzero(survival >= REPRODUCIBLE_SURVIVAL, axis=1)

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
-from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
@@ -236,8 +236,14 @@ class AASDProposer:
             survival[row, : len(expected)] = expected
         if not self._is_adaptive:
             return drafts
-        lengths = draft_lengths(survival, self._step_time.relative())
+        is_seeded = np.array([self._is_seeded(req_ids[row]) for row in range(len(drafts))], bool)
+        lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), self._step_time.relative())
+        lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
+
+    def _is_seeded(self, req_id: str) -> bool:
+        params = self._runner.requests[req_id].sampling_params
+        return params is not None and params.seed is not None and params.temperature > 0
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
         """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""
