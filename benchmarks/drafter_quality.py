@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import replay, results
-from benchmarks.builtin import builtin_tasks
 from benchmarks.data import DataError
+from benchmarks.end_to_end_run import read_all
 from benchmarks.engine import Engine, EngineError
 from benchmarks.fitting_tasks import fitting_tasks
 from benchmarks.prompts import load_tokenizer, tokenise
-from benchmarks.tasks import Task, by_category, read_tasks
+from benchmarks.tasks import Task, by_category
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import empty_memory
@@ -81,11 +81,7 @@ def load_prior(model: str) -> Prior:
 
 def measured_tasks(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that are measured on: the same choice as in `benchmarks.end_to_end`."""
-    tasks = [task for path in arguments.data for task in read_tasks(path)]
-    tasks += builtin_tasks() if arguments.builtin else []
-    if not tasks:
-        raise DataError("there is nothing to measure on: name a file with --data, or take --builtin")
-    return [task for members in by_category(tasks, arguments.limit, None).values() for task in members]
+    return [task for members in by_category(read_all(arguments), arguments.limit, None).values() for task in members]
 
 
 def record(tasks: list[Task], arguments: argparse.Namespace) -> list[replay.Trace]:
