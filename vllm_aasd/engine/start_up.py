@@ -1,5 +1,6 @@
 """What a worker finds out once, before it serves: its policy, the model's prior, and what its steps cost."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +44,22 @@ def policy_of(settings: Settings) -> Policy:
     return StrictVerification()
 
 
+def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
+    """The longest draft of a request, whatever the load."""
+    if settings.draft_length == "adaptive":
+        return num_speculative_tokens
+    return min(num_speculative_tokens, settings.draft_length)
+
+
+def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
+    """Whether predictions may be stored at prompt positions too; says in the log where they may not."""
+    if is_wanted and has_lora:
+        # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
+        logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
+        return False
+    return is_wanted
+
+
 def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
     """The KV cache group whose blocks keep every token of a request, by its index."""
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -64,9 +81,19 @@ def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
     return kv_bytes / (kv_bytes + 4 + 8 * top_k)
 
 
+@functools.cache
+def _key(model: str, revision: str | None) -> str | None:
+    # Reads some megabytes of every weight file, which prior and memory need not do each.
+    return model_key(model, revision)
+
+
+def _key_of(model: ModelConfig) -> str | None:
+    return _key(model.model, model.revision)
+
+
 def load_prior(model: ModelConfig) -> Prior | None:
     """The prior of the served model, if one was made and is of use; says in the log which it is."""
-    key = model_key(model.model, model.revision)
+    key = _key_of(model)
     path = prior_file.cache_path(key) if key else None
     try:
         if path is None:
@@ -98,7 +125,7 @@ def load_memory(setting: str, model: ModelConfig) -> tuple[np.ndarray | None, Me
     """
     if setting == "off":
         return None, None
-    key = model_key(model.model, model.revision) if setting == "file" else None
+    key = _key_of(model) if setting == "file" else None
     if key is None:
         if setting == "file":
             logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)

@@ -20,7 +20,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
@@ -31,9 +31,6 @@ from vllm_aasd.kernels import align, draft, verify
 
 logger = logging.getLogger("vllm.aasd")
 
-PREFILL_CHUNK = 256
-"""Prompt positions whose logits exist at once: 256 rows of a 152k vocabulary in bfloat16 are 78 MB."""
-
 
 class AASDProposer:
     """vLLM's custom proposer, made by the runner on the last pipeline rank; bound to it when the KV cache exists."""
@@ -43,10 +40,10 @@ class AASDProposer:
         scheduler_config = vllm_config.scheduler_config
         self._settings = speculative_config.aasd
         self._model_config = vllm_config.model_config
-        self._max_draft_tokens = speculative_config.num_speculative_tokens
         self._is_adaptive = self._settings.draft_length == "adaptive"
-        if not self._is_adaptive:
-            self._max_draft_tokens = min(self._max_draft_tokens, self._settings.draft_length)
+        self._max_draft_tokens = start_up.max_draft_tokens(
+            self._settings, speculative_config.num_speculative_tokens
+        )
         self._max_step_tokens = min(
             scheduler_config.max_num_seqs * (1 + self._max_draft_tokens), scheduler_config.max_num_batched_tokens
         )
@@ -102,11 +99,9 @@ class AASDProposer:
         align.warm_up(runner.device, self._model_config.dtype)
         # vLLM's copy-on-write of KV blocks then carries the entries along.
         runner.kv_caches.append(self._store.table)
-        self._align_prompts = self._settings.alignment is not False
-        if self._align_prompts and runner.lora_config is not None:
-            # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
-            logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
-            self._align_prompts = False
+        self._align_prompts = start_up.may_align_prompts(
+            self._settings.alignment is not False, has_lora=runner.lora_config is not None
+        )
 
     @torch.inference_mode()
     def profile(self) -> None:

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
 from vllm_aasd.engine import seams, start_up, v2_verifier
 from vllm_aasd.engine.v2_requests import RequestSlots
@@ -33,9 +33,6 @@ from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 from vllm_aasd.kernels.mixture import no_prior
 
 logger = logging.getLogger("vllm.aasd")
-
-PREFILL_CHUNK = 256
-"""Prompt positions whose logits exist at once: 256 rows of a 152k vocabulary in bfloat16 are 78 MB."""
 
 
 class AASDSpeculator(BaseSpeculator):
@@ -59,13 +56,10 @@ class AASDSpeculator(BaseSpeculator):
         self._device = device
         self._req_states = req_states
         width = vllm_config.speculative_config.num_speculative_tokens
-        self._max_draft_tokens = width
-        if settings.draft_length != "adaptive":
-            self._max_draft_tokens = min(width, settings.draft_length)
-        # As with LoRA on V1: lm_head maps adapters by sampler row.
-        self._align_prompts = settings.alignment is True and vllm_config.lora_config is None
-        if settings.alignment is True and not self._align_prompts:
-            logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
+        self._max_draft_tokens = start_up.max_draft_tokens(settings, width)
+        self._align_prompts = start_up.may_align_prompts(
+            settings.alignment is True, has_lora=vllm_config.lora_config is not None
+        )
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.requests = RequestSlots(
