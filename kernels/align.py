@@ -26,10 +26,9 @@ import torch
 
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.mixture import MAX_TOP_K
 
 __all__ = ["MAX_TOP_K", "align", "warm_up"]
-
-MAX_TOP_K = 8
 
 
 def check_table(name: str, table: torch.Tensor, vocab_size: int) -> None:

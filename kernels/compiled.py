@@ -8,6 +8,8 @@ from typing import Any
 
 import numba
 
+from vllm_aasd.kernels.cache_folder import cache_folder
+
 
 def _cache_dir() -> str:
     """Return where compiled code is kept: a folder named by the content of the CPU kernel files and this one.
@@ -22,8 +24,7 @@ def _cache_dir() -> str:
         return os.path.join(numba.config.CACHE_DIR, name)
     if os.access(here, os.W_OK):
         return str(here / "__pycache__" / name)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "vllm_aasd", name)
+    return os.path.join(cache_folder(), name)
 
 
 _CACHE_DIR = _cache_dir()

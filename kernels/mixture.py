@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+MAX_TOP_K = 8
+"""Most predictions stored per context position, all of which vote."""
+
 
 class MixtureWeights(NamedTuple):
     """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from vllm_aasd.kernels.mixture import MAX_TOP_K
 from vllm_aasd.verification.conditional import ALPHA_RANGE, BETA_RANGE, FLOOR_RANGE
 
 PREFIX = "aasd_"
@@ -66,7 +67,7 @@ class Settings:
     top_k: int = _setting(
         4,
         "Predictions stored per context position; each takes 8 bytes per KV-cache slot.",
-        within=(1, 8),
+        within=(1, MAX_TOP_K),
     )
     verification: str = _setting(
         "conditional",

@@ -9,7 +9,7 @@ from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.mixture import MixtureWeights, Prior, no_memory, no_prior
+from vllm_aasd.kernels.mixture import MAX_TOP_K, MixtureWeights, Prior, no_memory, no_prior
 
 NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
@@ -25,9 +25,6 @@ were chosen by hand."""
 
 MAX_MATCHES = 32
 """Most recent matches of each order that vote: the bound on the work of a step."""
-
-MAX_TOP_K = 8
-"""Most predictions stored per context position that all vote."""
 
 
 class AlignmentView(NamedTuple):

@@ -8,6 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vllm_aasd.kernels.cache_folder import cache_folder
+
 # Sums of rounded probabilities may pass 1 by this much.
 _ROUNDING = 1e-3
 
@@ -23,8 +25,7 @@ def cache_path(kind: str, model_key: str) -> Path:
         kind: what it holds, such as ``prior``.
         model_key: what names the model's content.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    root = os.environ.get("VLLM_AASD_CACHE_ROOT") or os.path.join(home, "vllm_aasd")
+    root = os.environ.get("VLLM_AASD_CACHE_ROOT") or cache_folder()
     return Path(root) / f"{kind}-{model_key}.safetensors"
 
 
