@@ -11,7 +11,7 @@ export VLLM_AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prior serve check-serve demo test test-long clean
+.PHONY: help setup model prior prior-if-soon serve check-serve demo test test-long clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
@@ -32,13 +32,16 @@ model: setup
 prior: model
 	@.venv/bin/python tools/demo_prior.py
 
-serve: check-serve $(if $(strip $(MODEL)),setup,prior)
+prior-if-soon: model
+	@.venv/bin/python tools/demo_prior.py --before-serving
+
+serve: check-serve $(if $(strip $(MODEL)),setup,prior-if-soon)
 	@exec .venv/bin/python tools/serve.py
 
 check-serve:
 	@$(PYTHON) tools/serve.py --check
 
-demo: prior
+demo: prior-if-soon
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 test: model

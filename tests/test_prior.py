@@ -279,3 +279,17 @@ def test_the_command_refuses_what_it_can_not_do(capsys):
     with pytest.raises(SystemExit):
         prior.main(["model", "--top-k", "65"])
     assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err
+
+
+def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
+    from vllm_aasd import prior
+
+    now = 0.0
+    monkeypatch.setattr(prior.time, "monotonic", lambda: now)
+    progress = prior._Progress(most_seconds=100.0)
+    now = 1.0
+    progress(10, 1000)
+    now = 2.1
+    with pytest.raises(prior._TooSlow) as too_slow:
+        progress(20, 1000)
+    assert too_slow.value.args[0] == pytest.approx(105.0)

@@ -1,16 +1,34 @@
 """Make the demo model's prior, so that the server drafts at full strength (``make serve``, ``make demo``).
 
-Takes some minutes, once: the model is run over its whole vocabulary.
+Takes some minutes, once: the model is run over its whole vocabulary. Where it would take long, the server does
+without: `make prior` makes it all the same.
 """
 
 import os
 import sys
+from pathlib import Path
 
 from console import report_errors, run_logged, say
 from demo_model import MODEL_PATH
 from environment import ROOT, VENV, only_one_at_a_time
 
 KV_CACHE_GIB = "1"
+BEFORE_SERVING = "--before-serving"
+PATIENCE_MINUTES = "15"
+# What arithmetic in bfloat16 needs on x86; elsewhere PyTorch emulates it, several times slower than float32.
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+
+
+def cpu_info() -> str:
+    """What Linux says of the CPU; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def dtype_arguments(cpu_info: str) -> list[str]:
+    """In what the prior is computed: the model's dtype, but float32 on an x86 CPU that would emulate bfloat16."""
+    flags = next((line.split() for line in cpu_info.splitlines() if line.startswith("flags")), BFLOAT16_FLAGS)
+    return [] if set(flags) & set(BFLOAT16_FLAGS) else ["--dtype", "float32"]
 
 
 def is_there() -> bool:
@@ -28,9 +46,11 @@ def main() -> None:
             return
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH)]
+        command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH), *dtype_arguments(cpu_info())]
+        if BEFORE_SERVING in sys.argv[1:]:
+            command += ["--give-up-beyond", PATIENCE_MINUTES]
         run_logged("making the demo model's prior (a few minutes, once)", command, VENV / "aasd-prior.log")
-        say("the prior is ready")
+        say("the prior is ready" if is_there() else "this machine is too slow to make the prior now: serving without")
 
 
 if __name__ == "__main__":

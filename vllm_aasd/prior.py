@@ -1,6 +1,7 @@
 """Make the prior of a model: what it would say after each token of its vocabulary, for drafts to begin from.
 
-    python -m vllm_aasd.prior MODEL [--top-k 8] [--output FILE] [--force] [arguments of vLLM's engine]
+    python -m vllm_aasd.prior MODEL [--top-k 8] [--output FILE] [--force] [--give-up-beyond MINUTES]
+                              [arguments of vLLM's engine]
 
 Runs the model once over its vocabulary and keeps the result in a cache folder under a name that stands for the
 model's content; a server with method ``aasd`` finds it there. On a cluster, run it on each node, or put
@@ -8,6 +9,7 @@ model's content; a server with method ``aasd`` finds it there. On a cluster, run
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,6 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=_top_k, default=DEFAULT_TOP_K, help="successors kept of each token")
     parser.add_argument("--output", type=Path, help="file to write (default: where the server looks for it)")
     parser.add_argument("--force", action="store_true", help="make it again where there is one")
+    parser.add_argument(
+        "--give-up-beyond",
+        type=float,
+        default=math.inf,
+        metavar="MINUTES",
+        help="don't make it where that would take longer (default: however long)",
+    )
     ours, engine_arguments = parser.parse_known_args(arguments)
 
     # Here, so that --help doesn't wait for vLLM.
@@ -47,18 +56,37 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists() and not ours.force:
         print(f"there already: {path}")
         return
-    prior_file.save(path, successors.successors(engine, ours.top_k, _Progress()), key)
+    try:
+        prior = successors.successors(engine, ours.top_k, _Progress(60 * ours.give_up_beyond))
+    except _TooSlow as too_slow:
+        print(f"not made: it would take {too_slow.args[0] / 60:.0f} minutes here")
+        return
+    prior_file.save(path, prior, key)
     print(f"written: {path}")
 
 
-class _Progress:
-    """Says every few seconds how far it is, one line each: it ends in log files as often as on a terminal."""
+class _TooSlow(Exception):
+    """Making the prior would take longer than it may; holds the seconds."""
 
-    def __init__(self) -> None:
+
+class _Progress:
+    """Says every few seconds how far it is, one line each: it ends in log files as often as on a terminal.
+
+    Args:
+        most_seconds: what all of it may take, judged by what is done.
+
+    Raises:
+        _TooSlow: when called, where it would take longer.
+    """
+
+    def __init__(self, most_seconds: float) -> None:
         self._began = self._said = time.monotonic()
+        self._most_seconds = most_seconds
 
     def __call__(self, done: int, of: int) -> None:
         now = time.monotonic()
+        if (now - self._began) * of / done > self._most_seconds:
+            raise _TooSlow((now - self._began) * of / done)
         if now - self._said >= _REPORT_SECONDS:
             self._said = now
             left = (now - self._began) * (of - done) / done
