@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_aasd import plugin
 from vllm_aasd.config import Settings
-from vllm_aasd.engine import configuration, seams
+from vllm_aasd.engine import configuration, refusals, seams
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_the_method_alone_is_a_configuration(create):
     speculative_config = config.speculative_config
     assert speculative_config.aasd == Settings()
     assert speculative_config.num_speculative_tokens == 8
-    assert config.parallel_config.worker_cls == configuration.CPU_WORKER
+    assert config.parallel_config.worker_cls == refusals.CPU_WORKER
     assert "method='aasd'" in repr(speculative_config) and "aasd_top_k=4" in repr(speculative_config)
 
 
@@ -69,7 +69,7 @@ def test_the_method_may_come_beside_the_json(create):
 def test_vllms_own_methods_are_untouched(create):
     stock = create({"method": "ngram", "num_speculative_tokens": 3})
     assert stock.speculative_config.method == "ngram"
-    assert stock.parallel_config.worker_cls != configuration.CPU_WORKER
+    assert stock.parallel_config.worker_cls != refusals.CPU_WORKER
     assert create(None).speculative_config is None
     with pytest.raises(ValueError, match="Input should be"):
         create({"method": "aasdf"})
@@ -120,7 +120,7 @@ def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, 
     config = create({"method": "aasd", "num_speculative_tokens": 5})
     assert config.speculative_config.method == carrier
     assert config.use_v2_model_runner is (chosen == "1")
-    assert config.parallel_config.worker_cls == configuration.CPU_WORKER
+    assert config.parallel_config.worker_cls == refusals.CPU_WORKER
     for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
         assert twin.aasd == Settings() and twin.num_speculative_tokens == 5
 
@@ -163,7 +163,7 @@ def test_gpus_run_v2_and_nothing_else(create, monkeypatch):
     monkeypatch.setattr(configuration, "current_platform", gpu)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert create({"method": "aasd"}).parallel_config.worker_cls == configuration.GPU_WORKER
+    assert create({"method": "aasd"}).parallel_config.worker_cls == refusals.GPU_WORKER
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match="can't work with model_runner='V1': on GPUs it needs vLLM's V2"):
         create({"method": "aasd"})

@@ -71,8 +71,8 @@ def test_every_seam_of_the_installed_vllm_is_as_we_know_it():
     seams.check_version()
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0"])
 def test_an_unknown_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(seams, "vllm_version", lambda: version)
-    with pytest.raises(SeamError, match=rf"supports vLLM 0\.32\.\*, and vLLM {version} is installed"):
+    with pytest.raises(SeamError, match=rf"supports vLLM 0\.32\.\*, 0\.33\.\*, and vLLM {version} is installed"):
         seams.check_version()

@@ -1,14 +1,21 @@
 """The V2 adapter against a fake of the runner's device state, in the orders in which schedulers call it."""
 
+import inspect
 import logging
+import types
 
 import pytest
 import torch
 from fake_v2 import BLOCK, MAX_LEN, VOCAB, WIDTH, FakeRunner, next_token
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_aasd.engine import v2, v2_verifier
+from vllm_aasd.engine import seams, v2, v2_verifier
 from vllm_aasd.engine.v2_verifier import V2Verifier
+from vllm_aasd.kernels import align, draft_batch, verify_seeded
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
 PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
@@ -173,7 +180,7 @@ def test_policies_and_stop_tokens_follow_the_slot():
         (None, {"use_block_verification": True}),
         (None, {"use_fp64": True}),
         (None, {"watermark_key": 7}),
-        (None, {"of_a_later_vllm": None}),
+        (None, {"fly_window_size": 4}),
     ],
 )
 def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
@@ -181,18 +188,29 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
     verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None)
     seen = {}
 
-    def stock(*args, **more):
-        seen.update(drafts=args[2].tolist(), kwargs=more)
+    def stock(**call):
+        seen.update(call)
         return "stock"
 
+    # vLLM 0.33's parameters; 0.32 has fewer.
+    seam = seams.V2_REJECTION_SAMPLE
+    names = [*seam.parameters, *seam.further]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    stock.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
     rows = [torch.zeros(3, VOCAB), draft_logits, torch.tensor([4, 5, 6]), torch.tensor([0, 3]), torch.arange(3)]
     rows += [torch.zeros(1).long(), torch.zeros(3).long(), torch.arange(3), torch.zeros(1), torch.zeros(1).long(), WIDTH]
     sample = v2_verifier._dispatching(stock)
     with verifier.active(), caplog.at_level(logging.WARNING, "vllm.aasd"):
         assert sample(*rows, **kwargs) == "stock"
-    assert seen["drafts"] == [4, 5, PLACEHOLDER_TOKEN_ID]
-    assert seen["kwargs"].keys() == kwargs.keys()
+    assert seen["draft_sampled"].tolist() == [4, 5, PLACEHOLDER_TOKEN_ID]
+    assert all(seen[name] is value for name, value in kwargs.items()) and len(seen) == len(rows) + len(kwargs)
     assert "vLLM's own rejection sampler verifies" in caplog.text
+
+
+def test_what_vllm_hands_over_by_default_is_ours():
+    defaults = {"fly_window_size": 0, "fly_entropy_threshold": 0.3, "fly_entropy_top_k": 3, "use_fp64": False}
+    ours = dict.fromkeys(seams.V2_REJECTION_SAMPLE.parameters)
+    assert v2_verifier._foreign({**ours, **defaults, "synthetic_conditional_rates": None}) is None
 
 
 def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
@@ -203,8 +221,139 @@ def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
 
         with pytest.raises(AssertionError):
             host.init_speculator(type("C", (), {"speculative_config": None})(), None, None)
-        assert v2_verifier._dispatching(lambda *args, **kwargs: args)(*range(11)) == tuple(range(11))
+        assert v2_verifier._dispatching(lambda *args: args)(*range(11)) == tuple(range(11))
     finally:
         for replacement in replacements:
             replacement.undo()
     assert not hasattr(host.init_speculator, "__wrapped__")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Our kernels' plain twins stand for launches of kernels: what they do inside isn't watched."""
+    for module in (align, draft_batch, verify_seeded):
+        monkeypatch.setattr(module, "backend", lambda *args, stock=module.backend: Unwatched(stock(*args)))
+
+
+class Unwatched:
+    """A module whose functions a `Watch` doesn't see into."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            Watch.is_off = True
+            try:
+                return getattr(self._module, name)(*args, **kwargs)
+            finally:
+                Watch.is_off = False
+
+        return call
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation that PyTorch is asked for."""
+
+    is_off = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not Watch.is_off:
+            self.see(str(function), result)
+        return result
+
+
+class NoSynchronisation(Watch):
+    """Fails on what would wait for a GPU: a number read on the host, a shape that depends on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "equal.")
+
+    def see(self, function, result):
+        assert not any(name in function for name in self.FORBIDDEN), f"{function} waits for the device"
+
+
+class LargestTensor(Watch):
+    """Notes the bytes of the largest tensor that an operation returns."""
+
+    def __init__(self, into):
+        super().__init__()
+        self._into = into
+        into.append(0)
+
+    def see(self, function, result):
+        if isinstance(result, torch.Tensor):
+            self._into[-1] = max(self._into[-1], result.nbytes)
+
+
+def test_nothing_waits_for_the_device(launches):
+    runner = FakeRunner(alignment=True, **STRICT)
+    runner.watch = NoSynchronisation
+    serve(runner, PROMPTS, chunk=3)
+    assert sum(runner.accepted) > 0
+    with NoSynchronisation(), pytest.raises(AssertionError, match="local_scalar_dense.* waits for the device"):
+        runner.total_len.max().item()
+    with NoSynchronisation(), pytest.raises(AssertionError, match="nonzero"):
+        runner.total_len[runner.total_len > 0]
+
+
+def test_what_a_step_makes_does_not_grow_with_the_context(launches):
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 4)]
+    runner.add(0, prompt, 40, SamplingParams(temperature=0.0, max_tokens=40))
+    largest = []
+    runner.watch = lambda: LargestTensor(largest)
+    for _ in range(6):
+        runner.step([0])
+    # Two watches a step: the verifier's and the speculator's. The first step reads the prompt.
+    assert len(largest) == 12 and min(largest) > 0
+    assert len(set(largest[2::2])) == len(set(largest[3::2])) == 1
+
+
+def test_fewer_draft_tokens_in_a_step_than_configured():
+    """`num_speculative_tokens_per_batch_size` and vLLM 0.33's skipped drafts lower it, to none at all."""
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    runner.add(0, prompt, 30, SamplingParams(temperature=0.0, max_tokens=30))
+    for width in (2, 0, WIDTH):
+        runner.width = width
+        runner.step([0])
+        assert runner.counts[0] == width
+    tokens = runner.tokens[0, len(prompt) : int(runner.total_len[0])].tolist()
+    assert tokens == target_alone(prompt, len(tokens))
+
+
+def test_a_copied_block_takes_its_entries_along():
+    """vLLM's copy-on-write of a partly shared block goes by the tensors in `kv_caches`."""
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[1:2])
+    table = runner.speculator._store.table
+    assert any(tensor is table for tensor in runner.kv_caches)
+    assert not torch.equal(table[0], table[20])
+    copy_kv_cache_blocks_inplace(runner.kv_caches, len(table), [KVCacheBlockCopy(0, 20)])
+    assert torch.equal(table[0], table[20])
+
+
+def test_placeholders_of_images_are_learnt_and_never_drafted():
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    image = PlaceholderRange(offset=1, length=3, is_embed=torch.tensor([True, False, True]))
+    feature = types.SimpleNamespace(mm_position=image)
+    told = types.SimpleNamespace(prompt_token_ids=[7, 31, 8, 31], mm_features=[feature])
+    runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told]))
+    runner.step([0])
+    assert runner.counts[0] == WIDTH, "token 31 alone stands for the image"
+    draft = runner.drafts[0].tolist()
+    image = types.SimpleNamespace(mm_position=PlaceholderRange(offset=0, length=1))
+    told = types.SimpleNamespace(prompt_token_ids=[draft[2]], mm_features=[image])
+    fresh = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    fresh.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    fresh.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told]))
+    fresh.step([0])
+    first = draft.index(draft[2])
+    assert fresh.counts[0] == first and fresh.drafts[0, :first].tolist() == draft[:first]
+    assert fresh.speculator._placeholders.before_first(draft) == draft[:first]
+    drafts, counts = torch.tensor([[4, draft[2], 6], [5, 4, 6]]), torch.tensor([3, 2], dtype=torch.int32)
+    fresh.speculator._placeholders.cut(drafts, counts)
+    assert drafts.tolist() == [[4, 0, 6], [5, 4, 6]] and counts.tolist() == [1, 2]

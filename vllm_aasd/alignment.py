@@ -4,12 +4,22 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.align import MAX_TOP_K, align
+from vllm_aasd.kernels.align_shard import align_merge
 
 _NO_TOKEN = -1
 
 
 PREFILL_CHUNK = 256
 """Prompt positions whose logits exist at once: 256 rows of a 152k vocabulary in bfloat16 are 78 MB."""
+
+
+def _entry_words(top_k: int) -> int:
+    return 1 + 2 * top_k
+
+
+def entry_bytes(top_k: int) -> int:
+    """Bytes that a store takes for each KV slot, with `top_k` predictions in it."""
+    return 4 * _entry_words(top_k)
 
 
 class AlignmentStore:
@@ -24,7 +34,7 @@ class AlignmentStore:
     Args:
         num_blocks: blocks of the KV cache, at least 1.
         block_size: slots of a block, at least 1.
-        top_k: predictions kept of each position, 1 to 8. A slot takes 4 + 8 top_k bytes.
+        top_k: predictions kept of each position, 1 to 8. A slot takes `entry_bytes` of it.
         device: where the table lives; that of the logits.
 
     Raises:
@@ -43,9 +53,9 @@ class AlignmentStore:
         if not 1 <= top_k <= MAX_TOP_K:
             raise ValueError(f"top_k is {top_k}, must lie in [1, {MAX_TOP_K}]")
         self.top_k = top_k
-        self.table = torch.zeros((num_blocks, block_size, 1 + 2 * top_k), dtype=torch.int32, device=device)
+        self.table = torch.zeros((num_blocks, block_size, _entry_words(top_k)), dtype=torch.int32, device=device)
         self.table[:, :, 0] = _NO_TOKEN
-        self._slots = self.table.view(num_blocks * block_size, 1 + 2 * top_k)
+        self._slots = self.table.view(num_blocks * block_size, _entry_words(top_k))
 
     @property
     def slots(self) -> torch.Tensor:
@@ -74,6 +84,20 @@ class AlignmentStore:
             ValueError: a wrong shape or dtype, or a slot outside the table.
         """
         align(logits, token_ids, slot_mapping, self._slots)
+
+    def write_shards(self, partials: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store the top k of each row from logits that were split over the vocabulary.
+
+        Args:
+            partials: [num_ranks, num_rows, 1 + 2 top_k] int32, what `vllm_aasd.kernels.align_shard.align_shard` gave
+                of each part.
+            token_ids: [num_rows] int32, as for `write`.
+            slot_mapping: [num_rows] int64, as for `write`.
+
+        Raises:
+            ValueError: a wrong shape or dtype.
+        """
+        align_merge(partials, token_ids, slot_mapping, self._slots)
 
     def read(
         self, token_ids: torch.Tensor, slots: torch.Tensor

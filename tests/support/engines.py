@@ -1,6 +1,7 @@
 """Run an engine scenario in a process of its own; see run_engine.py."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,23 +18,37 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
-            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
+            ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``), ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
         ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
         "kernels": [module, ...], "log": str}``
     """
-    record_store = options.pop("record_store", False)
+    recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification")}
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
         options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
-    engine = {"model": model, "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, **options}
+    num_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    executor = "uni" if num_ranks == 1 else "mp"
+    engine = {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "distributed_executor_backend": executor,
+        **options,
+    }
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store, "v2": v2}
+    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "v2": v2, **recorded}
     process = subprocess.run(
-        [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=1800
+        [sys.executable, str(_RUNNER)],
+        input=json.dumps(scenario),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={**os.environ, "AASD_TEST_V2": str(int(v2))},
     )
     log = process.stdout + process.stderr
     assert process.returncode == 0, log[-6000:]

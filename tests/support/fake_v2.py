@@ -4,8 +4,11 @@ The target is a rule: what follows a token is fixed by the two last tokens. Slot
 runner's; its forward pass, sampler and bookkeeping are written out here in plain torch.
 """
 
+import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_aasd.config import Settings
-from vllm_aasd.engine import v2, v2_verifier
+from vllm_aasd.engine import prompt_logits, v2, v2_verifier
 
 VOCAB, BLOCK, MAX_LEN, WIDTH = 32, 4, 64, 4
 
@@ -43,10 +46,17 @@ class _Model(torch.nn.Module):
 
 
 class FakeRunner:
-    """Serves requests greedily; `fillers` schedules every draft column, as asynchronous scheduling does."""
+    """Serves requests greedily; `fillers` schedules every draft column, as asynchronous scheduling does.
+
+    Attributes:
+        width: draft tokens asked for in the next steps; None for all.
+        watch: a context that our part of a step runs in.
+    """
 
     def __init__(self, max_num_reqs: int = 3, fillers: bool = True, **settings: Any) -> None:
         self.fillers = fillers
+        self.width: int | None = None
+        self.watch: Callable = contextlib.nullcontext
         self.tokens = torch.zeros(max_num_reqs, MAX_LEN, dtype=torch.int32)
         self.total_len = torch.zeros(max_num_reqs, dtype=torch.int32)
         self.max_seq_len = np.zeros(max_num_reqs, np.int32)
@@ -81,9 +91,11 @@ class FakeRunner:
         self.speculator = v2.AASDSpeculator(config, torch.device("cpu"), req_states)
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
-        self.speculator.attach(self)
+        self.group = SimpleNamespace(world_size=1)
+        with patch.object(prompt_logits, "get_tp_group", lambda: self.group):
+            self.speculator.attach(self)
         self.speculator.bind(self, SimpleNamespace(num_blocks=self.blocks.numel(), kv_cache_groups=[group]))
-        self.rejection_sample = v2_verifier._dispatching(_never)
+        self.rejection_sample = v2_verifier._dispatching(vllms_own)
 
     def get_model(self) -> torch.nn.Module:
         """As the runner's."""
@@ -141,7 +153,7 @@ class FakeRunner:
         with self.speculator.sampling():
             self.execute_model_state = None
             logits = self.model.compute_logits(hidden_states[sampled_rows])
-            sampled, num_sampled = self.rejection_sample(
+            arguments = (
                 logits,
                 None,
                 batch.input_ids[sampled_rows],
@@ -154,8 +166,9 @@ class FakeRunner:
                 torch.zeros(len(self.temperature), dtype=torch.int64),
                 WIDTH,
                 None,
-                use_fp64=False,
             )
+            with self.watch():
+                sampled, num_sampled = self.rejection_sample(*arguments, use_fp64=False)
             emitted = {}
             for row, slot in enumerate(slots):
                 self.num_computed[slot] += starts[row + 1] - starts[row]
@@ -168,11 +181,13 @@ class FakeRunner:
                 self.tokens[slot, total : total + count] = sampled[row, :count]
                 self.total_len[slot] += count
                 self.num_computed[slot] = total + count - 1
-            drafts = self.speculator.propose(
-                batch, None, state.slot_mappings_by_layer, hidden_states, None, num_sampled, None, None, None, None, None
-            )
+            given = batch, None, state.slot_mappings_by_layer, hidden_states, None, num_sampled, *[None] * 5
+            with self.watch():
+                drafts = self.speculator.propose(*given, num_speculative_tokens=self.width)
+        width = WIDTH if self.width is None else self.width
+        drafts[:, width:] = -1
         self.drafts[batch.idx_mapping] = drafts
-        told = self.speculator.trimmed(DraftTokenIds([str(slot) for slot in slots], [[-1] * WIDTH for _ in slots]))
+        told = self.speculator.trimmed(DraftTokenIds([str(slot) for slot in slots], [[-1] * width for _ in slots]))
         for slot, ids in zip(slots, told.draft_token_ids, strict=True):
             # vLLM schedules nothing beyond what the request may emit, nor for an unfinished prompt.
             left = int(self.max_seq_len[slot] - self.total_len[slot]) - 1
@@ -189,5 +204,20 @@ class FakeRunner:
         return torch.tensor(pairs)
 
 
-def _never(*args: Any, **kwargs: Any) -> Any:
+def vllms_own(
+    target_logits: Any,
+    draft_logits: Any,
+    draft_sampled: Any,
+    cu_num_logits: Any,
+    pos: Any,
+    idx_mapping: Any,
+    expanded_idx_mapping: Any,
+    expanded_local_pos: Any,
+    temperature: Any,
+    seed: Any,
+    num_speculative_steps: int,
+    synthetic_conditional_rates: Any = None,
+    use_fp64: bool = False,
+) -> Any:
+    """In the place of vLLM's own rejection sampler, which isn't asked."""
     raise AssertionError("vLLM's own sampler isn't asked")

@@ -8,24 +8,26 @@ import json
 import os
 import sys
 
+if os.environ.get("AASD_TEST_V2") == "1":
+    # Worker processes, which import this file first, need it too.
+    import v2_on_cpu
+
+    v2_on_cpu.prepare()
+
 
 def main() -> None:
     scenario = json.load(sys.stdin)
-    # The engine and its worker in this process: the store can be read, and two starts of Python are saved.
+    # The engine, and a single worker, in this process: the store can be read, and two starts of Python are saved.
     # vLLM binds no OpenMP threads then, and several that share a busy core would wait for each other.
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if scenario["v2"]:
-        import v2_on_cpu
-
-        v2_on_cpu.prepare()
+    # Ranks share the few cores there are.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    llm = LLM(
-        disable_log_stats=False, enforce_eager=True, distributed_executor_backend="uni", **scenario["engine"]
-    )
+    llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
     tokenizer = llm.get_tokenizer()
 
     def encoded(message):
@@ -44,6 +46,7 @@ def main() -> None:
 
     recorded = record_store_v2 if scenario["v2"] else record_store
     snapshots = recorded(llm) if scenario["record_store"] else []
+    verified = record_verification(llm) if scenario["record_verification"] else None
     rounds = []
     for batch in scenario["rounds"]:
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
@@ -53,6 +56,10 @@ def main() -> None:
     result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots, "kernels": kernels}
     with open(scenario["out"], "w") as out:
         json.dump(result, out)
+    if verified is not None:
+        import torch
+
+        torch.save(verified, scenario["out"] + ".pt")
 
 
 def described(output):
@@ -127,6 +134,27 @@ def record_store_v2(llm):
 
     speculator.propose = propose
     return snapshots
+
+
+def record_verification(llm):
+    """Note what the V2 verifier is asked and what it answers, in copies."""
+    import torch
+
+    speculator = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+    verifier, requests, calls = speculator.verifier, speculator.requests, []
+    stock = verifier.rejection_sample
+
+    def rejection_sample(**call):
+        copied = {name: torch.clone(value) if torch.is_tensor(value) else value for name, value in call.items()}
+        policies = [tensor.clone() for tensor in requests.policies]
+        stop_token_ids = requests.stop_token_ids.clone()
+        sampled, num_sampled = stock(**call)
+        answer = {"sampled": sampled.clone(), "num_sampled": num_sampled.clone()}
+        calls.append({"call": copied, "policies": policies, "stop_token_ids": stop_token_ids, **answer})
+        return sampled, num_sampled
+
+    verifier.rejection_sample = rejection_sample
+    return calls
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd.config import DEFAULT_NUM_SPECULATIVE_TOKENS, PREFIX, Settings
-from vllm_aasd.engine import seams
+from vllm_aasd.engine import refusals, seams
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.AASDProposer"
 V1_CARRIER = "custom_class"
 V2_CARRIER = "ngram_gpu"
-CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
-GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
@@ -77,8 +75,11 @@ def _create(
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
     ngram_keys = _ngram_keys(vllm_keys, settings)
     carrier = pick_carrier(args)
-    _refuse_what_cannot_work(args, vllm_keys)
-    _refuse_what_the_runner_cannot(args, settings, carrier)
+    runner = "V2" if carrier == V2_CARRIER else "V1"
+    refusal = runner_refusal(runner)
+    if refusal is not None:
+        refusals.refuse("model_runner", runner, refusal)
+    refusals.check(runner, args, vllm_keys, settings)
 
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
     carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
@@ -102,7 +103,9 @@ def _create(
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
         ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
-    target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    target_parallel_config.worker_cls = (
+        refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
+    )
     return ours
 
 
@@ -153,54 +156,6 @@ def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]
     if low > high:
         raise ValueError(f"prompt_lookup_min={low} is not allowed: it takes at most prompt_lookup_max={high}.")
     return {"prompt_lookup_min": low, "prompt_lookup_max": high}
-
-
-def _refuse(name: str, value: Any, allowed: str) -> None:
-    """Raise the ValueError that names a setting, its value and what is allowed."""
-    raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {allowed}.")
-
-
-def _refuse_what_cannot_work(args: EngineArgs, vllm_keys: dict[str, Any]) -> None:
-    if args.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
-        _refuse("worker_cls", args.worker_cls, "it brings a worker of its own, so leave worker_cls at 'auto'")
-    for name, default, reason in (
-        ("rejection_sample_method", "standard", "it replaces the rejection sampler; allowed is 'standard'"),
-        ("draft_sample_method", "greedy", "its drafts are the likeliest tokens; allowed is 'greedy'"),
-        ("enable_adaptive_verification", False, "allowed is false"),
-        ("model", None, "it needs no draft model; leave it out"),
-    ):
-        if vllm_keys.get(name, default) not in (default, None):
-            _refuse(name, vllm_keys[name], reason)
-    if args.spec_model is not None:
-        _refuse("spec_model", args.spec_model, "it needs no draft model; leave it out")
-    if args.kv_sharing_fast_prefill:
-        _refuse("kv_sharing_fast_prefill", True, "prompt hidden states are wrong in that mode; allowed is false")
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(args, name) != 1:
-            _refuse(name, getattr(args, name), "the KV slots of a request must lie on one rank; allowed is 1")
-
-
-def _refuse_what_the_runner_cannot(args: EngineArgs, settings: Settings, carrier: str) -> None:
-    runner = "V2" if carrier == V2_CARRIER else "V1"
-    refusal = runner_refusal(runner)
-    if refusal is not None:
-        _refuse("model_runner", runner, refusal)
-    if carrier == V2_CARRIER:
-        on_v2 = "on vLLM's V2 model runner"
-        if settings.memory != "off":
-            _refuse("aasd_memory", settings.memory, f"the memory is the host's, and drafts are the device's {on_v2}")
-        if settings.draft != "mixture":
-            _refuse("aasd_draft", settings.draft, f"for vLLM's own n-grams {on_v2} use its method 'ngram_gpu'")
-        return
-    on_v1 = "on vLLM's V1 model runner"
-    if args.pipeline_parallel_size != 1:
-        _refuse(
-            "pipeline_parallel_size",
-            args.pipeline_parallel_size,
-            f"there is no speculation across pipeline stages {on_v1}; allowed is 1",
-        )
-    if args.async_scheduling:
-        _refuse("async_scheduling", True, f"drafts are made on the host between two steps {on_v1}; leave it out")
 
 
 def _check_num_speculative_tokens(value: Any) -> None:

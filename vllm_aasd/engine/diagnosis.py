@@ -8,27 +8,8 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd import __version__
-from vllm_aasd.engine import relied_on, seams
+from vllm_aasd.engine import refusals, relied_on, seams
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
-
-_UNSUPPORTED = {
-    "V1": (
-        "pipeline parallelism",
-        "asynchronous scheduling",
-        "context parallelism",
-        "kv_sharing_fast_prefill",
-        "any device but CPUs",
-    ),
-    "V2": (
-        "aasd_memory other than off",
-        "aasd_draft ngram",
-        "context parallelism",
-        "kv_sharing_fast_prefill",
-        "adaptive verification",
-        "drafts that follow the load (aasd_draft_length adaptive is bounded by aasd_min_survival alone)",
-    ),
-}
-
 
 class Diagnosis(NamedTuple):
     """The doctor's words, and whether aasd works with the runner that vLLM would choose."""
@@ -65,6 +46,9 @@ def diagnose() -> Diagnosis:
             reasons.append(f"vLLM's {runner} model runner isn't as we know it")
     if reasons:
         return Diagnosis([*lines, *(f"aasd can't work: {reason}" for reason in reasons)], works=False)
-    lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused or not supported there:")
-    lines += [f"  - {what}" for what in _UNSUPPORTED[chosen]]
+    lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused there:")
+    lines += [
+        f"  - {refusal.name} other than {' or '.join(repr(value) for value in refusal.allowed)}: {refusal.reason}"
+        for refusal in refusals.BY_RUNNER[chosen]
+    ]
     return Diagnosis(lines, works=True)

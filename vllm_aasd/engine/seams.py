@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.aasd")
 
-SUPPORTED_VLLM = ("0.32",)
-"""The vLLM release series that were run with this version."""
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""The vLLM release series that this version works with; README says how each was checked."""
 
 
 class Seam(NamedTuple):
@@ -24,11 +24,13 @@ class Seam(NamedTuple):
         module: where it is looked up by its callers.
         attribute: its name there; a dot leads into a class.
         parameters: the names of its first parameters, which must not have changed.
+        further: the names that may follow, some of them only in some versions; None where it doesn't matter.
     """
 
     module: str
     attribute: str
     parameters: tuple[str, ...]
+    further: tuple[str, ...] | None = None
 
 
 CREATE_SPECULATIVE_CONFIG = Seam(
@@ -79,7 +81,19 @@ V2_REJECTION_SAMPLE = Seam(
         "temperature",
         "seed",
         "num_speculative_steps",
+    ),
+    # Each asks for another rule of verification, so one that we don't know would be ignored.
+    further=(
         "synthetic_conditional_rates",
+        "use_fp64",
+        "use_block_verification",
+        "contexts",
+        "watermarking",
+        "watermarking_skip_mask",
+        "watermark_key",
+        "fly_window_size",
+        "fly_entropy_threshold",
+        "fly_entropy_top_k",
     ),
 )
 
@@ -134,7 +148,7 @@ def check(seam: Seam) -> tuple[Any, str, Callable]:
         The object that holds it, its name there, and the function.
 
     Raises:
-        SeamError: if it is missing or its first parameters have changed.
+        SeamError: if it is missing or its parameters have changed.
     """
     try:
         owner: Any = importlib.import_module(seam.module)
@@ -149,6 +163,9 @@ def check(seam: Seam) -> tuple[Any, str, Callable]:
         raise SeamError(
             f"{seam.module}.{seam.attribute} of vLLM takes {found}, and we know it with {seam.parameters} first"
         )
+    unknown = set(found[len(seam.parameters) :]) - set(found if seam.further is None else seam.further)
+    if unknown:
+        raise SeamError(f"{seam.module}.{seam.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us")
     return owner, name, function
 
 

@@ -11,6 +11,7 @@ import torch
 from vllm.config import ModelConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
+from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
@@ -78,7 +79,7 @@ def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
     kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs.values())
     if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
         return 1.0
-    return kv_bytes / (kv_bytes + 4 + 8 * top_k)
+    return kv_bytes / (kv_bytes + entry_bytes(top_k))
 
 
 @functools.cache

@@ -8,13 +8,14 @@ ended), the runner's forward pass, `sampling` (around the rest: alignment store,
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
@@ -26,6 +27,7 @@ from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
+from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
 
@@ -63,6 +65,7 @@ class AASDProposer:
             self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
         )
         self._has_proposed = False
+        self._placeholders = PlaceholderTokens()
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the target model; there is no other to load."""
@@ -128,13 +131,14 @@ class AASDProposer:
             "stored" if self._align_prompts else "not stored",
         )
 
-    def begin_step(self, finished_req_ids: Iterable[str]) -> None:
-        """Begin to time a step, and drop the state of requests that have ended."""
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Begin to time a step, learn what stands for images in new requests, and drop the state of ended ones."""
         self._began = time.perf_counter()
         self._num_decode_tokens = None
+        self._placeholders.learn(scheduled.scheduled_new_reqs)
         if self._drafter is not None:
-            self._drafter.forget(finished_req_ids)
-        self._verifier.forget(finished_req_ids)
+            self._drafter.forget(scheduled.finished_req_ids)
+        self._verifier.forget(scheduled.finished_req_ids)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -227,8 +231,8 @@ class AASDProposer:
             limit = self._draft_limit(req_id, len(context))
             self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
             draft_token_ids, expected = self._drafter.draft(req_id, context, self._alignment_of(row), limit)
-            drafts.append(draft_token_ids.tolist())
-            survival[row, : len(expected)] = expected
+            drafts.append(self._placeholders.before_first(draft_token_ids.tolist()))
+            survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
         if not self._is_adaptive:
             return drafts
         is_seeded = np.array([self._is_seeded(req_ids[row]) for row in range(len(drafts))], bool)

@@ -9,7 +9,7 @@ is at: with asynchronous scheduling it is ahead.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm.config import VllmConfig
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -24,9 +25,11 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
+from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
 from vllm_aasd.engine import seams, start_up, v2_verifier
+from vllm_aasd.engine.placeholders import PlaceholderTokens
+from vllm_aasd.engine.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.engine.v2_verifier import V2Verifier
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
@@ -60,10 +63,12 @@ class AASDSpeculator(BaseSpeculator):
         self._align_prompts = start_up.may_align_prompts(
             settings.alignment is True, has_lora=vllm_config.lora_config is not None
         )
+        self._prompt_logits: PromptLogits | None = None
+        self._placeholders = PlaceholderTokens(device)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.requests = RequestSlots(
-            start_up.policy_of(settings), req_states.max_seq_len, vllm_config.model_config.max_model_len, device
+            start_up.policy_of(settings), req_states.max_seq_len, vllm_config.model_config, device
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.verifier = V2Verifier(self._num_valid_drafts, self.requests)
@@ -91,6 +96,8 @@ class AASDSpeculator(BaseSpeculator):
         stored where the model's own logits layer returns, by PyTorch's hook.
         """
         self._runner = runner
+        if self._align_prompts:
+            self._prompt_logits = PromptLogits(runner.get_model(), self._settings.top_k)
         runner.sampler.logits_processors.append(self.requests)
         for module in runner.get_model().modules():
             if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
@@ -143,8 +150,9 @@ class AASDSpeculator(BaseSpeculator):
     def profile(self) -> None:
         """Nothing to time: what a draft costs is the device's to know, and it isn't asked."""
 
-    def begin_step(self, finished_req_ids: Iterable[str]) -> None:
-        """Nothing to drop: a slot is written anew when a request enters it."""
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Learn what stands for images in new requests; nothing is to be dropped, as slots are written anew."""
+        self._placeholders.learn(scheduled.scheduled_new_reqs)
 
     def clear_memory(self) -> None:
         """Nothing to unlearn: no request is remembered beyond its slot."""
@@ -188,11 +196,8 @@ class AASDSpeculator(BaseSpeculator):
         by request, and which rows were sampled from only to the device."""
         slots = slot_mappings[self._store_layer]
         for row in batch.is_prefilling_np.nonzero()[0]:
-            end = int(batch.query_start_loc_np[row + 1])
-            for start in range(int(batch.query_start_loc_np[row]), end, PREFILL_CHUNK):
-                rows = slice(start, min(start + PREFILL_CHUNK, end))
-                logits = self._runner.model.compute_logits(hidden_states[rows])
-                self._store.write(logits, batch.input_ids[rows], slots[rows])
+            rows = slice(int(batch.query_start_loc_np[row]), int(batch.query_start_loc_np[row + 1]))
+            self._prompt_logits.store(hidden_states[rows], batch.input_ids[rows], slots[rows], self._store)
 
     @torch.inference_mode()
     def propose(
@@ -233,10 +238,10 @@ class AASDSpeculator(BaseSpeculator):
         num_reqs = input_batch.num_reqs
         drafts, num_drafts = self._draft_token_ids[:num_reqs], self._num_drafts[:num_reqs]
         if dummy_run or self._propose is None:
-            if is_profile and self._align_prompts:
-                self._runner.model.compute_logits(last_hidden_states[:PREFILL_CHUNK])
+            if is_profile and self._prompt_logits is not None:
+                self._prompt_logits.rehearse(last_hidden_states)
             return drafts.zero_()
-        if self._align_prompts and self._store is not None and slot_mappings is not None:
+        if self._prompt_logits is not None and self._store is not None and slot_mappings is not None:
             self._align_prompt(input_batch, slot_mappings, last_hidden_states)
         idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
         longest = self._max_draft_tokens
@@ -253,6 +258,7 @@ class AASDSpeculator(BaseSpeculator):
             num_drafts=num_drafts,
             survival=self._survival[:num_reqs],
         )
+        self._placeholders.cut(drafts, num_drafts)
         self._num_valid_drafts[idx_mapping] = num_drafts
         return drafts
 

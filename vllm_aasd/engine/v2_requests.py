@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
@@ -24,16 +25,16 @@ class RequestSlots(LogitsProcessor):
     Args:
         policy: of every request.
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
-        max_model_len: tokens that the model takes.
+        model_config: has the number of tokens that the model takes, which vLLM may still lower to fit the memory.
         device: where the verifier runs.
     """
 
     def __init__(
-        self, policy: Policy, max_seq_len: np.ndarray, max_model_len: int, device: torch.device
+        self, policy: Policy, max_seq_len: np.ndarray, model_config: ModelConfig, device: torch.device
     ) -> None:
         self._policy = policy
         self._max_seq_len = max_seq_len
-        self._max_model_len = max_model_len
+        self._model_config = model_config
         max_num_reqs = len(max_seq_len)
         self._relaxed = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
         self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
@@ -69,7 +70,7 @@ class RequestSlots(LogitsProcessor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take in who has entered a slot."""
         self._relaxed.np[req_idx] = self._policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
-        self._max_len.np[req_idx] = min(self._max_seq_len[req_idx], self._max_model_len)
+        self._max_len.np[req_idx] = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         stop_token_ids = sorted(sampling_params.all_stop_token_ids)
         width = self._stop_token_ids.np.shape[1]
         if len(stop_token_ids) > width:

@@ -6,6 +6,7 @@ penalties, bad words, temperature, top-k and top-p before us, and reports log-pr
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -21,8 +22,9 @@ logger = logging.getLogger("vllm.aasd")
 
 _active: ContextVar["V2Verifier | None"] = ContextVar("aasd_v2_verifier", default=None)
 
-# By the keyword of vLLM's function, the value at which stock vLLM does what we do. `contexts` belongs to watermarking.
-_NOT_OURS = {
+# By the parameter of vLLM's function, the value at which stock vLLM does what we do.
+_NEUTRAL = {
+    "draft_logits": None,
     "synthetic_conditional_rates": None,
     "use_fp64": False,
     "use_block_verification": False,
@@ -30,7 +32,9 @@ _NOT_OURS = {
     "watermarking": None,
     "watermarking_skip_mask": None,
     "watermark_key": None,
+    "fly_window_size": 0,
 }
+_OURS = tuple(name for name in seams.V2_REJECTION_SAMPLE.parameters if name not in _NEUTRAL)
 
 
 class V2Verifier:
@@ -128,75 +132,32 @@ def install() -> list[seams.Replacement]:
 
 
 def _dispatching(stock: Callable) -> Callable:
+    signature = inspect.signature(stock)
+
     @functools.wraps(stock)
-    def rejection_sample(
-        target_logits: torch.Tensor,
-        draft_logits: torch.Tensor | None,
-        draft_sampled: torch.Tensor,
-        cu_num_logits: torch.Tensor,
-        pos: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        expanded_idx_mapping: torch.Tensor,
-        expanded_local_pos: torch.Tensor,
-        temperature: torch.Tensor,
-        seed: torch.Tensor,
-        num_speculative_steps: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rejection_sample(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         verifier = _active.get()
-        if verifier is not None:
-            draft_sampled = verifier.without_fillers(draft_sampled, expanded_idx_mapping, expanded_local_pos)
-            args = _without_first(args, kwargs)
-            foreign = _foreign(draft_logits, args, kwargs)
-            if foreign is None:
-                return verifier.rejection_sample(
-                    target_logits,
-                    draft_sampled,
-                    cu_num_logits,
-                    pos,
-                    idx_mapping,
-                    expanded_idx_mapping,
-                    expanded_local_pos,
-                    temperature,
-                    seed,
-                    num_speculative_steps,
-                )
-            _say_once(foreign)
-        return stock(
-            target_logits,
-            draft_logits,
-            draft_sampled,
-            cu_num_logits,
-            pos,
-            idx_mapping,
-            expanded_idx_mapping,
-            expanded_local_pos,
-            temperature,
-            seed,
-            num_speculative_steps,
-            *args,
-            **kwargs,
+        if verifier is None:
+            return stock(*args, **kwargs)
+        call = signature.bind(*args, **kwargs).arguments
+        call["draft_sampled"] = verifier.without_fillers(
+            call["draft_sampled"], call["expanded_idx_mapping"], call["expanded_local_pos"]
         )
+        foreign = _foreign(call)
+        if foreign is None:
+            return verifier.rejection_sample(**{name: call[name] for name in _OURS})
+        _say_once(foreign)
+        return stock(**call)
 
     return rejection_sample
 
 
-def _without_first(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Move the one further argument that vLLM hands over by its place to where its name is."""
-    if args:
-        kwargs["synthetic_conditional_rates"], *args = args
-    return tuple(args)
-
-
-def _foreign(draft_logits: torch.Tensor | None, args: tuple, kwargs: dict[str, Any]) -> str | None:
+def _foreign(call: dict[str, Any]) -> str | None:
     """What of a call is beyond our verifier, by name; None if it is all ours."""
-    if draft_logits is not None:
-        return "draft_logits"
-    if args:
-        return "arguments that we don't know"
-    for name, value in kwargs.items():
-        if value is not _NOT_OURS.get(name, ...):
+    for name, neutral in _NEUTRAL.items():
+        value = call.get(name, neutral)
+        # A tensor has no plain equality.
+        if value is not None if neutral is None else value != neutral:
             return name
     return None
 

@@ -89,7 +89,7 @@ class AASDWorker(Worker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Also: begin to time the step, and drop the state of requests that have ended."""
         if self._adapter is not None:
-            self._adapter.begin_step(scheduler_output.finished_req_ids)
+            self._adapter.begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

@@ -1,0 +1,62 @@
+"""Placeholder tokens, which stand in a prompt for an image's or a sound's embeddings and are never to be drafted.
+
+A context is looked up by its last tokens, and a target emits no placeholder. So as long as none is drafted either, the
+positions of an image are never looked up, and what the target predicted there never votes; what remains is the vote of
+the text before an image for the image, and a draft ends before it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+
+_MOST_IDS = 32
+"""Models have one placeholder token per modality, and a few for rows and frames."""
+
+
+class PlaceholderTokens:
+    """The ids seen so far in the served requests; the model's own, so there are few, and nothing is ever dropped.
+
+    Args:
+        device: where drafts are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._ids: set[int] = set()
+        self._on_device = torch.full((_MOST_IDS,), -1, dtype=torch.int64, device=device)
+
+    def learn(self, requests: Iterable[NewRequestData]) -> None:
+        """Take in what stands for embeddings in new requests."""
+        seen = set()
+        for request in requests:
+            prompt = request.prompt_token_ids
+            for feature in request.mm_features if prompt is not None else ():
+                for first, last in feature.mm_position.extract_embeds_range():
+                    seen.update(prompt[first : last + 1])
+        if seen <= self._ids or len(self._ids | seen) > _MOST_IDS:
+            # Embeddings in the place of ordinary text: nothing stands for them, and all else may be drafted.
+            return
+        self._ids |= seen
+        ids = torch.tensor(sorted(self._ids), dtype=torch.int64)
+        self._on_device[: len(ids)].copy_(ids, non_blocking=True)
+
+    def before_first(self, draft_token_ids: list[int]) -> list[int]:
+        """The draft up to its first placeholder."""
+        if not self._ids:
+            return draft_token_ids
+        first = next((place for place, token in enumerate(draft_token_ids) if token in self._ids), None)
+        return draft_token_ids[:first]
+
+    def cut(self, draft_token_ids: torch.Tensor, num_drafts: torch.Tensor) -> None:
+        """End drafts before their first placeholder, on the device.
+
+        Args:
+            draft_token_ids: ``[num_reqs, width]`` int64; placeholders become token 0.
+            num_drafts: ``[num_reqs]`` int32, tokens of each draft; modified in place.
+        """
+        if not self._ids:
+            return
+        is_placeholder = (draft_token_ids[:, :, None] == self._on_device).any(dim=2)
+        num_before = (is_placeholder.cumsum(dim=1) == 0).sum(dim=1, dtype=num_drafts.dtype)
+        torch.minimum(num_drafts, num_before, out=num_drafts)
+        draft_token_ids.masked_fill_(is_placeholder, 0)

@@ -1,0 +1,110 @@
+"""What stops a start, by model runner: one table, by which a configuration is refused and of which the doctor tells."""
+
+from typing import Any, NamedTuple
+
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_aasd.config import PREFIX, Settings
+
+CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
+GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
+
+
+class Refusal(NamedTuple):
+    """Values of a setting with which aasd can't work.
+
+    Attributes:
+        name: of the setting: one of ours, a key of the speculative config, or an argument of the engine.
+        allowed: the values with which it can.
+        reason: why no other.
+        in_json: whether it is a key of the speculative config.
+    """
+
+    name: str
+    allowed: tuple[Any, ...]
+    reason: str
+    in_json: bool = False
+
+
+_BOTH = (
+    Refusal("worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it brings a worker of its own, so leave worker_cls at 'auto'"),
+    Refusal(
+        "rejection_sample_method",
+        (None, "standard"),
+        "it replaces the rejection sampler; allowed is 'standard'",
+        in_json=True,
+    ),
+    Refusal(
+        "draft_sample_method",
+        (None, "greedy"),
+        "its drafts are the likeliest tokens; allowed is 'greedy'",
+        in_json=True,
+    ),
+    Refusal(
+        "enable_adaptive_verification",
+        (None, False),
+        "vLLM has it for draft models and full CUDA graphs, and drafts end by aasd_min_survival here; allowed is false",
+        in_json=True,
+    ),
+    Refusal("model", (None,), "it needs no draft model; leave it out", in_json=True),
+    Refusal("spec_model", (None,), "it needs no draft model; leave it out"),
+    Refusal("kv_sharing_fast_prefill", (False,), "prompt hidden states are wrong in that mode; allowed is false"),
+    Refusal("decode_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
+    Refusal("prefill_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
+)
+BY_RUNNER = {
+    "V1": (
+        *_BOTH,
+        Refusal(
+            "pipeline_parallel_size",
+            (1,),
+            "there is no speculation across pipeline stages on vLLM's V1 model runner; allowed is 1",
+        ),
+        Refusal(
+            "async_scheduling",
+            (None, False),
+            "drafts are made on the host between two steps on vLLM's V1 model runner; leave it out",
+        ),
+    ),
+    "V2": (
+        *_BOTH,
+        Refusal(
+            "aasd_memory",
+            ("off",),
+            "the memory is the host's, and drafts are the device's on vLLM's V2 model runner; allowed is 'off'",
+        ),
+        Refusal(
+            "aasd_draft",
+            ("mixture",),
+            "for vLLM's own n-grams on its V2 model runner use its method 'ngram_gpu'; allowed is 'mixture'",
+        ),
+    ),
+}
+
+
+def refuse(name: str, value: Any, reason: str) -> None:
+    """Raise the ValueError that names a setting, its value and what is allowed."""
+    raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {reason}.")
+
+
+def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Settings) -> None:
+    """Refuse what can't work.
+
+    Args:
+        runner: ``V1`` or ``V2``.
+        args: the engine's arguments.
+        vllm_keys: vLLM's own keys of the speculative config.
+        settings: ours.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    for refusal in BY_RUNNER[runner]:
+        if refusal.name.startswith(PREFIX):
+            value = getattr(settings, refusal.name.removeprefix(PREFIX))
+        elif refusal.in_json:
+            value = vllm_keys.get(refusal.name)
+        else:
+            value = getattr(args, refusal.name)
+        if value not in refusal.allowed:
+            refuse(refusal.name, value, refusal.reason)
