@@ -26,6 +26,7 @@ from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
+from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
 
@@ -59,8 +60,9 @@ class AASDProposer:
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
+        self._requests = V1Requests(self._settings)
         self._verifier = V1Verifier(
-            self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
+            self._requests, scheduler_config.max_num_seqs, vllm_config.device_config.device
         )
         self._has_proposed = False
 
@@ -134,7 +136,7 @@ class AASDProposer:
         self._num_decode_tokens = None
         if self._drafter is not None:
             self._drafter.forget(finished_req_ids)
-        self._verifier.forget(finished_req_ids)
+        self._requests.forget(finished_req_ids)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -167,7 +169,9 @@ class AASDProposer:
         runner = self._runner
         if runner is None or runner.execute_model_state is None:
             return
-        self._verifier.begin_step(runner.input_batch.req_ids, runner.requests)
+        req_ids = runner.input_batch.req_ids
+        self._verifier.begin_step(req_ids)
+        self._requests.admit(req_ids, runner.requests)
         state = runner.execute_model_state
         scheduled = state.scheduler_output
         self._num_drafted = {
@@ -211,18 +215,23 @@ class AASDProposer:
             Draft token ids per batch row.
         """
         self._has_proposed = True
+        req_ids = self._runner.input_batch.req_ids
         if self._ngram is not None:
+            # It drafts nothing where nothing was sampled.
+            sampled_token_ids = [
+                sampled if self._requests.is_drafted(req_ids[row]) else []
+                for row, sampled in enumerate(sampled_token_ids)
+            ]
             return self._ngram.propose(
                 self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
             )
-        req_ids = self._runner.input_batch.req_ids
         drafts: list[list[int]] = []
         survival = np.zeros((len(sampled_token_ids), self._max_draft_tokens), np.float32)
         for row, sampled in enumerate(sampled_token_ids):
-            if not sampled:
+            req_id = req_ids[row]
+            if not sampled or not self._requests.is_drafted(req_id):
                 drafts.append([])
                 continue
-            req_id = req_ids[row]
             context = token_ids_cpu[row, : num_tokens_no_spec[row]]
             limit = self._draft_limit(req_id, len(context))
             self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)

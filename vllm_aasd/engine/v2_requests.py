@@ -6,8 +6,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
+from vllm_aasd.config import Settings
+from vllm_aasd.engine.request_options import settings_of
+from vllm_aasd.engine.start_up import policy_of
 from vllm_aasd.kernels.verify_seeded import VerifyPolicies
-from vllm_aasd.verification.batch import Policy
 from vllm_aasd.verification.conditional import ConditionalVerification
 
 _NO_TOKEN = -1
@@ -22,16 +24,13 @@ class RequestSlots(LogitsProcessor):
     reading the values that it was launched with while the host prepares the next.
 
     Args:
-        policy: of every request.
+        settings: the server's; a request's own options may change some of them for it.
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
         max_model_len: tokens that the model takes.
-        device: where the verifier runs.
     """
 
-    def __init__(
-        self, policy: Policy, max_seq_len: np.ndarray, max_model_len: int, device: torch.device
-    ) -> None:
-        self._policy = policy
+    def __init__(self, settings: Settings, max_seq_len: np.ndarray, max_model_len: int) -> None:
+        self._settings = settings
         self._max_seq_len = max_seq_len
         self._max_model_len = max_model_len
         max_num_reqs = len(max_seq_len)
@@ -40,10 +39,9 @@ class RequestSlots(LogitsProcessor):
         self._stop_token_ids = self._wide(max_num_reqs, 4)
         self._retired: list[UvaBackedTensor] = []
         self._changed = True
-        bar = (1.0, 1.0, 1.0)
-        if isinstance(policy, ConditionalVerification):
-            bar = policy.alpha, policy.beta, policy.floor
-        self._bar = [torch.full((max_num_reqs,), value, dtype=torch.float32, device=device) for value in bar]
+        self._alpha, self._beta, self._floor = (
+            UvaBackedTensor(max_num_reqs, dtype=torch.float32) for _ in range(3)
+        )
 
     @staticmethod
     def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
@@ -54,7 +52,7 @@ class RequestSlots(LogitsProcessor):
     @property
     def policies(self) -> VerifyPolicies:
         """By slot; to be asked for at every step."""
-        return VerifyPolicies(self._relaxed.gpu, *self._bar)
+        return VerifyPolicies(self._relaxed.gpu, self._alpha.gpu, self._beta.gpu, self._floor.gpu)
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
@@ -63,13 +61,20 @@ class RequestSlots(LogitsProcessor):
 
     @property
     def max_len(self) -> torch.Tensor:
-        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach; to be asked for at every step."""
+        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach, 0 where nothing is drafted; to be
+        asked for at every step."""
         return self._max_len.gpu
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take in who has entered a slot."""
-        self._relaxed.np[req_idx] = self._policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
-        self._max_len.np[req_idx] = min(self._max_seq_len[req_idx], self._max_model_len)
+        settings = settings_of(sampling_params, self._settings)
+        policy = policy_of(settings)
+        self._relaxed.np[req_idx] = policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
+        if isinstance(policy, ConditionalVerification):
+            self._alpha.np[req_idx], self._beta.np[req_idx] = policy.alpha, policy.beta
+            self._floor.np[req_idx] = policy.floor
+        longest = min(self._max_seq_len[req_idx], self._max_model_len)
+        self._max_len.np[req_idx] = longest if settings.enabled else 0
         stop_token_ids = sorted(sampling_params.all_stop_token_ids)
         width = self._stop_token_ids.np.shape[1]
         if len(stop_token_ids) > width:
@@ -88,7 +93,8 @@ class RequestSlots(LogitsProcessor):
         """Let the device see what was taken in since the last step."""
         if not self._changed:
             return
-        for tensor in (self._relaxed, self._max_len, self._stop_token_ids):
+        bar = (self._alpha, self._beta, self._floor)
+        for tensor in (self._relaxed, *bar, self._max_len, self._stop_token_ids):
             tensor.copy_to_uva()
         self._changed = False
 
