@@ -4,10 +4,12 @@ import types
 
 import pytest
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample import rejection_sampler
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import v1_verifier
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v1_requests import V1Requests
 
 STOCK = {
@@ -45,10 +47,10 @@ def arguments():
 
 def verifier(settings, stop_token_ids=(), options=None):
     """A verifier of requests "a", which brings `options`, and "b", which brings none."""
-    requests = V1Requests(settings)
-    made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"))
+    requests = V1Requests(settings, Faults())
+    made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults())
     params = (
-        types.SimpleNamespace(all_stop_token_ids=set(stop_token_ids), extra_args=extra) for extra in (options, None)
+        SamplingParams(stop_token_ids=list(stop_token_ids), extra_args=extra) for extra in (options, None)
     )
     states = {req_id: types.SimpleNamespace(sampling_params=of) for req_id, of in zip("ab", params, strict=True)}
     requests.admit(states, states)

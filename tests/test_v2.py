@@ -8,6 +8,7 @@ from fake_v2 import BLOCK, MAX_LEN, VOCAB, WIDTH, FakeRunner, next_token
 from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.engine import v2, v2_verifier
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_verifier import V2Verifier
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
@@ -217,7 +218,7 @@ def test_each_slot_has_the_policy_that_its_request_asked_for():
 )
 def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
     v2_verifier._say_once.cache_clear()
-    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None)
+    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None, Faults())
     seen = {}
 
     def stock(*args, **more):

@@ -7,6 +7,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
 from vllm_aasd.config import Settings
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.start_up import policy_of
 from vllm_aasd.kernels.verify_seeded import VerifyPolicies
@@ -27,10 +28,12 @@ class RequestSlots(LogitsProcessor):
         settings: the server's; a request's own options may change some of them for it.
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
         max_model_len: tokens that the model takes.
+        faults: of the worker.
     """
 
-    def __init__(self, settings: Settings, max_seq_len: np.ndarray, max_model_len: int) -> None:
+    def __init__(self, settings: Settings, max_seq_len: np.ndarray, max_model_len: int, faults: Faults) -> None:
         self._settings = settings
+        self._faults = faults
         self._max_seq_len = max_seq_len
         self._max_model_len = max_model_len
         max_num_reqs = len(max_seq_len)
@@ -67,14 +70,20 @@ class RequestSlots(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take in who has entered a slot."""
+        # What holds if the rest fails.
+        self._relaxed.np[req_idx], self._max_len.np[req_idx] = False, 0
+        self._changed = True
+        if not self._faults.is_off("requests"):
+            with self._faults.contained("requests", shared=True):
+                self._admit(req_idx, sampling_params)
+        return False
+
+    def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
         settings = settings_of(sampling_params, self._settings)
         policy = policy_of(settings)
-        self._relaxed.np[req_idx] = policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
         if isinstance(policy, ConditionalVerification):
             self._alpha.np[req_idx], self._beta.np[req_idx] = policy.alpha, policy.beta
             self._floor.np[req_idx] = policy.floor
-        longest = min(self._max_seq_len[req_idx], self._max_model_len)
-        self._max_len.np[req_idx] = longest if settings.enabled else 0
         stop_token_ids = sorted(sampling_params.all_stop_token_ids)
         width = self._stop_token_ids.np.shape[1]
         if len(stop_token_ids) > width:
@@ -86,17 +95,24 @@ class RequestSlots(LogitsProcessor):
             self._stop_token_ids = wider
         self._stop_token_ids.np[req_idx] = _NO_TOKEN
         self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
-        self._changed = True
-        return False
+        self._relaxed.np[req_idx] = policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
+        longest = min(self._max_seq_len[req_idx], self._max_model_len)
+        self._max_len.np[req_idx] = longest if settings.enabled else 0
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the device sees what was taken in."""
+        return not self._changed
 
     def apply_staged_writes(self) -> None:
         """Let the device see what was taken in since the last step."""
         if not self._changed:
             return
         bar = (self._alpha, self._beta, self._floor)
-        for tensor in (self._relaxed, *bar, self._max_len, self._stop_token_ids):
-            tensor.copy_to_uva()
-        self._changed = False
+        with self._faults.contained("requests", shared=True):
+            for tensor in (self._relaxed, *bar, self._max_len, self._stop_token_ids):
+                tensor.copy_to_uva()
+            self._changed = False
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Leave the logits as they are; other requests' processors may have had this list called."""

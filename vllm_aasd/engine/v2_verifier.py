@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_aasd.engine import seams
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID, verify_seeded
 
@@ -40,12 +41,23 @@ class V2Verifier:
         num_valid_drafts: ``[max_num_reqs]`` int32 by slot, kept up to date by the owner: how many of the slot's
             draft columns are drafts. The rest are fillers, which the runner needs to be valid token ids.
         requests: policies and stop tokens.
+        faults: of the worker.
+
+    Attributes:
+        contained: around what it does, if it `is_on`.
     """
 
-    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots) -> None:
+    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots, faults: Faults) -> None:
         self._num_valid_drafts = num_valid_drafts
         self._requests = requests
+        self._faults = faults
+        self.contained = faults.contained("verify", shared=True)
         self._all_greedy = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it can verify: it has failed less than too often, and the device knows the batch's policies."""
+        return self._requests.is_current and not self._faults.is_off("verify")
 
     @contextlib.contextmanager
     def active(self, all_greedy: bool = False) -> Iterator[None]:
@@ -146,23 +158,27 @@ def _dispatching(stock: Callable) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         verifier = _active.get()
         if verifier is not None:
-            draft_sampled = verifier.without_fillers(draft_sampled, expanded_idx_mapping, expanded_local_pos)
+            # Should it fail: vLLM's sampler is strict, so a filler that it accepts is what the target says.
+            with verifier.contained:
+                draft_sampled = verifier.without_fillers(draft_sampled, expanded_idx_mapping, expanded_local_pos)
             args = _without_first(args, kwargs)
             foreign = _foreign(draft_logits, args, kwargs)
-            if foreign is None:
-                return verifier.rejection_sample(
-                    target_logits,
-                    draft_sampled,
-                    cu_num_logits,
-                    pos,
-                    idx_mapping,
-                    expanded_idx_mapping,
-                    expanded_local_pos,
-                    temperature,
-                    seed,
-                    num_speculative_steps,
-                )
-            _say_once(foreign)
+            if foreign is not None:
+                _say_once(foreign)
+            elif verifier.is_on:
+                with verifier.contained:
+                    return verifier.rejection_sample(
+                        target_logits,
+                        draft_sampled,
+                        cu_num_logits,
+                        pos,
+                        idx_mapping,
+                        expanded_idx_mapping,
+                        expanded_local_pos,
+                        temperature,
+                        seed,
+                        num_speculative_steps,
+                    )
         return stock(
             target_logits,
             draft_logits,
