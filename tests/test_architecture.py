@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm_aasd"
 # A unit may import those below it. The package itself (its version) is under all; every other module of the
 # package (plugin, doctor, ...) is a command, on top. Units of one level know nothing of each other.
-LEVELS = {"kernels": 0, "drafting": 1, "verification": 1, "alignment": 1, "config": 2, "engine": 3}
-COMMAND_LEVEL = 4
+LEVELS = {"kernels": 0, "drafting": 1, "verification": 1, "alignment": 1, "config": 2, "overrides": 3, "engine": 4}
+COMMAND_LEVEL = 5
 ACCELERATORS = ("torch.accelerator", "torch.cuda", "torch.mps", "torch.xpu", "triton")
 # By unit, the libraries that it must not touch; "*" stands for the other units.
 FORBIDDEN = {
@@ -97,6 +97,7 @@ def test_every_import_points_downwards():
         ("vllm_aasd.verification.strict", "from torch import cuda"),
         ("vllm_aasd.alignment", "from vllm_aasd.config import Settings"),
         ("vllm_aasd.config", "from vllm_aasd.engine import seams"),
+        ("vllm_aasd.config", "from vllm_aasd.overrides import with_overrides"),
         ("vllm_aasd.config", "from vllm.config import VllmConfig"),
         ("vllm_aasd.engine.v1", "from vllm_aasd import plugin"),
         ("vllm_aasd.engine.v1", "from .. import plugin"),

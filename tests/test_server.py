@@ -12,11 +12,14 @@ import urllib.request
 
 import openai
 import pytest
+from engines import greedy, run_engine
 from prompts import real_prompts
 
 pytestmark = pytest.mark.engine
 
 PROMPTS = real_prompts(6, max_chars=700)
+LOOSEST = {"aasd_draft_length": 8, "aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4}
+STRICT = {"aasd_verification": "strict"}
 VLLM = pathlib.Path(sys.executable).parent / "vllm"
 
 
@@ -37,12 +40,9 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def server(demo_model, tmp_path_factory):
-    """A strict server; yields its address and its log.
-
-    Strict, since answers are compared here: what `conditional` accepts depends on what is drafted, and that on time.
-    """
+    """A server with the loosest bar there is; yields its address and its log. Requests ask for what they want."""
     log, port = tmp_path_factory.mktemp("server") / "log", free_port()
-    process = start(demo_model, log, {"method": "aasd", "aasd_verification": "strict"}, port)
+    process = start(demo_model, log, {"method": "aasd", **LOOSEST}, port)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -66,11 +66,27 @@ def client(server):
         yield client
 
 
-def ask(client, prompt, **options):
-    options = {"temperature": 0, "max_tokens": 32, **options}
+def ask(client, prompt, xargs=STRICT, **options):
+    """Strict by default, since answers are compared: what `conditional` accepts depends on what is drafted."""
+    options = {"temperature": 0, "max_tokens": 32, "extra_body": {}, **options}
+    options["extra_body"] = {**options["extra_body"], "vllm_xargs": xargs}
     return client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": prompt}], **options
     )
+
+
+def text_of(answer):
+    return answer.choices[0].message.content
+
+
+def drafted_and_accepted(server):
+    metrics = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
+    values = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("vllm:spec_decode_num_") and "_per_pos" not in line
+    }
+    return tuple(values[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
 
 
 def test_the_worker_says_that_it_is_live(server):
@@ -109,14 +125,49 @@ def test_logprobs_of_every_token(client):
 
 def test_drafts_are_counted_in_vllms_metrics(client, server):
     ask(client, PROMPTS[0])
-    metrics = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
-    values = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:spec_decode_num_") and "_per_pos" not in line
-    }
-    drafted, accepted = (values[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+    drafted, accepted = drafted_and_accepted(server)
     assert drafted >= accepted > 0
+
+
+def test_requests_at_once_get_what_each_asked_for(client, demo_model, tmp_path):
+    plain = run_engine(demo_model, [greedy(PROMPTS[:4], 32)], tmp_path / "plain")
+    plain = [output["text"] for output in plain["rounds"][0]]
+    kinds = {"strict": STRICT, "off": {"aasd_enabled": False}, "the server's own": {}}
+    jobs = [(prompt, xargs) for prompt in PROMPTS[:4] for xargs in kinds.values()]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: text_of(ask(client, *job)), jobs))
+    strict, off, own = (answers[number::3] for number in range(3))
+    assert strict == plain and off == plain
+    assert own != plain, "the loosest bar must show"
+
+
+def test_a_request_that_wants_no_speculation_has_nothing_drafted(client, server):
+    for switch, is_drafted in ((False, False), ("false", False), (0, False), (True, True)):
+        before = drafted_and_accepted(server)
+        ask(client, PROMPTS[0], {"aasd_enabled": switch})
+        assert (drafted_and_accepted(server) > before) == is_drafted
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"aasd_floor": 2}, "aasd_floor=2 is not allowed: it takes a number from 0.0001 to 1."),
+        ({"aasd_floor": "0.5"}, "aasd_floor='0.5' is not allowed: it takes a number from 0.0001 to 1."),
+        ({"aasd_enabled": "maybe"}, "aasd_enabled='maybe' is not allowed: it takes true or false."),
+        ({"aasd_verification": [1]}, "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional'."),
+        ({"aasd_verifcation": "strict"}, "Did you mean 'aasd_verification'?"),
+        ({"aasd_top_k": 2}, "Unknown request option 'aasd_top_k'."),
+        ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with aasd_verification='conditional'."),
+        ({"aasd_relax_sampling": True}, "it is looser than the server's own False"),
+    ],
+)
+def test_a_bad_option_is_answered_with_status_400(client, xargs, message):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, PROMPTS[0], xargs)
+    assert message in refusal.value.message
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="demo", prompt="x", extra_body={"vllm_xargs": xargs})
+    assert ask(client, "Hello", max_tokens=1).usage.completion_tokens == 1, "the server goes on"
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):

@@ -4,10 +4,13 @@ import types
 
 import pytest
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample import rejection_sampler
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import v1_verifier
+from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.v1_requests import V1Requests
 
 STOCK = {
     name: getattr(rejection_sampler, name)
@@ -42,11 +45,16 @@ def arguments():
     }
 
 
-def verifier(settings, stop_token_ids=()):
-    made = v1_verifier.V1Verifier(settings, 4, torch.device("cpu"))
-    params = types.SimpleNamespace(all_stop_token_ids=set(stop_token_ids))
-    request = types.SimpleNamespace(sampling_params=params)
-    made.begin_step(["a", "b"], {"a": request, "b": request})
+def verifier(settings, stop_token_ids=(), options=None):
+    """A verifier of requests "a", which brings `options`, and "b", which brings none."""
+    requests = V1Requests(settings, Faults())
+    made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults())
+    params = (
+        SamplingParams(stop_token_ids=list(stop_token_ids), extra_args=extra) for extra in (options, None)
+    )
+    states = {req_id: types.SimpleNamespace(sampling_params=of) for req_id, of in zip("ab", params, strict=True)}
+    requests.admit(states, states)
+    made.begin_step(list(states))
     return made
 
 
@@ -79,10 +87,14 @@ def test_another_engine_of_the_process_keeps_vllms_sampler(installed, monkeypatc
     assert len(seen) == 1
 
 
-def test_state_of_ended_requests_is_dropped():
-    made = verifier(Settings())
-    made.forget(["a", "never seen"])
-    assert list(made._stop_token_ids) == ["b"]
+def test_each_request_is_verified_by_what_it_asked_for(installed):
+    """Both get the same near-tie as their second draft."""
+    batch = arguments()
+    batch["target_logits"] = batch["target_logits"][[0, 1, 0, 1]]
+    batch["draft_token_ids"] = batch["draft_token_ids"][[0, 1, 0, 1]]
+    batch.update(num_draft_tokens=[2, 2], cu_num_draft_tokens=torch.tensor([2, 4], dtype=torch.int32))
+    with verifier(Settings(), options={"aasd_verification": "strict"}).active():
+        assert rejection_sampler.rejection_sample(**batch).tolist() == [[1, 2, -1], [1, 3, 7]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

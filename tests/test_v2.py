@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_aasd.engine import seams, v2, v2_verifier
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_verifier import V2Verifier
 from vllm_aasd.kernels import align, draft_batch, verify_seeded
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
@@ -172,6 +173,45 @@ def test_policies_and_stop_tokens_follow_the_slot():
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
 
 
+def test_a_request_that_wants_no_speculation_gets_no_drafts():
+    for fillers in (False, True):
+        runner = FakeRunner(max_num_reqs=2, fillers=fillers, **STRICT)
+        prompt = [1, 2, *target_alone([1, 2], 12)]
+        off = SamplingParams(temperature=0.0, max_tokens=20, extra_args={"aasd_enabled": False})
+        for slot, params in enumerate((SamplingParams(temperature=0.0, max_tokens=20), off)):
+            runner.add(slot, prompt, 20, params)
+        emitted = [[], []]
+        for _ in range(5):
+            for slot, tokens in runner.step([0, 1]).items():
+                emitted[slot] += tokens
+            assert runner.speculator._num_valid_drafts[1] == 0
+            assert runner.counts[1] == (WIDTH if fillers else 0), "fillers are scheduled for all, or for none"
+        assert len(emitted[0]) > 5 == len(emitted[1])
+        wanted = target_alone(prompt, len(emitted[0]))
+        assert emitted == [wanted, wanted[:5]]
+        # Whoever comes next into its slot is sped up again.
+        runner.add(1, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+        runner.step([0, 1])
+        assert runner.speculator._num_valid_drafts[1] > 0
+
+
+def test_each_slot_has_the_policy_that_its_request_asked_for():
+    requests = FakeRunner(max_num_reqs=3, floor=0.25).speculator.requests
+    strict, tighter = {"aasd_verification": "strict"}, {"aasd_floor": 0.5, "aasd_alpha": 0}
+    for slot, options in enumerate((None, strict, tighter)):
+        requests.add_request(slot, SamplingParams(temperature=0.0, extra_args=options))
+    requests.apply_staged_writes()
+    policies = requests.policies
+    assert policies.relaxed.tolist() == [True, False, True]
+    assert policies.floor[[0, 2]].tolist() == [0.25, 0.5]
+    assert policies.alpha[[0, 2]].tolist() == [pytest.approx(0.1), 0.0]
+    assert policies.beta[[0, 2]].tolist() == [0.5, 0.5]
+    # Back to the server's own with the next request of the slot.
+    requests.add_request(2, SamplingParams(temperature=0.0))
+    requests.apply_staged_writes()
+    assert requests.policies.floor[2] == 0.25
+
+
 @pytest.mark.parametrize(
     ("draft_logits", "kwargs"),
     [
@@ -185,7 +225,7 @@ def test_policies_and_stop_tokens_follow_the_slot():
 )
 def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
     v2_verifier._say_once.cache_clear()
-    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None)
+    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None, Faults())
     seen = {}
 
     def stock(**call):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_args
 
 from vllm_aasd.kernels.mixture import MAX_TOP_K
@@ -20,14 +20,34 @@ def _setting(
     *,
     within: tuple[float, float] | None = None,
     choices: tuple[str, ...] = (),
+    rule: str | None = None,
+    looser: str | None = None,
 ) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "choices": choices})
+    """A field of `Settings`.
+
+    Args:
+        default: its value where none is given.
+        doc: what it does, for the README.
+        within: lowest and highest number allowed.
+        choices: words allowed.
+        rule: the value of `verification` under which it takes effect; None for any.
+        looser: which values, given by a request, let verification accept more than the server's: those that are
+            "higher" or "lower", any "other", or "none". None where a request may not give it. See `vllm_aasd.overrides`.
+    """
+    metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The `aasd_*` keys of ``--speculative-config``, without their prefix."""
 
+    enabled: bool = _setting(
+        True,
+        "Whether requests are sped up at all. In a request, `false` switches speculation off for it; where the "
+        "server has `false`, only requests that say `true` are sped up.",
+        looser="none",
+    )
     draft: str = _setting(
         "mixture",
         "Where drafts come from: `mixture` is AASD; `ngram` is vLLM's own prompt look-up, with its "
@@ -75,18 +95,41 @@ class Settings:
         "a token whose probability p under the target is at least max(floor, min(beta - alpha * H, max p)), "
         "H being the target's entropy in nats.",
         choices=("strict", "conditional"),
+        looser="other",
     )
     alpha: float = _setting(
-        0.1, "`conditional`: how much the bar falls per nat of entropy.", within=ALPHA_RANGE
+        0.1,
+        "`conditional`: how much the bar falls per nat of entropy.",
+        within=ALPHA_RANGE,
+        rule="conditional",
+        looser="higher",
     )
-    beta: float = _setting(0.5, "`conditional`: the bar at no entropy.", within=BETA_RANGE)
+    beta: float = _setting(
+        0.5,
+        "`conditional`: the bar at no entropy.",
+        within=BETA_RANGE,
+        rule="conditional",
+        looser="lower",
+    )
     floor: float = _setting(
-        0.3, "`conditional`: the bar never falls under this probability.", within=FLOOR_RANGE
+        0.3,
+        "`conditional`: the bar never falls under this probability.",
+        within=FLOOR_RANGE,
+        rule="conditional",
+        looser="lower",
     )
     relax_sampling: bool = _setting(
         False,
         "`conditional`: apply it to sampled requests (temperature > 0) too. It pulls their samples towards "
         "the draft; by default they are verified strictly and keep the target's distribution.",
+        rule="conditional",
+        looser="higher",
+    )
+    allow_request_override: str = _setting(
+        "stricter",
+        "What a request may change for itself, of the keys marked here: `no` for nothing; `stricter` for "
+        "`aasd_enabled`, and verification that accepts no more than the server's own; `any` for all of them.",
+        choices=("no", "stricter", "any"),
     )
 
     @classmethod
@@ -101,16 +144,21 @@ class Settings:
                 key, the value and what is allowed.
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                close = difflib.get_close_matches(key, fields, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"Unknown setting {key!r}.{hint} Known: {', '.join(sorted(fields))}.")
-        return cls(**{fields[key].name: _checked(fields[key], value) for key, value in values.items()})
+        refuse_unknown("setting", values, fields)
+        return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
 
     def describe(self) -> str:
         """The settings in force, as `aasd_name=value` words."""
         return " ".join(f"{PREFIX}{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+def refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> None:
+    """Raise the ValueError that names the first unknown key, what may have been meant, and what is known."""
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Unknown {kind} {key!r}.{hint} Known: {', '.join(sorted(known))}.")
 
 
 def allowed(field: dataclasses.Field) -> str:
@@ -127,10 +175,12 @@ def allowed(field: dataclasses.Field) -> str:
 
 def settings_table() -> str:
     """The settings as a Markdown table, as the README holds it."""
-    rows = ["| key | default | allowed | what it does |", "| --- | --- | --- | --- |"]
+    rows = ["| key | default | allowed | in a request | what it does |", "| --- | --- | --- | --- | --- |"]
     for field in dataclasses.fields(Settings):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        rows.append(f"| `{PREFIX}{field.name}` | `{default}` | {allowed(field)} | {field.metadata['doc']} |")
+        request = "yes" if field.metadata["looser"] else ""
+        key = f"`{PREFIX}{field.name}`"
+        rows.append(f"| {key} | `{default}` | {allowed(field)} | {request} | {field.metadata['doc']} |")
     return "\n".join(rows)
 
 
@@ -138,7 +188,12 @@ def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
     return get_args(field.type) or (field.type,)
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value of a field of `Settings`, as the type that it has.
+
+    Raises:
+        ValueError: it is of the wrong type or out of range; the text names the key, the value and what is allowed.
+    """
     kinds = _kinds(field)
     if type(value) is str and value in field.metadata["choices"]:
         return value

@@ -53,7 +53,7 @@ class FakeRunner:
         watch: a context that our part of a step runs in.
     """
 
-    def __init__(self, max_num_reqs: int = 3, fillers: bool = True, **settings: Any) -> None:
+    def __init__(self, max_num_reqs: int = 3, fillers: bool = True, num_ranks: int = 1, **settings: Any) -> None:
         self.fillers = fillers
         self.width: int | None = None
         self.watch: Callable = contextlib.nullcontext
@@ -87,6 +87,7 @@ class FakeRunner:
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
             scheduler_config=SimpleNamespace(async_scheduling=fillers),
             lora_config=None,
+            parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
         self.speculator = v2.AASDSpeculator(config, torch.device("cpu"), req_states)
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)

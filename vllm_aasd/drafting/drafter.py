@@ -156,6 +156,11 @@ class Drafter:
         if request is not None:
             request.trust.observe(request.promised[:num_draft_tokens], num_accepted)
 
+    def abandon(self, request_id: str) -> None:
+        """Drop a request in whose draft an exception was raised, and what that may have left behind for others."""
+        self.forget([request_id])
+        self._scores.fill(0)
+
     def clear_memory(self) -> None:
         """Unlearn what other requests taught."""
         self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)

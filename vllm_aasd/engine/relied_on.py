@@ -31,6 +31,7 @@ _V1, _V2 = "vllm.v1.worker", "vllm.v1.worker.gpu"
 
 BOTH: tuple[Seam | Members, ...] = (
     seams.CREATE_SPECULATIVE_CONFIG,
+    seams.VERIFY_SAMPLING_PARAMS,
     Seam(_WORKER, "Worker.init_device", ("self",)),
     Seam(_WORKER, "Worker.load_model", ("self",)),
     Seam(_WORKER, "Worker.determine_available_memory", ("self",)),
@@ -45,7 +46,7 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks", "kv_cache_groups")),
     Members("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", ("kv_cache_spec", "layer_names")),
     Members("vllm.v1.kv_cache_interface", "FullAttentionSpec", ("block_size", "page_size_bytes")),
-    Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "max_tokens", "temperature")),
+    Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "extra_args", "max_tokens", "temperature")),
 )
 
 V1: tuple[Seam | Members, ...] = (

@@ -38,6 +38,11 @@ CREATE_SPECULATIVE_CONFIG = Seam(
     "EngineArgs.create_speculative_config",
     ("self", "target_model_config", "target_parallel_config"),
 )
+VERIFY_SAMPLING_PARAMS = Seam(
+    "vllm.sampling_params",
+    "SamplingParams.verify",
+    ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
+)
 REJECTION_SAMPLE = Seam(
     "vllm.v1.sample.rejection_sampler",
     "rejection_sample",

@@ -27,7 +27,9 @@ from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
+from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
 
@@ -61,8 +63,10 @@ class AASDProposer:
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
+        self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
+        self._requests = V1Requests(self._settings, self.faults)
         self._verifier = V1Verifier(
-            self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
+            self._requests, scheduler_config.max_num_seqs, vllm_config.device_config.device, self.faults
         )
         self._has_proposed = False
         self._placeholders = PlaceholderTokens()
@@ -135,10 +139,11 @@ class AASDProposer:
         """Begin to time a step, learn what stands for images in new requests, and drop the state of ended ones."""
         self._began = time.perf_counter()
         self._num_decode_tokens = None
-        self._placeholders.learn(scheduled.scheduled_new_reqs)
-        if self._drafter is not None:
-            self._drafter.forget(scheduled.finished_req_ids)
-        self._verifier.forget(scheduled.finished_req_ids)
+        with self.faults.contained("requests"):
+            self._placeholders.learn(scheduled.scheduled_new_reqs)
+            self._requests.forget(scheduled.finished_req_ids)
+            if self._drafter is not None:
+                self._drafter.forget(scheduled.finished_req_ids)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -150,10 +155,12 @@ class AASDProposer:
 
     def _end_step(self) -> None:
         # Learn from the time that the step took: one with prompt positions in it says nothing of decoding.
-        if self._num_decode_tokens is not None:
-            self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
-        if self._memory_file is not None:
-            self._memory_file.save_now_and_then()
+        if self._num_decode_tokens is not None and not self.faults.is_off("step_time"):
+            with self.faults.contained("step_time"):
+                self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
+        if self._memory_file is not None and not self.faults.is_off("memory"):
+            with self.faults.contained("memory"):
+                self._memory_file.save_now_and_then()
 
     def clear_memory(self) -> None:
         """Unlearn what other requests taught."""
@@ -163,7 +170,8 @@ class AASDProposer:
     def shutdown(self) -> None:
         """Keep what was learnt."""
         if self._memory_file is not None:
-            self._memory_file.save()
+            with self.faults.contained("memory"):
+                self._memory_file.save()
 
     def _begin_sampling(self) -> None:
         # Predictions are stored at every position of this step, while its logits are unprocessed.
@@ -171,30 +179,40 @@ class AASDProposer:
         runner = self._runner
         if runner is None or runner.execute_model_state is None:
             return
-        self._verifier.begin_step(runner.input_batch.req_ids, runner.requests)
+        req_ids = runner.input_batch.req_ids
+        self._verifier.begin_step(req_ids)
+        self._requests.admit(req_ids, runner.requests)
         state = runner.execute_model_state
-        scheduled = state.scheduler_output
-        self._num_drafted = {
-            req_id: len(drafts) for req_id, drafts in scheduled.scheduled_spec_decode_tokens.items()
-        }
-        if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
-            self._num_decode_tokens = scheduled.total_num_scheduled_tokens
-        if self._store is not None:
-            self._align(runner, state)
+        with self.faults.contained("requests"):
+            scheduled = state.scheduler_output
+            self._num_drafted = {
+                req_id: len(drafts) for req_id, drafts in scheduled.scheduled_spec_decode_tokens.items()
+            }
+            if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
+                self._num_decode_tokens = scheduled.total_num_scheduled_tokens
+        if self._store is not None and not (self.faults.is_alone and self.faults.is_off("store")):
+            # Shared: all ranks must ask for logits equally often.
+            with self.faults.contained("store", shared=True):
+                self._align(runner, state)
+
+    def _write(self, logits: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor) -> None:
+        if not self.faults.is_off("store"):
+            with self.faults.contained("store"):
+                self._store.write(logits, token_ids, slots)
 
     def _align(self, runner: GPUModelRunner, state: Any) -> None:
         num_tokens = state.scheduler_output.total_num_scheduled_tokens
         token_ids = runner.input_ids.gpu[:num_tokens]
         slots = runner.input_batch.block_table[self._store_group].slot_mapping.gpu[:num_tokens]
         sampled_rows = state.spec_decode_metadata.logits_indices
-        self._store.write(state.logits, token_ids[sampled_rows], slots[sampled_rows])
+        self._write(state.logits, token_ids[sampled_rows], slots[sampled_rows])
         if not self._align_prompts or len(sampled_rows) == num_tokens:
             return
         is_interior = torch.ones(num_tokens, dtype=torch.bool)
         is_interior[sampled_rows] = False
         for rows in is_interior.nonzero().squeeze(1).split(PREFILL_CHUNK):
             logits = self._model.compute_logits(state.hidden_states[rows])
-            self._store.write(logits, token_ids[rows], slots[rows])
+            self._write(logits, token_ids[rows], slots[rows])
 
     def propose(
         self,
@@ -215,34 +233,49 @@ class AASDProposer:
             Draft token ids per batch row.
         """
         self._has_proposed = True
-        if self._ngram is not None:
-            return self._ngram.propose(
-                self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
-            )
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self.faults.is_off("draft"):
+            return drafts
         req_ids = self._runner.input_batch.req_ids
-        drafts: list[list[int]] = []
-        survival = np.zeros((len(sampled_token_ids), self._max_draft_tokens), np.float32)
+        if self._ngram is not None:
+            # It drafts nothing where nothing was sampled.
+            sampled_token_ids = [
+                sampled if self._requests.is_drafted(req_ids[row]) else []
+                for row, sampled in enumerate(sampled_token_ids)
+            ]
+            with self.faults.contained("draft"):
+                return self._ngram.propose(
+                    self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+                )
+            return drafts
+        survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
         for row, sampled in enumerate(sampled_token_ids):
-            if not sampled:
-                drafts.append([])
-                continue
             req_id = req_ids[row]
-            context = token_ids_cpu[row, : num_tokens_no_spec[row]]
-            limit = self._draft_limit(req_id, len(context))
-            self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-            draft_token_ids, expected = self._drafter.draft(req_id, context, self._alignment_of(row), limit)
-            drafts.append(self._placeholders.before_first(draft_token_ids.tolist()))
-            survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
+            if not sampled or not self._requests.is_drafted(req_id):
+                continue
+            with self.faults.contained("draft"):
+                context = token_ids_cpu[row, : num_tokens_no_spec[row]]
+                limit = self._draft_limit(req_id, len(context))
+                self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
+                draft_token_ids, expected = self._drafter.draft(req_id, context, self._alignment_of(row), limit)
+                drafts[row] = self._placeholders.before_first(draft_token_ids.tolist())
+                survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
+                continue
+            self._requests.stop_drafting(req_id)
+            self._drafter.abandon(req_id)
         if not self._is_adaptive:
             return drafts
-        is_seeded = np.array([self._is_seeded(req_ids[row]) for row in range(len(drafts))], bool)
-        lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), self._step_time.relative())
-        lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
+        lengths = self._lengths(survival, req_ids)
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
 
-    def _is_seeded(self, req_id: str) -> bool:
-        params = self._runner.requests[req_id].sampling_params
-        return params is not None and params.seed is not None and params.temperature > 0
+    def _lengths(self, survival: np.ndarray, req_ids: list[str]) -> np.ndarray:
+        if not self.faults.is_off("step_time"):
+            with self.faults.contained("step_time"):
+                is_seeded = np.array([self._requests[req_id].is_seeded for req_id in req_ids[: len(survival)]])
+                lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), self._step_time.relative())
+                lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
+                return lengths
+        return reproducible_lengths(survival)
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
         """As vLLM's, but never the rows of zeros that it schedules where a request nears the model's length."""

@@ -7,7 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from vllm.v1.sample import rejection_sampler as stock_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_aasd.config import Settings
 from vllm_aasd.engine import seams
-from vllm_aasd.engine.start_up import policy_of
+from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.verification.batch import PolicyBatch
 
@@ -28,29 +28,30 @@ class V1Verifier:
     """Verifies one worker's batches by the policy of each request.
 
     Args:
-        settings: the server's; `aasd_verification` and its parameters are read.
+        requests: policy and stop tokens of each request; kept up to date by the owner.
         max_num_reqs: the most requests of a batch.
         device: where the logits are.
+        faults: of the worker.
+
+    Attributes:
+        contained: around `rejection_sample`, if it `is_on`.
     """
 
-    def __init__(self, settings: Settings, max_num_reqs: int, device: torch.device) -> None:
-        self._policy = policy_of(settings)
+    def __init__(self, requests: V1Requests, max_num_reqs: int, device: torch.device, faults: Faults) -> None:
+        self._requests = requests
+        self._faults = faults
+        self.contained = faults.contained("verify", shared=True)
         self._policies = PolicyBatch(max_num_reqs, device)
-        self._stop_token_ids: dict[str, list[int]] = {}
         self._req_ids: list[str] = []
 
-    def begin_step(self, req_ids: list[str], requests: Mapping[str, Any]) -> None:
+    def begin_step(self, req_ids: list[str]) -> None:
         """Take in which requests the batch holds, in the order of its rows."""
         self._req_ids = req_ids
-        for req_id in req_ids:
-            if req_id not in self._stop_token_ids:
-                params = requests[req_id].sampling_params
-                self._stop_token_ids[req_id] = sorted(params.all_stop_token_ids) if params else []
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended."""
-        for req_id in req_ids:
-            self._stop_token_ids.pop(req_id, None)
+    @property
+    def is_on(self) -> bool:
+        """Whether it verifies still, having failed less than too often."""
+        return not self._faults.is_off("verify")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -88,8 +89,9 @@ class V1Verifier:
             uniform_probs = stock_sampler.generate_uniform_probs(
                 len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
             )
+        requests = [self._requests[req_id] for req_id in self._req_ids]
         policies, stop_token_ids = self._policies.fill(
-            [self._policy] * batch_size, [self._stop_token_ids[req_id] for req_id in self._req_ids], is_greedy
+            [request.policy for request in requests], [request.stop_token_ids for request in requests], is_greedy
         )
         result = verify_op.verify(
             draft_token_ids,
@@ -178,31 +180,44 @@ def _dispatching(stock: Callable) -> Callable:
         **kwargs: Any,
     ) -> torch.Tensor:
         verifier = _active.get()
-        if verifier is None:
-            # Another engine of this process, or vLLM's profiling run.
-            return stock(
-                draft_token_ids,
-                num_draft_tokens,
-                max_spec_len,
-                cu_num_draft_tokens,
-                draft_probs,
-                target_logits,
-                bonus_token_ids,
-                sampling_metadata,
-                *args,
-                **kwargs,
-            )
-        return verifier.rejection_sample(
+        if verifier is not None and verifier.is_on:
+            with verifier.contained, _rewinding(sampling_metadata.generators):
+                return verifier.rejection_sample(
+                    draft_token_ids,
+                    num_draft_tokens,
+                    max_spec_len,
+                    cu_num_draft_tokens,
+                    target_logits,
+                    bonus_token_ids,
+                    sampling_metadata,
+                )
+        # Ours has failed; or it is another engine of this process, or vLLM's profiling run.
+        return stock(
             draft_token_ids,
             num_draft_tokens,
             max_spec_len,
             cu_num_draft_tokens,
+            draft_probs,
             target_logits,
             bonus_token_ids,
             sampling_metadata,
+            *args,
+            **kwargs,
         )
 
     return rejection_sample
+
+
+@contextlib.contextmanager
+def _rewinding(generators: Mapping[int, torch.Generator]) -> Iterator[None]:
+    """If the block fails, put the requests' generators back: vLLM's sampler then draws what it would have drawn."""
+    states = {generator: generator.get_state() for generator in generators.values()}
+    try:
+        yield
+    except Exception:
+        for generator, state in states.items():
+            generator.set_state(state)
+        raise
 
 
 def _expand_batch_to_tokens(

@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
 from vllm_aasd.engine import seams, start_up, v2_verifier
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2_requests import RequestSlots
@@ -67,11 +68,12 @@ class AASDSpeculator(BaseSpeculator):
         self._placeholders = PlaceholderTokens(device)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
+        self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
         self.requests = RequestSlots(
-            start_up.policy_of(settings), req_states.max_seq_len, vllm_config.model_config, device
+            settings, req_states.max_seq_len, vllm_config.model_config, self.faults
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.verifier = V2Verifier(self._num_valid_drafts, self.requests)
+        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
@@ -152,7 +154,8 @@ class AASDSpeculator(BaseSpeculator):
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Learn what stands for images in new requests; nothing is to be dropped, as slots are written anew."""
-        self._placeholders.learn(scheduled.scheduled_new_reqs)
+        with self.faults.contained("requests", shared=True):
+            self._placeholders.learn(scheduled.scheduled_new_reqs)
 
     def clear_memory(self) -> None:
         """Nothing to unlearn: no request is remembered beyond its slot."""
@@ -169,13 +172,16 @@ class AASDSpeculator(BaseSpeculator):
         if state is None:
             yield
             return
-        batch = state.input_batch
-        if self._store is not None and state.slot_mappings_by_layer is not None:
-            slots = state.slot_mappings_by_layer[self._store_layer]
-            self._expected = batch.input_ids[batch.logits_indices], slots[batch.logits_indices]
-        temperature = self._runner.sampler.sampling_states.temperature.np
+        batch, all_greedy = state.input_batch, False
+        if self._store is not None and state.slot_mappings_by_layer is not None and not self.faults.is_off("store"):
+            with self.faults.contained("store", shared=True):
+                slots = state.slot_mappings_by_layer[self._store_layer]
+                self._expected = batch.input_ids[batch.logits_indices], slots[batch.logits_indices]
+        with self.verifier.contained:
+            temperature = self._runner.sampler.sampling_states.temperature.np
+            all_greedy = not temperature[batch.idx_mapping_np].any()
         try:
-            with self.verifier.active(all_greedy=not temperature[batch.idx_mapping_np].any()):
+            with self.verifier.active(all_greedy):
                 yield
         finally:
             self._expected = None
@@ -187,7 +193,8 @@ class AASDSpeculator(BaseSpeculator):
         (token_ids, slots), self._expected = self._expected, None
         # On ranks that sample for a part of the batch or see a part of the vocabulary there is no whole row.
         if logits is not None and logits.shape == (len(token_ids), self._vocab_size):
-            self._store.write(logits, token_ids, slots)
+            with self.faults.contained("store", shared=True):
+                self._store.write(logits, token_ids, slots)
 
     def _align_prompt(
         self, batch: InputBatch, slot_mappings: dict[str, torch.Tensor], hidden_states: torch.Tensor
@@ -241,26 +248,33 @@ class AASDSpeculator(BaseSpeculator):
             if is_profile and self._prompt_logits is not None:
                 self._prompt_logits.rehearse(last_hidden_states)
             return drafts.zero_()
-        if self._prompt_logits is not None and self._store is not None and slot_mappings is not None:
-            self._align_prompt(input_batch, slot_mappings, last_hidden_states)
+        has_slots = self._store is not None and slot_mappings is not None
+        if self._prompt_logits is not None and has_slots and not self.faults.is_off("store"):
+            with self.faults.contained("store", shared=True):
+                self._align_prompt(input_batch, slot_mappings, last_hidden_states)
         idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
         longest = self._max_draft_tokens
         if num_speculative_tokens is not None:
             longest = min(longest, num_speculative_tokens)
-        # No draft token past what the request may still emit: one token comes without a draft.
-        limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
-        self._propose(
-            all_token_ids=self._req_states.all_token_ids.gpu,
-            total_len=total_len,
-            idx_mapping=idx_mapping,
-            draft_limits=limits.mul_(num_sampled > 0),
-            draft_token_ids=drafts,
-            num_drafts=num_drafts,
-            survival=self._survival[:num_reqs],
-        )
-        self._placeholders.cut(drafts, num_drafts)
-        self._num_valid_drafts[idx_mapping] = num_drafts
-        return drafts
+        if not self.faults.is_off("draft"):
+            with self.faults.contained("draft", shared=True):
+                # No draft token past what the request may still emit: one token comes without a draft.
+                limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
+                self._propose(
+                    all_token_ids=self._req_states.all_token_ids.gpu,
+                    total_len=total_len,
+                    idx_mapping=idx_mapping,
+                    draft_limits=limits.mul_(num_sampled > 0),
+                    draft_token_ids=drafts,
+                    num_drafts=num_drafts,
+                    survival=self._survival[:num_reqs],
+                )
+                self._placeholders.cut(drafts, num_drafts)
+                self._num_valid_drafts[idx_mapping] = num_drafts
+                return drafts
+        num_drafts.zero_()
+        self._num_valid_drafts[idx_mapping] = 0
+        return drafts.zero_()
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
         """What the scheduler is told to schedule: with synchronous scheduling, drafts only and no fillers.
@@ -269,9 +283,11 @@ class AASDSpeculator(BaseSpeculator):
         """
         if self._is_async:
             return drafts
-        counts = self._num_drafts[: len(drafts.req_ids)].tolist()
-        ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-        return DraftTokenIds(drafts.req_ids, ids)
+        with self.faults.contained("draft"):
+            counts = self._num_drafts[: len(drafts.req_ids)].tolist()
+            ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
+            return DraftTokenIds(drafts.req_ids, ids)
+        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
 
 
 def install() -> list[seams.Replacement]:

@@ -7,8 +7,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
+from vllm_aasd.config import Settings
+from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.request_options import settings_of
+from vllm_aasd.engine.start_up import policy_of
 from vllm_aasd.kernels.verify_seeded import VerifyPolicies
-from vllm_aasd.verification.batch import Policy
 from vllm_aasd.verification.conditional import ConditionalVerification
 
 _NO_TOKEN = -1
@@ -23,16 +26,17 @@ class RequestSlots(LogitsProcessor):
     reading the values that it was launched with while the host prepares the next.
 
     Args:
-        policy: of every request.
+        settings: the server's; a request's own options may change some of them for it.
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
         model_config: has the number of tokens that the model takes, which vLLM may still lower to fit the memory.
-        device: where the verifier runs.
+        faults: of the worker.
     """
 
     def __init__(
-        self, policy: Policy, max_seq_len: np.ndarray, model_config: ModelConfig, device: torch.device
+        self, settings: Settings, max_seq_len: np.ndarray, model_config: ModelConfig, faults: Faults
     ) -> None:
-        self._policy = policy
+        self._settings = settings
+        self._faults = faults
         self._max_seq_len = max_seq_len
         self._model_config = model_config
         max_num_reqs = len(max_seq_len)
@@ -41,10 +45,9 @@ class RequestSlots(LogitsProcessor):
         self._stop_token_ids = self._wide(max_num_reqs, 4)
         self._retired: list[UvaBackedTensor] = []
         self._changed = True
-        bar = (1.0, 1.0, 1.0)
-        if isinstance(policy, ConditionalVerification):
-            bar = policy.alpha, policy.beta, policy.floor
-        self._bar = [torch.full((max_num_reqs,), value, dtype=torch.float32, device=device) for value in bar]
+        self._alpha, self._beta, self._floor = (
+            UvaBackedTensor(max_num_reqs, dtype=torch.float32) for _ in range(3)
+        )
 
     @staticmethod
     def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
@@ -55,7 +58,7 @@ class RequestSlots(LogitsProcessor):
     @property
     def policies(self) -> VerifyPolicies:
         """By slot; to be asked for at every step."""
-        return VerifyPolicies(self._relaxed.gpu, *self._bar)
+        return VerifyPolicies(self._relaxed.gpu, self._alpha.gpu, self._beta.gpu, self._floor.gpu)
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
@@ -64,13 +67,26 @@ class RequestSlots(LogitsProcessor):
 
     @property
     def max_len(self) -> torch.Tensor:
-        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach; to be asked for at every step."""
+        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach, 0 where nothing is drafted; to be
+        asked for at every step."""
         return self._max_len.gpu
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take in who has entered a slot."""
-        self._relaxed.np[req_idx] = self._policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
-        self._max_len.np[req_idx] = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
+        # What holds if the rest fails.
+        self._relaxed.np[req_idx], self._max_len.np[req_idx] = False, 0
+        self._changed = True
+        if not self._faults.is_off("requests"):
+            with self._faults.contained("requests", shared=True):
+                self._admit(req_idx, sampling_params)
+        return False
+
+    def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        settings = settings_of(sampling_params, self._settings)
+        policy = policy_of(settings)
+        if isinstance(policy, ConditionalVerification):
+            self._alpha.np[req_idx], self._beta.np[req_idx] = policy.alpha, policy.beta
+            self._floor.np[req_idx] = policy.floor
         stop_token_ids = sorted(sampling_params.all_stop_token_ids)
         width = self._stop_token_ids.np.shape[1]
         if len(stop_token_ids) > width:
@@ -82,16 +98,24 @@ class RequestSlots(LogitsProcessor):
             self._stop_token_ids = wider
         self._stop_token_ids.np[req_idx] = _NO_TOKEN
         self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
-        self._changed = True
-        return False
+        self._relaxed.np[req_idx] = policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
+        longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
+        self._max_len.np[req_idx] = longest if settings.enabled else 0
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the device sees what was taken in."""
+        return not self._changed
 
     def apply_staged_writes(self) -> None:
         """Let the device see what was taken in since the last step."""
         if not self._changed:
             return
-        for tensor in (self._relaxed, self._max_len, self._stop_token_ids):
-            tensor.copy_to_uva()
-        self._changed = False
+        bar = (self._alpha, self._beta, self._floor)
+        with self._faults.contained("requests", shared=True):
+            for tensor in (self._relaxed, *bar, self._max_len, self._stop_token_ids):
+                tensor.copy_to_uva()
+            self._changed = False
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Leave the logits as they are; other requests' processors may have had this list called."""

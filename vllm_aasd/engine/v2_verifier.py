@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_aasd.engine import seams
+from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID, verify_seeded
 
@@ -44,12 +45,23 @@ class V2Verifier:
         num_valid_drafts: ``[max_num_reqs]`` int32 by slot, kept up to date by the owner: how many of the slot's
             draft columns are drafts. The rest are fillers, which the runner needs to be valid token ids.
         requests: policies and stop tokens.
+        faults: of the worker.
+
+    Attributes:
+        contained: around what it does, if it `is_on`.
     """
 
-    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots) -> None:
+    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots, faults: Faults) -> None:
         self._num_valid_drafts = num_valid_drafts
         self._requests = requests
+        self._faults = faults
+        self.contained = faults.contained("verify", shared=True)
         self._all_greedy = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it can verify: it has failed less than too often, and the device knows the batch's policies."""
+        return self._requests.is_current and not self._faults.is_off("verify")
 
     @contextlib.contextmanager
     def active(self, all_greedy: bool = False) -> Iterator[None]:
@@ -140,13 +152,17 @@ def _dispatching(stock: Callable) -> Callable:
         if verifier is None:
             return stock(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
-        call["draft_sampled"] = verifier.without_fillers(
-            call["draft_sampled"], call["expanded_idx_mapping"], call["expanded_local_pos"]
-        )
+        # Should it fail: vLLM's sampler is strict, so a filler that it accepts is what the target says.
+        with verifier.contained:
+            call["draft_sampled"] = verifier.without_fillers(
+                call["draft_sampled"], call["expanded_idx_mapping"], call["expanded_local_pos"]
+            )
         foreign = _foreign(call)
-        if foreign is None:
-            return verifier.rejection_sample(**{name: call[name] for name in _OURS})
-        _say_once(foreign)
+        if foreign is not None:
+            _say_once(foreign)
+        elif verifier.is_on:
+            with verifier.contained:
+                return verifier.rejection_sample(**{name: call[name] for name in _OURS})
         return stock(**call)
 
     return rejection_sample

@@ -109,6 +109,10 @@ class AASDWorker(Worker):
         if self._adapter is not None:
             self._adapter.clear_memory()
 
+    def aasd_faults(self) -> dict[str, int]:
+        """How often each place of `containment.PLACES` has failed here: for ``collective_rpc("aasd_faults")``."""
+        return {} if self._adapter is None else dict(self._adapter.faults.counts)
+
     def shutdown(self) -> None:
         """Also: keep what was learnt."""
         # vLLM also shuts down workers whose start failed.

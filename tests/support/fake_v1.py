@@ -1,0 +1,162 @@
+"""A fake of the V1 model runner around our proposer and verifier; the target is that of `fake_v2`."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from fake_v2 import BLOCK, VOCAB, WIDTH, next_token
+from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine import v1, v1_verifier
+
+MAX_LEN = 256
+PREFILL = 5
+"""Prompt tokens that are read in one step, so that some positions aren't sampled from."""
+
+
+class FakeRunner:
+    """Serves requests greedily, all at once, by our proposer; `num_ranks` is what it is told of others."""
+
+    def __init__(self, prompts: dict[str, list[int]], num_ranks: int = 1, **settings: Any) -> None:
+        self.device = torch.device("cpu")
+        self.lora_config = None
+        self.kv_caches: list[torch.Tensor] = []
+        self.tokens = {req_id: list(prompt) for req_id, prompt in prompts.items()}
+        self.num_computed = dict.fromkeys(prompts, 0)
+        self.drafts: dict[str, list[int]] = {req_id: [] for req_id in prompts}
+        self.requests = {
+            req_id: SimpleNamespace(
+                sampling_params=SamplingParams(temperature=0.0, max_tokens=MAX_LEN), num_prompt_tokens=len(prompt)
+            )
+            for req_id, prompt in prompts.items()
+        }
+        self.num_accepted = 0
+        self.num_logits_calls = 0
+        blocks = np.arange(len(prompts) * MAX_LEN // BLOCK, dtype=np.int32).reshape(len(prompts), -1)
+        self._blocks = SimpleNamespace(
+            block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
+        )
+        self.input_batch = SimpleNamespace(req_ids=list(prompts), block_table=[self._blocks])
+        self.input_ids = SimpleNamespace(gpu=None)
+        self.execute_model_state = None
+        model = SimpleNamespace(
+            model="fake", revision=None, dtype=torch.float32, get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN
+        )
+        config = SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                aasd=Settings(prior=False, alignment=True, **settings), num_speculative_tokens=WIDTH
+            ),
+            model_config=model,
+            scheduler_config=SimpleNamespace(max_num_seqs=len(prompts), max_num_batched_tokens=64),
+            device_config=SimpleNamespace(device=self.device),
+            parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
+        )
+        self.proposer = v1.AASDProposer(config)
+        self.proposer.load_model(SimpleNamespace(compute_logits=self.compute_logits))
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+        self.proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
+        self.rejection_sample = v1_verifier._dispatching(strict_greedy)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """From the fake's hidden states, the pair of last tokens, to what the target says."""
+        self.num_logits_calls += 1
+        return _logits(hidden_states)
+
+    def step(self) -> None:
+        """One step of the engine, prompts in chunks."""
+        self.proposer.begin_step(())
+        ids, pairs, slots, sampled_rows, counts = [], [], [], [], {}
+        for row, req_id in enumerate(self.input_batch.req_ids):
+            tokens, start = self.tokens[req_id], self.num_computed[req_id]
+            known = [*tokens, *self.drafts[req_id]]
+            positions = range(start, min(len(known), start + PREFILL) if start + 1 < len(tokens) else len(known))
+            ids += [known[position] for position in positions]
+            pairs += [(known[position - 1] if position else 0, known[position]) for position in positions]
+            slots += [int(self._blocks.block_table.np[row, p // BLOCK]) * BLOCK + p % BLOCK for p in positions]
+            self.num_computed[req_id] = positions.stop
+            counts[req_id] = 0 if positions.stop < len(tokens) else len(self.drafts[req_id])
+            sampled_rows += range(len(ids) - 1 - counts[req_id], len(ids))
+        hidden_states = torch.tensor(pairs)
+        self.input_ids.gpu = torch.tensor(ids, dtype=torch.int32)
+        self._blocks.slot_mapping.gpu = torch.tensor(slots)
+        logits = _logits(hidden_states[sampled_rows])
+        self.execute_model_state = SimpleNamespace(
+            scheduler_output=SimpleNamespace(
+                total_num_scheduled_tokens=len(ids),
+                scheduled_spec_decode_tokens={req_id: drafts for req_id, drafts in self.drafts.items() if drafts},
+            ),
+            spec_decode_metadata=SimpleNamespace(logits_indices=torch.tensor(sampled_rows)),
+            hidden_states=hidden_states,
+            logits=logits,
+        )
+        with self.proposer.sampling():
+            sampled = self._sample(logits, counts)
+            self._emit(sampled)
+            lengths = np.array([len(tokens) for tokens in self.tokens.values()], np.int32)
+            contexts = np.zeros((len(lengths), MAX_LEN), np.int32)
+            for row, tokens in enumerate(self.tokens.values()):
+                contexts[row, : len(tokens)] = tokens
+            drafts = self.proposer.propose(sampled, lengths, contexts)
+        told = self.proposer.trimmed(DraftTokenIds(self.input_batch.req_ids, drafts))
+        self.drafts = dict(zip(told.req_ids, told.draft_token_ids, strict=True))
+
+    def _sample(self, logits: torch.Tensor, counts: dict[str, int]) -> list[list[int]]:
+        num_drafts = list(counts.values())
+        cu = torch.tensor(num_drafts).cumsum(0)
+        bonus_rows = cu + torch.arange(len(num_drafts))
+        is_draft = torch.ones(len(logits), dtype=torch.bool)
+        is_draft[bonus_rows] = False
+        drafts = [token for req_id, count in counts.items() for token in self.drafts[req_id][:count]]
+        output = self.rejection_sample(
+            torch.tensor(drafts, dtype=torch.int32),
+            num_drafts,
+            max(num_drafts),
+            cu.int(),
+            None,
+            logits[is_draft],
+            logits[bonus_rows].argmax(-1, keepdim=True),
+            SimpleNamespace(all_greedy=True, all_random=False, temperature=None, generators={}),
+        )
+        rows = [[token for token in row if token >= 0] for row in output.tolist()]
+        is_done = [self.num_computed[req_id] >= len(self.tokens[req_id]) for req_id in counts]
+        return [row if done else [] for row, done in zip(rows, is_done, strict=True)]
+
+    def _emit(self, sampled: list[list[int]]) -> None:
+        for req_id, tokens in zip(self.tokens, sampled, strict=True):
+            if tokens:
+                self.num_accepted += len(tokens) - 1
+                self.tokens[req_id] += tokens
+                self.num_computed[req_id] = len(self.tokens[req_id]) - 1
+
+
+def _logits(pairs: torch.Tensor) -> torch.Tensor:
+    says = torch.tensor([next_token(*pair) for pair in pairs.tolist()], dtype=torch.int64)
+    return 8.0 * torch.nn.functional.one_hot(says, VOCAB).float()
+
+
+def strict_greedy(
+    draft_token_ids: torch.Tensor,
+    num_draft_tokens: list[int],
+    max_spec_len: int,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_probs: None,
+    target_logits: torch.Tensor,
+    bonus_token_ids: torch.Tensor,
+    sampling_metadata: Any,
+) -> torch.Tensor:
+    """vLLM's ``rejection_sample`` for greedy requests, in plain torch."""
+    output = torch.full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
+    first = 0
+    for request, count in enumerate(num_draft_tokens):
+        says = target_logits[first : first + count].argmax(-1).tolist()
+        drafts = draft_token_ids[first : first + count].tolist()
+        first += count
+        agreed = next((i for i in range(count) if says[i] != drafts[i]), count)
+        tokens = [*says[: agreed + 1], *([int(bonus_token_ids[request])] if agreed == count else [])]
+        output[request, : len(tokens)] = torch.tensor(tokens)
+    return output

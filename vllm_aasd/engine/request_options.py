@@ -1,0 +1,83 @@
+"""The options that a request brings: refused where vLLM takes it in, read where it is served.
+
+They are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every front end
+of vLLM (`LLM`, the API server) has `SamplingParams.verify` check a request before the engine hears of it, with the
+speculative config at hand: there a bad option is the client's error, as any other of vLLM's parameters is. That is the
+plugin's work in the front end's process; should a request come by another way, the worker can only do without.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_aasd.config import PREFIX, Settings
+from vllm_aasd.engine import seams
+from vllm_aasd.overrides import with_overrides
+
+logger = logging.getLogger("vllm.aasd")
+
+
+class RequestOptionsError(VLLMValidationError, ValueError):
+    """A request asks for what it can't have: status 400 over HTTP, a ValueError from `LLM.generate`."""
+
+
+def install() -> list[seams.Replacement]:
+    """Have this process's front end check the options; does nothing where it does already.
+
+    Returns:
+        What was replaced, to be undone.
+
+    Raises:
+        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+    """
+    return seams.replace({seams.VERIFY_SAMPLING_PARAMS: _checking_ours})
+
+
+def _checking_ours(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def verify(
+        self: SamplingParams,
+        model_config: ModelConfig,
+        speculative_config: SpeculativeConfig | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        stock(self, model_config, speculative_config, *args, **kwargs)
+        server = getattr(speculative_config, "aasd", None)
+        if server is None:
+            return
+        try:
+            with_overrides(server, self.extra_args or {})
+        except ValueError as error:
+            raise RequestOptionsError(str(error), parameter="extra_args") from error
+
+    return verify
+
+
+def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
+    """The settings by which a worker serves a request; of bad options, none are followed.
+
+    Args:
+        params: the request's; None for what isn't generation.
+        server: the server's settings.
+    """
+    try:
+        return with_overrides(server, (params and params.extra_args) or {})
+    except ValueError:
+        _warn_once()
+        return server
+
+
+@functools.cache
+def _warn_once() -> None:
+    # Without the value: it is the user's, and the log isn't.
+    logger.warning(
+        "aasd: a request came with %s* options that its front end should have refused (is the plugin installed there?); "
+        "the server's settings serve it, and this isn't said again",
+        PREFIX,
+    )
