@@ -96,6 +96,11 @@ def test_vllms_own_methods_are_untouched(create):
         ({"rejection_sample_method": "synthetic"}, {}, "can't work with rejection_sample_method='synthetic'"),
         ({"draft_sample_method": "probabilistic"}, {}, "can't work with draft_sample_method='probabilistic'"),
         ({"enable_adaptive_verification": True}, {}, "can't work with enable_adaptive_verification=True"),
+        (
+            {"num_speculative_tokens_per_batch_size": [[1, 8, 4]]},
+            {},
+            "can't work with num_speculative_tokens_per_batch_size=[[1, 8, 4]]: drafts follow the load",
+        ),
         ({}, {"worker_cls": "my.Worker"}, "can't work with worker_cls='my.Worker'"),
         ({}, {"kv_sharing_fast_prefill": True}, "can't work with kv_sharing_fast_prefill=True"),
         ({}, {"async_scheduling": True}, "can't work with async_scheduling=True"),

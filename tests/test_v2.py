@@ -6,8 +6,7 @@ import types
 
 import pytest
 import torch
-from fake_v2 import BLOCK, MAX_LEN, VOCAB, WIDTH, FakeRunner, next_token
-from torch.utils._python_dispatch import TorchDispatchMode
+from fake_v2 import BLOCK, MAX_LEN, MAX_TOKENS, PROMPTS, VOCAB, WIDTH, FakeRunner, next_token, serve, target_alone
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
@@ -16,11 +15,8 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 from vllm_aasd.engine import seams, v2, v2_verifier
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_verifier import V2Verifier
-from vllm_aasd.kernels import align, draft_batch, verify_seeded
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
-PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
-MAX_TOKENS = 24
 STRICT = {"verification": "strict"}
 
 
@@ -28,34 +24,6 @@ STRICT = {"verification": "strict"}
 def _no_pinned_memory(monkeypatch):
     """vLLM takes a CPU for a device with memory that the host can pin; its own fallback does without."""
     monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
-
-
-def target_alone(prompt, max_tokens=MAX_TOKENS):
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(next_token(tokens[-2] if len(tokens) > 1 else 0, tokens[-1]))
-    return tokens[len(prompt) :]
-
-
-def serve(runner, prompts, chunk=MAX_LEN, abort_after=None):
-    """All prompts through as few slots as there are, each freed slot taken at once by the next request."""
-    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    waiting, running, done = list(enumerate(prompts)), {}, {}
-    steps = 0
-    while waiting or running:
-        for slot in range(len(runner.counts)):
-            if slot not in running and waiting:
-                running[slot], prompt = waiting.pop(0)
-                done[running[slot]] = []
-                runner.add(slot, prompt, MAX_TOKENS, params)
-        # The batch's order isn't the slots'.
-        for slot, tokens in runner.step(sorted(running, reverse=True), chunk).items():
-            done[running[slot]] += tokens
-        steps += 1
-        for slot, number in list(running.items()):
-            if len(done[number]) >= MAX_TOKENS or (number == 0 and steps == abort_after):
-                del running[slot]
-    return [done[number] for number in range(len(prompts))]
 
 
 @pytest.mark.parametrize("alignment", [True, "auto"])
@@ -266,88 +234,6 @@ def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
         for replacement in replacements:
             replacement.undo()
     assert not hasattr(host.init_speculator, "__wrapped__")
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Our kernels' plain twins stand for launches of kernels: what they do inside isn't watched."""
-    for module in (align, draft_batch, verify_seeded):
-        monkeypatch.setattr(module, "backend", lambda *args, stock=module.backend: Unwatched(stock(*args)))
-
-
-class Unwatched:
-    """A module whose functions a `Watch` doesn't see into."""
-
-    def __init__(self, module):
-        self._module = module
-
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            Watch.is_off = True
-            try:
-                return getattr(self._module, name)(*args, **kwargs)
-            finally:
-                Watch.is_off = False
-
-        return call
-
-
-class Watch(TorchDispatchMode):
-    """Sees every operation that PyTorch is asked for."""
-
-    is_off = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not Watch.is_off:
-            self.see(str(function), result)
-        return result
-
-
-class NoSynchronisation(Watch):
-    """Fails on what would wait for a GPU: a number read on the host, a shape that depends on values."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "equal.")
-
-    def see(self, function, result):
-        assert not any(name in function for name in self.FORBIDDEN), f"{function} waits for the device"
-
-
-class LargestTensor(Watch):
-    """Notes the bytes of the largest tensor that an operation returns."""
-
-    def __init__(self, into):
-        super().__init__()
-        self._into = into
-        into.append(0)
-
-    def see(self, function, result):
-        if isinstance(result, torch.Tensor):
-            self._into[-1] = max(self._into[-1], result.nbytes)
-
-
-def test_nothing_waits_for_the_device(launches):
-    runner = FakeRunner(alignment=True, **STRICT)
-    runner.watch = NoSynchronisation
-    serve(runner, PROMPTS, chunk=3)
-    assert sum(runner.accepted) > 0
-    with NoSynchronisation(), pytest.raises(AssertionError, match="local_scalar_dense.* waits for the device"):
-        runner.total_len.max().item()
-    with NoSynchronisation(), pytest.raises(AssertionError, match="nonzero"):
-        runner.total_len[runner.total_len > 0]
-
-
-def test_what_a_step_makes_does_not_grow_with_the_context(launches):
-    runner = FakeRunner(max_num_reqs=1, **STRICT)
-    prompt = [1, 2, *target_alone([1, 2], 4)]
-    runner.add(0, prompt, 40, SamplingParams(temperature=0.0, max_tokens=40))
-    largest = []
-    runner.watch = lambda: LargestTensor(largest)
-    for _ in range(6):
-        runner.step([0])
-    # Two watches a step: the verifier's and the speculator's. The first step reads the prompt.
-    assert len(largest) == 12 and min(largest) > 0
-    assert len(set(largest[2::2])) == len(set(largest[3::2])) == 1
 
 
 def test_fewer_draft_tokens_in_a_step_than_configured():

@@ -18,7 +18,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
-            ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``), ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
+            ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
+            ``lora`` (path of an adapter for all requests), ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
         ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
@@ -29,6 +30,9 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
         options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
+    lora = options.pop("lora", None)
+    if lora is not None:
+        options["enable_lora"] = True
     num_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
     executor = "uni" if num_ranks == 1 else "mp"
     engine = {
@@ -41,7 +45,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     }
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "v2": v2, **recorded}
+    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "v2": v2, "lora": lora, **recorded}
     process = subprocess.run(
         [sys.executable, str(_RUNNER)],
         input=json.dumps(scenario),

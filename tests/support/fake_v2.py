@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
@@ -20,6 +21,8 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine import prompt_logits, v2, v2_verifier
 
 VOCAB, BLOCK, MAX_LEN, WIDTH = 32, 4, 64, 4
+PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
+MAX_TOKENS = 24
 
 
 def next_token(before: int, last: int) -> int:
@@ -203,6 +206,37 @@ class FakeRunner:
             before = int(self.tokens[slot, position - 1]) if is_first and position else ids[row - 1]
             pairs.append((0 if position == 0 else before, ids[row]))
         return torch.tensor(pairs)
+
+
+def target_alone(prompt: list[int], max_tokens: int = MAX_TOKENS) -> list[int]:
+    """What the target says after a prompt, without speculation."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens[-2] if len(tokens) > 1 else 0, tokens[-1]))
+    return tokens[len(prompt) :]
+
+
+def serve(
+    runner: FakeRunner, prompts: list[list[int]], chunk: int = MAX_LEN, abort_after: int | None = None
+) -> list[list[int]]:
+    """All prompts through as few slots as there are, each freed slot taken at once by the next request."""
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    waiting, running, done = list(enumerate(prompts)), {}, {}
+    steps = 0
+    while waiting or running:
+        for slot in range(len(runner.counts)):
+            if slot not in running and waiting:
+                running[slot], prompt = waiting.pop(0)
+                done[running[slot]] = []
+                runner.add(slot, prompt, MAX_TOKENS, params)
+        # The batch's order isn't the slots'.
+        for slot, tokens in runner.step(sorted(running, reverse=True), chunk).items():
+            done[running[slot]] += tokens
+        steps += 1
+        for slot, number in list(running.items()):
+            if len(done[number]) >= MAX_TOKENS or (number == 0 and steps == abort_after):
+                del running[slot]
+    return [done[number] for number in range(len(prompts))]
 
 
 def vllms_own(

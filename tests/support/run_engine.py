@@ -25,6 +25,7 @@ def main() -> None:
     # Ranks share the few cores there are.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
     llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
@@ -47,10 +48,13 @@ def main() -> None:
     recorded = record_store_v2 if scenario["v2"] else record_store
     snapshots = recorded(llm) if scenario["record_store"] else []
     verified = record_verification(llm) if scenario["record_verification"] else None
+    adapter = LoRARequest("adapter", 1, scenario["lora"]) if scenario["lora"] else None
     rounds = []
     for batch in scenario["rounds"]:
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
-        outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
+        outputs = llm.generate(
+            [p for p, _ in requests], [s for _, s in requests], use_tqdm=False, lora_request=adapter
+        )
         rounds.append([described(output) for output in outputs])
     kernels = [name.rpartition(".")[2] for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
     result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots, "kernels": kernels}

@@ -65,6 +65,12 @@ BY_RUNNER = {
             (None, False),
             "drafts are made on the host between two steps on vLLM's V1 model runner; leave it out",
         ),
+        Refusal(
+            "num_speculative_tokens_per_batch_size",
+            (None,),
+            "drafts follow the load by themselves on vLLM's V1 model runner; leave it out",
+            in_json=True,
+        ),
     ),
     "V2": (
         *_BOTH,

@@ -46,6 +46,10 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks", "kv_cache_groups")),
     Members("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", ("kv_cache_spec", "layer_names")),
     Members("vllm.v1.kv_cache_interface", "FullAttentionSpec", ("block_size", "page_size_bytes")),
+    Members("vllm.v1.core.sched.output", "SchedulerOutput", ("scheduled_new_reqs", "finished_req_ids")),
+    Members("vllm.v1.core.sched.output", "NewRequestData", ("prompt_token_ids", "mm_features")),
+    Members("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("mm_position",)),
+    Members("vllm.multimodal.inputs", "PlaceholderRange", ("extract_embeds_range",)),
     Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "extra_args", "max_tokens", "temperature")),
 )
 
@@ -104,7 +108,22 @@ V2: tuple[Seam | Members, ...] = (
     ),
     Seam(f"{_V2}.sample.logits_processor.interface", "LogitsProcessor.apply_staged_writes", ("self",)),
     Seam(f"{_V2}.sample.logits_processor.interface", "LogitsProcessor.apply", ("self", "logits", "ctx")),
-    Seam("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward", ("self", "lm_head")),
+    Seam(
+        "vllm.model_executor.layers.logits_processor",
+        "LogitsProcessor.forward",
+        ("self", "lm_head", "hidden_states", "embedding_bias", "skip_gather"),
+    ),
+    Members(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        ("shard_indices", "num_added_embeddings", "org_vocab_size", "num_embeddings_per_partition"),
+    ),
+    Members(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbeddingShardIndices",
+        ("num_org_elements", "org_vocab_start_index"),
+    ),
+    Seam("vllm.distributed.parallel_state", "GroupCoordinator.all_gather", ("self", "input_", "dim")),
     Members(
         f"{_V2}.model_runner",
         "GPUModelRunner",

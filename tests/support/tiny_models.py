@@ -1,0 +1,62 @@
+"""Checkpoints made on the spot: small models of other kinds with random weights, and an adapter for the demo model."""
+
+import json
+import pathlib
+import shutil
+
+import torch
+
+WINDOW = 64
+
+
+def sliding_window_model(out: pathlib.Path, tokenizer_of: str, hybrid: bool) -> str:
+    """Make a model whose attention layers slide: all of them, or every other one."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    }
+    if hybrid:
+        layer_types = ["sliding_attention", "full_attention"] * 2
+        config = transformers.Gemma3TextConfig(
+            **sizes, num_hidden_layers=4, layer_types=layer_types, query_pre_attn_scalar=32
+        )
+        model = transformers.Gemma3ForCausalLM
+    else:
+        config, model = transformers.MistralConfig(**sizes, num_hidden_layers=2), transformers.MistralForCausalLM
+    torch.manual_seed(1)
+    model(config).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        source = pathlib.Path(tokenizer_of) / name
+        if source.exists():
+            shutil.copy(source, out)
+    return str(out)
+
+
+def lora_adapter(out: pathlib.Path, model: str, rank: int = 8) -> str:
+    """Make a random adapter of the attention's projections, strong enough to change what a model says."""
+    from safetensors.torch import save_file
+
+    config = json.loads((pathlib.Path(model) / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_size = config["hidden_size"] // heads
+    random = torch.Generator().manual_seed(5)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, width in (("q_proj", heads), ("v_proj", config["num_key_value_heads"])):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = 0.05 * torch.randn(rank, config["hidden_size"], generator=random)
+            weights[f"{prefix}.lora_B.weight"] = 0.05 * torch.randn(width * head_size, rank, generator=random)
+    out.mkdir()
+    save_file(weights, out / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
+    (out / "adapter_config.json").write_text(json.dumps(adapter))
+    return str(out)

@@ -1,0 +1,70 @@
+"""Models of other kinds and several ranks, through the real engine of both model runners: tokens as without speculation."""
+
+import pytest
+from engines import greedy, run_engine, token_ids
+from prompts import real_prompts
+from tiny_models import WINDOW, lora_adapter, sliding_window_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.long]
+
+STRICT = {"aasd_verification": "strict", "num_speculative_tokens": 4}
+PROMPTS = real_prompts(3, max_chars=140)
+RUNNERS = pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+
+
+def run(model, rounds, out, v2, **options):
+    common = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512}
+    return run_engine(model, rounds, out, v2=v2, **{**common, **options})
+
+
+def accepted(result):
+    return result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
+
+
+@RUNNERS
+@pytest.mark.parametrize("hybrid", [False, True], ids=["sliding", "hybrid"])
+def test_sliding_windows(demo_model, tmp_path, v2, hybrid):
+    model = sliding_window_model(tmp_path / "model", demo_model, hybrid)
+    # Longer than the window, and with something to copy.
+    prompt = list(range(300, 330)) * 4
+    assert len(prompt) > WINDOW
+    rounds = [greedy([prompt, prompt[7:]], 24, ignore_eos=True), greedy([prompt], 24, ignore_eos=True)]
+    plain = run(model, rounds, tmp_path / "plain", v2)
+    ours = run(model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True})
+    assert [token_ids(one) for one in plain["rounds"]] == [token_ids(one) for one in ours["rounds"]]
+    assert accepted(ours) > 0
+    assert ("no full-attention KV cache group" in ours["log"]) is not hybrid
+
+
+@RUNNERS
+def test_an_adapter(demo_model, tmp_path, v2):
+    lora = lora_adapter(tmp_path / "adapter", demo_model)
+    rounds = [greedy(PROMPTS[:2], 16)]
+    bare = run(demo_model, rounds, tmp_path / "bare", False)
+    plain = run(demo_model, rounds, tmp_path / "plain", v2, lora=lora)
+    ours = run(demo_model, rounds, tmp_path / "ours", v2, lora=lora, aasd={**STRICT, "aasd_alignment": True})
+    assert token_ids(plain["rounds"][0]) == token_ids(ours["rounds"][0]) != token_ids(bare["rounds"][0])
+    assert "with LoRA, predictions are stored for generated tokens only" in ours["log"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(demo_model, tmp_path_factory):
+    return run(demo_model, [greedy(PROMPTS, 16)], tmp_path_factory.mktemp("one") / "out", False)
+
+
+# The demo model has 9 heads of attention and 3 of keys, so 3 ranks share them, and 2 don't.
+@pytest.mark.parametrize(
+    ("v2", "ranks"),
+    [
+        (False, {"tensor_parallel_size": 3}),
+        (True, {"tensor_parallel_size": 3}),
+        (True, {"pipeline_parallel_size": 2}),
+    ],
+    ids=["V1-tensor", "V2-tensor", "V2-pipeline"],
+)
+def test_several_ranks(demo_model, tmp_path, one_rank, v2, ranks):
+    aasd = {**STRICT, "aasd_alignment": True}
+    ours = run(demo_model, [greedy(PROMPTS, 16)], tmp_path / "ours", v2, aasd=aasd, **ranks)
+    assert token_ids(ours["rounds"][0]) == token_ids(one_rank["rounds"][0])
+    assert accepted(ours) > 0
+    assert "gather whole rows" not in ours["log"]
