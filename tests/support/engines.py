@@ -17,13 +17,15 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
+            ``faults`` (a list with, for each round, the function of ours that fails in it, "module:Class.method", or None),
             ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
-        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
-        "kernels": [module, ...], "log": str}``
+        ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
+        each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...], "log": str}``
     """
     record_store = options.pop("record_store", False)
+    faults = options.pop("faults", [None] * len(rounds))
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
@@ -31,7 +33,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     engine = {"model": model, "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, **options}
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "record_store": record_store, "v2": v2}
+    scenario = {"engine": engine, "rounds": rounds, "faults": faults, "out": str(out)}
+    scenario.update(record_store=record_store, v2=v2)
     process = subprocess.run(
         [sys.executable, str(_RUNNER)], input=json.dumps(scenario), capture_output=True, text=True, timeout=1800
     )
