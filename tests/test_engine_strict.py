@@ -94,6 +94,38 @@ def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])[:8]
 
 
+FAULTS = {
+    "vllm_aasd.engine.v1_requests:settings_of": "requests",
+    "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
+    "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
+    "vllm_aasd.alignment:AlignmentStore.write": "store",
+    "vllm_aasd.engine.v1:AASDProposer._align": "store",
+    "vllm_aasd.engine.v1:draft_lengths": "step_time",
+    "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
+    "vllm_aasd.drafting.memory:MemoryFile.save_now_and_then": "memory",
+    "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+    "vllm_aasd.kernels.verify:verify": "verify",
+}
+
+
+def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path):
+    rounds = [greedy(PROMPTS[:6], MAX_TOKENS) for _ in range(len(FAULTS) + 1)]
+    result = run_engine(
+        demo_model,
+        rounds,
+        tmp_path / "out.json",
+        aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "file"},
+        faults=[*FAULTS, None],
+    )
+    wanted = token_ids(plain["rounds"][0])[:6]
+    for seam, outputs, after in zip([*FAULTS, None], result["rounds"], result["after"], strict=True):
+        assert token_ids(outputs) == wanted, seam
+        assert {place for place, count in after["faults"].items() if count} == ({FAULTS[seam]} if seam else set()), seam
+    accepted = [after["metrics"]["vllm:spec_decode_num_accepted_tokens"] for after in result["after"]]
+    assert accepted[-1] > accepted[-2], "when nothing fails any more, requests are sped up again"
+    assert "RuntimeError: injected into draft" in result["log"]
+
+
 def test_a_request_that_reaches_the_models_length(plain, demo_model, tmp_path):
     """vLLM schedules rows of zeros for the whole batch there; the others must not pay for it with wrong tokens."""
     by_length = sorted(plain["rounds"][0], key=lambda output: len(output["prompt_token_ids"]))

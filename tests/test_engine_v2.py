@@ -21,6 +21,15 @@ BAD_WORDS = [" the", "The", " of"]
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, "required": ["kind"]}
 
 
+FAULTS = {
+    "vllm_aasd.engine.v2_requests:settings_of": "requests",
+    "vllm_aasd.alignment:AlignmentStore.write": "store",
+    "vllm_aasd.engine.v2_verifier:V2Verifier.without_fillers": "verify",
+    "vllm_aasd.engine.v2_verifier:verify_seeded": "verify",
+    "vllm_aasd.kernels.draft_triton:draft_batch": "draft",
+}
+
+
 def drafted_and_accepted(result):
     metrics = result["metrics"]
     return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
@@ -37,16 +46,23 @@ def plain(demo_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speculated(demo_model, tmp_path_factory):
-    """Three prompts at once, in chunks of 48; then one again from the prefix cache, and a JSON object."""
+    """Three prompts at once, in chunks of 48; one again from the prefix cache, and a JSON object; one that wants no
+    speculation; and then, with faults."""
     out = tmp_path_factory.mktemp("v2") / "out.json"
     constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
     again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1)
     processed = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
     return run_engine(
         demo_model,
-        [greedy(PROMPTS, MAX_TOKENS), again + constrained + processed],
+        [
+            greedy(PROMPTS, MAX_TOKENS),
+            again + constrained + processed,
+            greedy(PROMPTS[:1], MAX_TOKENS, extra_args={"aasd_enabled": False}),
+            *(greedy(PROMPTS[:1], MAX_TOKENS) for _ in FAULTS),
+        ],
         out,
         v2=True,
+        faults=[None, None, None, *FAULTS],
         aasd={**STRICT, "aasd_alignment": True},
         record_store=True,
         max_num_batched_tokens=48,
@@ -95,6 +111,21 @@ def test_constrained_output_is_valid(speculated):
     output = speculated["rounds"][1][1]
     assert output["finish_reason"] == "stop"
     assert json.loads(output["text"])["kind"] in ("text", "code")
+
+
+def test_a_request_that_wants_no_speculation_has_nothing_drafted(plain, speculated):
+    before, after = speculated["after"][1:3]
+    name = "vllm:spec_decode_num_draft_tokens"
+    assert after["metrics"][name] == before["metrics"][name] > 0
+    assert speculated["rounds"][2][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
+
+
+def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
+    wanted = plain["rounds"][0][0]["token_ids"]
+    rounds = zip(FAULTS.items(), speculated["rounds"][3:], speculated["after"][3:], strict=True)
+    for (seam, place), (output,), after in rounds:
+        assert output["token_ids"] == wanted, seam
+        assert {place for place, count in after["faults"].items() if count} == {place}, seam
 
 
 @pytest.mark.long

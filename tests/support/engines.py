@@ -19,13 +19,16 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
-            ``lora`` (path of an adapter for all requests), ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
+            ``lora`` (path of an adapter for all requests),
+            ``faults`` (a list with, for each round, the function of ours that fails in it, "module:Class.method", or None),
+            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), and whatever `vllm.LLM` takes.
 
     Returns:
-        ``{"rounds": [[output, ...], ...], "metrics": {name: value}, "store": [snapshot, ...],
-        "kernels": [module, ...], "log": str}``
+        ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
+        each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...], "log": str}``
     """
     recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification")}
+    faults = options.pop("faults", [None] * len(rounds))
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
@@ -45,7 +48,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     }
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "out": str(out), "v2": v2, "lora": lora, **recorded}
+    scenario = {"engine": engine, "rounds": rounds, "faults": faults, "out": str(out)}
+    scenario.update(v2=v2, lora=lora, **recorded)
     process = subprocess.run(
         [sys.executable, str(_RUNNER)],
         input=json.dumps(scenario),

@@ -4,6 +4,8 @@ A process of its own for every scenario: an engine's memory, compiled code and p
 without speculation has never seen the plugin at work.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -49,15 +51,21 @@ def main() -> None:
     snapshots = recorded(llm) if scenario["record_store"] else []
     verified = record_verification(llm) if scenario["record_verification"] else None
     adapter = LoRARequest("adapter", 1, scenario["lora"]) if scenario["lora"] else None
-    rounds = []
-    for batch in scenario["rounds"]:
+    rounds, after = [], []
+    for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
         requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
-        outputs = llm.generate(
-            [p for p, _ in requests], [s for _, s in requests], use_tqdm=False, lora_request=adapter
-        )
+        num_snapshots = len(snapshots)
+        with injected(fault):
+            outputs = llm.generate(
+                [p for p, _ in requests], [s for _, s in requests], use_tqdm=False, lora_request=adapter
+            )
+        if fault:
+            del snapshots[num_snapshots:]
         rounds.append([described(output) for output in outputs])
+        after.append({"metrics": counters(llm), "faults": taken_faults(llm)})
     kernels = [name.rpartition(".")[2] for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
-    result = {"rounds": rounds, "metrics": counters(llm), "store": snapshots, "kernels": kernels}
+    metrics = after[-1]["metrics"]
+    result = {"rounds": rounds, "after": after, "metrics": metrics, "store": snapshots, "kernels": kernels}
     with open(scenario["out"], "w") as out:
         json.dump(result, out)
     if verified is not None:
@@ -87,6 +95,43 @@ def logprobs(positions):
     ]
 
 
+@contextlib.contextmanager
+def injected(fault):
+    """While it lasts, a function of the plugin fails whenever it is called; named "module:function" or "module:Class.method"."""
+    if fault is None:
+        yield
+        return
+    module, _, path = fault.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        raise RuntimeError(f"injected into {name}")
+
+    setattr(owner, name, failing)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+def taken_faults(llm):
+    """The counts of the worker's faults, which begin anew."""
+    worker = worker_of(llm)
+    if not hasattr(worker, "aasd_faults"):
+        return {}
+    counts = worker.aasd_faults()
+    worker._adapter.faults.counts.update(dict.fromkeys(counts, 0))
+    return counts
+
+
+def worker_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def counters(llm):
     return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
@@ -96,7 +141,7 @@ def record_store(llm):
     import numpy as np
     import torch
 
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = worker_of(llm).model_runner
     proposer, snapshots = runner.drafter, []
     stock = proposer.propose
 
@@ -118,7 +163,7 @@ def record_store_v2(llm):
     """The same on the V2 model runner, of the first request that drafts are asked for; with its token ids."""
     import torch
 
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = worker_of(llm).model_runner
     speculator, snapshots = runner.speculator, []
     stock = speculator.propose
 
