@@ -47,16 +47,24 @@ class Trace(NamedTuple):
     table: np.ndarray
 
 
+class Step(NamedTuple):
+    """One step of a batch: tokens emitted and drafted, of all its requests."""
+
+    emitted: int
+    drafted: int
+
+
 class Replay(NamedTuple):
     """What the drafter did on some traces.
 
     Attributes:
-        steps: of the target.
+        steps: of the target, each request's counted.
         emitted: tokens.
         drafted: tokens.
         seconds: in units of a step without drafts.
         predicted: ``[drafted]``, the survival that was predicted of each draft token.
         accepted: ``[drafted]``, whether it was accepted.
+        batches: the steps of the target, each once.
     """
 
     steps: int
@@ -65,6 +73,7 @@ class Replay(NamedTuple):
     seconds: float
     predicted: np.ndarray
     accepted: np.ndarray
+    batches: list[Step]
 
     @property
     def speed(self) -> float:
@@ -171,8 +180,9 @@ def closed_loop(
     """
     waiting = iter(enumerate(traces))
     running: list[_Request] = []
-    steps = emitted = drafted = 0
+    steps = 0
     seconds = 0.0
+    batches: list[Step] = []
     predicted, accepted = [np.empty(0, np.float32)], [np.empty(0, bool)]
     is_first_batch = True
     while True:
@@ -193,6 +203,7 @@ def closed_loop(
             drafts.append(draft.copy())
             survival[row, : len(own)] = own
         chosen = lengths(survival, step_times)
+        emitted = 0
         for row, request in enumerate(running):
             num_accepted = request.verify(drafts[row][: chosen[row]])
             predicted.append(survival[row, : chosen[row]])
@@ -200,11 +211,14 @@ def closed_loop(
             drafter.verified(request.request_id, int(chosen[row]), num_accepted)
             emitted += num_accepted + 1
         steps += len(running)
-        drafted += int(chosen.sum())
-        seconds += step_times[len(running) + int(chosen.sum())]
+        batches.append(Step(emitted, int(chosen.sum())))
+        seconds += step_times[len(running) + batches[-1].drafted]
         drafter.forget([request.request_id for request in running if not request.left])
         running = [request for request in running if request.left]
-    return Replay(steps, emitted, drafted, seconds, np.concatenate(predicted), np.concatenate(accepted))
+    emitted, drafted = (sum(column) for column in zip(*batches, strict=True)) if batches else (0, 0)
+    return Replay(
+        steps, emitted, drafted, seconds, np.concatenate(predicted), np.concatenate(accepted), batches
+    )
 
 
 class _Request:
