@@ -65,13 +65,7 @@ def main() -> None:
 
 def chosen_methods(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     """The speculative config of each run, by label; suffix is left out where it isn't installed."""
-    names = list(arguments.methods)
-    try:
-        methods.require(names)
-    except methods.MissingPackage as error:
-        print(f"suffix is left out: {error}", file=sys.stderr)
-        names.remove("suffix")
-    return methods.chosen(names, arguments.aasd)
+    return methods.chosen(methods.without_missing(arguments.methods), arguments.aasd)
 
 
 def compare(plain: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,11 +17,9 @@ import numpy as np
 
 from benchmarks import replay, results
 from benchmarks.data import DataError
-from benchmarks.end_to_end_run import read_all
-from benchmarks.engine import Engine, EngineError
+from benchmarks.engine import EngineError
 from benchmarks.fitting_tasks import fitting_tasks
-from benchmarks.prompts import load_tokenizer, tokenise
-from benchmarks.tasks import Task, by_category
+from benchmarks.traces import add_arguments, measured_tasks, recorded
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import empty_memory
@@ -48,7 +46,7 @@ def main() -> None:
     try:
         prior = load_prior(arguments.model)
         tasks = fitting_tasks() if arguments.command == "fit" else measured_tasks(arguments)
-        traces = record(tasks, arguments)
+        traces = recorded(tasks, arguments)
     except (DataError, EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     found = fit(traces, prior) if arguments.command == "fit" else calibration(traces, prior)
@@ -77,26 +75,6 @@ def load_prior(model: str) -> Prior:
     from transformers import AutoConfig
 
     return prior_file.load(path, key, AutoConfig.from_pretrained(model).vocab_size)
-
-
-def measured_tasks(arguments: argparse.Namespace) -> list[Task]:
-    """The tasks that are measured on: the same choice as in `benchmarks.end_to_end`."""
-    return [task for members in by_category(read_all(arguments), arguments.limit, None).values() for task in members]
-
-
-def record(tasks: list[Task], arguments: argparse.Namespace) -> list[replay.Trace]:
-    """Answer the tasks with a plain engine."""
-    prompts = tokenise(load_tokenizer(arguments.model), tasks, arguments.max_prompt_tokens)
-    engine = {
-        "model": arguments.model,
-        "dtype": "bfloat16",
-        "max_model_len": arguments.max_prompt_tokens + arguments.max_tokens,
-        "max_num_seqs": 16,
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-    }
-    with Engine("none", engine, threads=1) as plain:
-        return replay.record(plain, [task.category for task in tasks], prompts, arguments.max_tokens)
 
 
 def run(
@@ -238,12 +216,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("fit", "calibration"))
-    results.add_model_argument(parser)
-    parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="to measure on")
-    parser.add_argument("--builtin", action="store_true", help="also the tasks that ship with Python")
-    parser.add_argument("--limit", type=int, default=20, help="prompts per category (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
-    parser.add_argument("--max-prompt-tokens", type=int, default=1500, help="default %(default)s")
+    add_arguments(parser)
     parser.add_argument("--out", type=pathlib.Path, help="result file (default: benchmarks/results/COMMAND.json)")
     parser.add_argument("--show", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file")
     return parser.parse_args()

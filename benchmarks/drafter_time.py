@@ -14,12 +14,12 @@ import importlib
 import inspect
 import pathlib
 import sys
-import types
 from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks import data, results
+from benchmarks.ngram import proposer
 from benchmarks.timing import microseconds
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
@@ -190,23 +190,12 @@ def time_drafter(
 
 def time_ngram(tokens: np.ndarray, length: int, num_steps: int) -> dict[str, float]:
     """The same contexts through vLLM's n-gram proposer, at its best settings (1 to 3 tokens, 5 drafts)."""
-    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
-
-    # What the proposer reads of vLLM's configuration.
-    config = types.SimpleNamespace(
-        speculative_config=types.SimpleNamespace(
-            prompt_lookup_min=1, prompt_lookup_max=3, num_speculative_tokens=5
-        ),
-        model_config=types.SimpleNamespace(max_model_len=len(tokens) + NEW_TOKENS),
-        scheduler_config=types.SimpleNamespace(max_num_seqs=1),
-        parallel_config=types.SimpleNamespace(tensor_parallel_size=1),
-    )
-    proposer = NgramProposer(config)
+    vllm_ngram = proposer(len(tokens) + NEW_TOKENS - 1)
     batch = tokens[None]
     drafted = []
 
     def call(num_tokens: int) -> None:
-        proposals = proposer.propose(5, [[0]], np.array([num_tokens], np.int32), batch)
+        proposals = vllm_ngram.propose(5, [[0]], np.array([num_tokens], np.int32), batch)
         drafted.append(len(proposals[0]))
 
     times = microseconds([lambda c=context: call(len(c)) for context in growing(tokens, length, num_steps)])

@@ -57,7 +57,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     settings = [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, prompts]
     store = resume.Store(arguments.out.with_suffix(".unfinished"), settings)
-    found = store.load() if arguments.resume else {}
+    kept = store.load() if arguments.resume else {}
+    found = {place: rounds.Measurement(*measured) for place, measured in kept.items()}
     with contextlib.ExitStack() as stack:
         engines = {}
         for label, speculative_config in chosen.items():

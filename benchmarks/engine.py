@@ -93,8 +93,9 @@ class Engine:
             Per answer ``token_ids``; ``emitted``, the tokens of each step that emitted any; ``sent``,
             ``first_token`` and ``last_token`` in seconds since the run began; ``draft_tokens`` and
             ``accepted_tokens``; ``drafted`` and ``accepted``, the same by verified draft; ``logprobs``, per
-            token a dict of token id to logprob, where they were asked for; ``scores``, per scored token its
-            logprob, and that of the likeliest one.
+            token a dict of token id to logprob, where they were asked for; ``prompt_logprobs``, the same per
+            token of the prompt, None for the first; ``scores``, per scored token its logprob, and that of the
+            likeliest one.
 
         Raises:
             EngineError: if the process ends early.

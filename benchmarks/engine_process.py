@@ -136,6 +136,10 @@ def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:
             {token: entry.logprob for token, entry in at.items()} for at in completion.logprobs
         ]
     request = log["request"]
+    if output.prompt_logprobs is not None and "score_from" not in request:
+        answer["prompt_logprobs"] = [
+            at and {token: entry.logprob for token, entry in at.items()} for at in output.prompt_logprobs
+        ]
     if "score_from" in request:
         first = request["score_from"]
         scored = zip(request["prompt_token_ids"][first:], output.prompt_logprobs[first:], strict=True)

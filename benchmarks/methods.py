@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 """By name: vLLM's own at settings that are good for it, and aasd as it is shipped."""
 
 SUFFIX_NEEDS = "suffix needs `pip install --no-deps arctic-inference==0.1.1`"
+PANDAS_NEEDED = "`vllm bench serve` needs `pip install vllm-aasd[bench]` (pandas) for prompts from a file"
 
 NEAR_TIE = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
 """Nats between two tokens that an exact method and plain decoding may swap, by dtype.
@@ -36,6 +38,26 @@ def require(methods: Sequence[str]) -> None:
     """
     if "suffix" in methods and importlib.util.find_spec("arctic_inference") is None:
         raise MissingPackage(SUFFIX_NEEDS)
+
+
+def require_pandas() -> None:
+    """Look whether what ``vllm bench serve`` reads files of prompts with is installed.
+
+    Raises:
+        MissingPackage: if it isn't.
+    """
+    if importlib.util.find_spec("pandas") is None:
+        raise MissingPackage(PANDAS_NEEDED)
+
+
+def without_missing(names: Sequence[str]) -> list[str]:
+    """The methods whose packages are installed; what is left out is said."""
+    try:
+        require(names)
+    except MissingPackage as error:
+        print(f"suffix is left out: {error}", file=sys.stderr)
+        return [name for name in names if name != "suffix"]
+    return list(names)
 
 
 def chosen(names: Sequence[str], variants: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:

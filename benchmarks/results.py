@@ -77,7 +77,7 @@ def metadata(**conditions: Any) -> dict[str, Any]:
         "uncommitted_changes": bool(
             _git("status", "--porcelain", "--", "vllm_aasd", "kernels", "benchmarks/*.py")
         ),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": _machine(),
         "conditions": {key: _shortened(value) for key, value in conditions.items()},
     }
@@ -120,13 +120,13 @@ def heading(result: dict[str, Any]) -> str:
     """Under what conditions a result was measured, in a few lines."""
     run = result["metadata"]
     machine = "{cpu}, {cores} cores, {memory_gib} GiB".format(**run["machine"])
-    versions = " ".join(f"{name} {version}" for name, version in run["versions"].items())
+    installed = " ".join(f"{name} {version}" for name, version in run["versions"].items())
     return "\n".join(
         (
             f"$ {run['command']}",
             f"{run['time']}, commit {run['commit'] or 'unknown'}"
             + (" with uncommitted changes" if run["uncommitted_changes"] else ""),
-            f"{machine}; {versions}",
+            f"{machine}; {installed}",
         )
     )
 
@@ -159,14 +159,15 @@ def _git(*command: str) -> str | None:
     return process.stdout.strip()
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """The versions of what figures depend on, of those that are installed."""
+    found = {}
     for name in _DISTRIBUTIONS:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _machine() -> dict[str, Any]:

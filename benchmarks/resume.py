@@ -5,8 +5,6 @@ import json
 import pathlib
 from typing import Any
 
-from benchmarks.rounds import Measurement, Place
-
 
 class Store:
     """A file that goes when the result is written.
@@ -20,15 +18,15 @@ class Store:
         self.path = path
         self._key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
-    def save(self, found: dict[Place, Measurement]) -> None:
-        """Write what was found; an earlier file is replaced only when this one is whole."""
+    def save(self, found: dict[Any, Any]) -> None:
+        """Write what was found, by place: tuples, and values that JSON knows. An earlier file is replaced only when this one is whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"key": self._key, "found": list(found.items())}))
         partial.replace(self.path)
 
-    def load(self) -> dict[Place, Measurement]:
-        """Read what was found; nothing where there is no file.
+    def load(self) -> dict[tuple, Any]:
+        """Read what was found, by place, tuples among the values having become lists; nothing without a file.
 
         Raises:
             ValueError: if the file is of other settings.
@@ -38,7 +36,7 @@ class Store:
         saved = json.loads(self.path.read_text())
         if saved["key"] != self._key:
             raise ValueError(f"{self.path} is of a run with other settings; run without --resume")
-        return {tuple(place): Measurement(*measured) for place, measured in saved["found"]}
+        return {tuple(place): measured for place, measured in saved["found"]}
 
     def remove(self) -> None:
         """Remove the file, if there is one."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 _COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+)_total\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+_FINISHED = re.compile(r'^vllm:request_success_total\{[^}]*finished_reason="(\w+)"[^}]*\} ([0-9.e+]+)$', re.MULTILINE)
 
 
 class ServerError(RuntimeError):
@@ -53,7 +54,7 @@ class Server:
     def __init__(
         self, model: str, arguments: list[str], progress: Callable[[str], None], timeout: float = 900.0
     ) -> None:
-        self._command = [str(_vllm_command()), "serve", model, "--served-model-name", "model", *arguments]
+        self._command = [str(vllm_command()), "serve", model, "--served-model-name", "model", *arguments]
         self._progress = progress
         self._timeout = timeout
 
@@ -88,8 +89,15 @@ class Server:
 
     def spec_counters(self) -> SpecCounters:
         """Read the counters from ``/metrics``."""
+        return parse_counters(self._metrics())
+
+    def num_finished(self) -> dict[str, int]:
+        """How many requests have ended, by vLLM's reason: ``stop``, ``length``, ``abort``, ``error``, ..."""
+        return parse_finished(self._metrics())
+
+    def _metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
-            return parse_counters(response.read().decode())
+            return response.read().decode()
 
     def _wait(self) -> None:
         begin = time.monotonic()
@@ -135,7 +143,16 @@ def parse_counters(text: str) -> SpecCounters:
     return SpecCounters(**totals)
 
 
-def _vllm_command() -> pathlib.Path:
+def parse_finished(text: str) -> dict[str, int]:
+    """Read the ended requests by reason from the text of ``/metrics``, summed over engines."""
+    totals: dict[str, int] = {}
+    for reason, value in _FINISHED.findall(text):
+        totals[reason] = totals.get(reason, 0) + int(float(value))
+    return totals
+
+
+def vllm_command() -> pathlib.Path:
+    """The ``vllm`` command beside this Python."""
     command = pathlib.Path(sys.executable).parent / "vllm"
     if not command.exists():
         raise ServerError(f"no {command}: vLLM isn't installed beside this Python; `make setup` does it")

@@ -23,17 +23,40 @@ def stratified_ratio(
         ``{"value": ..., "low": ..., "high": ...}``, the latter two the 2.5th and 97.5th percentile of
         `RESAMPLES` resamples. NaN where a group's denominators sum to 0.
     """
+    values = _stratified(numerators, denominators, groups, seed)
+    low, high = np.percentile(values[1:], (2.5, 97.5))
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def stratified_gain(
+    ours: tuple[Sequence[float], Sequence[float]],
+    theirs: tuple[Sequence[float], Sequence[float]],
+    groups: Sequence[str],
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """One `stratified_ratio` by another on the same questions, which a resample draws for both.
+
+    Args:
+        ours, theirs: numerators and denominators.
+        groups, seed: see `stratified_ratio`.
+    """
+    return with_interval(_stratified(*ours, groups, seed) / _stratified(*theirs, groups, seed))
+
+
+def _stratified(
+    numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[str], seed: int
+) -> np.ndarray:
+    """``[1 + RESAMPLES]``: the mean over groups of each group's ratio of sums, of all and of each resample."""
     rng = np.random.default_rng(seed)
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    values, resampled = [], []
+    ratios = []
     for group in dict.fromkeys(groups):
         members = np.array([index for index, other in enumerate(groups) if other == group])
-        draws = rng.choice(members, (RESAMPLES, len(members)))
+        drawn = rng.choice(members, (RESAMPLES, len(members)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            values.append(top[members].sum() / bottom[members].sum())
-            resampled.append(top[draws].sum(1) / bottom[draws].sum(1))
-    low, high = np.percentile(np.mean(resampled, axis=0), (2.5, 97.5))
-    return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
+            whole = top[members].sum() / bottom[members].sum()
+            ratios.append(np.concatenate([[whole], top[drawn].sum(1) / bottom[drawn].sum(1)]))
+    return np.mean(ratios, axis=0)
 
 
 def lcs_length(a: Sequence[int], b: Sequence[int]) -> int:

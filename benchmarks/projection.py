@@ -1,0 +1,291 @@
+"""A projection, not a measurement: the speed-up that accelerators would allow, from acceptance measured here.
+
+    python -m benchmarks.projection --data question.jsonl hotpotqa.jsonl --builtin
+
+No GPU has run this. Two halves are put together:
+
+- step times of an 8B and a 32B target on H100 and MI300X, computed from bytes and operations
+  (`benchmarks.roofline`), at stated efficiencies. The model is first held against the step times that were
+  measured on a CPU (`benchmarks.measured_curve`), and its error printed;
+- acceptance: answers of the small demo model, recorded here and replayed by the served drafter in batches of 1 to
+  256, with draft lengths chosen by the served `draft_lengths` on the computed step times. That a large model's
+  answers lean on their input as these do is an assumption too.
+
+Every assumption stands in the result's ``assumptions``, and is printed.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import measured_curve, projection_report, replay, results, traces
+from benchmarks.data import DataError
+from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, load_prior
+from benchmarks.engine import EngineError, progress_line
+from benchmarks.ngram import NgramDrafter
+from benchmarks.roofline import (
+    Machine,
+    Target,
+    most_requests,
+    prefill_time,
+    prompt_alignment_time,
+    step_time,
+)
+from vllm_aasd.drafting.drafter import Drafter
+from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.kernels.mixture import Prior
+
+TARGETS = (
+    Target("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256),
+    Target("Qwen2.5-32B", 64, 5120, 40, 8, 128, 27648, 152064),
+)
+
+PEAKS = {"H100 SXM": (3.35e12, 989e12, 80e9), "MI300X": (5.3e12, 1307e12, 192e9)}
+"""Bytes a second, dense bfloat16 operations a second, bytes of memory, by the makers' data sheets."""
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+BANDWIDTH_EFFICIENCY = 0.8
+ARITHMETIC_EFFICIENCY = 0.6
+LOW_ARITHMETIC_EFFICIENCY = 0.3
+MEMORY_SHARE = 0.9
+STEP_OVERHEAD = 0.5e-3
+REQUEST_OVERHEAD = 5e-6
+DRAFTING = 0.1e-3
+CONTEXT = 1024
+ANSWER = 256
+PLAIN_LOGIT_PASSES = 3
+ALIGNED_LOGIT_PASSES = 4
+PAYS = 1.05
+"""Speed-up below which a method is said to pay no more."""
+
+LEANING = ("summarization", "rag", "hotpotqa", "code_infile", "code_crossfile", "quote", "edit")
+"""Categories whose answers lean on their input."""
+
+ASSUMPTIONS = (
+    f"{BANDWIDTH_EFFICIENCY:.0%} of the peak bandwidth and {ARITHMETIC_EFFICIENCY:.0%} of the peak arithmetic are "
+    "reached, whatever the batch",
+    "memory and arithmetic don't overlap (the form that follows the measured CPU curve); 'full overlap' and "
+    f"{LOW_ARITHMETIC_EFFICIENCY:.0%} arithmetic stand beside it",
+    f"{STEP_OVERHEAD * 1e3:g} ms of every step and {REQUEST_OVERHEAD * 1e6:g} us per request aren't hidden: "
+    "launches, scheduling, input preparation",
+    f"drafting takes {DRAFTING * 1e3:g} ms a step for either drafter, whatever the batch; not measured on a GPU. "
+    "The table says how long it may take",
+    f"logits go over the bus {PLAIN_LOGIT_PASSES} times in float32, and once more with aasd, which keeps the likeliest",
+    f"bfloat16 weights, keys and values on one device; {CONTEXT} tokens of context per request; no prefill in the "
+    f"decode figures; 'with prefill' is a prompt of {CONTEXT} tokens and an answer of {ANSWER}",
+    "acceptance is that of SmolLM2-135M-Instruct's greedy answers of up to 96 tokens, verified strictly, with its "
+    "prior; a larger model's answers may repeat their input more or less",
+    "draft lengths are chosen on the computed step times, as if the server had learnt them exactly",
+    "every batch is full; the mix of categories is the same at every batch",
+)
+
+
+class Mode(NamedTuple):
+    """One way to compute step times."""
+
+    name: str
+    overlap: bool
+    arithmetic: float
+
+
+MODES = (
+    Mode("no overlap", False, ARITHMETIC_EFFICIENCY),
+    Mode("full overlap", True, ARITHMETIC_EFFICIENCY),
+    Mode("no overlap, slow arithmetic", False, LOW_ARITHMETIC_EFFICIENCY),
+)
+
+
+def main() -> None:
+    """Project, write the result, print its tables."""
+    arguments = _arguments()
+    if arguments.show:
+        print(projection_report.report(results.read(arguments.show)))
+        return
+    results.require_model(arguments)
+    try:
+        prior = load_prior(arguments.model)
+        recordings = traces.recorded(traces.measured_tasks(arguments), arguments, at_prompts=True)
+    except (DataError, EngineError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    result = {
+        "metadata": results.metadata(
+            **{key: value for key, value in vars(arguments).items() if key not in ("out", "show")},
+            num_prompts={name: len(of) for name, of in replay.by_category(recordings).items()},
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+            min_survival=MIN_SURVIVAL,
+            ngram=NgramDrafter.num_draft_tokens,
+            pays=PAYS,
+        ),
+        "assumptions": list(ASSUMPTIONS),
+        "check": {
+            "no overlap": measured_curve.check(overlap=False),
+            "full overlap": measured_curve.check(overlap=True),
+        },
+        "targets": [alignment_cost(target, name) for target in TARGETS for name in PEAKS],
+        "rows": rows(recordings, prior, arguments.batches),
+    }
+    results.write(arguments.out, result)
+    print(projection_report.report(result))
+
+
+def machine(name: str, mode: Mode) -> Machine:
+    """An accelerator at the assumed efficiencies."""
+    bandwidth, arithmetic, memory = PEAKS[name]
+    return Machine(
+        name,
+        bandwidth * BANDWIDTH_EFFICIENCY,
+        arithmetic * mode.arithmetic,
+        STEP_OVERHEAD,
+        REQUEST_OVERHEAD,
+        mode.overlap,
+        memory * MEMORY_SHARE,
+    )
+
+
+def alignment_cost(target: Target, name: str) -> dict[str, Any]:
+    """What the stored predictions cost: the prompt's lm_head against its prefill, and memory."""
+    device = machine(name, MODES[0])
+    prefill = prefill_time(target, device, CONTEXT)
+    return {
+        "target": target.name,
+        "machine": name,
+        "prefill_ms": prefill * 1e3,
+        "prompt_alignment_ms": prompt_alignment_time(target, device, CONTEXT) * 1e3,
+        "prompt_alignment_share": prompt_alignment_time(target, device, CONTEXT) / prefill,
+        "store_bytes_per_token": 4 * (1 + 2 * replay.TOP_K),
+        "kv_bytes_per_token": target.kv_bytes,
+        "most_requests": most_requests(target, device, CONTEXT),
+    }
+
+
+def rows(recordings: list[replay.Trace], prior: Prior, batches: list[int]) -> list[dict[str, Any]]:
+    """A row per mode, target, machine, traffic and batch: the modes but the first for all traffic alone."""
+    mixes = {
+        "all": recordings,
+        "leaning on their input": [trace for trace in recordings if trace.category in LEANING],
+        "free answers": [trace for trace in recordings if trace.category not in LEANING],
+    }
+    cases = [
+        (mode, target, name, mix, batch)
+        for mode in MODES
+        for target in TARGETS
+        for name in PEAKS
+        for mix in mixes
+        if mode is MODES[0] or mix == "all"
+        for batch in batches
+        if mixes[mix]
+    ]
+    ngram: dict[tuple[str, int], list[replay.Step]] = {}
+    found = []
+    began = time.monotonic()
+    for number, (mode, target, name, mix, batch) in enumerate(cases):
+        left = (time.monotonic() - began) / max(number, 1) * (len(cases) - number)
+        progress_line(f"case {number + 1} of {len(cases)}, about {left / 60:.0f} min left")
+        if (mix, batch) not in ngram:
+            ngram[mix, batch] = replay_ngram(mixes[mix], batch)
+        row = {"mode": mode.name, "target": target.name, "machine": name, "traffic": mix, "batch": batch}
+        found.append(row | project(target, machine(name, mode), mixes[mix], prior, batch, ngram[mix, batch]))
+    progress_line("")
+    return found
+
+
+def project(
+    target: Target,
+    device: Machine,
+    members: list[replay.Trace],
+    prior: Prior,
+    batch: int,
+    ngram: list[replay.Step],
+) -> dict[str, Any]:
+    """The figures of one batch: by method the speed-up of decoding, and with prefill; MAL and drafts."""
+    counts = np.arange(batch * (NUM_DRAFT_TOKENS + 1) + 1)
+    plain = float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
+    with_ngram = step_time(target, device, batch, counts, CONTEXT, PLAIN_LOGIT_PASSES) + DRAFTING
+    with_aasd = step_time(target, device, batch, counts, CONTEXT, ALIGNED_LOGIT_PASSES) + DRAFTING
+    aasd = {
+        "aasd": [replay.generated_only(trace) for trace in members],
+        "aasd, prompt positions": members,
+    }
+    steps = {"ngram": (ngram, with_ngram)} | {
+        label: (replay_aasd(of, prior, batch, with_aasd), with_aasd) for label, of in aasd.items()
+    }
+    prefill = prefill_time(target, device, CONTEXT)
+    extra = {"aasd, prompt positions": prompt_alignment_time(target, device, CONTEXT)}
+    whole = prefill + ANSWER * plain / batch
+    return {
+        "fits": batch <= most_requests(target, device, CONTEXT),
+        "plain_step_ms": plain * 1e3,
+        "methods": {
+            label: figures(of, times, batch, plain)
+            | {
+                "with_prefill": whole
+                / (prefill + extra.get(label, 0.0) + ANSWER * seconds_per_token(of, times, batch))
+            }
+            for label, (of, times) in steps.items()
+        },
+    }
+
+
+def figures(steps: list[replay.Step], times: np.ndarray, batch: int, plain: float) -> dict[str, float]:
+    """What a method did in full batches: ``speed_up`` of decoding, and how much longer drafting might take."""
+    tokens = sum(step.emitted for step in steps)
+    seconds = sum(times[batch + step.drafted] for step in steps)
+    return {
+        "speed_up": float(tokens / seconds / (batch / plain)),
+        "mal": tokens / (batch * len(steps)),
+        "drafted_per_step": sum(step.drafted for step in steps) / (batch * len(steps)),
+        "step_ms": float(seconds / len(steps) * 1e3),
+        # Longer by so much, drafting eats all that is gained.
+        "drafting_may_take_ms": float((tokens * plain / batch - seconds) / len(steps) + DRAFTING) * 1e3,
+    }
+
+
+def seconds_per_token(steps: list[replay.Step], times: np.ndarray, batch: int) -> float:
+    """Of the whole batch."""
+    return float(sum(times[batch + step.drafted] for step in steps) / sum(step.emitted for step in steps))
+
+
+def replay_ngram(members: list[replay.Trace], batch: int) -> list[replay.Step]:
+    """Batches with vLLM's `ngram`; they don't depend on step times."""
+    drafter = NgramDrafter(max(len(trace.token_ids) for trace in members))
+    untimed = np.ones(batch * (drafter.num_draft_tokens + 1) + 1)
+    rng, traffic = _traffic(members, batch)
+    found = replay.closed_loop(
+        traffic, drafter, drafter.num_draft_tokens, untimed, batch, replay.whole_drafts, rng
+    )
+    return found.batches
+
+
+def replay_aasd(
+    members: list[replay.Trace], prior: Prior, batch: int, times: np.ndarray
+) -> list[replay.Step]:
+    """Batches with the served drafter and the served draft lengths."""
+    drafter = Drafter(len(prior.ids), NUM_DRAFT_TOKENS, MIN_SURVIVAL, prior)
+    rng, traffic = _traffic(members, batch)
+    return replay.closed_loop(traffic, drafter, NUM_DRAFT_TOKENS, times, batch, draft_lengths, rng).batches
+
+
+def _traffic(
+    members: list[replay.Trace], batch: int
+) -> tuple[np.random.Generator, list[replay.Trace]]:
+    """The same requests in the same order for every method: all of them, and at least three batches."""
+    rng = np.random.default_rng(0)
+    repeats = -(-3 * batch // len(members))
+    return rng, [members[i] for _ in range(repeats) for i in rng.permutation(len(members))]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = results.arguments(__doc__, out="projection.json")
+    traces.add_arguments(parser)
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=list(BATCHES), help="default %(default)s"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
