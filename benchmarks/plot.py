@@ -1,68 +1,73 @@
-"""Figures, drawn from result files and nothing else.
+"""Figures and the README's tables, drawn from result files and nothing else.
 
-    python -m benchmarks.plot calibration
+    python -m benchmarks.plot              # every figure whose result is there
+    python -m benchmarks.plot calibration damage
+    python -m benchmarks.plot --readme     # the tables of the README
 
 Writes ``results/NAME.svg`` beside the result that it draws. Needs matplotlib (``pip install vllm-aasd[bench]``).
 """
 
 import argparse
 import pathlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import results
+from benchmarks import figures, readme, results
 
-_LARGEST_DOT = 220.0
-
-
-def calibration(result: dict[str, Any]) -> Any:
-    """Predicted survival against observed acceptance, a panel per category; a dot's area is its tokens.
-
-    Returns:
-        A figure of matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    reliability = result["calibration"]["reliability"]
-    columns = 4
-    rows = -(-len(reliability) // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, (category, entry) in zip(axes.flat, reliability.items(), strict=False):
-        most = max(bin_["count"] for bin_ in entry["bins"])
-        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        axis.scatter(
-            [bin_["predicted"] for bin_ in entry["bins"]],
-            [bin_["accepted"] for bin_ in entry["bins"]],
-            [_LARGEST_DOT * bin_["count"] / most for bin_ in entry["bins"]],
-            alpha=0.7,
-        )
-        axis.set_title(f"{category}, ECE {entry['ece']:.3f}", fontsize=9)
-    for axis in axes.flat[len(reliability) :]:
-        axis.set_visible(False)
-    figure.supxlabel("predicted survival of a draft token")
-    figure.supylabel("accepted")
-    return figure
-
-
-FIGURES = {"calibration": calibration}
+FIGURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "speed": ("end_to_end.json", figures.speed),
+    "speed_sampled": ("end_to_end_sampled.json", figures.speed),
+    "calibration": ("calibration.json", figures.calibration),
+    "drafter_time": ("drafter_time.json", figures.drafter_time),
+    "damage": ("damage.json", figures.damage),
+    "ablation": ("ablation.json", figures.ablation),
+    "projection": ("projection.json", figures.projection),
+}
+"""By name: the result, and what draws it."""
 
 
 def main() -> None:
-    """Draw the figures that are named."""
+    """Draw what is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("figures", nargs="+", choices=FIGURES)
+    parser.add_argument("figures", nargs="*", choices=[*FIGURES, []], help="default: all whose result is there")
     parser.add_argument("--results", type=pathlib.Path, default=results.RESULTS, help="their folder")
+    parser.add_argument("--readme", action="store_true", help="write the README's tables instead")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg", help="default %(default)s")
     arguments = parser.parse_args()
+    if arguments.readme:
+        readme.README.write_text(readme.updated(readme.README.read_text(), arguments.results))
+        print(readme.README)
+        return
+    try:
+        for path in draw(arguments.figures, arguments.results, arguments.format):
+            print(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def draw(names: list[str], folder: pathlib.Path, kind: str = "svg") -> list[pathlib.Path]:
+    """Draw figures; returns their files.
+
+    Args:
+        names: of `FIGURES`; none for all whose result is in the folder.
+        folder: of the results.
+        kind: ``svg`` or ``png``.
+    """
     import matplotlib
 
     # Text as text, and nothing that differs between two drawings of the same result.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "aasd"})
-    for name in arguments.figures:
-        path = arguments.results / f"{name}.svg"
-        FIGURES[name](results.read(path.with_suffix(".json"))).savefig(path, metadata={"Date": None})
-        print(path)
+    drawn = []
+    for name in names or [name for name, (result, _) in FIGURES.items() if (folder / result).exists()]:
+        result, figure = FIGURES[name]
+        path = folder / f"{name}.{kind}"
+        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
+        figure(results.read(folder / result)).savefig(path, **options)
+        drawn.append(path)
+    return drawn
 
 
 if __name__ == "__main__":

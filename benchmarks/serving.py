@@ -78,6 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         extra = [] if speculative_config is None else ["--speculative-config", json.dumps(speculative_config)]
         extra += ["--max-model-len", str(arguments.max_prompt_tokens + arguments.max_tokens + 64)]
+        extra += ["--dtype", arguments.dtype]
         with Server(arguments.model, extra, lambda text, label=label: progress_line(f"{label}: {text}")) as server:
             run_client(server, arguments, list(batches.values())[0][:WARM_UP_REQUESTS], float("inf"), 8)
             for rate, prompts in batches.items():

@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks import replay, results
 from benchmarks.end_to_end_run import read_all
 from benchmarks.engine import Engine
+from benchmarks.methods import NEAR_TIE
 from benchmarks.prompts import load_tokenizer, tokenise
 from benchmarks.tasks import Task, by_category
 from vllm_aasd.engine.model_key import model_key
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=16, help="prompts per category (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1500, help="default %(default)s")
+    parser.add_argument("--dtype", choices=tuple(NEAR_TIE), default="bfloat16", help="default %(default)s")
 
 
 def measured_tasks(arguments: argparse.Namespace) -> list[Task]:
@@ -53,7 +55,7 @@ def recorded(tasks: Sequence[Task], arguments: argparse.Namespace, at_prompts: b
     """
     prompts = tokenise(load_tokenizer(arguments.model), tasks, arguments.max_prompt_tokens)
     versions = {name: version for name, version in results.versions().items() if name in _ANSWERING}
-    settings = [prompts, model_key(arguments.model), arguments.max_tokens, at_prompts, versions]
+    settings = [prompts, model_key(arguments.model), arguments.max_tokens, arguments.dtype, at_prompts, versions]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = FOLDER / f"traces-{key}.npz"
     if not path.exists():
@@ -97,7 +99,7 @@ def _record(
 ) -> list[replay.Trace]:
     engine = {
         "model": arguments.model,
-        "dtype": "bfloat16",
+        "dtype": arguments.dtype,
         "max_model_len": arguments.max_prompt_tokens + arguments.max_tokens,
         "max_num_seqs": 16,
         "enforce_eager": True,

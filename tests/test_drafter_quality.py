@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import drafter_quality, plot, replay, results
+from benchmarks import drafter_quality, figures, replay, results
 from benchmarks.builtin import builtin_tasks
 from benchmarks.fitting_tasks import fitting_tasks
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
@@ -103,7 +103,7 @@ def test_nothing_is_fitted_on_what_is_measured():
 def test_the_figure_shows_every_category_with_its_error():
     result = results.read(results.RESULTS / "calibration.json")
     reliability = result["calibration"]["reliability"]
-    titles = [axis.get_title() for axis in plot.calibration(result).axes if axis.get_visible()]
+    titles = [axis.get_title() for axis in figures.calibration(result).axes if axis.get_visible()]
     assert titles == [f"{category}, ECE {entry['ece']:.3f}" for category, entry in reliability.items()]
 
 
