@@ -62,7 +62,7 @@ def main() -> None:
         if fault:
             del snapshots[num_snapshots:]
         rounds.append([described(output) for output in outputs])
-        after.append({"metrics": counters(llm), "faults": taken_faults(llm)})
+        after.append({"metrics": counters(llm), "faults": taken_faults(llm) if any(scenario["faults"]) else {}})
     kernels = [name.rpartition(".")[2] for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
     metrics = after[-1]["metrics"]
     result = {"rounds": rounds, "after": after, "metrics": metrics, "store": snapshots, "kernels": kernels}

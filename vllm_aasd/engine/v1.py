@@ -141,6 +141,7 @@ class AASDProposer:
         self._num_decode_tokens = None
         with self.faults.contained("requests"):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
+        with self.faults.contained("requests"):
             self._requests.forget(scheduled.finished_req_ids)
             if self._drafter is not None:
                 self._drafter.forget(scheduled.finished_req_ids)
