@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import types
 import numpy as np
 import torch
 from fake_v2 import BLOCK, VOCAB, WIDTH, next_token
@@ -70,7 +69,7 @@ class FakeRunner:
 
     def step(self) -> None:
         """One step of the engine, prompts in chunks."""
-        self.proposer.begin_step(types.SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=()))
+        self.proposer.begin_step(SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=()))
         ids, pairs, slots, sampled_rows, counts = [], [], [], [], {}
         for row, req_id in enumerate(self.input_batch.req_ids):
             tokens, start = self.tokens[req_id], self.num_computed[req_id]
