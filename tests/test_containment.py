@@ -191,7 +191,21 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
     assert drawn[0] == drawn[1] and faults.counts["verify"] == 1
 
 
-def greedy_v2(target_logits, draft_logits, draft_sampled, cu_num_logits, *args, **kwargs):
+def greedy_v2(
+    target_logits,
+    draft_logits,
+    draft_sampled,
+    cu_num_logits,
+    pos,
+    idx_mapping,
+    expanded_idx_mapping,
+    expanded_local_pos,
+    temperature,
+    seed,
+    num_speculative_steps,
+    synthetic_conditional_rates=None,
+    use_fp64=False,
+):
     """vLLM's V2 ``rejection_sample`` for greedy requests, in plain torch."""
     sampled = torch.full((len(cu_num_logits) - 1, WIDTH + 1), -1, dtype=torch.int64)
     num_sampled = torch.zeros(len(sampled), dtype=torch.int32)
