@@ -21,7 +21,7 @@ from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.kernels.mixture import Prior
 
 # vLLM's n-gram proposer hands numba a list.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reflected list")
+pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPendingDeprecationWarning")
 
 SPAN = list(range(10, 30))
 NO_SUCCESSORS = Prior(np.full((40, 1), -1, np.int32), np.zeros((40, 1), np.float32))
