@@ -174,7 +174,8 @@ def test_a_projection_says_what_it_is_and_all_that_it_assumes(monkeypatch):
     result = projected(monkeypatch)
     text = projection_report.report(result)
     assert projection_report.TITLE in text and all(one in text for one in projection.ASSUMPTIONS)
-    assert len(result["rows"]) == 2 * 2 * 2 * 2
+    # Two targets, machines and batches each; two mixes in the first mode (nothing leans on its input), one in the other.
+    assert len(result["rows"]) == 8 * (2 + 1)
     axes = [axis for axis in figures.projection(result).axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == [f"{t}, {m}" for t, m in projection_report.places(result)]
 
