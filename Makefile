@@ -11,7 +11,7 @@ export VLLM_AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prior prior-if-soon serve check-serve demo test test-long clean
+.PHONY: help setup model prior prior-if-soon serve check-serve demo bench test test-long clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
 	@echo 'make test-long  run the tests that take long'
+	@echo 'make bench      make every figure (three hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
 	@echo 'make clean      remove .venv and all that was built'
 
 setup:
@@ -43,6 +44,9 @@ check-serve:
 
 demo: prior-if-soon
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
+
+bench: prior
+	@OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.suite $(ARGS)
 
 test: model
 	@$(PYTEST) -n 2 --dist loadfile -m 'not long' $(ARGS)

@@ -72,11 +72,19 @@ def drafter_time(result: Mapping[str, Any]) -> Any:
     axis = figure.subplots()
     contexts = [row["context_tokens"] for row in result["rows"]]
     kinds = {"aligned": "aasd", "without_alignment": "aasd, nothing stored", "vllm_ngram": "vLLM ngram"}
-    for marker, (key, label) in zip(_MARKERS, kinds.items(), strict=False):
+    for number, (key, label) in enumerate(kinds.items()):
+        # Side by side, so that no whisker hides another.
+        beside = [context * 1.06 ** (number - 1) for context in contexts]
         medians = [row[key]["median"] for row in result["rows"]]
         above = [row[key]["p95"] - row[key]["median"] for row in result["rows"]]
         axis.errorbar(
-            contexts, medians, [[0] * len(above), above], marker=marker, capsize=2, linewidth=1.2, label=label
+            beside,
+            medians,
+            [[0] * len(above), above],
+            marker=_MARKERS[number],
+            capsize=2,
+            linewidth=1.2,
+            label=label,
         )
     axis.set_xscale("log", base=2)
     axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
@@ -101,7 +109,10 @@ def damage(result: Mapping[str, Any]) -> Any:
                 run[key]["value"],
                 _whiskers([run[key]]),
                 _whiskers([run["mal"]]),
+                # Strict is large and hollow: others may lie on it.
                 marker=_MARKERS[number % len(_MARKERS)],
+                markersize=12 if label == "strict" else 5,
+                markerfacecolor="none" if label == "strict" else None,
                 linestyle="none",
                 elinewidth=0.8,
                 capsize=2,

@@ -16,6 +16,9 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+# What a figure can depend on; results are no source.
+_SOURCES = ("vllm_aasd", "kernels", "benchmarks/*.py")
+
 _DISTRIBUTIONS = (
     "vllm-aasd",
     "vllm",
@@ -70,17 +73,20 @@ def metadata(**conditions: Any) -> dict[str, Any]:
     """
     return {
         "command": shlex.join(
-            ["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *map(_shortened, sys.argv[1:])]
+            ["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *map(shortened, sys.argv[1:])]
         ),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", "vllm_aasd", "kernels", "benchmarks/*.py")
-        ),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *_SOURCES)),
         "versions": {"python": platform.python_version(), **versions()},
         "machine": _machine(),
-        "conditions": {key: _shortened(value) for key, value in conditions.items()},
+        "conditions": {key: shortened(value) for key, value in conditions.items()},
     }
+
+
+def same_sources(commit: str | None) -> bool:
+    """Whether all that figures can depend on is now as it was at a commit; False where that can't be told."""
+    return commit is not None and _git("diff", commit, "--", *_SOURCES) == ""
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
@@ -142,12 +148,12 @@ def _json(value: Any, indent: str) -> str:
     return json.dumps(value)
 
 
-def _shortened(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """The last part of an absolute path: where somebody keeps a file says nothing, and may be private."""
     if isinstance(value, pathlib.Path):
         value = str(value)
     if isinstance(value, list):
-        return [_shortened(item) for item in value]
+        return [shortened(item) for item in value]
     return pathlib.Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 

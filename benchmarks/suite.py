@@ -1,0 +1,197 @@
+"""The whole set: every program that a figure of the README comes from, one after the other (``make bench``).
+
+    python -m benchmarks.suite --data question.jsonl hotpotqa.jsonl
+    python -m benchmarks.suite --list
+    python -m benchmarks.suite --data question.jsonl --only ablation projection
+    python -m benchmarks.suite --quick
+
+The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
+so. A result that was made by the same command on the same sources (``vllm_aasd/``, ``kernels/``, ``benchmarks/``) isn't
+made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
+and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs everything small, into a folder of its own.
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks import methods, plot, readme, results
+
+BUDGET_MINUTES = 180
+
+_STRICT = '{"aasd_verification": "strict"}'
+
+
+class Program(NamedTuple):
+    """One run of a program.
+
+    Attributes:
+        name: of its result.
+        module: of `benchmarks`.
+        arguments: of the full run; ``DATA`` stands for all data files, ``QUESTIONS`` for the first.
+        minutes: its share of `BUDGET_MINUTES`.
+        resumes: whether it knows ``--resume``.
+        quick: arguments of a small run; None where there is none.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    minutes: int
+    resumes: bool = False
+    quick: tuple[str, ...] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it can't do without a file of questions."""
+        return "QUESTIONS" in self.arguments
+
+
+_TASKS = ("--data", "DATA", "--builtin")
+_METHODS = ("--methods", "none", "ngram", "suffix", "aasd", "--aasd", _STRICT)
+
+PROGRAMS = (
+    Program("kernels", "kernels", (), 8),
+    Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 3, quick=("--lengths", "1024", "--steps", "10")),
+    Program("verifier_time", "verifier_time", (), 4),
+    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "16"), 6),
+    Program("ablation", "ablation", (*_TASKS, "--limit", "16"), 8),
+    Program("projection", "projection", (*_TASKS, "--limit", "16"), 12),
+    Program(
+        "acceptance", "acceptance", ("--data", "QUESTIONS", "--limit", "20", "--methods", "none", "ngram",
+        "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8}',
+        "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8, "aasd_prior": false}'), 14,
+    ),
+    Program("damage", "damage", ("--data", "QUESTIONS", "--dtype", "float32", "--limit", "6", "--settings",
+            "0.1,0.5,0.3", "0.1,0.6,0.4", "0.1,0.5,0.1", "0.1,0.1,0.01"), 15),
+    Program("serving", "serving", (*_TASKS, "--limit", "20", *_METHODS), 25, True),
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 60, True, ("--quick", "--methods", "none", "aasd")),
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "32",
+            "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
+            25, True),
+)  # fmt: skip
+"""In their order: what needs the machine longest comes last."""
+
+
+def main() -> None:
+    """Run what isn't there yet; exit code 1 if a program fails."""
+    arguments = _arguments()
+    chosen = [program for program in PROGRAMS if arguments.only is None or program.name in arguments.only]
+    if arguments.quick:
+        chosen = [program for program in chosen if program.quick is not None]
+    folder = arguments.results
+    left = []
+    for program in chosen:
+        command = command_of(program, arguments.data, folder, arguments.quick)
+        if program.needs_data and not arguments.data and not arguments.quick:
+            print(f"{program.name} is left out: it needs questions in Spec-Bench's format (--data)")
+        elif not arguments.quick and is_current(folder / f"{program.name}.json", command):
+            print(f"{program.name} is there, made by this command on these sources")
+        else:
+            left.append((program, command))
+    minutes = sum(program.minutes for program, _ in left)
+    if arguments.list:
+        print("\n".join(f"{program.minutes:3} min  {shlex.join(command)}" for program, command in left))
+        return
+    print(f"{len(left)} programs to run" + ("" if arguments.quick else f", about {minutes} minutes"), flush=True)
+    failed = run_all(left)
+    draw(folder, arguments.quick)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; start it again to go on")
+
+
+def run_all(left: Sequence[tuple[Program, list[str]]]) -> list[str]:
+    """Run commands in order; one that fails doesn't keep the others from running.
+
+    Returns:
+        The names of those that failed.
+    """
+    failed = []
+    for number, (program, command) in enumerate(left):
+        remaining = sum(other.minutes for other, _ in left[number:])
+        print(f"[{number + 1} of {len(left)}, {remaining} min budgeted] {shlex.join(command)}", flush=True)
+        began = time.monotonic()
+        more = ["--resume"] if program.resumes else []
+        code = subprocess.run([sys.executable, *command[1:], *more], cwd=results.ROOT, check=False).returncode
+        took = (time.monotonic() - began) / 60
+        print(f"{program.name}: {'done' if code == 0 else f'FAILED with {code}'} in {took:.1f} min "
+              f"(budget {program.minutes})", flush=True)  # fmt: skip
+        if code:
+            failed.append(program.name)
+    return failed
+
+
+def command_of(program: Program, data: Sequence[pathlib.Path], folder: pathlib.Path, quick: bool) -> list[str]:
+    """The command of a program, as its result records it but for paths."""
+    given = program.quick if quick else program.arguments
+    command = ["python", "-m", f"benchmarks.{program.module}"]
+    for argument in given:
+        if argument == "DATA":
+            command += map(str, data)
+        elif argument == "QUESTIONS":
+            command += [str(path) for path in data[:1]]
+        elif argument == "suffix" and not methods.without_missing(["suffix"]):
+            continue
+        else:
+            command.append(argument)
+    # An option whose files there aren't any of.
+    if not data and "--data" in command:
+        command.remove("--data")
+    return [*command, "--out", str(folder / f"{program.name}.json")]
+
+
+def is_current(path: pathlib.Path, command: Sequence[str]) -> bool:
+    """Whether a result was made by this command, resumed or not, on the sources as they are now."""
+    if not path.exists():
+        return False
+    run = results.read(path)["metadata"]
+    made = [argument for argument in shlex.split(run["command"]) if argument != "--resume"]
+    wanted = [results.shortened(argument) for argument in command]
+    return made == wanted and not run["uncommitted_changes"] and results.same_sources(run["commit"])
+
+
+def draw(folder: pathlib.Path, quick: bool) -> None:
+    """Draw the figures, and the README's tables unless it is a quick run."""
+    for name, (result, _) in plot.FIGURES.items():
+        if (folder / result).exists():
+            try:
+                print(*plot.draw([name], folder))
+            except ValueError as error:  # a run that isn't exact has no speed
+                print(f"{name} isn't drawn: {error}")
+    if not quick:
+        readme.README.write_text(readme.updated(readme.README.read_text(), folder))
+        print(readme.README)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=_file, nargs="+", default=[], metavar="FILE", help="the first in Spec-Bench's format")
+    add("--only", nargs="+", choices=[program.name for program in PROGRAMS], help="these programs")
+    add("--list", action="store_true", help="only print the commands that would run")
+    add("--quick", action="store_true", help="small runs, to see that it works; for no figures")
+    add("--results", type=pathlib.Path, help="folder of the results (default: benchmarks/results; quick: .bench/quick)")
+    arguments = parser.parse_args()
+    if arguments.results is None:
+        arguments.results = results.ROOT / ".bench/quick" if arguments.quick else results.RESULTS
+    arguments.results = arguments.results.absolute()
+    return arguments
+
+
+def _file(text: str) -> pathlib.Path:
+    path = pathlib.Path(text).absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no file {text}")
+    return path
+
+
+if __name__ == "__main__":
+    main()

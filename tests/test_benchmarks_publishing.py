@@ -1,0 +1,200 @@
+"""Serving's checks, what the suite runs and leaves alone, and that the README is what results say. No engine."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import types
+
+import pytest
+
+from benchmarks import data, figures, methods, plot, readme, results, server, serving, serving_report, suite
+
+# The README
+
+
+def test_the_readme_is_what_the_committed_results_say():
+    text = readme.README.read_text()
+    assert readme.updated(text) == text, "run `python -m benchmarks.plot --readme`"
+    assert {found[1] for found in readme._BLOCK.findall(text)} >= {"acceptance", "damage"}
+
+
+def test_a_result_that_is_missing_is_said_and_an_unknown_table_refused(tmp_path):
+    block = "<!-- speed: drawn by benchmarks.plot -->\nold\n<!-- end -->"
+    assert "Not published yet (`benchmarks/results/end_to_end.json`)." in readme.updated(block, tmp_path)
+    with pytest.raises(ValueError, match="no table 'spead'"):
+        readme.updated(block.replace("speed", "spead"), tmp_path)
+
+
+def test_no_speed_of_inexact_runs_is_drawn():
+    result = {"methods": {"none": None, "x": None}, "exactness": {"none": None, "x": {"is_exact": False}}}
+    assert readme.speed(result).startswith("No figures: x")
+    with pytest.raises(ValueError, match="x isn't exact"):
+        figures.speed(result)
+
+
+def test_every_committed_figure_is_what_its_result_says(tmp_path):
+    for path in results.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for drawn in plot.draw([], tmp_path):
+        committed = results.RESULTS / drawn.name
+        assert committed.exists(), f"run `python -m benchmarks.plot {drawn.stem}`"
+        assert committed.read_bytes() == drawn.read_bytes(), f"run `python -m benchmarks.plot {drawn.stem}`"
+
+
+# Serving
+
+
+def report(**changes):
+    fine = {
+        "completed": 2, "failed": 0, "errors": ["", ""], "output_lens": [5, 9], "spec_decode_num_drafts": 3,
+        "spec_decode_draft_tokens": 9, "spec_decode_accepted_tokens": 4,
+    }  # fmt: skip
+    return fine | changes
+
+
+COUNTED = server.SpecCounters(3, 9, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended", "complaint"),
+    [
+        ({"completed": 1, "failed": 1, "errors": ["", "reset"]}, {"stop": 2}, "1 of 2 requests were answered.*reset"),
+        ({"output_lens": [5, 0]}, {"stop": 2}, "an answer is empty"),
+        ({}, {"stop": 1}, "the server ended {'stop': 1}"),
+        ({}, {"stop": 1, "abort": 1}, "abort"),
+        ({"spec_decode_accepted_tokens": 5}, {"stop": 2}, "the client counted"),
+    ],
+)
+def test_a_loss_stops_a_serving_run(changes, ended, complaint):
+    serving.check(report(), 2, COUNTED, {"stop": 1, "length": 1, "abort": 0})
+    with pytest.raises(server.ServerError, match=complaint):
+        serving.check(report(**changes), 2, COUNTED, ended)
+
+
+def test_ended_requests_are_read_by_reason():
+    text = (
+        'vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 3.0\n'
+        'vllm:request_success_total{engine="1",finished_reason="stop",model_name="m"} 2.0\n'
+        'vllm:request_success_total{engine="0",finished_reason="length",model_name="m"} 1.0\n'
+    )
+    assert server.parse_finished(text) == {"stop": 5, "length": 1}
+
+
+def arguments(**changes):
+    return types.SimpleNamespace(**{"requests": 2, "rates": [1.0, 2.0], "max_prompt_tokens": 10} | changes)
+
+
+TOKENIZER = types.SimpleNamespace(chat_template="t", encode=str.split)
+
+
+def task(text, category):
+    return types.SimpleNamespace(text=text, raw=None, category=category)
+
+
+def test_no_prompt_is_asked_at_two_rates_and_categories_are_mixed():
+    tasks = [task(f"{kind} {n}", kind) for kind in "ab" for n in range(3)] + [task("long " * 11, "a")]
+    assert serving.prompts_by_rate(tasks, TOKENIZER, arguments()) == {1.0: ["a 0", "b 0"], 2.0: ["a 1", "b 1"]}
+    with pytest.raises(data.DataError, match="6 prompts are too few for 2 rates of 4 requests"):
+        serving.prompts_by_rate(tasks, TOKENIZER, arguments(requests=4))
+
+
+def test_serving_ratios_are_paired_by_request():
+    def run(method, scale):
+        rows = [[10, 5, 1.0 * scale, 3.0 * scale], [10, 1, 2.0 * scale, 2.0 * scale]]
+        return {
+            "method": method, "rate": 1.0, "rows": rows, "output_throughput": 6.0, "mal": 1.0,
+            "accepted_tokens": 0, "draft_tokens": 0, "texts": ["a", method],
+        }  # fmt: skip
+
+    runs = [run("none", 1.0), run("x", 0.5)]
+    found = serving.figures(runs, ["none", "x"])[1]
+    for key in ("ttft_ratio", "tpot_ratio", "latency_ratio"):
+        assert found[key]["value"] == pytest.approx(2.0)
+    assert found["ttft_ratio"]["low"] == found["ttft_ratio"]["high"] == 2.0
+    assert found["tpot_ms"]["median"] == 125.0 and found["equal"] == 0.5
+    result = {"figures": [found | {"method": "none"}, found], "methods": {"none": None, "x": None}}
+    assert "2.00 [2.00, 2.00]" in serving_report.ratio_table(result)
+
+
+def test_pandas_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(methods.MissingPackage, match="pandas"):
+        methods.require_pandas()
+
+
+# The suite
+
+
+def test_the_budgets_are_three_hours_at_most():
+    assert sum(program.minutes for program in suite.PROGRAMS) <= suite.BUDGET_MINUTES == 180
+    assert len({program.name for program in suite.PROGRAMS}) == len(suite.PROGRAMS)
+
+
+def test_commands_name_the_data_that_there_is(tmp_path):
+    program = suite.Program("p", "x", ("--data", "DATA", "--builtin"), 1)
+    files = [pathlib.Path("/a.jsonl"), pathlib.Path("/b.jsonl")]
+    start, end = ["python", "-m", "benchmarks.x"], ["--builtin", "--out", str(tmp_path / "p.json")]
+    assert suite.command_of(program, files, tmp_path, False) == [*start, "--data", "/a.jsonl", "/b.jsonl", *end]
+    assert suite.command_of(program, [], tmp_path, False) == [*start, *end]
+    only = suite.Program("p", "x", ("--data", "QUESTIONS"), 1)
+    assert only.needs_data and not program.needs_data
+    assert suite.command_of(only, files, tmp_path, False)[3:5] == ["--data", "/a.jsonl"]
+
+
+def test_a_result_is_made_again_unless_command_and_sources_are_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "p.json"
+    command = ["python", "-m", "benchmarks.x", "--data", "/home/me/a.jsonl", "--out", str(path)]
+    recorded = ["python", "-m", "benchmarks.x", "--data", "a.jsonl", "--out", "p.json", "--resume"]
+    assert not suite.is_current(path, command)
+
+    def written(**changes):
+        run = {"command": shlex.join(recorded), "uncommitted_changes": False, "commit": "same"} | changes
+        path.write_text(json.dumps({"metadata": run}))
+        return suite.is_current(path, command)
+
+    monkeypatch.setattr(results, "same_sources", lambda commit: commit == "same")
+    assert written()
+    assert not written(command="python -m benchmarks.x --out p.json")
+    assert not written(uncommitted_changes=True)
+    assert not written(commit="other")
+
+
+def test_sources_are_the_same_until_one_changes(tmp_path, monkeypatch):
+    def git(*command):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    first = git("rev-parse", "HEAD")
+    (tmp_path / "README.md").write_text("x")
+    git("add", ".")
+    git("commit", "-qm", "no source")
+    assert results.same_sources(first)
+    (tmp_path / "kernels" / "a.py").write_text("2\n")
+    assert not results.same_sources(first)
+    assert not results.same_sources(None) and not results.same_sources("0" * 40)
+
+
+def test_a_program_that_fails_is_named_and_the_others_run(monkeypatch, capsys):
+    ran = []
+
+    def run(command, **_):
+        ran.append(command[1:])
+        return types.SimpleNamespace(returncode=int("bad" in command))
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    left = [
+        (suite.Program("one", "x", (), 2), ["python", "bad"]),
+        (suite.Program("two", "y", (), 3, resumes=True), ["python", "good"]),
+    ]
+    assert suite.run_all(left) == ["one"]
+    assert ran == [["bad"], ["good", "--resume"]]
+    said = capsys.readouterr().out
+    assert "[1 of 2, 5 min budgeted]" in said and "one: FAILED with 1" in said
