@@ -42,7 +42,15 @@ import torch
 
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
-from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput, VerifyPolicies
+from vllm_aasd.kernels.policies import (
+    CONDITIONAL,
+    NUM_GUARDS,
+    NUM_PARAMETERS,
+    NUM_STATES,
+    VerifyPolicies,
+    policy_shapes,
+)
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
 
 __all__ = ["PLACEHOLDER_TOKEN_ID", "VerifyOutput", "VerifyPolicies", "recover", "verify", "warm_up"]
 
@@ -98,9 +106,9 @@ def verify(
         check_dtype("uniform_probs", uniform_probs, torch.float64)
     elif not is_greedy.all():
         raise ValueError("uniform_probs is None, which is allowed only if every request is greedy")
-    for field, parameter in zip(policies._fields, policies, strict=True):
-        check_shape(f"policies.{field}", parameter, (batch_size,))
-        check_dtype(f"policies.{field}", parameter, torch.bool if field == "relaxed" else torch.float32)
+    for name, (tensor, shape, dtype) in policy_shapes(policies, batch_size).items():
+        check_shape(name, tensor, shape)
+        check_dtype(name, tensor, dtype)
     check_shape("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]))
     check_dtype("stop_token_ids", stop_token_ids, torch.int32)
     return backend("verify", target_logits.device.type).verify(
@@ -159,7 +167,13 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=dtype, device=device)
     drafts = torch.tensor([0, 0], dtype=torch.int32, device=device)
-    parameter = torch.ones(2, device=device)
+    policies = VerifyPolicies(
+        torch.full((2,), CONDITIONAL, dtype=torch.int32, device=device),
+        torch.ones(2, NUM_PARAMETERS, device=device),
+        torch.ones(2, NUM_GUARDS, device=device),
+        drafts,
+        torch.zeros(1, NUM_STATES, device=device),
+    )
     verify(
         drafts,
         torch.tensor([1, 2], dtype=torch.int32, device=device),
@@ -168,7 +182,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
         drafts,
         torch.tensor([True, False], device=device),
         torch.full((2,), 0.9, dtype=torch.float64, device=device),
-        VerifyPolicies(parameter.bool(), parameter, parameter, parameter),
+        policies,
         drafts[:, None],
     )
     recover(logits, drafts.long(), drafts, torch.ones(2, 2, device=device))

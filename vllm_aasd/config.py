@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from vllm_aasd.kernels.mixture import MAX_TOP_K
-from vllm_aasd.verification.conditional import ALPHA_RANGE, BETA_RANGE, FLOOR_RANGE
+from vllm_aasd.verification.policy import (
+    FLOOR_RANGE,
+    GUARD_COOLDOWN_RANGE,
+    GUARD_LIMIT_RANGE,
+    GUARD_MEMORY_RANGE,
+)
+from vllm_aasd.verification.registry import POLICIES
 
 PREFIX = "aasd_"
 """What every key of ours begins with, beside vLLM's own keys in ``--speculative-config``."""
@@ -22,6 +28,19 @@ def _setting(
     choices: tuple[str, ...] = (),
 ) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "choices": choices})
+
+
+def parameter_key(policy: str, parameter: str) -> str:
+    """The field of `Settings` that holds a parameter of a verification policy."""
+    return parameter if policy == "conditional" else f"{policy}_{parameter}"
+
+
+def _parameter(policy: str, parameter: str, default: Any, doc: str) -> Any:
+    within = FLOOR_RANGE if parameter == "floor" else POLICIES[policy].ranges[parameter]
+    return _setting(default, f"`{policy}`: {doc}", within=within)
+
+
+_FLOOR = "the bar never falls under this probability."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,22 +90,71 @@ class Settings:
     )
     verification: str = _setting(
         "conditional",
-        "How draft tokens are accepted: `strict` changes nothing in the output; `conditional` also accepts "
-        "a token whose probability p under the target is at least max(floor, min(beta - alpha * H, max p)), "
-        "H being the target's entropy in nats.",
-        choices=("strict", "conditional"),
+        "How draft tokens are accepted: `strict` changes nothing in the output; the others also accept tokens that "
+        "the target finds likely enough (`conditional`, `typical`), or at which it is undecided and agrees with what "
+        "follows (`fly`), or whose loss a budget pays for (`budget`).",
+        choices=tuple(POLICIES),
     )
-    alpha: float = _setting(
-        0.1, "`conditional`: how much the bar falls per nat of entropy.", within=ALPHA_RANGE
+    alpha: float = _parameter("conditional", "alpha", 0.1, "how much the bar falls per nat of entropy.")
+    beta: float = _parameter("conditional", "beta", 0.5, "the bar at no entropy.")
+    floor: float = _parameter("conditional", "floor", 0.3, _FLOOR)
+    typical_epsilon: float = _parameter("typical", "epsilon", 0.09, "the bar at no entropy.")
+    typical_delta: float = _parameter(
+        "typical", "delta", 0.3, "the bar as a share of exp(-H), where that is less than epsilon."
     )
-    beta: float = _setting(0.5, "`conditional`: the bar at no entropy.", within=BETA_RANGE)
-    floor: float = _setting(
-        0.3, "`conditional`: the bar never falls under this probability.", within=FLOOR_RANGE
+    typical_floor: float = _parameter("typical", "floor", 0.01, _FLOOR)
+    fly_window: int = _parameter(
+        "fly",
+        "window",
+        6,
+        "how many draft tokens after a mismatch the target must agree with; `num_speculative_tokens` - 1 if that is "
+        "less.",
     )
+    fly_threshold: float = _parameter(
+        "fly", "threshold", 0.3, "nats of entropy, over the three likeliest tokens, from which it is undecided."
+    )
+    fly_floor: float = _parameter("fly", "floor", 0.01, _FLOOR)
+    budget_cap: float = _parameter("budget", "cap", 0.25, "the most nats of regret of an accepted token.")
+    budget_per_step: int = _parameter("budget", "per_step", 2, "the most relaxed tokens of a request in a step.")
+    budget_nats: float = _parameter(
+        "budget", "nats", 2.0, "nats that a request may lose in all, of regret or KL divergence; 0 is strict."
+    )
+    budget_kappa: float = _parameter(
+        "budget", "kappa", 0.02, "in sampled requests, the most nats of KL divergence at a position."
+    )
+    budget_floor: float = _parameter("budget", "floor", 0.01, _FLOOR)
     relax_sampling: bool = _setting(
         False,
-        "`conditional`: apply it to sampled requests (temperature > 0) too. It pulls their samples towards "
-        "the draft; by default they are verified strictly and keep the target's distribution.",
+        "Relax sampled requests (temperature > 0) too. It pulls their samples towards the draft; by default they are "
+        "verified strictly and keep the target's distribution.",
+    )
+    relax_structured: bool = _setting(
+        False,
+        "Relax requests with structured output too; by default what a grammar constrains is verified strictly.",
+    )
+    relax_logprobs: bool = _setting(
+        False,
+        "Relax requests that ask for log-probabilities of their output too; by default they are verified strictly.",
+    )
+    collapse_guard: bool = _setting(
+        True,
+        "Verify a request strictly for a while when its relaxed tokens come too close to each other, which is how a "
+        "model is led into copying.",
+    )
+    guard_limit: float = _setting(
+        2.0,
+        "Collapse guard: the most relaxed tokens within its memory.",
+        within=GUARD_LIMIT_RANGE,
+    )
+    guard_memory: float = _setting(
+        32.0,
+        "Collapse guard: tokens after which a relaxed token counts for 1/e.",
+        within=GUARD_MEMORY_RANGE,
+    )
+    guard_cooldown: float = _setting(
+        32.0,
+        "Collapse guard: tokens for which a request is strict.",
+        within=GUARD_COOLDOWN_RANGE,
     )
 
     @classmethod

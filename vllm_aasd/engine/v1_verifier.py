@@ -7,7 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm_aasd.engine import seams
 from vllm_aasd.engine.start_up import policy_of
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.policy import Policy
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
 
@@ -34,23 +35,25 @@ class V1Verifier:
     """
 
     def __init__(self, settings: Settings, max_num_reqs: int, device: torch.device) -> None:
-        self._policy = policy_of(settings)
+        self._settings = settings
         self._policies = PolicyBatch(max_num_reqs, device)
-        self._stop_token_ids: dict[str, list[int]] = {}
+        self._requests: dict[str, tuple[Policy, list[int]]] = {}
         self._req_ids: list[str] = []
 
     def begin_step(self, req_ids: list[str], requests: Mapping[str, Any]) -> None:
         """Take in which requests the batch holds, in the order of its rows."""
         self._req_ids = req_ids
         for req_id in req_ids:
-            if req_id not in self._stop_token_ids:
+            if req_id not in self._requests:
                 params = requests[req_id].sampling_params
-                self._stop_token_ids[req_id] = sorted(params.all_stop_token_ids) if params else []
+                stop_token_ids = sorted(params.all_stop_token_ids) if params else []
+                self._requests[req_id] = policy_of(self._settings, params), stop_token_ids
 
-    def forget(self, req_ids: Iterable[str]) -> None:
+    def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is held for requests that have ended."""
         for req_id in req_ids:
-            self._stop_token_ids.pop(req_id, None)
+            self._requests.pop(req_id, None)
+        self._policies.forget(req_ids)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -88,8 +91,9 @@ class V1Verifier:
             uniform_probs = stock_sampler.generate_uniform_probs(
                 len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
             )
+        requests = [self._requests[req_id] for req_id in self._req_ids]
         policies, stop_token_ids = self._policies.fill(
-            [self._policy] * batch_size, [self._stop_token_ids[req_id] for req_id in self._req_ids], is_greedy
+            self._req_ids, [policy for policy, _ in requests], [stops for _, stops in requests], is_greedy
         )
         result = verify_op.verify(
             draft_token_ids,
