@@ -52,7 +52,8 @@ import torch
 from vllm_aasd.kernels.align import check_table
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
-from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyPolicies
+from vllm_aasd.kernels.policies import VerifyPolicies, policy_shapes
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify_seeded_reference import AlignmentRows, SeededVerifyOutput
 
 __all__ = [
@@ -133,10 +134,10 @@ def verify_seeded(
         "temperature": (temperature, (max_num_reqs,), (torch.float32,)),
         "seed": (seed, (max_num_reqs,), (torch.int64,)),
         "stop_token_ids": (stop_token_ids, (max_num_reqs, stop_token_ids.shape[-1]), (torch.int32,)),
-        "policies.relaxed": (policies.relaxed, (max_num_reqs,), (torch.bool,)),
-        "policies.alpha": (policies.alpha, (max_num_reqs,), (torch.float32,)),
-        "policies.beta": (policies.beta, (max_num_reqs,), (torch.float32,)),
-        "policies.floor": (policies.floor, (max_num_reqs,), (torch.float32,)),
+        **{
+            name: (tensor, shape, (dtype,))
+            for name, (tensor, shape, dtype) in policy_shapes(policies, max_num_reqs).items()
+        },
     }
     if alignment is not None:
         wanted["alignment.token_ids"] = (alignment.token_ids, (num_logits,), (torch.int32,))
