@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.noise_triton import row_uniform
-from vllm_aasd.kernels.relaxation_triton import passes_guards, relax, state_of
+from vllm_aasd.kernels.relaxation_triton import FLY, passes_guards, relax, runners_up, state_of
 from vllm_aasd.kernels.rows_triton import first_argmax
 
 # 16 rows by 64 or 128 blocks of partial results of four kinds: 2 to 4 words of each a thread. With 8 warps
@@ -22,8 +22,7 @@ def decide_kernel(
     num_sampled_ptr,  # [num_reqs]
     relaxed_ptr,  # [num_logits]
     regret_ptr,  # [num_logits]
-    exhausted_ptr,  # [num_reqs]
-    guarded_ptr,  # [num_reqs]
+    events_ptr,  # [2, num_reqs]: whether the budget ran out, whether the collapse guard engaged
     race_row_ptr,  # [num_reqs]
     logits_ptr,  # [num_logits, vocab_size]
     logits_stride,
@@ -39,7 +38,6 @@ def decide_kernel(
     seed_ptr,  # [max_num_reqs]
     rule_ptr,  # [max_num_reqs]
     parameters_ptr,  # [max_num_reqs, NUM_PARAMETERS]
-    guards_ptr,  # [max_num_reqs, NUM_GUARDS]
     state_rows_ptr,  # [max_num_reqs]
     state_ptr,  # [num_states, NUM_STATES]
     num_states,
@@ -78,6 +76,11 @@ def decide_kernel(
     offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + near[None, :]
     plane = num_logits.to(tl.int64) * num_blocks
     maxima = tl.load(sums_ptr + offset)
+    rule, own_ptr, relaxes = state_of(slot, rule_ptr, state_rows_ptr, state_ptr, num_states)
+    second = tl.zeros((ROWS,), tl.float32)
+    third = tl.zeros((ROWS,), tl.float32)
+    if rule == FLY:
+        second, third = runners_up(maxima, offset, plane, num_blocks, sums_ptr, BLOCKS)
     argmaxima = tl.load(argmax_ptr + offset)
     sums = tl.load(sums_ptr + plane + offset)
     weighted_sums = tl.load(sums_ptr + 2 * plane + offset)
@@ -107,7 +110,6 @@ def decide_kernel(
     by_rule = tl.zeros((ROWS,), tl.int1)
     exhausted = False
     guarded = False
-    rule, own_ptr, relaxes = state_of(slot, rule_ptr, state_rows_ptr, state_ptr, num_states)
     if relaxes & (num_drafts >= 0):
         weight = tl.exp(z - maximum)
         eligible = passes_guards(
@@ -120,7 +122,7 @@ def decide_kernel(
             slot,
             logits_ptr,
             logits_stride,
-            guards_ptr,
+            parameters_ptr,
             stop_token_ids_ptr,
             max_stop,
             vocab_size,
@@ -143,16 +145,12 @@ def decide_kernel(
             own_ptr,
             slot,
             parameters_ptr,
-            guards_ptr,
-            offset,
-            plane,
-            num_blocks,
-            sums_ptr,
+            second,
+            third,
             ROWS,
-            BLOCKS,
         )
-    tl.store(exhausted_ptr + req, exhausted)
-    tl.store(guarded_ptr + req, guarded)
+    tl.store(events_ptr + req, exhausted)
+    tl.store(events_ptr + tl.num_programs(0) + req, guarded)
     accepted = accepted | by_rule
     num_accepted = tl.min(tl.where(is_draft_row & (accepted == 0), i, num_drafts), axis=0)
     is_prefix = i < num_accepted

@@ -11,16 +11,14 @@ import torch
 STRICT, CONDITIONAL, TYPICAL, FLY, BUDGET = range(5)
 """The rules, by their number in `VerifyPolicies.rule`."""
 
-NUM_PARAMETERS = 4
-# Columns of `VerifyPolicies.parameters`, by rule.
+NUM_PARAMETERS = 8
+# Columns of `VerifyPolicies.parameters`: four that mean something else by rule,
 ALPHA, BETA = 0, 1
 EPSILON, DELTA = 0, 1
 WINDOW, THRESHOLD = 0, 1
 CAP, PER_STEP, NATS, KAPPA = 0, 1, 2, 3
-
-NUM_GUARDS = 4
-# Columns of `VerifyPolicies.guards`.
-FLOOR, LIMIT, DECAY, COOLDOWN = 0, 1, 2, 3
+# and those of the guards.
+FLOOR, LIMIT, DECAY, COOLDOWN = 4, 5, 6, 7
 
 NUM_STATES = 4
 # Columns of `VerifyPolicies.state`.
@@ -33,18 +31,18 @@ class VerifyPolicies(NamedTuple):
     rule: torch.Tensor
     """[n] int32: one of the rules above; any other number is strict."""
     parameters: torch.Tensor
-    """[n, NUM_PARAMETERS] float32, whose columns depend on the rule:
+    """[n, NUM_PARAMETERS] float32. Four columns depend on the rule:
 
     - conditional: alpha, probability per nat; beta, probability;
     - typical: epsilon, probability; delta, a factor;
     - fly: window, draft tokens; threshold, nats of the three likeliest tokens' entropy;
     - budget: cap, nats of regret per relaxed token; most relaxed tokens per step; nats per request; kappa, nats of
       KL divergence per position. Cap and the most per step are those of greedy requests, kappa of sampled ones.
+
+    Four are guards: floor, the probability below which nothing is relaxed; and of the collapse guard the limit of
+    the level (infinite: no guard), what of the level is left after each emitted token, in [0, 1], and for how many
+    tokens the request is strict once the limit was met.
     """
-    guards: torch.Tensor
-    """[n, NUM_GUARDS] float32: floor, the probability below which nothing is relaxed; and of the collapse guard the
-    limit of the level (infinite: no guard), what of the level is left after each emitted token, in [0, 1], and for
-    how many tokens the request is strict once the limit was met."""
     state_rows: torch.Tensor
     """[n] int32: each request's row of `state`. A request without one (any number that is no row) is strict."""
     state: torch.Tensor
@@ -59,7 +57,6 @@ def policy_shapes(
     expected = {
         "rule": ((n,), torch.int32),
         "parameters": ((n, NUM_PARAMETERS), torch.float32),
-        "guards": ((n, NUM_GUARDS), torch.float32),
         "state_rows": ((n,), torch.int32),
         "state": ((policies.state.shape[0] if policies.state.ndim else 0, NUM_STATES), torch.float32),
     }

@@ -81,7 +81,7 @@ def _top_entropy(row, maximum, s):
 
 
 @compiled
-def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, parameters, guards, stops):
+def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, parameters, stops):
     """Return (CLOSED, OPEN or CANDIDATE; what the budget pays for it; regret in nats) of one row and its draft x.
 
     All that needs no memory of the request: the guards on p, and the rule, but for fly's window. `strictly` gave
@@ -92,7 +92,7 @@ def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, pa
         return CLOSED, 0.0, 0.0
     regret = np.float64(maximum) - np.float64(to_float32(row[x]))
     weight = np.float64(exp_nonpositive(to_float32(row[x]) - maximum))
-    floor = np.float64(guards[FLOOR])
+    floor = np.float64(parameters[FLOOR])
     # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
     if weight < floor or weight <= _stop_weight(row, x, maximum, stops):
         return CLOSED, 0.0, 0.0

@@ -83,7 +83,7 @@ class Relaxation:
         self._rule = int(policies.rule[i])
         if self._state is None or self._rule not in (CONDITIONAL, TYPICAL, FLY, BUDGET) or self._state[EXHAUSTED]:
             self._rule = STRICT
-        self._parameters, self._guards = policies.parameters[i], policies.guards[i]
+        self._parameters = policies.parameters[i]
         self._is_greedy = is_greedy
         self._stops = [stop for stop in stop_token_ids.tolist() if 0 <= stop < vocab_size]
         self._num_relaxed = 0
@@ -108,11 +108,11 @@ class Relaxation:
         if self._rule == BUDGET and self._is_greedy and self._num_relaxed >= self._parameters[PER_STEP]:
             return False
         is_candidate = not is_strict and self._clears(x, row, uniform, strict_ahead)
-        if self._state[LEVEL] * self._guards[DECAY] + 1 > self._guards[LIMIT]:
+        if self._state[LEVEL] * self._parameters[DECAY] + 1 > self._parameters[LIMIT]:
             if is_candidate:
                 self.guarded = True
                 # One of them is the token that is emitted instead.
-                self._state[STRICT_LEFT] = self._guards[COOLDOWN] + 1
+                self._state[STRICT_LEFT] = self._parameters[COOLDOWN] + 1
             return False
         if self._rule == BUDGET:
             cost = torch.log(p.max()) - torch.log(p[x]) if self._is_greedy else -torch.log(p[x])
@@ -126,13 +126,13 @@ class Relaxation:
     def emitted(self, is_relaxed: bool) -> None:
         """Take in that a token was emitted: accepted, recovered or bonus."""
         if self._rule != STRICT or self.exhausted:
-            self._state[LEVEL] = self._state[LEVEL] * self._guards[DECAY] + float(is_relaxed)
+            self._state[LEVEL] = self._state[LEVEL] * self._parameters[DECAY] + float(is_relaxed)
             self._state[STRICT_LEFT] = (self._state[STRICT_LEFT] - 1).clamp(min=0)
 
     def _passes_guards(self, x: int, p: torch.Tensor) -> bool:
         if x in self._stops:
             return False
-        return bool(p[x] > 0 and p[x] >= self._guards[FLOOR] and p[x] > p[self._stops].sum())
+        return bool(p[x] > 0 and p[x] >= self._parameters[FLOOR] and p[x] > p[self._stops].sum())
 
     def _clears(
         self, x: int, row: RowStatistics, uniform: float, strict_ahead: Callable[[int], bool]

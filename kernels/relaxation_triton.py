@@ -27,7 +27,6 @@ _EPSILON, _DELTA = tl.constexpr(policies.EPSILON), tl.constexpr(policies.DELTA)
 _WINDOW, _THRESHOLD = tl.constexpr(policies.WINDOW), tl.constexpr(policies.THRESHOLD)
 _CAP, _PER_STEP = tl.constexpr(policies.CAP), tl.constexpr(policies.PER_STEP)
 _NATS, _KAPPA = tl.constexpr(policies.NATS), tl.constexpr(policies.KAPPA)
-_NUM_GUARDS = tl.constexpr(policies.NUM_GUARDS)
 _FLOOR, _LIMIT = tl.constexpr(policies.FLOOR), tl.constexpr(policies.LIMIT)
 _DECAY, _COOLDOWN = tl.constexpr(policies.DECAY), tl.constexpr(policies.COOLDOWN)
 _NUM_STATES = tl.constexpr(policies.NUM_STATES)
@@ -62,7 +61,7 @@ def passes_guards(
     slot,
     logits_ptr,  # [num_logits, vocab_size]
     logits_stride,
-    guards_ptr,  # [max_num_reqs, NUM_GUARDS]
+    parameters_ptr,  # [max_num_reqs, NUM_PARAMETERS]
     stop_token_ids_ptr,  # [max_num_reqs, max_stop]
     max_stop,
     vocab_size,
@@ -79,7 +78,7 @@ def passes_guards(
     ).to(tl.float32)
     stop_weight = tl.sum(tl.where(stop_z > float("-inf"), tl.exp(stop_z - maximum[:, None]), 0.0), axis=1)
     is_stop = tl.max(((draft[:, None] == stops[None, :]) & is_token[None, :]).to(tl.int32), axis=1) > 0
-    is_likely = p >= tl.load(guards_ptr + slot * _NUM_GUARDS + _FLOOR)
+    is_likely = p >= tl.load(parameters_ptr + slot * _NUM_PARAMETERS + _FLOOR)
     # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
     return has_softmax & is_likely & (weight > stop_weight) & (is_stop == 0)
 
@@ -92,31 +91,26 @@ def _surprise(z, maximum, log_s):
 
 
 @triton.jit
-def _top_entropy(
-    maximum,  # [ROWS]
-    log_s,  # [ROWS]
+def runners_up(
+    maxima,  # [ROWS, BLOCKS], those of blocks that don't exist anything
     offset,  # [ROWS, BLOCKS]
     plane,
     num_blocks,
     sums_ptr,  # [5, num_logits, num_blocks]
     BLOCKS: tl.constexpr,
 ):
-    """Return -sum p log p over the three likeliest tokens of each row, from the three of each block."""
+    """Return ([ROWS], [ROWS]): the second and the third largest logit of each row, from the three of each block."""
     block = tl.arange(0, BLOCKS)[None, :]
-    exists = block < num_blocks
-    first = tl.where(exists, tl.load(sums_ptr + offset), float("-inf"))
-    second = tl.where(exists, tl.load(sums_ptr + 3 * plane + offset), float("-inf"))
-    third = tl.where(exists, tl.load(sums_ptr + 4 * plane + offset), float("-inf"))
-    entropy = _surprise(maximum, maximum, log_s)
-    for _ in tl.static_range(2):
-        # Take the best of all blocks away from the block that has it.
-        best = tl.max(first, axis=1)
-        winner = tl.min(tl.where(first == best[:, None], block, BEYOND), axis=1)
-        is_winner = block == winner[:, None]
-        first = tl.where(is_winner, second, first)
-        second = tl.where(is_winner, third, second)
-        entropy += _surprise(tl.max(first, axis=1), maximum, log_s)
-    return entropy
+    first = tl.where(block < num_blocks, maxima, float("-inf"))
+    second = tl.load(sums_ptr + 3 * plane + offset)
+    # Take the best of all blocks away from the block that has it, twice.
+    winner = tl.min(tl.where(first == tl.max(first, axis=1)[:, None], block, BEYOND), axis=1)[:, None]
+    first = tl.where(block == winner, second, first)
+    third = tl.load(sums_ptr + 4 * plane + offset)
+    second = tl.where(block == winner, third, second)
+    row_second = tl.max(first, axis=1)
+    winner = tl.min(tl.where(first == row_second[:, None], block, BEYOND), axis=1)[:, None]
+    return row_second, tl.max(tl.where(block == winner, second, first), axis=1)
 
 
 @triton.jit
@@ -137,20 +131,15 @@ def relax(
     own_ptr,  # [NUM_STATES], updated
     slot,
     parameters_ptr,  # [max_num_reqs, NUM_PARAMETERS]
-    guards_ptr,  # [max_num_reqs, NUM_GUARDS]
-    offset,  # [ROWS, BLOCKS]
-    plane,
-    num_blocks,
-    sums_ptr,  # [5, num_logits, num_blocks]
+    second,  # [ROWS], for fly: the second and the third largest logit
+    third,  # [ROWS]
     ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Return ([ROWS], where a draft is accepted by relaxation; whether the budget ran out; whether the guard engaged).
 
     What is returned of rows behind the first rejection means nothing.
     """
     parameters_ptr += slot * _NUM_PARAMETERS
-    guards_ptr += slot * _NUM_GUARDS
     log_s = tl.log(s)
     p = tl.exp(z - maximum) / s
     # Rounding can leave the entropy of a certain row a little below 0.
@@ -172,8 +161,9 @@ def relax(
         window = tl.load(parameters_ptr + _WINDOW).to(tl.int32)
         in_window = (later > here) & (later <= here + window)
         agreeing = tl.sum((in_window & strict[None, :]).to(tl.int32), axis=1)
-        top_entropy = _top_entropy(maximum, log_s, offset, plane, num_blocks, sums_ptr, BLOCKS)
-        clears = (top_entropy >= tl.load(parameters_ptr + _THRESHOLD)) & (agreeing == window)
+        undecided = _surprise(maximum, maximum, log_s) + _surprise(second, maximum, log_s)
+        undecided += _surprise(third, maximum, log_s)
+        clears = (undecided >= tl.load(parameters_ptr + _THRESHOLD)) & (agreeing == window)
     elif is_greedy:
         cost = maximum - z
         clears = cost <= tl.load(parameters_ptr + _CAP)
@@ -185,14 +175,14 @@ def relax(
     candidate = eligible & clears & (strict == 0) & is_draft_row
     counted = tl.where(candidate, 1.0, 0.0)[None, :]
 
-    decay = tl.load(guards_ptr + _DECAY)
+    decay = tl.load(parameters_ptr + _DECAY)
     # 0 to the power of 0 is 1.
     age = (here - 1 - later).to(tl.float32)
     faded = tl.where(age == 0.0, 1.0, tl.exp2(age * tl.log2(decay)))
     age_of_all = i.to(tl.float32)
     level = tl.load(own_ptr + _LEVEL) * tl.where(i == 0, 1.0, tl.exp2(age_of_all * tl.log2(decay)))
     level += tl.sum(tl.where(later < here, faded * counted, 0.0), axis=1)
-    is_level = level * decay + 1.0 <= tl.load(guards_ptr + _LIMIT)
+    is_level = level * decay + 1.0 <= tl.load(parameters_ptr + _LIMIT)
     strict_left = tl.load(own_ptr + _STRICT_LEFT)
     is_free = age_of_all >= strict_left
 
@@ -226,5 +216,5 @@ def relax(
     # The token that ends the step is emitted too; if the guard engaged, it is the first of the strict ones.
     tl.store(own_ptr + _LEVEL, tl.sum(tl.where(i == num_accepted, level, 0.0), axis=0) * decay)
     strict_left = tl.maximum(strict_left - (num_accepted + 1).to(tl.float32), 0.0)
-    tl.store(own_ptr + _STRICT_LEFT, tl.where(guarded, tl.load(guards_ptr + _COOLDOWN), strict_left))
+    tl.store(own_ptr + _STRICT_LEFT, tl.where(guarded, tl.load(parameters_ptr + _COOLDOWN), strict_left))
     return relaxed, exhausted, guarded

@@ -44,7 +44,6 @@ from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
 from vllm_aasd.kernels.policies import (
     CONDITIONAL,
-    NUM_GUARDS,
     NUM_PARAMETERS,
     NUM_STATES,
     VerifyPolicies,
@@ -170,7 +169,6 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     policies = VerifyPolicies(
         torch.full((2,), CONDITIONAL, dtype=torch.int32, device=device),
         torch.ones(2, NUM_PARAMETERS, device=device),
-        torch.ones(2, NUM_GUARDS, device=device),
         drafts,
         torch.zeros(1, NUM_STATES, device=device),
     )

@@ -71,7 +71,6 @@ def _verify_kernel(
     uniform_probs,
     rules,
     parameters,
-    guards,
     state_rows,
     state,
     stop_token_ids,
@@ -99,7 +98,7 @@ def _verify_kernel(
             spent = state[state_rows[i], SPENT]
             level = state[state_rows[i], LEVEL]
             strict_left = state[state_rows[i], STRICT_LEFT]
-        decay, limit = guards[i, DECAY], guards[i, LIMIT]
+        decay, limit = parameters[i, DECAY], parameters[i, LIMIT]
         num_relaxed = 0
         accepted = 0
         settled = start
@@ -132,7 +131,6 @@ def _verify_kernel(
                         t,
                         rule,
                         parameters[i],
-                        guards[i],
                         stop_token_ids[i],
                     )
                 if verdict == CANDIDATE and rule == FLY:
@@ -155,7 +153,7 @@ def _verify_kernel(
                     if verdict == CANDIDATE:
                         guarded[i] = True
                         # One of them is the token that is emitted instead.
-                        strict_left = guards[i, COOLDOWN] + one
+                        strict_left = parameters[i, COOLDOWN] + one
                     verdict = CLOSED
                 if verdict != CLOSED and rule == BUDGET:
                     total = spent + np.float32(cost)

@@ -113,18 +113,18 @@ def verify_seeded(
     num_logits, vocab_size = target_logits.shape
     num_reqs = cu_num_logits.shape[0] - 1
     empty = target_logits.new_empty
+    events = empty(2, num_reqs, dtype=torch.bool)
     output = SeededVerifyOutput(
         empty(num_reqs, num_speculative_steps + 1, dtype=torch.int64),
         empty(num_reqs, dtype=torch.int32),
         empty(num_logits, dtype=torch.bool),
         empty(num_logits, dtype=torch.float32),
-        empty(num_reqs, dtype=torch.bool),
-        empty(num_reqs, dtype=torch.bool),
+        *events,
     )
     if not num_reqs or not num_logits:
         output.sampled.fill_(PLACEHOLDER_TOKEN_ID)
-        for tensor in (output.num_sampled, output.exhausted, output.guarded):
-            tensor.zero_()
+        output.num_sampled.zero_()
+        events.zero_()
         return output
 
     shape, num_blocks = launch_shape(num_logits, vocab_size)
@@ -150,7 +150,8 @@ def verify_seeded(
         **shape,
     )
     decide_kernel[(num_reqs,)](
-        *output,
+        *output[:4],
+        events,
         race_row,
         target_logits,
         target_logits.stride(0),

@@ -89,7 +89,7 @@ def near_a_bar(logits, drafts, request, uniform, policy, stop_token_ids):
         stop_ids = [s for s in stop_token_ids[i].tolist() if 0 <= s < logits.shape[1]]
         # A draft that is a stop token itself is turned down without comparing anything.
         stopping = probs[stop_ids].sum() if x not in stop_ids else torch.tensor(0.0)
-        near[row] = bool(((p - torch.stack([uniform[row], policy.guards[i, FLOOR].double(), stopping])).abs() <= MARGIN * p).any())
+        near[row] = bool(((p - torch.stack([uniform[row], policy.parameters[i, FLOOR].double(), stopping])).abs() <= MARGIN * p).any())
         near[row] |= abs(over_the_bar(probs, x, policy.rule[i], policy.parameters[i].double(), uniform[row])) <= MARGIN
     return near
 

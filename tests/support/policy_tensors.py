@@ -3,7 +3,7 @@
 import torch
 
 from vllm_aasd.kernels import policies as columns
-from vllm_aasd.kernels.policies import NUM_GUARDS, NUM_PARAMETERS, NUM_STATES, STRICT, VerifyPolicies
+from vllm_aasd.kernels.policies import NUM_PARAMETERS, NUM_STATES, STRICT, VerifyPolicies
 
 INF = float("inf")
 # Where nothing is said: loose bars, no floor to speak of, no collapse guard, a large budget.
@@ -27,9 +27,7 @@ def policy_tensors(rules, **given):
             a request's rule doesn't have are passed over for it.
     """
     n = len(rules)
-    parameters, guards, state = (
-        torch.zeros(n, width) for width in (NUM_PARAMETERS, NUM_GUARDS, NUM_STATES)
-    )
+    parameters, state = torch.zeros(n, NUM_PARAMETERS), torch.zeros(n, NUM_STATES)
     known = {name for names in (*PARAMETERS.values(), GUARDS, STATES) for name in names}
     assert set(given) <= known, set(given) - known
     for i, rule in enumerate(rules):
@@ -38,11 +36,11 @@ def policy_tensors(rules, **given):
             asked = given.get(name, default)
             return asked if isinstance(asked, int | float) else float(asked[i])
 
-        for tensor, names in ((parameters, PARAMETERS.get(rule, {})), (guards, GUARDS), (state, STATES)):
+        for tensor, names in ((parameters, PARAMETERS.get(rule, {}) | GUARDS), (state, STATES)):
             for name, default in names.items():
                 tensor[i, getattr(columns, name.upper())] = value(name, default)
     rows = torch.arange(n, dtype=torch.int32)
-    return VerifyPolicies(torch.tensor(rules, dtype=torch.int32), parameters, guards, rows, state)
+    return VerifyPolicies(torch.tensor(rules, dtype=torch.int32), parameters, rows, state)
 
 
 def strict(n):

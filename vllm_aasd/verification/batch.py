@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from vllm_aasd.kernels.policies import NUM_GUARDS, NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.kernels.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
 from vllm_aasd.verification.policy import Policy
 from vllm_aasd.verification.states import RequestStates
 
@@ -35,7 +35,6 @@ class PolicyBatch:
         self._requests: list[tuple[Policy, Sequence[int]] | None] = [None] * max_num_reqs
         self._rule_if_greedy, self._rule_if_sampled = np.full((2, max_num_reqs), STRICT, dtype=np.int32)
         self._parameters = np.zeros((max_num_reqs, NUM_PARAMETERS), dtype=np.float32)
-        self._guards = np.ones((max_num_reqs, NUM_GUARDS), dtype=np.float32)
         self._state_rows = np.full(max_num_reqs, _NO_ROW, dtype=np.int32)
         self._stop_token_ids = np.full((max_num_reqs, 4), _NO_TOKEN, dtype=np.int32)
 
@@ -80,7 +79,6 @@ class PolicyBatch:
             VerifyPolicies(
                 torch.where(is_greedy, greedy, sampled),
                 self._tensor(self._parameters, n),
-                self._tensor(self._guards, n),
                 self._tensor(self._state_rows, n),
                 self._states.state,
             ),
@@ -98,7 +96,6 @@ class PolicyBatch:
         self._rule_if_greedy[i] = policy.rule if policy.relaxes(is_greedy=True) else STRICT
         self._rule_if_sampled[i] = policy.rule if policy.relaxes(is_greedy=False) else STRICT
         self._parameters[i] = policy.parameters()
-        self._guards[i] = policy.guards()
         width = self._stop_token_ids.shape[1]
         if len(stop_token_ids) > width:
             wider = np.full((len(self._requests), 2 * len(stop_token_ids)), _NO_TOKEN, dtype=np.int32)

@@ -48,6 +48,5 @@ class BudgetVerification(RelaxedPolicy):
     rule = BUDGET
     ranges = {"cap": (0.0, 20.0), "per_step": (0, 128), "nats": (0.0, 10000.0), "kappa": (0.0, 20.0)}
 
-    def parameters(self) -> list[float]:
-        """The columns of `VerifyPolicies.parameters`."""
-        return self._columns({CAP: self.cap, PER_STEP: self.per_step, NATS: self.nats, KAPPA: self.kappa})
+    def _columns(self) -> dict[int, float]:
+        return {CAP: self.cap, PER_STEP: self.per_step, NATS: self.nats, KAPPA: self.kappa}

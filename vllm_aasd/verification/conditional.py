@@ -40,6 +40,5 @@ class ConditionalVerification(RelaxedPolicy):
     rule = CONDITIONAL
     ranges = {"alpha": (0.0, 10.0), "beta": (0.0, 2.0)}
 
-    def parameters(self) -> list[float]:
-        """The columns of `VerifyPolicies.parameters`."""
-        return self._columns({ALPHA: self.alpha, BETA: self.beta})
+    def _columns(self) -> dict[int, float]:
+        return {ALPHA: self.alpha, BETA: self.beta}

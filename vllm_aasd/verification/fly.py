@@ -35,6 +35,5 @@ class FlyVerification(RelaxedPolicy):
     rule = FLY
     ranges = {"window": (1, 127), "threshold": (0.0, 1.1)}
 
-    def parameters(self) -> list[float]:
-        """The columns of `VerifyPolicies.parameters`."""
-        return self._columns({WINDOW: self.window, THRESHOLD: self.threshold})
+    def _columns(self) -> dict[int, float]:
+        return {WINDOW: self.window, THRESHOLD: self.threshold}

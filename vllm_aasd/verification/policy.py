@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_aasd.kernels.policies import COOLDOWN, DECAY, FLOOR, LIMIT, NUM_GUARDS, NUM_PARAMETERS
+from vllm_aasd.kernels.policies import COOLDOWN, DECAY, FLOOR, LIMIT, NUM_PARAMETERS
 
 # Lowest and highest value that each parameter may take; settings take their ranges from here.
 FLOOR_RANGE = (1e-4, 1.0)
@@ -73,10 +73,6 @@ class Policy:
         """The columns of `VerifyPolicies.parameters`, ``NUM_PARAMETERS`` of them."""
         return [0.0] * NUM_PARAMETERS
 
-    def guards(self) -> list[float]:
-        """The columns of `VerifyPolicies.guards`, ``NUM_GUARDS`` of them."""
-        return [1.0] * NUM_GUARDS
-
 
 @dataclass(frozen=True, kw_only=True)
 class RelaxedPolicy(Policy):
@@ -108,17 +104,15 @@ class RelaxedPolicy(Policy):
         """Whether requests of a kind (greedy, or sampled) may get tokens that aren't strictly the target's."""
         return is_greedy or self.sampled
 
-    def guards(self) -> list[float]:
-        """The columns of `VerifyPolicies.guards`."""
-        columns = [0.0] * NUM_GUARDS
-        columns[FLOOR] = self.floor
-        columns[LIMIT] = math.inf
+    def parameters(self) -> list[float]:
+        """The columns of `VerifyPolicies.parameters`."""
+        columns = {**self._columns(), FLOOR: self.floor, LIMIT: math.inf}
         if self.collapse_guard is not None:
             columns[LIMIT] = self.collapse_guard.limit
             columns[DECAY] = math.exp(-1 / self.collapse_guard.memory)
             columns[COOLDOWN] = self.collapse_guard.cooldown
-        return columns
+        return [columns.get(column, 0.0) for column in range(NUM_PARAMETERS)]
 
-    @staticmethod
-    def _columns(values: dict[int, float]) -> list[float]:
-        return [values.get(column, 0.0) for column in range(NUM_PARAMETERS)]
+    def _columns(self) -> dict[int, float]:
+        """The rule's own columns."""
+        raise NotImplementedError

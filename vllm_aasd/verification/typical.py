@@ -34,6 +34,5 @@ class TypicalVerification(RelaxedPolicy):
     rule = TYPICAL
     ranges = {"epsilon": (0.0, 1.0), "delta": (0.0, 1.0)}
 
-    def parameters(self) -> list[float]:
-        """The columns of `VerifyPolicies.parameters`."""
-        return self._columns({EPSILON: self.epsilon, DELTA: self.delta})
+    def _columns(self) -> dict[int, float]:
+        return {EPSILON: self.epsilon, DELTA: self.delta}
