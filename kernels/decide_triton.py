@@ -45,6 +45,7 @@ def decide_kernel(
     max_stop,
     vocab_size,
     num_speculative_steps,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STOPS: tl.constexpr,
@@ -76,11 +77,6 @@ def decide_kernel(
     offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + near[None, :]
     plane = num_logits.to(tl.int64) * num_blocks
     maxima = tl.load(sums_ptr + offset)
-    rule, own_ptr, relaxes = state_of(slot, rule_ptr, state_rows_ptr, state_ptr, num_states)
-    second = tl.zeros((ROWS,), tl.float32)
-    third = tl.zeros((ROWS,), tl.float32)
-    if rule == FLY:
-        second, third = runners_up(maxima, offset, plane, num_blocks, sums_ptr, BLOCKS)
     argmaxima = tl.load(argmax_ptr + offset)
     sums = tl.load(sums_ptr + plane + offset)
     weighted_sums = tl.load(sums_ptr + 2 * plane + offset)
@@ -91,6 +87,10 @@ def decide_kernel(
     s = tl.sum(sums * shrink, axis=1)
     moved = shrink * (weighted_sums + distance * sums)
     t = tl.sum(tl.where(shrink > 0.0, moved, 0.0), axis=1)
+    second = tl.zeros((ROWS,), tl.float32)
+    third = tl.zeros((ROWS,), tl.float32)
+    if tl.load(rule_ptr + slot) == FLY:
+        second, third = runners_up(maxima, row_argmax // BLOCK, offset, plane, num_blocks, sums_ptr, BLOCKS)
     maximum = tl.reshape(row_max, (ROWS,))
     argmax = tl.reshape(row_argmax, (ROWS,))
     has_softmax = known & (maximum > float("-inf")) & (maximum < float("inf"))
@@ -107,6 +107,7 @@ def decide_kernel(
         accepted = has_softmax & (z - (maximum + tl.log(s)) > tl.log(uniform))
     accepted = accepted & known
 
+    rule, own_ptr, relaxes = state_of(slot, rule_ptr, state_rows_ptr, state_ptr, num_states)
     by_rule = tl.zeros((ROWS,), tl.int1)
     exhausted = False
     guarded = False

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import policies
-from vllm_aasd.kernels.rows_triton import BEYOND
 
 _CONDITIONAL = tl.constexpr(policies.CONDITIONAL)
 _TYPICAL = tl.constexpr(policies.TYPICAL)
@@ -93,6 +92,7 @@ def _surprise(z, maximum, log_s):
 @triton.jit
 def runners_up(
     maxima,  # [ROWS, BLOCKS], those of blocks that don't exist anything
+    winner,  # [ROWS, 1]: the block of the row's maximum
     offset,  # [ROWS, BLOCKS]
     plane,
     num_blocks,
@@ -103,14 +103,16 @@ def runners_up(
     block = tl.arange(0, BLOCKS)[None, :]
     first = tl.where(block < num_blocks, maxima, float("-inf"))
     second = tl.load(sums_ptr + 3 * plane + offset)
-    # Take the best of all blocks away from the block that has it, twice.
-    winner = tl.min(tl.where(first == tl.max(first, axis=1)[:, None], block, BEYOND), axis=1)[:, None]
+    # The block of the maximum goes on with what it has besides.
     first = tl.where(block == winner, second, first)
-    third = tl.load(sums_ptr + 4 * plane + offset)
-    second = tl.where(block == winner, third, second)
-    row_second = tl.max(first, axis=1)
-    winner = tl.min(tl.where(first == row_second[:, None], block, BEYOND), axis=1)[:, None]
-    return row_second, tl.max(tl.where(block == winner, second, first), axis=1)
+    second = tl.where(block == winner, tl.load(sums_ptr + 4 * plane + offset), second)
+    best = tl.max(first, axis=1, keep_dims=True)
+    is_best = first == best
+    # Where two blocks share it, it is the third too.
+    is_shared = tl.sum(is_best.to(tl.int32), axis=1) > 1
+    next_best = tl.max(tl.where(is_best, second, first), axis=1)
+    best = tl.max(first, axis=1)
+    return best, tl.where(is_shared, best, next_best)
 
 
 @triton.jit

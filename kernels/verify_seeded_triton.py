@@ -171,6 +171,7 @@ def verify_seeded(
         stop_token_ids.shape[1],
         vocab_size,
         num_speculative_steps,
+        BLOCK=shape["BLOCK"],
         ROWS=triton.next_power_of_2(num_speculative_steps + 1),
         BLOCKS=triton.next_power_of_2(num_blocks),
         STOPS=triton.next_power_of_2(max(1, stop_token_ids.shape[1])),

@@ -142,12 +142,12 @@ class Settings:
         "model is led into copying.",
     )
     guard_limit: float = _setting(
-        2.0,
+        1.4,
         "Collapse guard: the most relaxed tokens within its memory.",
         within=GUARD_LIMIT_RANGE,
     )
     guard_memory: float = _setting(
-        32.0,
+        64.0,
         "Collapse guard: tokens after which a relaxed token counts for 1/e.",
         within=GUARD_MEMORY_RANGE,
     )

@@ -45,7 +45,11 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks", "kv_cache_groups")),
     Members("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", ("kv_cache_spec", "layer_names")),
     Members("vllm.v1.kv_cache_interface", "FullAttentionSpec", ("block_size", "page_size_bytes")),
-    Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "max_tokens", "temperature")),
+    Members(
+        "vllm.sampling_params",
+        "SamplingParams",
+        ("all_stop_token_ids", "max_tokens", "num_logprobs", "structured_outputs", "temperature"),
+    ),
 )
 
 V1: tuple[Seam | Members, ...] = (
@@ -127,7 +131,7 @@ V2: tuple[Seam | Members, ...] = (
             "is_prefilling_np",
         ),
     ),
-    Members(f"{_V2}.states", "RequestState", ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs")),
+    Members(f"{_V2}.states", "RequestState", ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs", "index_to_req_id")),
     Members(f"{_V2}.block_table", "BlockTables", ("block_tables", "block_sizes")),
     Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states")),
     Members(f"{_V2}.sample.states", "SamplingStates", ("temperature",)),

@@ -63,7 +63,11 @@ class AASDSpeculator(BaseSpeculator):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.requests = RequestSlots(
-            start_up.policy_of(settings), req_states.max_seq_len, vllm_config.model_config.max_model_len, device
+            settings,
+            req_states.index_to_req_id,
+            req_states.max_seq_len,
+            vllm_config.model_config.max_model_len,
+            device,
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.verifier = V2Verifier(self._num_valid_drafts, self.requests)
@@ -144,7 +148,8 @@ class AASDSpeculator(BaseSpeculator):
         """Nothing to time: what a draft costs is the device's to know, and it isn't asked."""
 
     def begin_step(self, finished_req_ids: Iterable[str]) -> None:
-        """Nothing to drop: a slot is written anew when a request enters it."""
+        """Drop what the verifier remembers of requests that have ended; slots are written anew as they are taken."""
+        self.requests.forget(finished_req_ids)
 
     def clear_memory(self) -> None:
         """Nothing to unlearn: no request is remembered beyond its slot."""

@@ -31,10 +31,10 @@ class CollapseGuard:
         level <- level * exp(-1 / memory) + (1 if the token was relaxed else 0)
 
     A relaxed acceptance that would lift the level above `limit` doesn't take place, and the request is strict for the
-    next `cooldown` tokens, in which the target's own choices stand alone. At a limit of 1 no two relaxed tokens
-    may stand in one memory, whatever their distance; a steady share of relaxed tokens of about limit / memory passes.
+    next `cooldown` tokens, in which the target's own choices stand alone. At a limit of 1.4 and a memory of 64 a
+    second relaxed token passes from 59 tokens behind the first on.
 
-    Ours. Why this form and these defaults: measured, see the README.
+    Ours. That it prevents the collapse, and at what price, was measured: see the README.
 
     Attributes:
         limit: relaxed tokens in [1, 100], above which the level doesn't rise.
