@@ -49,9 +49,15 @@ def test_the_config_survives_what_vllm_does_to_it(create):
         copy.deepcopy(original),
         replace(original, num_speculative_tokens=5),
     ):
-        assert twin.aasd == Settings(top_k=2)
+        assert twin.aasd == Settings(top_k=2, fly_window=4)
         assert twin.num_speculative_tokens == 5
         assert repr(twin) == repr(original)
+
+
+@pytest.mark.parametrize(("drafts", "asked", "window"), [(8, {}, 6), (4, {}, 3), (1, {}, 1), (8, {"aasd_fly_window": 2}, 2)])
+def test_flys_window_leaves_a_place_for_the_mismatch(create, drafts, asked, window):
+    config = create({"method": "aasd", "aasd_verification": "fly", "num_speculative_tokens": drafts, **asked})
+    assert config.speculative_config.aasd.fly_window == window
 
 
 def test_the_same_arguments_can_be_built_twice(demo_model):

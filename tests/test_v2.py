@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 from fake_v2 import BLOCK, MAX_LEN, VOCAB, WIDTH, FakeRunner, next_token
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from vllm_aasd.config import Settings
 from vllm_aasd.engine import v2, v2_verifier
 from vllm_aasd.engine.v2_verifier import V2Verifier
+from vllm_aasd.kernels.policies import BETA, CONDITIONAL, STRICT
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
 PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
@@ -72,7 +74,7 @@ def test_an_aborted_requests_slot_is_taken_over():
 
 
 def test_a_filler_is_never_accepted_even_by_the_loosest_bar():
-    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0}
+    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0, "collapse_guard": False}
     runner = FakeRunner(max_num_reqs=1, **loosest)
     # Nothing repeats, so nothing is drafted: every column is the last token again.
     runner.add(0, [9, 10, 11], 8, SamplingParams(temperature=0.0, max_tokens=8))
@@ -152,17 +154,64 @@ def test_dummy_runs_touch_nothing():
 
 
 def test_policies_and_stop_tokens_follow_the_slot():
-    requests = FakeRunner(max_num_reqs=2).speculator.requests
+    runner = FakeRunner(max_num_reqs=2)
+    requests = runner.speculator.requests
+    runner.req_ids.update({0: "a", 1: "b"})
     many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
     assert requests.add_request(0, many) is False
     requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
     requests.apply_staged_writes()
-    assert requests.policies.relaxed.tolist() == [False, True]
+    assert requests.policies.rule.tolist() == [STRICT, CONDITIONAL]
+    assert requests.policies.parameters[1, BETA] == Settings().beta
+    assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
+    runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
     requests.apply_staged_writes()
-    assert requests.policies.relaxed.tolist() == [True, True]
+    assert requests.policies.rule.tolist() == [CONDITIONAL, CONDITIONAL]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
+def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
+    name = {"logprobs": "relax_logprobs", "structured_outputs": "relax_structured"}[next(iter(asked))]
+    for settings, rule in (({}, STRICT), ({name: True}, CONDITIONAL)):
+        runner = FakeRunner(max_num_reqs=1, **settings)
+        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **asked))
+        runner.speculator.requests.apply_staged_writes()
+        assert runner.speculator.requests.policies.rule.tolist() == [rule]
+
+
+def test_a_budget_survives_preemption_and_ends_with_the_request():
+    """Drafts of 2 where the target, undecided, would rather say 1: each is a near-tie of 0.1 nats."""
+    runner = FakeRunner(max_num_reqs=2, verification="budget", budget_nats=0.25, collapse_guard=False)
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    undecided = torch.zeros(VOCAB)
+    undecided[[1, 2]] = torch.tensor([8.1, 8.0])
+    runner.model.head.forward = lambda pairs: undecided.repeat(len(pairs), 1)
+
+    def enter(slot, req_id):
+        runner.add(slot, [9, 10, 11], 40, params, req_id)
+        runner.step([slot])
+
+    def relaxed(slot):
+        runner.speculator._num_valid_drafts[slot] = 1
+        runner.drafts[slot, 0], runner.counts[slot] = 2, 1
+        return len(runner.step([slot])[slot]) - 1
+
+    enter(0, "a")
+    assert relaxed(0) == 1
+    # Preempted: another request takes the slot, and a comes back in the other one.
+    enter(0, "b")
+    enter(1, "a")
+    assert relaxed(1) == 1, "0.2 of 0.25"
+    assert relaxed(1) == 0, "the third is too much"
+    assert [relaxed(0), relaxed(0), relaxed(0)] == [1, 1, 0], "b has a budget of its own"
+    enter(1, "a")
+    assert relaxed(1) == 0, "nor does another preemption refill it"
+    runner.speculator.begin_step({"a"})
+    enter(1, "a")
+    assert relaxed(1) == 1, "once it has ended, the id is another request's"
 
 
 @pytest.mark.parametrize(
