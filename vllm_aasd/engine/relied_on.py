@@ -45,6 +45,11 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks", "kv_cache_groups")),
     Members("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", ("kv_cache_spec", "layer_names")),
     Members("vllm.v1.kv_cache_interface", "FullAttentionSpec", ("block_size", "page_size_bytes")),
+    Members("vllm.engine.arg_utils", "EngineArgs", ("disable_log_stats",)),
+    Members("vllm.config", "ModelConfig", ("served_model_name",)),
+    Members("vllm.config", "ParallelConfig", ("data_parallel_index",)),
+    Members("vllm.v1.metrics.reader", "Counter", ("name", "labels", "value")),
+    Members("vllm.v1.metrics.reader", "Histogram", ("name", "labels", "count", "sum", "buckets")),
     Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "max_tokens", "temperature")),
 )
 

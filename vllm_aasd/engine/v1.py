@@ -21,11 +21,13 @@ from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
-from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.counters import Counters
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NOTHING_PROMISED, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
+from vllm_aasd.engine.v1_counting import V1Counting, timed
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
 
@@ -59,8 +61,12 @@ class AASDProposer:
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
+        self.counters = Counters("cpu")
+        counting = V1Counting(
+            self.counters, scheduler_config.max_num_seqs, self._max_draft_tokens, self._promised
+        )
         self._verifier = V1Verifier(
-            self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device
+            self._settings, scheduler_config.max_num_seqs, vllm_config.device_config.device, counting.verified
         )
         self._has_proposed = False
 
@@ -84,6 +90,7 @@ class AASDProposer:
             self._settings.min_survival,
             start_up.load_prior(self._model_config) if self._settings.prior else None,
             memory,
+            lookups=self.counters.lookups.numpy(),
         )
         group = start_up.full_attention_group(kv_cache_config)
         if group is None:
@@ -192,6 +199,12 @@ class AASDProposer:
             logits = self._model.compute_logits(state.hidden_states[rows])
             self._store.write(logits, token_ids[rows], slots[rows])
 
+    def _promised(self, row: int) -> np.ndarray:
+        if self._drafter is None:
+            return NOTHING_PROMISED
+        return self._drafter.promised(self._runner.input_batch.req_ids[row])
+
+    @timed
     def propose(
         self,
         sampled_token_ids: list[list[int]],

@@ -7,6 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -31,9 +32,17 @@ class V1Verifier:
         settings: the server's; `aasd_verification` and its parameters are read.
         max_num_reqs: the most requests of a batch.
         device: where the logits are.
+        observe: told of each step: draft token ids, their cumulative counts, what was decided, in how many seconds.
     """
 
-    def __init__(self, settings: Settings, max_num_reqs: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        max_num_reqs: int,
+        device: torch.device,
+        observe: Callable[[torch.Tensor, torch.Tensor, verify_op.VerifyOutput, float], None] = lambda *_: None,
+    ) -> None:
+        self._observe = observe
         self._policy = policy_of(settings)
         self._policies = PolicyBatch(max_num_reqs, device)
         self._stop_token_ids: dict[str, list[int]] = {}
@@ -79,6 +88,7 @@ class V1Verifier:
         Returns:
             ``[batch_size, max_spec_len + 1]`` int32, -1 behind what is emitted.
         """
+        began = time.perf_counter()
         batch_size = len(num_draft_tokens)
         if sampling_metadata.all_greedy:
             is_greedy = torch.ones(batch_size, dtype=torch.bool)
@@ -107,6 +117,7 @@ class V1Verifier:
                 result, draft_token_ids, num_draft_tokens, cu_num_draft_tokens, target_logits, is_greedy,
                 sampling_metadata,
             )
+        self._observe(draft_token_ids, cu_num_draft_tokens, result, time.perf_counter() - began)
         return result.output_token_ids
 
     def _recover(

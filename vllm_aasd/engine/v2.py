@@ -25,8 +25,10 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
+from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
 from vllm_aasd.engine import seams, start_up, v2_verifier
+from vllm_aasd.engine.v2_counting import V2Counting
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.engine.v2_verifier import V2Verifier
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
@@ -66,7 +68,9 @@ class AASDSpeculator(BaseSpeculator):
             start_up.policy_of(settings), req_states.max_seq_len, vllm_config.model_config.max_model_len, device
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.verifier = V2Verifier(self._num_valid_drafts, self.requests)
+        self.counters = Counters(device)
+        self.counting = V2Counting(self.counters, max_num_reqs, width, device)
+        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.counting)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
@@ -130,6 +134,7 @@ class AASDSpeculator(BaseSpeculator):
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=self._settings.min_survival,
+            lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
                 NUM_ORDERS,
@@ -244,15 +249,17 @@ class AASDSpeculator(BaseSpeculator):
             longest = min(longest, num_speculative_tokens)
         # No draft token past what the request may still emit: one token comes without a draft.
         limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
-        self._propose(
-            all_token_ids=self._req_states.all_token_ids.gpu,
-            total_len=total_len,
-            idx_mapping=idx_mapping,
-            draft_limits=limits.mul_(num_sampled > 0),
-            draft_token_ids=drafts,
-            num_drafts=num_drafts,
-            survival=self._survival[:num_reqs],
-        )
+        with self.counting.drafter.measured():
+            self._propose(
+                all_token_ids=self._req_states.all_token_ids.gpu,
+                total_len=total_len,
+                idx_mapping=idx_mapping,
+                draft_limits=limits.mul_(num_sampled > 0),
+                draft_token_ids=drafts,
+                num_drafts=num_drafts,
+                survival=self._survival[:num_reqs],
+            )
+        self.counting.promise(idx_mapping, self._survival[:num_reqs])
         self._num_valid_drafts[idx_mapping] = num_drafts
         return drafts
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_aasd.engine import seams
+from vllm_aasd.engine.v2_counting import V2Counting
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID, verify_seeded
 
@@ -40,9 +41,11 @@ class V2Verifier:
         num_valid_drafts: ``[max_num_reqs]`` int32 by slot, kept up to date by the owner: how many of the slot's
             draft columns are drafts. The rest are fillers, which the runner needs to be valid token ids.
         requests: policies and stop tokens.
+        counting: told of each step.
     """
 
-    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots) -> None:
+    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots, counting: V2Counting) -> None:
+        self.counting = counting
         self._num_valid_drafts = num_valid_drafts
         self._requests = requests
         self._all_greedy = False
@@ -97,21 +100,23 @@ class V2Verifier:
             Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 behind them; and how many,
             ``[num_reqs]`` int32.
         """
-        verified = verify_seeded(
-            target_logits,
-            draft_sampled,
-            cu_num_logits,
-            pos,
-            idx_mapping,
-            expanded_idx_mapping,
-            expanded_local_pos,
-            temperature,
-            seed,
-            num_speculative_steps,
-            self._requests.policies,
-            self._requests.stop_token_ids,
-            all_greedy=self._all_greedy,
-        )
+        with self.counting.verifier.measured():
+            verified = verify_seeded(
+                target_logits,
+                draft_sampled,
+                cu_num_logits,
+                pos,
+                idx_mapping,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                temperature,
+                seed,
+                num_speculative_steps,
+                self._requests.policies,
+                self._requests.stop_token_ids,
+                all_greedy=self._all_greedy,
+            )
+        self.counting.verified(draft_sampled, cu_num_logits, idx_mapping, verified.num_sampled, verified)
         return verified.sampled, verified.num_sampled
 
 
@@ -163,7 +168,7 @@ def _dispatching(stock: Callable) -> Callable:
                     num_speculative_steps,
                 )
             _say_once(foreign)
-        return stock(
+        sampled, num_sampled = stock(
             target_logits,
             draft_logits,
             draft_sampled,
@@ -178,6 +183,9 @@ def _dispatching(stock: Callable) -> Callable:
             *args,
             **kwargs,
         )
+        if verifier is not None:
+            verifier.counting.verified(draft_sampled, cu_num_logits, idx_mapping, num_sampled)
+        return sampled, num_sampled
 
     return rejection_sample
 
