@@ -12,7 +12,10 @@ import urllib.request
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from prompts import real_prompts
+
+from vllm_aasd.counters import METRICS
 
 pytestmark = pytest.mark.engine
 
@@ -23,8 +26,8 @@ VLLM = pathlib.Path(sys.executable).parent / "vllm"
 def start(model, log, speculative_config, port):
     command = [VLLM, "serve", model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(speculative_config)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    command += ["--per-request-spec-decode-metrics", "summary", "--speculative-config", json.dumps(speculative_config)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2", **os.environ}
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
@@ -107,16 +110,48 @@ def test_logprobs_of_every_token(client):
     assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
 
 
-def test_drafts_are_counted_in_vllms_metrics(client, server):
-    ask(client, PROMPTS[0])
-    metrics = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
-    values = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:spec_decode_num_") and "_per_pos" not in line
+def scraped(address):
+    """Every sample of the server's page, by name and labels."""
+    page = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
     }
-    drafted, accepted = (values[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
-    assert drafted >= accepted > 0
+
+
+def test_the_servers_page_shows_our_figures_and_they_agree_with_vllms(client, server):
+    ask(client, PROMPTS[0])
+    # Figures are at most a second old.
+    time.sleep(3)
+    samples = scraped(server[0])
+    labels = ("engine", "0"), ("model_name", "demo")
+    for ours, vllms in (
+        ("aasd:draft_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
+        ("aasd:accepted_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
+        ("aasd:draft_length_count", "vllm:spec_decode_num_drafts_total"),
+    ):
+        assert samples[ours, *labels] == samples[vllms, *labels] > 0, ours
+    assert samples["aasd:relaxed_tokens_total", *labels] == 0, "the server is strict"
+    names = {sample[0] for sample in samples if sample[0].startswith("aasd:")}
+    for metric in METRICS:
+        wanted = f"aasd:{metric.name}" + ("_bucket" if metric.bounds else "_total")
+        assert wanted in names or metric.name == "faults", f"{wanted}: none of it without a fault"
+    assert samples["aasd:store_lookups_total", labels[0], labels[1], ("result", "hit")] > 0
+
+
+def test_the_log_has_a_line_now_and_then(client, server):
+    for _ in range(30):
+        ask(client, PROMPTS[1])
+        if "AASD metrics: Drafted: " in server[1].read_text():
+            return
+        time.sleep(0.5)
+    pytest.fail(server[1].read_text()[-2000:])
+
+
+def test_vllms_figures_of_each_request_come_with_the_answer(client):
+    answer = ask(client, PROMPTS[0])
+    assert answer.metrics["speculative_decoding"]["num_accepted_tokens"] > 0
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):
