@@ -151,7 +151,7 @@ def test_the_log_has_a_line_now_and_then(client, server):
 
 def test_vllms_figures_of_each_request_come_with_the_answer(client):
     answer = ask(client, PROMPTS[0])
-    assert answer.metrics["speculative_decoding"]["num_accepted_tokens"] > 0
+    assert answer.metrics["speculative_decoding"]["num_accepted_draft_tokens"] > 0
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):
