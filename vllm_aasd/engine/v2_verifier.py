@@ -168,7 +168,7 @@ def _dispatching(stock: Callable) -> Callable:
                     num_speculative_steps,
                 )
             _say_once(foreign)
-        sampled, num_sampled = stock(
+        emitted = stock(
             target_logits,
             draft_logits,
             draft_sampled,
@@ -184,8 +184,8 @@ def _dispatching(stock: Callable) -> Callable:
             **kwargs,
         )
         if verifier is not None:
-            verifier.counting.verified(draft_sampled, cu_num_logits, idx_mapping, num_sampled)
-        return sampled, num_sampled
+            verifier.counting.verified(draft_sampled, cu_num_logits, idx_mapping, emitted[1])
+        return emitted
 
     return rejection_sample
 
