@@ -8,7 +8,6 @@ free, then at the prompt's too; the prior; the memory; the adaptive length. Up t
 whatever is drafted). Speed is in tokens per unit of time at three prices of a draft token, those measured on this
 machine at one request, in between, and at sixteen; it leaves out what the parts themselves take (the lm_head at prompt
 positions above all). The mixture's constants are the served ones for all, not fitted again without a part.
-`benchmarks.suite` also runs the parts that the real engine can switch on the real engine.
 """
 
 import random

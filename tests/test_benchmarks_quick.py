@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_quick_comparison_ends_in_time_with_figures(demo_model, tmp_path):
     out = tmp_path / "quick.json"
     command = [sys.executable, "-m", "benchmarks.end_to_end", "--quick", "--model", str(demo_model), "--dtype", "float32"]
