@@ -119,33 +119,14 @@ def _verify_kernel(
                     may_relax = False
                 verdict = CLOSED
                 if may_relax:
+                    strictly_found = (is_accepted, uniform, maximum, argmax, s, t)
                     verdict, cost, row_regret = judge(
-                        logits_row,
-                        x,
-                        is_greedy[i],
-                        is_accepted,
-                        uniform,
-                        maximum,
-                        argmax,
-                        s,
-                        t,
-                        rule,
-                        parameters[i],
-                        stop_token_ids[i],
+                        logits_row, x, is_greedy[i], *strictly_found, rule, parameters[i], stop_token_ids[i]
                     )
                 if verdict == CANDIDATE and rule == FLY:
                     window = np.int64(parameters[i, WINDOW])
-                    if _window_holds(
-                        logits,
-                        stride,
-                        vocab_size,
-                        draft_token_ids,
-                        uniform_probs,
-                        is_greedy[i],
-                        row,
-                        end,
-                        window,
-                    ):
+                    drafts = (draft_token_ids, uniform_probs, is_greedy[i])
+                    if _window_holds(logits, stride, vocab_size, *drafts, row, end, window):
                         settled = row + 1 + window
                     else:
                         verdict = CLOSED

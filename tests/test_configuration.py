@@ -68,7 +68,7 @@ def test_the_same_arguments_can_be_built_twice(demo_model):
 
 def test_the_method_may_come_beside_the_json(create):
     config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
-    assert config.aasd == Settings(floor=0.5) and config.num_speculative_tokens == 3
+    assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3
     assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
 
 
@@ -128,7 +128,7 @@ def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, 
     assert config.use_v2_model_runner is (chosen == "1")
     assert config.parallel_config.worker_cls == configuration.CPU_WORKER
     for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
-        assert twin.aasd == Settings() and twin.num_speculative_tokens == 5
+        assert twin.aasd == Settings(fly_window=4) and twin.num_speculative_tokens == 5
 
 
 def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):

@@ -10,7 +10,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import v2, v2_verifier
 from vllm_aasd.engine.v2_verifier import V2Verifier
-from vllm_aasd.kernels.policies import BETA, CONDITIONAL, STRICT
+from vllm_aasd.kernels import policies
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
 PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
@@ -161,21 +161,21 @@ def test_policies_and_stop_tokens_follow_the_slot():
     assert requests.add_request(0, many) is False
     requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [STRICT, CONDITIONAL]
-    assert requests.policies.parameters[1, BETA] == Settings().beta
+    assert requests.policies.rule.tolist() == [policies.STRICT, policies.CONDITIONAL]
+    assert requests.policies.parameters[1, policies.BETA] == Settings().beta
     assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
     runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [CONDITIONAL, CONDITIONAL]
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.CONDITIONAL]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
 
 
 @pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
 def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
     name = {"logprobs": "relax_logprobs", "structured_outputs": "relax_structured"}[next(iter(asked))]
-    for settings, rule in (({}, STRICT), ({name: True}, CONDITIONAL)):
+    for settings, rule in (({}, policies.STRICT), ({name: True}, policies.CONDITIONAL)):
         runner = FakeRunner(max_num_reqs=1, **settings)
         runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **asked))
         runner.speculator.requests.apply_staged_writes()

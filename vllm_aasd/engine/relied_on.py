@@ -131,7 +131,11 @@ V2: tuple[Seam | Members, ...] = (
             "is_prefilling_np",
         ),
     ),
-    Members(f"{_V2}.states", "RequestState", ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs", "index_to_req_id")),
+    Members(
+        f"{_V2}.states",
+        "RequestState",
+        ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs", "index_to_req_id"),
+    ),
     Members(f"{_V2}.block_table", "BlockTables", ("block_tables", "block_sizes")),
     Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states")),
     Members(f"{_V2}.sample.states", "SamplingStates", ("temperature",)),
