@@ -22,7 +22,7 @@ class VerifyOutput(NamedTuple):
     num_accepted: torch.Tensor
     """[batch_size] int32: accepted draft tokens, without the recovered or bonus token."""
     relaxed: torch.Tensor
-    """[num_tokens] bool: accepted only thanks to the relaxed bar."""
+    """[num_tokens] bool: accepted though the strict rule rejects it."""
     regret: torch.Tensor
     """[num_tokens] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
     exhausted: torch.Tensor

@@ -33,7 +33,7 @@ class SeededVerifyOutput(NamedTuple):
     num_sampled: torch.Tensor
     """[num_reqs] int32: emitted tokens, the recovered or bonus token included; 0 for a request of no rows."""
     relaxed: torch.Tensor
-    """[num_logits] bool: the draft tested by this row was accepted only thanks to the relaxed bar."""
+    """[num_logits] bool: the draft tested by this row was accepted though the strict rule rejects it."""
     regret: torch.Tensor
     """[num_logits] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
     exhausted: torch.Tensor
