@@ -168,6 +168,13 @@ def test_a_greedy_budget_caps_each_token_each_step_and_the_request(path):
     assert float(result.state[0, SPENT]) == pytest.approx(2 * REGRET, abs=1e-6)
 
 
+def test_no_budget_pays_for_nothing_not_even_a_tie(path):
+    tie = [0.0, 0.0, -INF, -INF]
+    for nats, accepted in ((0.0, 0), (0.1, 1)):
+        result = path(one([tie], [1], rules=[BUDGET], cap=[1.0], nats=[nats], floor=[0.1]))
+        assert result.accepted == [accepted] and result.exhausted == [accepted == 0]
+
+
 def test_a_budget_never_refills(path):
     """Three tokens' worth: paid in two steps, refused in the third, and strict ever after."""
     arguments = one([ROW] * 2, [1, 1], rules=[BUDGET], cap=[1.0], nats=[3.5 * REGRET], floor=[0.1])

@@ -169,6 +169,16 @@ def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
         assert (law[law > 0] * np.log(law[law > 0] / p[law > 0])).sum() <= kappa + 1e-12
 
 
+@both_paths
+def test_no_divergence_is_strict_even_where_u_exceeds_p_by_next_to_nothing(path):
+    """There d(u || p) is 0 by rounding."""
+    row, uniform = torch.zeros(2), torch.tensor([np.nextafter(0.5, 1)])
+    for kappa, accepted in ((0.0, 0), (1e-6, 1)):
+        policies = policy_tensors([BUDGET], kappa=kappa)
+        result = one_row_each(path, row, [1], greedy=False, uniform=uniform, policies=policies)
+        assert int(result.num_accepted) == accepted
+
+
 @pytest.mark.parametrize("draft", range(6))
 def test_tokens_of_a_budget_have_the_promised_law(draft):
     n, logits, kappa = 40_000, peaked_logits(6, seed=11, scale=1.0), 0.05
