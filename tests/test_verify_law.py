@@ -171,12 +171,13 @@ def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
 
 @both_paths
 def test_no_divergence_is_strict_even_where_u_exceeds_p_by_next_to_nothing(path):
-    """There d(u || p) is 0 by rounding."""
-    row, uniform = torch.zeros(2), torch.tensor([np.nextafter(0.5, 1)])
+    """There d(u || p) is 0, or less, by rounding."""
+    row, n = torch.zeros(2), 400
+    uniform = 0.5 + torch.arange(1, n + 1, dtype=torch.float64) * 2.0**-53
     for kappa, accepted in ((0.0, 0), (1e-6, 1)):
-        policies = policy_tensors([BUDGET], kappa=kappa)
-        result = one_row_each(path, row, [1], greedy=False, uniform=uniform, policies=policies)
-        assert int(result.num_accepted) == accepted
+        policies = policy_tensors([BUDGET] * n, kappa=kappa)
+        result = one_row_each(path, row, [1] * n, greedy=False, uniform=uniform, policies=policies)
+        assert (result.num_accepted == accepted).all()
 
 
 @pytest.mark.parametrize("draft", range(6))
