@@ -68,7 +68,7 @@ def main() -> None:
     except (DataError, EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     metadata = results.metadata(
-        **{key: value for key, value in vars(arguments).items() if key not in ("out", "show")},
+        **results.conditions(arguments),
         num_prompts={category: len(of) for category, of in replay.by_category(members).items()},
         prices=PRICES,
         num_draft_tokens=NUM_DRAFT_TOKENS,

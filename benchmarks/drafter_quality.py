@@ -51,7 +51,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     found = fit(traces, prior) if arguments.command == "fit" else calibration(traces, prior)
     metadata = results.metadata(
-        **{key: value for key, value in vars(arguments).items() if key not in ("out", "show")},
+        **results.conditions(arguments),
         num_prompts={category: len(members) for category, members in replay.by_category(traces).items()},
         prices=PRICES,
         num_draft_tokens=NUM_DRAFT_TOKENS,

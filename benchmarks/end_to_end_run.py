@@ -45,13 +45,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         category: [{"prompt_token_ids": prompt, "sampling": sampling} for prompt in members]
         for category, members in prompts.items()
     }
-    conditions = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in ("out", "draw", "against", "resume", "quick")
-    }
     metadata = results.metadata(
-        **conditions,
+        **results.conditions(arguments, "draw", "against", "resume", "quick"),
         near_tie_nats=NEAR_TIE[arguments.dtype],
         num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
     )

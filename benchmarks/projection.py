@@ -113,7 +113,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     result = {
         "metadata": results.metadata(
-            **{key: value for key, value in vars(arguments).items() if key not in ("out", "show")},
+            **results.conditions(arguments),
             num_prompts={name: len(of) for name, of in replay.by_category(recordings).items()},
             num_draft_tokens=NUM_DRAFT_TOKENS,
             min_survival=MIN_SURVIVAL,

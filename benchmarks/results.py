@@ -65,6 +65,16 @@ def require_model(arguments: argparse.Namespace) -> None:
         sys.exit("no model: run `make model`, or name one with --model")
 
 
+def conditions(arguments: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """A benchmark's arguments as conditions of its figures.
+
+    Args:
+        arguments: as parsed.
+        *without: names of further arguments that figures don't depend on; ``out`` and ``show`` never are.
+    """
+    return {key: value for key, value in vars(arguments).items() if key not in ("out", "show", *without)}
+
+
 def metadata(**conditions: Any) -> dict[str, Any]:
     """What is needed to judge and repeat a run; paths are reduced to their last part.
 

@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(arguments.model)
     batches = prompts_by_rate(traces.measured_tasks(arguments), tokenizer, arguments)
     metadata = results.metadata(
-        **{key: value for key, value in vars(arguments).items() if key not in ("out", "show", "resume")},
+        **results.conditions(arguments, "resume"),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         sampling="greedy",
     )

@@ -25,9 +25,12 @@ def cpu_info() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def dtype_arguments(cpu_info: str) -> list[str]:
-    """In what the prior is computed: the model's dtype, but float32 on an x86 CPU that would emulate bfloat16."""
-    flags = next((line.split() for line in cpu_info.splitlines() if line.startswith("flags")), BFLOAT16_FLAGS)
+def dtype_arguments(described: str) -> list[str]:
+    """In what the prior is computed on a CPU that `described` is the `cpu_info` of.
+
+    The model's own dtype, but float32 on an x86 CPU that would emulate bfloat16.
+    """
+    flags = next((line.split() for line in described.splitlines() if line.startswith("flags")), BFLOAT16_FLAGS)
     return [] if set(flags) & set(BFLOAT16_FLAGS) else ["--dtype", "float32"]
 
 

@@ -11,6 +11,7 @@ from vllm_aasd import __version__
 from vllm_aasd.engine import refusals, relied_on, seams
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
 
+
 class Diagnosis(NamedTuple):
     """The doctor's words, and whether aasd works with the runner that vLLM would choose."""
 

@@ -117,5 +117,3 @@ class PromptLogits:
     @staticmethod
     def _say_whole_rows(reason: str) -> None:
         logger.info("aasd: prompt positions gather whole rows of logits over tensor ranks: of this model, %s", reason)
-
-

@@ -69,9 +69,7 @@ class AASDSpeculator(BaseSpeculator):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
-        self.requests = RequestSlots(
-            settings, req_states.max_seq_len, vllm_config.model_config, self.faults
-        )
+        self.requests = RequestSlots(settings, req_states.max_seq_len, vllm_config.model_config, self.faults)
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
