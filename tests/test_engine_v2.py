@@ -183,11 +183,13 @@ def assert_same_outputs(wanted, got):
 
 @pytest.fixture(scope="module")
 def loose(demo_model, tmp_path_factory):
-    """A bar that accepts much, with everything recorded that the verifier was asked."""
+    """The bar at a low floor, with everything recorded that the verifier was asked."""
     out = tmp_path_factory.mktemp("loose") / "out.json"
-    aasd = {"aasd_alpha": 0.1, "aasd_beta": 0.3, "aasd_floor": 0.05, "num_speculative_tokens": 4}
-    sampled = greedy(PROMPTS[2:], 8, temperature=0.7, seed=3)
-    result = run_engine(demo_model, [greedy(PROMPTS[:2], 14) + sampled], out, v2=True, aasd=aasd, record_verification=True)
+    bar = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 0.01}
+    # A draft for every step that can have one.
+    aasd = {**bar, "aasd_min_survival": 0.0, "num_speculative_tokens": 4}
+    sampled = greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
+    result = run_engine(demo_model, [greedy(PROMPTS[:2], 20) + sampled], out, v2=True, aasd=aasd, record_verification=True)
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 

@@ -1,5 +1,6 @@
 """The options of a request where vLLM takes it in, and in a worker that gets what should have been refused."""
 
+import inspect
 import logging
 import types
 
@@ -13,12 +14,14 @@ from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.verification.strict import StrictVerification
 
-STOCK = SamplingParams.verify
+# Another test of this process may have had vLLM load the plugin, whose replacement stays.
+STOCK = inspect.unwrap(SamplingParams.verify)
 
 
 @pytest.fixture
 def verify(monkeypatch):
     """vLLM's check with ours on top, by a server's settings; None for another method."""
+    monkeypatch.setattr(SamplingParams, "verify", STOCK)
     replacements = request_options.install()
     assert len(replacements) == 1 and request_options.install() == []
     monkeypatch.setattr(SamplingParams, "_validate_logprobs", lambda *args: None)
