@@ -1,34 +1,40 @@
-"""Damage: what the settings of `conditional` verification gain, and what they do to the answers.
+"""Damage: what verification policies gain, and what they do to the answers.
 
     python -m benchmarks.damage --data question.jsonl
-    python -m benchmarks.damage --data question.jsonl --settings 0.1,0.5,0.3 0.2,0.6,0.3 --limit 40
+    python -m benchmarks.damage --data question.jsonl --limit 40 \\
+        --settings '{"aasd_verification": "typical"}' '{"aasd_verification": "typical", "aasd_collapse_guard": false}' \\
+        --common '{"aasd_draft": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}'
 
 A lossy rule accepts tokens that the target would not have chosen, and much of what a loose one gains is the
-model copying its prompt. So every setting (alpha, beta, floor) is judged beside `strict`, whose answers are
+model copying its prompt. So every setting is judged beside `strict` with the same drafter, whose answers are
 the target's own, by figures that show it; the likelihood of an answer doesn't. In float32 strict equals plain
 decoding, so any difference is the rule's; in bfloat16 near ties fall either way, and the row `strict` against
 `none` tells how much of a difference means nothing.
 """
 
 import argparse
+import json
 from typing import Any
 
 from benchmarks import results, statistics, steps, workload
 from benchmarks.acceptance import compare
-from benchmarks.methods import METHODS, NEAR_TIE
+from benchmarks.methods import METHODS, NEAR_TIE, label
 
-SETTINGS = (
-    (0.1, 0.5, 0.1),
-    (0.1, 0.5, 0.3),
-    (0.1, 0.5, 0.35),
-    (0.1, 0.55, 0.3),
-    (0.1, 0.6, 0.35),
-    (0.1, 0.6, 0.4),
-    (0.05, 0.45, 0.4),
-    (0.2, 0.6, 0.3),
-    (0.1, 0.1, 0.01),
+UNGUARDED = {"aasd_collapse_guard": False}
+REIMPLEMENTATION = {"aasd_verification": "conditional", "aasd_alpha": 0.1, "aasd_beta": 0.1, "aasd_floor": 1e-4}
+"""The bar of the public re-implementation, which has no floor: this is the lowest that we allow."""
+
+SETTINGS = tuple(
+    rule | guard
+    for rule in (
+        {"aasd_verification": "conditional"},
+        REIMPLEMENTATION,
+        {"aasd_verification": "typical"},
+        {"aasd_verification": "fly"},
+        {"aasd_verification": "budget"},
+    )
+    for guard in ({}, UNGUARDED)
 )
-"""(alpha, beta, floor); the last is the bar of the public re-implementation, which has no floor."""
 
 COPIED_SPAN = 8
 REPEATED_SPAN = 4
@@ -52,10 +58,13 @@ def main() -> None:
     parser.add_argument(
         "--settings",
         nargs="+",
-        type=_setting,
+        type=_keys,
         default=SETTINGS,
-        metavar="ALPHA,BETA,FLOOR",
-        help="to be judged",
+        metavar="JSON",
+        help="keys of --speculative-config to be judged, one object for each row",
+    )
+    parser.add_argument(
+        "--common", type=_keys, default={}, metavar="JSON", help="keys of all rows, strict included: the drafter's"
     )
     arguments = parser.parse_args()
     if arguments.show:
@@ -63,7 +72,8 @@ def main() -> None:
         return
     work = workload.Workload(arguments)
     plain = work.generate("none", None, logprobs=5)
-    strict = work.generate("strict", METHODS["aasd"] | {"aasd_verification": "strict"})
+    common = METHODS["aasd"] | arguments.common
+    strict = work.generate("strict", common | {"aasd_verification": "strict"})
     exactness = compare(plain, strict)
     result = {
         "metadata": work.metadata(near_tie_nats=NEAR_TIE[arguments.dtype]),
@@ -74,14 +84,12 @@ def main() -> None:
         results.write(arguments.out, result)
         parser.exit(1, f"strict isn't exact, no figures: {exactness}\n")
     runs = {"none": (None, plain), "strict": (None, strict)}
-    for setting in arguments.settings:
-        label = "alpha {:g}, beta {:g}, floor {:g}".format(*setting)
-        keys = dict(zip(("aasd_alpha", "aasd_beta", "aasd_floor"), setting, strict=True))
-        answers = work.generate(label, METHODS["aasd"] | keys | {"aasd_verification": "conditional"})
-        runs[label] = keys, answers
+    for keys in arguments.settings:
+        name = label(keys).removeprefix("aasd ").removeprefix("verification=")
+        runs[name] = keys, work.generate(name, common | keys)
     scores = score_each_once(work, [answers for _, answers in runs.values()])
-    for (label, (keys, answers)), scored in zip(runs.items(), scores, strict=True):
-        result["settings"][label] = {"setting": keys, **figures(answers, strict, scored, work)}
+    for (name, (keys, answers)), scored in zip(runs.items(), scores, strict=True):
+        result["settings"][name] = {"setting": keys, **figures(answers, strict, scored, work)}
     results.write(arguments.out, result)
     print(tables(result))
 
@@ -167,13 +175,13 @@ def figures(
 def tables(result: dict[str, Any]) -> str:
     """The result as text."""
     rows = []
-    for label, run in result["settings"].items():
+    for name, run in result["settings"].items():
         cells = []
         for figure, heading in COLUMNS.items():
             scale = 100 if heading.endswith("%") else 1
             scaled = {key: value * scale for key, value in run[figure].items()}
             cells.append(results.interval(scaled, 1 if scale == 100 else 2))
-        rows.append([label, *cells])
+        rows.append([name, *cells])
     conditions, exactness = result["metadata"]["conditions"], result["exactness"]
     return "\n".join(
         (
@@ -186,11 +194,14 @@ def tables(result: dict[str, Any]) -> str:
     )
 
 
-def _setting(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't ALPHA,BETA,FLOOR")
-    return values
+def _keys(text: str) -> dict[str, Any]:
+    try:
+        keys = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a JSON object")
+    return keys
 
 
 if __name__ == "__main__":

@@ -90,14 +90,15 @@ class Inputs:
         return torch.zeros(max(NUM_SLOTS, self.num_rows), 1 + 2 * top_k, dtype=torch.int32)
 
 
-def verify(temperature: float, relaxed: bool, aligned: bool = False) -> Callable[[Inputs], Callable]:
-    """`verify_seeded` for requests of one kind."""
+def verify(temperature: float, rule: str, aligned: bool = False) -> Callable[[Inputs], Callable]:
+    """`verify_seeded` for requests of one kind, by the policy of a name as it is shipped."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels import verify_seeded_triton
-        from vllm_aasd.kernels.verify_seeded import AlignmentRows, VerifyPolicies
+        from vllm_aasd.kernels.verify_seeded import AlignmentRows
 
         one = torch.ones(inputs.num_reqs)
+        policies = policy_tensors(rule, inputs.num_reqs)
         alignment = AlignmentRows(inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
         return lambda: verify_seeded_triton.verify_seeded(
             inputs.logits,
@@ -110,13 +111,25 @@ def verify(temperature: float, relaxed: bool, aligned: bool = False) -> Callable
             one * temperature,
             inputs.seed,
             inputs.num_drafts,
-            VerifyPolicies(one.bool() & relaxed, one * 0.1, one * 0.5, one * 0.1),
+            policies,
             inputs.stop_token_ids,
             alignment if aligned else None,
             all_greedy=temperature == 0,
         )
 
     return make
+
+
+def policy_tensors(rule: str, num_reqs: int) -> Any:
+    """The `VerifyPolicies` of so many requests under the policy of a name, greedy and sampled ones alike."""
+    from vllm_aasd.config import Settings
+    from vllm_aasd.engine.start_up import policy_of
+    from vllm_aasd.verification.batch import PolicyBatch
+
+    policy = policy_of(Settings(verification=rule, relax_sampling=True))
+    req_ids = [str(i) for i in range(num_reqs)]
+    is_greedy = torch.ones(num_reqs, dtype=torch.bool)
+    return PolicyBatch(num_reqs, "cpu").fill(req_ids, [policy] * num_reqs, [[]] * num_reqs, is_greedy)[0]
 
 
 def align(inputs: Inputs) -> Callable[[], Any]:
@@ -205,12 +218,13 @@ def stock_verify(temperature: float) -> Callable[[Inputs], Callable]:
 
 # A further kernel is a further entry.
 JOBS = (
-    Job("verify, greedy, strict", verify(0.0, False)),
-    Job("verify, greedy, conditional", verify(0.0, True)),
-    Job("verify, sampled, strict", verify(1.0, False)),
-    Job("verify, sampled, conditional", verify(1.0, True)),
-    Job("verify, greedy, conditional, with alignment", verify(0.0, True, aligned=True)),
-    Job("verify, sampled, conditional, with alignment", verify(1.0, True, aligned=True)),
+    Job("verify, greedy, strict", verify(0.0, "strict")),
+    Job("verify, greedy, conditional", verify(0.0, "conditional")),
+    Job("verify, greedy, fly", verify(0.0, "fly")),
+    Job("verify, sampled, strict", verify(1.0, "strict")),
+    Job("verify, sampled, conditional", verify(1.0, "conditional")),
+    Job("verify, greedy, conditional, with alignment", verify(0.0, "conditional", aligned=True)),
+    Job("verify, sampled, conditional, with alignment", verify(1.0, "conditional", aligned=True)),
     Job("align", align),
     Job("align, two shards", align_shards),
     Job("draft, retrieval alone", draft(0, 0), reads_logits=False),

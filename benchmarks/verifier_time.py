@@ -4,7 +4,7 @@
 
 The target's logits are made up: peaked rows, every draft token the row's argmax (all are read), or every
 draft token a near rival of it (the case in which `conditional` has to compute the entropy). Measured:
-`verify` under both rules, and vLLM's own rejection sampler of this platform, in turn on the same batches.
+`verify` under every rule as it is shipped, and vLLM's own rejection sampler of this platform, in turn on the same batches.
 Each batch is taken from a ring of several, together larger than the CPU's caches, so that logits come from
 memory as in a real step. Before anything is timed, `verify` is compared with its plain twin, and under
 `strict` with vLLM's sampler.
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from benchmarks import results
+from benchmarks.kernels import policy_tensors
 from benchmarks.timing import microseconds
-from vllm_aasd.config import Settings
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.kernels import verify_reference
 
 NUM_DRAFT_TOKENS = 8
 RING_BYTES = 256 * 2**20
 
-RULES = ("strict", "conditional")
+RULES = ("strict", "conditional", "typical", "fly", "budget")
 CASES = ("argmax", "rival")
 
 
@@ -77,14 +77,10 @@ class Batch:
         self.bonus_token_ids = torch.zeros((self.batch_size, 1), dtype=torch.int32)
         self.is_greedy = torch.ones(self.batch_size, dtype=torch.bool)
         self.stop_token_ids = torch.full((self.batch_size, 1), 2, dtype=torch.int32)
+        self._policies = {rule: policy_tensors(rule, self.batch_size) for rule in RULES}
 
     def arguments(self, rule: str) -> tuple:
         """What `verify` takes."""
-        defaults = Settings()
-        parameters = (
-            torch.full((self.batch_size,), value) for value in (defaults.alpha, defaults.beta, defaults.floor)
-        )
-        relaxed = torch.full((self.batch_size,), rule == "conditional")
         return (
             self.draft_token_ids,
             self.cu_num_draft_tokens,
@@ -93,7 +89,7 @@ class Batch:
             self.bonus_token_ids,
             self.is_greedy,
             None,
-            verify_op.VerifyPolicies(relaxed, *parameters),
+            self._policies[rule],
             self.stop_token_ids,
         )
 
@@ -178,7 +174,7 @@ def tables(result: dict) -> str:
         + [f"{row[kind]['median']:.0f} (p95 {row[kind]['p95']:.0f})" for kind in (*RULES, "vllm")]
         for row in result["rows"]
     ]
-    header = ["vocabulary", "requests", "drafts", "strict, us", "conditional, us", "vLLM's own, us"]
+    header = ["vocabulary", "requests", "drafts", *(f"{rule}, us" for rule in RULES), "vLLM's own, us"]
     return "\n".join((results.heading(result), "", results.table(header, rows)))
 
 

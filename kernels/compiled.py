@@ -12,13 +12,14 @@ from vllm_aasd.kernels.cache_folder import cache_folder
 
 
 def _cache_dir() -> str:
-    """Return where compiled code is kept: a folder named by the content of the CPU kernel files and this one.
+    """Return where compiled code is kept: a folder named by the content of the CPU kernel files and what they use.
 
-    numba recompiles a function when its own file changes, not when a function that it calls from another file
-    or the way it is compiled does; without this an update of either would leave the old machine code in use.
+    numba recompiles a function when its own file changes, not when a function or a number that it takes from another
+    file or the way it is compiled does; without this an update of those would leave the old machine code in use.
     """
     here = Path(__file__).parent
-    sources = b"".join(path.read_bytes() for path in [*sorted(here.glob("*_cpu.py")), Path(__file__)])
+    files = [*sorted(here.glob("*_cpu.py")), here / "policies.py", Path(__file__)]
+    sources = b"".join(path.read_bytes() for path in files)
     name = f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
         return os.path.join(numba.config.CACHE_DIR, name)

@@ -154,6 +154,25 @@ def row_max(row):
     return key_value(largest), start_of_largest + first_with_key(row[start_of_largest:], largest)
 
 
+@compiled
+def top_three(row):
+    """Return the three largest elements as float32, largest first, -inf where there are fewer; the row has no NaN."""
+    first, second, third = np.float32(-np.inf), np.float32(-np.inf), np.float32(-np.inf)
+    for start in range(0, row.size, BLOCK):
+        block = row[start : start + BLOCK]
+        if key_value(max_key(block)) <= third:
+            continue
+        for i in range(block.size):
+            value = to_float32(block[i])
+            if value > third:
+                third = value
+                if value > second:
+                    second, third = value, second
+                if value > first:
+                    first, second = value, first
+    return first, second, third
+
+
 @compiled(reassociate=True)
 def _block_sums(block, maximum):
     """Return (sum e**(z - maximum), sum e**(z - maximum) (z - maximum)) of a block, in float32 lanes."""

@@ -22,7 +22,7 @@ NARROW = {"BLOCK": 2048, "num_warps": 4}
 ENOUGH_PROGRAMS = 608
 
 # Above every token id and index, and below int32's end even when an offset is added.
-_BEYOND = tl.constexpr(2**30)
+BEYOND = tl.constexpr(2**30)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -59,11 +59,11 @@ def first_argmax(z, ids, axis: tl.constexpr):
     """Return (maximum, its id) along an axis; (NaN, id of the first NaN) if there is one."""
     is_nan = z != z
     maximum = tl.max(tl.where(is_nan, float("-inf"), z), axis=axis, keep_dims=True)
-    hits = tl.where(is_nan, ids - _BEYOND, tl.where(z == maximum, ids, _BEYOND))
+    hits = tl.where(is_nan, ids - BEYOND, tl.where(z == maximum, ids, BEYOND))
     best = tl.min(hits, axis=axis, keep_dims=True)
     maximum = tl.where(best < 0, float("nan"), maximum)
     # Ids are below 2**30, so what is negative is a NaN's.
-    return maximum, tl.where(best < 0, best + _BEYOND, best)
+    return maximum, tl.where(best < 0, best + BEYOND, best)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def store_top_k(
     total = tl.sum(tl.exp(z - maximum), axis=0)
     for j in tl.static_range(TOP_K):
         best = tl.max(candidates, axis=0)
-        best_id = tl.min(tl.where(candidates == best, ids, _BEYOND), axis=0)
+        best_id = tl.min(tl.where(candidates == best, ids, BEYOND), axis=0)
         candidates = tl.where(ids == best_id, float("-inf"), candidates)
         tl.store(partial_ptr + j, first_id + best_id)
         tl.store(partial_ptr + TOP_K + j, best.to(tl.int32, bitcast=True))
@@ -145,7 +145,7 @@ def merge_partials_kernel(
     has_softmax = total > 0.0
     for j in tl.static_range(TOP_K):
         best = tl.max(candidates, axis=0)
-        best_id = tl.min(tl.where(candidates == best, ids, _BEYOND), axis=0)
+        best_id = tl.min(tl.where(candidates == best, ids, BEYOND), axis=0)
         candidates = tl.where((ids == best_id) & (candidates == best), float("-inf"), candidates)
         value = best
         if TO_TABLE:

@@ -9,10 +9,19 @@ The rule
       one-hot proposal q: accept with probability min(1, p(x) / q(x)), and on rejection draw from the residual
       max(p - q, 0) / sum max(p - q, 0), which is p without x. The emitted token then has exactly the law p,
       since p(v) (v = x) + (1 - p(x)) p(v) / (1 - p(x)) (v != x) = p(v);
-    - in a *relaxed* request of either kind, besides, iff all of these hold:
-        p(x) >= max(floor, min(beta - alpha H, max p)),
+    - in a *relaxed* request of either kind, besides, iff its rule says so:
+        conditional:      p(x) >= min(beta - alpha H, max p)
+        typical:          p(x) > min(epsilon, delta e^-H)
+        fly:              -sum p log p over the three likeliest tokens >= threshold, the next `window` drafts of the
+                          request are all there, and each is accepted strictly at its row
+        budget, greedy:   log max p - log p(x) <= cap, and fewer than `per_step` of the step's tokens were relaxed
+        budget, sampled:  d(u || p(x)) <= kappa, d(q || p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), kappa > 0
+      and all guards let it pass:
+        p(x) >= floor,
         p(x) > 0,
-        x is no stop token, and p(x) > sum of p over the request's stop tokens (the EOS guard).
+        x is no stop token, and p(x) > sum of p over the request's stop tokens (the EOS guard),
+        level * decay + 1 <= limit, and the request isn't in a cooldown (the collapse guard),
+        under budget, what it costs is still there.
 
     The first rejection ends the request's prefix. A greedy request then emits the argmax, a sampled one a
     token that `recover` draws from the residual; a request without a rejection emits its bonus token. That
@@ -20,13 +29,27 @@ The rule
     passes by it and alpha = 0 with beta > 1 is exactly greedy. A row without a softmax (NaN, +inf, or nothing
     but -inf) accepts nothing but the greedy argmax, which for NaN is the first NaN, as in `torch.argmax`.
 
+    A request's state. Each emitted token, the last one included, makes level <- level * decay + 1 if it was
+    relaxed, level * decay otherwise, and counts a cooldown down. A draft that the rule and the other guards
+    accept and the level doesn't is rejected, and the `cooldown` tokens behind the one that is emitted instead
+    are verified strictly. A budget is spent by a greedy request's relaxed tokens, each its regret
+    log max p - log p(x); and by a sampled request at every row that it reaches and where the guards on p(x) and
+    the collapse guard leave the draft open, min(kappa, -log p(x)), whatever comes of it: that is the KL
+    divergence of the row's law from p. The first cost that isn't there any more exhausts it, and the request
+    is strict from there on. With `nats` = 0, and for sampled requests with kappa = 0, it is strict throughout.
+
+    Why d(u || p) <= kappa inverts the divergence exactly: d(q || p) grows with q from p on, so u <= p', the
+    largest q with d(q || p) <= kappa, iff u <= p or d(u || p) <= kappa. So x is accepted with probability p', and
+    with the residual, p without x, the emitted law is p' at x and (1 - p') / (1 - p(x)) p elsewhere.
+
     The race in `recover` draws from weights w: argmax_v w(v) / E(v) with independent exponential E(v) is v
     with probability w(v) / sum w.
 
 Memory
     Logits are all that is large. The CPU path reads a row from memory once and stops at the first rejection:
     greedy rows need a running maximum only, others an online softmax (`vllm_aasd.kernels.rows_cpu`). A
-    relaxed greedy row that its maximum does not settle is swept a second time, out of the cache. Nothing of
+    relaxed greedy row that its maximum does not settle is swept a second time, out of the cache, and a third for
+    fly's three likeliest tokens. A fly request reads its window ahead, and doesn't read it again. Nothing of
     the size of a row is written. `recover` reads its few rows once more, with their noise.
 
 Sources
@@ -34,15 +57,26 @@ Sources
     speculative sampling. Wang et al., *Alignment-Augmented Speculative Decoding with Alignment Sampling and
     Conditional Verification*, EMNLP 2025, arXiv 2505.13204: the bar min(beta - alpha H, max p). The EOS guard
     is after CASD (github.com/Jikai0Wang/CASD: p > max(0.1, p(EOS))); the floor and p > 0 are ours, because
-    beta - alpha H is negative from H = beta / alpha on and would then accept masked tokens. Output layout,
-    placeholder and race are those of vLLM's `v1/sample/rejection_sampler.py`.
+    beta - alpha H is negative from H = beta / alpha on and would then accept masked tokens. The other rules: Cai
+    et al., *Medusa*, arXiv 2401.10774 (typical); Li et al., *Training-Free Loosely Speculative Decoding*, arXiv
+    2511.22972, in the form of vLLM 0.33's ``rejection_sample_method: "fly"``; ASD, arXiv 2608.03447 (budget,
+    greedy); Cactus, arXiv 2604.04987 (budget, sampled). The collapse guard and the sum of a sampled request's
+    divergences are ours; more in `vllm_aasd.verification`. Output layout, placeholder and race are those of
+    vLLM's `v1/sample/rejection_sampler.py`.
 """
 
 import torch
 
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
-from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput, VerifyPolicies
+from vllm_aasd.kernels.policies import (
+    CONDITIONAL,
+    NUM_PARAMETERS,
+    NUM_STATES,
+    VerifyPolicies,
+    policy_shapes,
+)
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
 
 __all__ = ["PLACEHOLDER_TOKEN_ID", "VerifyOutput", "VerifyPolicies", "recover", "verify", "warm_up"]
 
@@ -71,11 +105,11 @@ def verify(
         bonus_token_ids: [batch_size] or [batch_size, 1], int32 or int64.
         is_greedy: [batch_size] bool.
         uniform_probs: [num_tokens] float64 in [0, 1); None if every request is greedy.
-        policies: per-request verification, see `VerifyPolicies`.
+        policies: per-request verification and what is remembered of each request, see `VerifyPolicies`.
         stop_token_ids: [batch_size, max_stop] int32, the distinct ids that end the request, padded with -1.
 
     Returns:
-        A `VerifyOutput` of new tensors.
+        A `VerifyOutput` of new tensors. `policies.state` is updated in place, and nothing else.
 
     Raises:
         ValueError: an argument has a wrong shape or dtype, or the cumulative counts are impossible.
@@ -98,9 +132,9 @@ def verify(
         check_dtype("uniform_probs", uniform_probs, torch.float64)
     elif not is_greedy.all():
         raise ValueError("uniform_probs is None, which is allowed only if every request is greedy")
-    for field, parameter in zip(policies._fields, policies, strict=True):
-        check_shape(f"policies.{field}", parameter, (batch_size,))
-        check_dtype(f"policies.{field}", parameter, torch.bool if field == "relaxed" else torch.float32)
+    for name, (tensor, shape, dtype) in policy_shapes(policies, batch_size).items():
+        check_shape(name, tensor, shape)
+        check_dtype(name, tensor, dtype)
     check_shape("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]))
     check_dtype("stop_token_ids", stop_token_ids, torch.int32)
     return backend("verify", target_logits.device.type).verify(
@@ -159,7 +193,12 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=dtype, device=device)
     drafts = torch.tensor([0, 0], dtype=torch.int32, device=device)
-    parameter = torch.ones(2, device=device)
+    policies = VerifyPolicies(
+        torch.full((2,), CONDITIONAL, dtype=torch.int32, device=device),
+        torch.ones(2, NUM_PARAMETERS, device=device),
+        drafts,
+        torch.zeros(1, NUM_STATES, device=device),
+    )
     verify(
         drafts,
         torch.tensor([1, 2], dtype=torch.int32, device=device),
@@ -168,7 +207,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
         drafts,
         torch.tensor([True, False], device=device),
         torch.full((2,), 0.9, dtype=torch.float64, device=device),
-        VerifyPolicies(parameter.bool(), parameter, parameter, parameter),
+        policies,
         drafts[:, None],
     )
     recover(logits, drafts.long(), drafts, torch.ones(2, 2, device=device))

@@ -1,22 +1,38 @@
 """Compiled CPU path of the verify op; the rule and its sources are in `vllm_aasd.kernels.verify`.
 
 A greedy row is settled by its maximum in most cases: the draft is the argmax, or the request is strict, or
-the draft fails a condition that needs no normaliser. Since s >= 1, p(x) <= e^(z(x) - m), so a draft with
-e^(z(x) - m) < floor fails the floor, and the EOS guard compares weights of the same s. Only what is left
+the draft fails a condition that needs no normaliser (`vllm_aasd.kernels.relaxation_cpu`). Only what is left
 pays for exponentials, in a second sweep over a row that the first one brought into the cache. A sampled row
-takes one sweep with exponentials. Rows past the first rejection are not read. A weight e^(z - m) below
-2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
+takes one sweep with exponentials. Rows past the first rejection are not read, but for the window of a fly
+request behind a mismatch that passed its gate; rows of a window that held are not read again. A weight
+e^(z - m) below 2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
 
 One thread does all of it: a row takes tens of microseconds, and threads that numba started from vLLM's
 worker would inherit the worker's affinity to a single core.
 """
 
-import math
-
 import numpy as np
 import torch
 
 from vllm_aasd.kernels.compiled import compiled
+from vllm_aasd.kernels.policies import (
+    BUDGET,
+    CONDITIONAL,
+    COOLDOWN,
+    DECAY,
+    EXHAUSTED,
+    FLY,
+    LEVEL,
+    LIMIT,
+    NATS,
+    PER_STEP,
+    SPENT,
+    STRICT,
+    STRICT_LEFT,
+    WINDOW,
+    VerifyPolicies,
+)
+from vllm_aasd.kernels.relaxation_cpu import CANDIDATE, CLOSED, judge, strictly
 from vllm_aasd.kernels.rows_cpu import (
     BLOCK,
     exp_nonpositive,
@@ -25,60 +41,22 @@ from vllm_aasd.kernels.rows_cpu import (
     max_key,
     order_key,
     row_max,
-    softmax_stats,
     to_float32,
 )
-from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput, VerifyPolicies
-
-_REJECTED, _ACCEPTED, _RELAXED = 0, 1, 2
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
 
 
 @compiled
-def _stop_weight(row, x, maximum, stops):
-    """Return sum of e**(z - maximum) over the stop tokens, or inf when x is one of them."""
-    weight = 0.0
-    for j in range(stops.size):
-        stop = stops[j]
-        if stop == x:
-            return np.inf
-        if 0 <= stop < row.size:
-            weight += exp_nonpositive(to_float32(row[stop]) - maximum)
-    return weight
-
-
-@compiled
-def _judge(row, x, is_greedy, uniform, relaxed, alpha, beta, floor, stops):
-    """Return (verdict, token emitted if rejected, regret in nats) for draft token x at one row."""
-    known = 0 <= x < row.size
-    if is_greedy:
-        maximum, argmax = row_max(row)
-        if x == argmax:
-            return _ACCEPTED, argmax, 0.0
-        if not (known and relaxed and np.isfinite(maximum)):
-            return _REJECTED, argmax, 0.0
-        weight = np.float64(exp_nonpositive(to_float32(row[x]) - maximum))
-        if weight < floor or weight <= _stop_weight(row, x, maximum, stops):
-            return _REJECTED, argmax, 0.0
-        recovered = argmax
-    elif not known:
-        return _REJECTED, PLACEHOLDER_TOKEN_ID, 0.0
-    else:
-        recovered = PLACEHOLDER_TOKEN_ID
-    maximum, argmax, s, t = softmax_stats(row)
-    if s == 0.0:
-        return _REJECTED, recovered, 0.0
-    weight = np.float64(exp_nonpositive(to_float32(row[x]) - maximum))
-    p = weight / s
-    if not is_greedy and p > 0.0 and p >= uniform:
-        return _ACCEPTED, recovered, 0.0
-    if not relaxed:
-        return _REJECTED, recovered, 0.0
-    entropy = max(0.0, math.log(s) - t / s)
-    clears = p >= beta - alpha * entropy or x == argmax
-    # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
-    if p >= floor and clears and weight > _stop_weight(row, x, maximum, stops):
-        return _RELAXED, recovered, np.float64(maximum) - np.float64(to_float32(row[x]))
-    return _REJECTED, recovered, 0.0
+def _window_holds(logits, stride, vocab_size, drafts, uniform_probs, is_greedy, row, end, window):
+    """Return whether the strict rule accepts every one of the `window` drafts after a row."""
+    if row + window >= end:
+        return False
+    for later in range(row + 1, row + 1 + window):
+        logits_row = logits[later * stride : later * stride + vocab_size]
+        uniform = 0.0 if is_greedy else uniform_probs[later]
+        if not strictly(logits_row, np.int64(drafts[later]), is_greedy, uniform)[0]:
+            return False
+    return True
 
 
 @compiled
@@ -91,46 +69,103 @@ def _verify_kernel(
     bonus_token_ids,
     is_greedy,
     uniform_probs,
-    policy_relaxed,
-    alpha,
-    beta,
-    floor,
+    rules,
+    parameters,
+    state_rows,
+    state,
     stop_token_ids,
     output_token_ids,
     num_accepted,
     relaxed,
     regret,
+    exhausted,
+    guarded,
 ):
-    """Fill the four outputs; return the first request whose cumulative count is impossible, or -1."""
+    """Fill the outputs; return the first request whose cumulative count is impossible, or -1."""
     start = 0
+    one = np.float32(1.0)
     for i in range(cu_num_draft_tokens.size):
         end = cu_num_draft_tokens[i]
         if end < start or end > draft_token_ids.size or end - start >= output_token_ids.shape[1]:
             return i
+        rule = rules[i]
+        has_state = 0 <= state_rows[i] < state.shape[0]
+        if not has_state or not CONDITIONAL <= rule <= BUDGET or state[state_rows[i], EXHAUSTED] != 0.0:
+            rule = STRICT
+        is_relaxing = rule != STRICT
+        spent, level, strict_left = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        if is_relaxing:
+            spent = state[state_rows[i], SPENT]
+            level = state[state_rows[i], LEVEL]
+            strict_left = state[state_rows[i], STRICT_LEFT]
+        decay, limit = parameters[i, DECAY], parameters[i, LIMIT]
+        num_relaxed = 0
         accepted = 0
+        settled = start
         last = np.int64(bonus_token_ids[i])
+        exhausted[i] = False
+        guarded[i] = False
         for row in range(start, end):
             x = np.int64(draft_token_ids[row])
-            verdict, recovered, row_regret = _judge(
-                logits[row * stride : row * stride + vocab_size],
-                x,
-                is_greedy[i],
-                0.0 if is_greedy[i] else uniform_probs[row],
-                policy_relaxed[i],
-                np.float64(alpha[i]),
-                np.float64(beta[i]),
-                np.float64(floor[i]),
-                stop_token_ids[i],
-            )
-            if verdict == _REJECTED:
-                last = recovered
+            is_accepted = row < settled
+            is_relaxed = False
+            argmax = np.int64(0)
+            if not is_accepted:
+                uniform = 0.0 if is_greedy[i] else uniform_probs[row]
+                logits_row = logits[row * stride : row * stride + vocab_size]
+                is_accepted, maximum, argmax, s, t = strictly(logits_row, x, is_greedy[i], uniform)
+                may_relax = rule != STRICT and strict_left <= 0.0
+                if rule == BUDGET and is_greedy[i] and num_relaxed >= parameters[i, PER_STEP]:
+                    may_relax = False
+                verdict = CLOSED
+                if may_relax:
+                    strictly_found = (is_accepted, uniform, maximum, argmax, s, t)
+                    verdict, cost, row_regret = judge(
+                        logits_row, x, is_greedy[i], *strictly_found, rule, parameters[i], stop_token_ids[i]
+                    )
+                if verdict == CANDIDATE and rule == FLY:
+                    window = np.int64(parameters[i, WINDOW])
+                    drafts = (draft_token_ids, uniform_probs, is_greedy[i])
+                    if _window_holds(logits, stride, vocab_size, *drafts, row, end, window):
+                        settled = row + 1 + window
+                    else:
+                        verdict = CLOSED
+                if verdict != CLOSED and level * decay + one > limit:
+                    if verdict == CANDIDATE:
+                        guarded[i] = True
+                        # One of them is the token that is emitted instead.
+                        strict_left = parameters[i, COOLDOWN] + one
+                    verdict = CLOSED
+                if verdict != CLOSED and rule == BUDGET:
+                    total = spent + np.float32(cost)
+                    nats = parameters[i, NATS]
+                    if nats > 0.0 and total <= nats:
+                        spent = total
+                    else:
+                        # What it can't pay ends the budget, also if something smaller could still be paid.
+                        exhausted[i] = True
+                        rule = STRICT
+                        verdict = CLOSED
+                if verdict == CANDIDATE:
+                    is_accepted = is_relaxed = True
+                    relaxed[row] = True
+                    regret[row] = row_regret
+                    num_relaxed += 1
+            if not is_accepted:
+                last = argmax if is_greedy[i] else np.int64(PLACEHOLDER_TOKEN_ID)
                 break
             output_token_ids[i, accepted] = x
-            relaxed[row] = verdict == _RELAXED
-            regret[row] = row_regret
             accepted += 1
+            level = level * decay + np.float32(is_relaxed)
+            strict_left = max(strict_left - one, np.float32(0.0))
         output_token_ids[i, accepted] = last
         num_accepted[i] = accepted
+        if is_relaxing:
+            own = state_rows[i]
+            state[own, SPENT] = spent
+            state[own, LEVEL] = level * decay
+            state[own, STRICT_LEFT] = max(strict_left - one, np.float32(0.0))
+            state[own, EXHAUSTED] = np.float32(exhausted[i])
         start = end
     return -1
 
@@ -154,6 +189,8 @@ def verify(
         torch.empty(batch_size, dtype=torch.int32),
         torch.zeros(num_tokens, dtype=torch.bool),
         torch.zeros(num_tokens, dtype=torch.float32),
+        torch.empty(batch_size, dtype=torch.bool),
+        torch.empty(batch_size, dtype=torch.bool),
     )
     logits, stride = flat_view(target_logits)
     uniform = np.empty(0) if uniform_probs is None else uniform_probs.contiguous().numpy()
@@ -166,7 +203,8 @@ def verify(
         bonus_token_ids.reshape(-1).to(torch.int32).contiguous().numpy(),
         is_greedy.contiguous().numpy(),
         uniform,
-        *(parameter.contiguous().numpy() for parameter in policies),
+        *(tensor.contiguous().numpy() for tensor in policies[:-1]),
+        policies.state.numpy(),
         stop_token_ids.contiguous().numpy(),
         *(tensor.numpy() for tensor in output),
     )

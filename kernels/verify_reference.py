@@ -7,20 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_aasd.kernels.policies import VerifyPolicies
+from vllm_aasd.kernels.relaxation_reference import Relaxation, RowStatistics, row_statistics
+
 PLACEHOLDER_TOKEN_ID = -1
-
-
-class VerifyPolicies(NamedTuple):
-    """How each request of a batch is verified."""
-
-    relaxed: torch.Tensor
-    """[batch_size] bool: also accept what clears the relaxed bar; False is strict."""
-    alpha: torch.Tensor
-    """[batch_size] float32, probability per nat: how far a nat of entropy lowers the bar."""
-    beta: torch.Tensor
-    """[batch_size] float32, probability: the bar where the target is certain."""
-    floor: torch.Tensor
-    """[batch_size] float32, probability: the bar never lies lower."""
 
 
 class VerifyOutput(NamedTuple):
@@ -32,38 +22,13 @@ class VerifyOutput(NamedTuple):
     num_accepted: torch.Tensor
     """[batch_size] int32: accepted draft tokens, without the recovered or bonus token."""
     relaxed: torch.Tensor
-    """[num_tokens] bool: accepted only thanks to the relaxed bar."""
+    """[num_tokens] bool: accepted though the strict rule rejects it."""
     regret: torch.Tensor
     """[num_tokens] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
-
-
-class RowStatistics(NamedTuple):
-    """What the rule needs of one row of logits."""
-
-    probs: torch.Tensor
-    """[vocab_size] float32."""
-    argmax: int
-    """The first NaN if there is one, else the lowest id of the maximum."""
-    entropy: torch.Tensor
-    """float32, nats."""
-
-
-def row_statistics(logits: torch.Tensor) -> RowStatistics:
-    """Reduce one row, [vocab_size], in float32."""
-    probs = logits.softmax(dim=-1, dtype=torch.float32)
-    return RowStatistics(probs, int(logits.float().argmax()), torch.special.entr(probs).sum())
-
-
-def clears_relaxed_bar(
-    x: int, row: RowStatistics, stop_token_ids: torch.Tensor, policies: VerifyPolicies, i: int
-) -> bool:
-    """Whether the relaxed bar of request i accepts draft token x at a row, whatever the strict rule says."""
-    p = row.probs
-    stops = [stop for stop in stop_token_ids.tolist() if 0 <= stop < len(p)]
-    if not policies.relaxed[i] or x in stops:
-        return False
-    clears = p[x] >= policies.beta[i] - policies.alpha[i] * row.entropy or x == row.argmax
-    return bool(clears and p[x] > 0 and p[x] >= policies.floor[i] and p[x] > p[stops].sum())
+    exhausted: torch.Tensor
+    """[batch_size] bool: the request's budget ran out in this step; happens once."""
+    guarded: torch.Tensor
+    """[batch_size] bool: the collapse guard engaged in this step."""
 
 
 def verify(
@@ -87,29 +52,43 @@ def verify(
     num_accepted = torch.zeros(batch_size, dtype=torch.int32, device=device)
     relaxed = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     regret = torch.zeros(num_tokens, dtype=torch.float32, device=device)
+    exhausted, guarded = torch.zeros(2, batch_size, dtype=torch.bool, device=device)
+
+    def strictly(row: int, is_greedy: bool) -> tuple[bool, RowStatistics]:
+        x, statistics = int(draft_token_ids[row]), row_statistics(target_logits[row])
+        if is_greedy:
+            return x == statistics.argmax, statistics
+        p = statistics.probs
+        return 0 <= x < vocab_size and bool(p[x] > 0 and p[x] >= uniform_probs[row]), statistics
+
     start = 0
     for i, end in enumerate(cu_num_draft_tokens.tolist()):
         last = bonus_token_ids.reshape(-1)[i]
+        greedy = bool(is_greedy[i])
+        relaxation = Relaxation(policies, i, greedy, stop_token_ids[i], vocab_size)
         for row in range(start, end):
-            x, statistics = int(draft_token_ids[row]), row_statistics(target_logits[row])
-            p = statistics.probs
-            known = 0 <= x < vocab_size
-            if is_greedy[i]:
-                accepted = x == statistics.argmax
-            else:
-                accepted = known and p[x] > 0 and p[x] >= uniform_probs[row]
-            if not accepted and known:
-                accepted = clears_relaxed_bar(x, statistics, stop_token_ids[i], policies, i)
-                relaxed[row] = accepted
-                regret[row] = torch.log(p.max()) - torch.log(p[x]) if accepted else 0.0
-            if not accepted:
-                last = statistics.argmax if is_greedy[i] else PLACEHOLDER_TOKEN_ID
+            x, (accepted, statistics) = int(draft_token_ids[row]), strictly(row, greedy)
+
+            def strict_ahead(window: int, row: int = row, end: int = end, greedy: bool = greedy) -> bool:
+                ahead = range(row + 1, row + 1 + window)
+                return row + window < end and all(strictly(later, greedy)[0] for later in ahead)
+
+            if 0 <= x < vocab_size:
+                uniform = 0.0 if greedy else float(uniform_probs[row])
+                relaxed[row] = relaxation.accepts(x, statistics, accepted, uniform, strict_ahead)
+            if not (accepted or relaxed[row]):
+                last = statistics.argmax if greedy else PLACEHOLDER_TOKEN_ID
                 break
+            if relaxed[row]:
+                regret[row] = torch.log(statistics.probs.max()) - torch.log(statistics.probs[x])
+            relaxation.emitted(bool(relaxed[row]))
             output[i, num_accepted[i]] = x
             num_accepted[i] += 1
+        relaxation.emitted(False)
         output[i, num_accepted[i]] = last
+        exhausted[i], guarded[i] = relaxation.exhausted, relaxation.guarded
         start = end
-    return VerifyOutput(output, num_accepted, relaxed, regret)
+    return VerifyOutput(output, num_accepted, relaxed, regret, exhausted, guarded)
 
 
 def recover(

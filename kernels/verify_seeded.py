@@ -15,7 +15,8 @@ The rule, with vLLM's random numbers
     row the token argmax_v z(v) + g(v), the draft rejected there left out. u and g are independent, so the
     emitted law is that of `verify`: p. Bonus rows are drawn from alike, greedy ones give their argmax.
     Strict results are those of vLLM's `rejection_sample` for one-hot drafts, in float32 noise; where
-    log p(x) and log u are equal to the last bits the order of summation may decide otherwise.
+    log p(x) and log u are equal to the last bits the order of summation may decide otherwise. A budget's test of
+    sampled requests uses the same u.
     Of a row without a softmax (NaN, +inf, or nothing but -inf) a sampled request rejects the draft, and its
     race is won by the first NaN, else the first +inf, the draft left out. A token with p = 0 can win only
     there: g lies between -3 and 23, so the winner's logit is at most 26 below the maximum, and a draft that
@@ -24,7 +25,8 @@ The rule, with vLLM's random numbers
 Memory
     With V the vocabulary, a request of d drafts owns d + 1 rows of logits. A block of logits is loaded once,
     16 bytes a thread and instruction, and reduced in registers to its maximum m, argmax, s = sum e^(z - m)
-    and t = sum e^(z - m) (z - m), 16 bytes for 4 to 16 KiB of logits. Blocks i merge by
+    and t = sum e^(z - m) (z - m), 16 bytes for 4 to 16 KiB of logits (24 for fly, with the second and
+    the third logit). Blocks i merge by
         m = max m_i,  s = sum s_i e^(m_i - m),  t = sum e^(m_i - m) (t_i + (m_i - m) s_i),  H = log s - t / s
     (the online softmax of Milakov and Gimelshein, arXiv 1805.02867, extended by the entropy). p of the draft
     and of the stop tokens needs single logits, a sector of 32 bytes each.
@@ -52,7 +54,8 @@ import torch
 from vllm_aasd.kernels.align import check_table
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
-from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID, VerifyPolicies
+from vllm_aasd.kernels.policies import VerifyPolicies, policy_shapes
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify_seeded_reference import AlignmentRows, SeededVerifyOutput
 
 __all__ = [
@@ -82,7 +85,8 @@ def verify_seeded(
 ) -> SeededVerifyOutput:
     """Verify a batch and emit its tokens, without a word to the host; the module's docstring has the rule.
 
-    Nothing is modified but `alignment.table`. Tensors other than `target_logits` must be contiguous.
+    Nothing is modified but `alignment.table` and `policies.state`. Tensors other than `target_logits` must be
+    contiguous.
 
     Args:
         target_logits: [num_logits, vocab_size] float32, bfloat16 or float16, any row stride: draft rows and
@@ -101,7 +105,7 @@ def verify_seeded(
         temperature: [max_num_reqs] float32; 0 is greedy. Otherwise not applied here.
         seed: [max_num_reqs] int64.
         num_speculative_steps: the most drafts of a request; the width of the output less one.
-        policies: by slot, [max_num_reqs] each, see `VerifyPolicies`.
+        policies: by slot, see `VerifyPolicies`; no two requests of a batch may share a row of the state.
         stop_token_ids: [max_num_reqs, max_stop] int32, the distinct ids that end a request, padded with -1.
         alignment: where to write the rows' alignment entries, from the same read of the logits. Right only
             if the logits are unprocessed: the store wants the target's own distribution at temperature 1.
@@ -133,10 +137,10 @@ def verify_seeded(
         "temperature": (temperature, (max_num_reqs,), (torch.float32,)),
         "seed": (seed, (max_num_reqs,), (torch.int64,)),
         "stop_token_ids": (stop_token_ids, (max_num_reqs, stop_token_ids.shape[-1]), (torch.int32,)),
-        "policies.relaxed": (policies.relaxed, (max_num_reqs,), (torch.bool,)),
-        "policies.alpha": (policies.alpha, (max_num_reqs,), (torch.float32,)),
-        "policies.beta": (policies.beta, (max_num_reqs,), (torch.float32,)),
-        "policies.floor": (policies.floor, (max_num_reqs,), (torch.float32,)),
+        **{
+            name: (tensor, shape, (dtype,))
+            for name, (tensor, shape, dtype) in policy_shapes(policies, max_num_reqs).items()
+        },
     }
     if alignment is not None:
         wanted["alignment.token_ids"] = (alignment.token_ids, (num_logits,), (torch.int32,))

@@ -9,12 +9,9 @@ import torch
 
 from vllm_aasd.kernels import align_reference
 from vllm_aasd.kernels.noise_reference import row_uniform, token_gumbel
-from vllm_aasd.kernels.verify_reference import (
-    PLACEHOLDER_TOKEN_ID,
-    VerifyPolicies,
-    clears_relaxed_bar,
-    row_statistics,
-)
+from vllm_aasd.kernels.policies import VerifyPolicies
+from vllm_aasd.kernels.relaxation_reference import Relaxation, row_statistics
+from vllm_aasd.kernels.verify_reference import PLACEHOLDER_TOKEN_ID
 
 
 class AlignmentRows(NamedTuple):
@@ -36,9 +33,13 @@ class SeededVerifyOutput(NamedTuple):
     num_sampled: torch.Tensor
     """[num_reqs] int32: emitted tokens, the recovered or bonus token included; 0 for a request of no rows."""
     relaxed: torch.Tensor
-    """[num_logits] bool: the draft tested by this row was accepted only thanks to the relaxed bar."""
+    """[num_logits] bool: the draft tested by this row was accepted though the strict rule rejects it."""
     regret: torch.Tensor
     """[num_logits] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
+    exhausted: torch.Tensor
+    """[num_reqs] bool: the request's budget ran out in this step; happens once."""
+    guarded: torch.Tensor
+    """[num_reqs] bool: the collapse guard engaged in this step."""
 
 
 def _strictly_accepted(z: torch.Tensor, x: int, seed: int, position: int) -> bool:
@@ -79,28 +80,43 @@ def verify_seeded(
     num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
     relaxed = torch.zeros(num_logits, dtype=torch.bool, device=device)
     regret = torch.zeros(num_logits, dtype=torch.float32, device=device)
+    exhausted, guarded = torch.zeros(2, num_reqs, dtype=torch.bool, device=device)
+
+    def strictly(row: int, slot: int) -> bool:
+        """Whether the strict rule accepts the draft that a row tests."""
+        x, z = int(draft_sampled[row + 1]), target_logits[row].float()
+        if temperature[slot] == 0:
+            return x == int(z.argmax())
+        return 0 <= x < vocab_size and _strictly_accepted(z, x, int(seed[slot]), int(pos[row]))
+
     bounds = cu_num_logits.tolist()
     for req, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         slot = int(idx_mapping[req])
-        is_greedy = temperature[slot] == 0
+        is_greedy = bool(temperature[slot] == 0)
+        relaxation = Relaxation(policies, slot, is_greedy, stop_token_ids[slot], vocab_size)
         for row in range(start, end):
             z, position = target_logits[row].float(), int(pos[row])
             x = int(draft_sampled[row + 1]) if row + 1 < end else PLACEHOLDER_TOKEN_ID
             accepted, statistics = False, row_statistics(z)
+
+            def strict_ahead(window: int, row: int = row, end: int = end, slot: int = slot) -> bool:
+                ahead = range(row + 1, row + 1 + window)
+                return row + window < end - 1 and all(strictly(later, slot) for later in ahead)
+
             if 0 <= x < vocab_size:
-                if is_greedy:
-                    accepted = x == statistics.argmax
-                else:
-                    accepted = _strictly_accepted(z, x, int(seed[slot]), position)
-                if not accepted and clears_relaxed_bar(x, statistics, stop_token_ids[slot], policies, slot):
+                accepted = strictly(row, slot)
+                uniform = 0.0 if is_greedy else row_uniform(int(seed[slot]), position)
+                if relaxation.accepts(x, statistics, accepted, uniform, strict_ahead):
                     accepted = relaxed[row] = True
                     regret[row] = z.max() - z[x]
             if not accepted:
                 x = statistics.argmax if is_greedy else _race(z, x, int(seed[slot]), position)
+            relaxation.emitted(bool(relaxed[row]))
             sampled[req, num_sampled[req]] = x
             num_sampled[req] += 1
             if not accepted:
                 break
+        exhausted[req], guarded[req] = relaxation.exhausted, relaxation.guarded
     if alignment is not None:
         align_reference.align(target_logits, *alignment)
-    return SeededVerifyOutput(sampled, num_sampled, relaxed, regret)
+    return SeededVerifyOutput(sampled, num_sampled, relaxed, regret, exhausted, guarded)

@@ -49,9 +49,15 @@ def test_the_config_survives_what_vllm_does_to_it(create):
         copy.deepcopy(original),
         replace(original, num_speculative_tokens=5),
     ):
-        assert twin.aasd == Settings(top_k=2)
+        assert twin.aasd == Settings(top_k=2, fly_window=4)
         assert twin.num_speculative_tokens == 5
         assert repr(twin) == repr(original)
+
+
+@pytest.mark.parametrize(("drafts", "asked", "window"), [(8, {}, 6), (4, {}, 3), (1, {}, 1), (8, {"aasd_fly_window": 2}, 2)])
+def test_flys_window_leaves_a_place_for_the_mismatch(create, drafts, asked, window):
+    config = create({"method": "aasd", "aasd_verification": "fly", "num_speculative_tokens": drafts, **asked})
+    assert config.speculative_config.aasd.fly_window == window
 
 
 def test_the_same_arguments_can_be_built_twice(demo_model):
@@ -62,7 +68,7 @@ def test_the_same_arguments_can_be_built_twice(demo_model):
 
 def test_the_method_may_come_beside_the_json(create):
     config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
-    assert config.aasd == Settings(floor=0.5) and config.num_speculative_tokens == 3
+    assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3
     assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
 
 
@@ -127,7 +133,7 @@ def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, 
     assert config.use_v2_model_runner is (chosen == "1")
     assert config.parallel_config.worker_cls == refusals.CPU_WORKER
     for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
-        assert twin.aasd == Settings() and twin.num_speculative_tokens == 5
+        assert twin.aasd == Settings(fly_window=4) and twin.num_speculative_tokens == 5
 
 
 def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):

@@ -18,6 +18,7 @@ from vllm_aasd.engine import v1, v1_requests, v1_verifier, v2, v2_requests, v2_v
 from vllm_aasd.engine.containment import MAX_FAULTS, PLACES, Faults
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
+from vllm_aasd.kernels.policies import CONDITIONAL, STRICT
 
 PROMPTS = {"a": [1, 2, 4, 1, 2, 6, 1], "b": [3, 3, 5, 6, 0, 2, 1, 3, 3]}
 NUM_TOKENS = 24
@@ -315,11 +316,11 @@ def test_v2_stale_policies_are_never_verified_by(monkeypatch):
     requests.add_request(0, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
     requests.add_request(0, SamplingParams(temperature=0.0, extra_args={"aasd_verification": "strict"}))
-    inject(monkeypatch, requests._relaxed, "copy_to_uva", times=1)
+    inject(monkeypatch, requests._rule, "copy_to_uva", times=1)
     requests.apply_staged_writes()
-    assert requests.policies.relaxed[0] and not runner.speculator.verifier.is_on
+    assert requests.policies.rule[0] == CONDITIONAL and not runner.speculator.verifier.is_on
     requests.apply_staged_writes()
-    assert not requests.policies.relaxed[0] and runner.speculator.verifier.is_on
+    assert requests.policies.rule[0] == STRICT and runner.speculator.verifier.is_on
 
 
 def test_v2_a_request_that_could_not_be_taken_in_is_strict_and_has_no_drafts(monkeypatch):
@@ -329,7 +330,7 @@ def test_v2_a_request_that_could_not_be_taken_in_is_strict_and_has_no_drafts(mon
     inject(monkeypatch, v2_requests, "policy_of")
     requests.add_request(0, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
-    assert not requests.policies.relaxed[0] and requests.max_len[0] == 0
+    assert requests.policies.rule[0] == STRICT and requests.max_len[0] == 0
 
 
 @pytest.mark.parametrize("seam", ["admission", "drafting", "store", "prompts' store", "verifier", "fillers"])

@@ -92,9 +92,9 @@ def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
     assert requests.is_drafted("1"), "a later request may have that id"
 
 
-def test_requests_of_a_server_share_its_policy():
+def test_requests_that_ask_for_nothing_have_the_servers_policy():
     requests = admitted(Settings(verification="strict"), None, {"other": 1})
-    assert requests["0"].policy is requests["1"].policy and isinstance(requests["0"].policy, StrictVerification)
+    assert requests["0"].policy == requests["1"].policy == StrictVerification()
 
 
 def test_a_pooling_request_has_no_sampling_parameters():

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.sample import rejection_sampler
 
 from vllm_aasd.config import Settings
@@ -45,12 +45,13 @@ def arguments():
     }
 
 
-def verifier(settings, stop_token_ids=(), options=None):
+def verifier(settings, stop_token_ids=(), options=None, **asked):
     """A verifier of requests "a", which brings `options`, and "b", which brings none."""
     requests = V1Requests(settings, Faults())
     made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults())
     params = (
-        SamplingParams(stop_token_ids=list(stop_token_ids), extra_args=extra) for extra in (options, None)
+        SamplingParams(temperature=0.0, stop_token_ids=list(stop_token_ids), extra_args=extra, **asked)
+        for extra in (options, None)
     )
     states = {req_id: types.SimpleNamespace(sampling_params=of) for req_id, of in zip("ab", params, strict=True)}
     requests.admit(states, states)
@@ -71,6 +72,43 @@ def test_the_policy_decides(installed, settings, stop_token_ids, first):
     with verifier(settings, stop_token_ids).active():
         output = rejection_sampler.rejection_sample(**arguments())
     assert output.tolist() == [first, [5, -1, -1]]
+
+
+GRAMMAR = StructuredOutputsParams(regex="a*")
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "relaxes"),
+    [
+        ({}, {}, True),
+        ({}, {"structured_outputs": GRAMMAR}, False),
+        ({"relax_structured": True}, {"structured_outputs": GRAMMAR}, True),
+        ({}, {"logprobs": 0}, False),
+        ({}, {"logprob_token_ids": [3]}, False),
+        ({"relax_logprobs": True}, {"logprobs": 0}, True),
+        ({"relax_logprobs": True}, {"logprobs": 0, "structured_outputs": GRAMMAR}, False),
+    ],
+)
+def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(installed, settings, asked, relaxes):
+    with verifier(Settings(**settings), **asked).active():
+        output = rejection_sampler.rejection_sample(**arguments())
+    assert output[0].tolist() == ([1, 3, 7] if relaxes else [1, 2, -1])
+
+
+def test_a_budget_goes_by_the_request_id(installed):
+    """A pays for one near-tie in its life, wherever it stands in the batch; B pays for its own."""
+    made = verifier(Settings(verification="budget", budget_nats=0.15))
+
+    def step(*req_ids):
+        made.begin_step(list(req_ids))
+        with made.active():
+            return rejection_sampler.rejection_sample(**arguments())[0].tolist()
+
+    assert step("a", "b") == [1, 3, 7]
+    assert step("a", "b") == [1, 2, -1], "0.1 of 0.15 nats are spent"
+    assert step("b", "a") == [1, 3, 7]
+    made.forget(["a"])
+    assert step("a", "b") == [1, 3, 7], "the same id again is another request"
 
 
 def test_another_engine_of_the_process_keeps_vllms_sampler(installed, monkeypatch):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from fake_v2 import BLOCK, MAX_LEN, MAX_TOKENS, PROMPTS, VOCAB, WIDTH, FakeRunner, next_token, serve, target_alone
 from vllm.multimodal.inputs import PlaceholderRange
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from vllm_aasd.config import Settings
 from vllm_aasd.engine import seams, v2, v2_verifier
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v2_verifier import V2Verifier
+from vllm_aasd.kernels import policies
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID
 
 STRICT = {"verification": "strict"}
@@ -48,7 +50,7 @@ def test_an_aborted_requests_slot_is_taken_over():
 
 
 def test_a_filler_is_never_accepted_even_by_the_loosest_bar():
-    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0}
+    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0, "collapse_guard": False}
     runner = FakeRunner(max_num_reqs=1, **loosest)
     # Nothing repeats, so nothing is drafted: every column is the last token again.
     runner.add(0, [9, 10, 11], 8, SamplingParams(temperature=0.0, max_tokens=8))
@@ -128,16 +130,21 @@ def test_dummy_runs_touch_nothing():
 
 
 def test_policies_and_stop_tokens_follow_the_slot():
-    requests = FakeRunner(max_num_reqs=2).speculator.requests
+    runner = FakeRunner(max_num_reqs=2)
+    requests = runner.speculator.requests
+    runner.req_ids.update({0: "a", 1: "b"})
     many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
     assert requests.add_request(0, many) is False
     requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
     requests.apply_staged_writes()
-    assert requests.policies.relaxed.tolist() == [False, True]
+    assert requests.policies.rule.tolist() == [policies.STRICT, policies.CONDITIONAL]
+    assert requests.policies.parameters[1, policies.BETA] == Settings().beta
+    assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
+    runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
     requests.apply_staged_writes()
-    assert requests.policies.relaxed.tolist() == [True, True]
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.CONDITIONAL]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
 
 
@@ -169,15 +176,57 @@ def test_each_slot_has_the_policy_that_its_request_asked_for():
     for slot, options in enumerate((None, strict, tighter)):
         requests.add_request(slot, SamplingParams(temperature=0.0, extra_args=options))
     requests.apply_staged_writes()
-    policies = requests.policies
-    assert policies.relaxed.tolist() == [True, False, True]
-    assert policies.floor[[0, 2]].tolist() == [0.25, 0.5]
-    assert policies.alpha[[0, 2]].tolist() == [pytest.approx(0.1), 0.0]
-    assert policies.beta[[0, 2]].tolist() == [0.5, 0.5]
+    asked = requests.policies
+    assert asked.rule.tolist() == [policies.CONDITIONAL, policies.STRICT, policies.CONDITIONAL]
+    assert asked.parameters[[0, 2], policies.FLOOR].tolist() == [0.25, 0.5]
+    assert asked.parameters[[0, 2], policies.ALPHA].tolist() == [pytest.approx(0.1), 0.0]
+    assert asked.parameters[[0, 2], policies.BETA].tolist() == [0.5, 0.5]
     # Back to the server's own with the next request of the slot.
     requests.add_request(2, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
-    assert requests.policies.floor[2] == 0.25
+    assert requests.policies.parameters[2, policies.FLOOR] == 0.25
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
+def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
+    name = {"logprobs": "relax_logprobs", "structured_outputs": "relax_structured"}[next(iter(asked))]
+    for settings, rule in (({}, policies.STRICT), ({name: True}, policies.CONDITIONAL)):
+        runner = FakeRunner(max_num_reqs=1, **settings)
+        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **asked))
+        runner.speculator.requests.apply_staged_writes()
+        assert runner.speculator.requests.policies.rule.tolist() == [rule]
+
+
+def test_a_budget_survives_preemption_and_ends_with_the_request():
+    """Drafts of 2 where the target, undecided, would rather say 1: each is a near-tie of 0.1 nats."""
+    runner = FakeRunner(max_num_reqs=2, verification="budget", budget_nats=0.25, collapse_guard=False)
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    undecided = torch.zeros(VOCAB)
+    undecided[[1, 2]] = torch.tensor([8.1, 8.0])
+    runner.model.head.forward = lambda pairs: undecided.repeat(len(pairs), 1)
+
+    def enter(slot, req_id):
+        runner.add(slot, [9, 10, 11], 40, params, req_id)
+        runner.step([slot])
+
+    def relaxed(slot):
+        runner.speculator._num_valid_drafts[slot] = 1
+        runner.drafts[slot, 0], runner.counts[slot] = 2, 1
+        return len(runner.step([slot])[slot]) - 1
+
+    enter(0, "a")
+    assert relaxed(0) == 1
+    # Preempted: another request takes the slot, and a comes back in the other one.
+    enter(0, "b")
+    enter(1, "a")
+    assert relaxed(1) == 1, "0.2 of 0.25"
+    assert relaxed(1) == 0, "the third is too much"
+    assert [relaxed(0), relaxed(0), relaxed(0)] == [1, 1, 0], "b has a budget of its own"
+    enter(1, "a")
+    assert relaxed(1) == 0, "nor does another preemption refill it"
+    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[], finished_req_ids={"a"}))
+    enter(1, "a")
+    assert relaxed(1) == 1, "once it has ended, the id is another request's"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +316,7 @@ def test_placeholders_of_images_are_learnt_and_never_drafted():
     feature = types.SimpleNamespace(mm_position=image)
     told = types.SimpleNamespace(prompt_token_ids=[7, 31, 8, 31], mm_features=[feature])
     runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
-    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told]))
+    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
     runner.step([0])
     assert runner.counts[0] == WIDTH, "token 31 alone stands for the image"
     draft = runner.drafts[0].tolist()
@@ -275,7 +324,7 @@ def test_placeholders_of_images_are_learnt_and_never_drafted():
     told = types.SimpleNamespace(prompt_token_ids=[draft[2]], mm_features=[image])
     fresh = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
     fresh.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
-    fresh.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told]))
+    fresh.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
     fresh.step([0])
     first = draft.index(draft[2])
     assert fresh.counts[0] == first and fresh.drafts[0, :first].tolist() == draft[:first]

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from policy_tensors import policy_tensors
 from scipy.stats import chisquare
 
 from vllm_aasd.kernels import verify_cpu, verify_reference
-from vllm_aasd.kernels.verify import VerifyPolicies, recover, verify
+from vllm_aasd.kernels.policies import ALPHA, BETA, BUDGET, CONDITIONAL, FLOOR, LIMIT, SPENT, STRICT, VerifyPolicies
+from vllm_aasd.kernels.relaxation_reference import binary_kl
+from vllm_aasd.kernels.verify import recover, verify
 
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
 TRUE_SAMPLER = 1e-5
@@ -29,10 +32,11 @@ def one_row_each(
     beta=0.5,
     floor=0.1,
     stop_ids=(),
+    policies=None,
 ):
     """Verify one draft in each of len(drafts) requests that all see the same row."""
     n = len(drafts)
-    full = torch.ones(n)
+    rules = [CONDITIONAL if relaxed else STRICT] * n
     return path.verify(
         torch.as_tensor(drafts, dtype=torch.int32),
         torch.arange(1, n + 1, dtype=torch.int32),
@@ -41,7 +45,7 @@ def one_row_each(
         torch.zeros(n, dtype=torch.int64),
         torch.full((n,), greedy),
         uniform,
-        VerifyPolicies(full.bool() & relaxed, full * alpha, full * beta, full * floor),
+        policies or policy_tensors(rules, alpha=alpha, beta=beta, floor=floor),
         torch.tensor([list(stop_ids)] * n, dtype=torch.int32).reshape(n, -1),
     )
 
@@ -92,12 +96,12 @@ def test_recover_emits_the_draft_when_nothing_else_has_a_probability(path):
     assert path.recover(row, first, -one, inv_q).tolist() == [1]
 
 
-def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True):
-    """Count the tokens that n sampled requests emit; the last two arguments break the sampler."""
+def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, policies=None):
+    """Count the tokens that n sampled requests emit; `stretch` and `exclude_draft` break the sampler."""
     g = torch.Generator().manual_seed(seed)
     uniform = torch.rand(n, dtype=torch.float64, generator=g) * stretch
     drafts = torch.full((n,), draft, dtype=torch.int32)
-    result = one_row_each(verify_cpu, logits, drafts, greedy=False, uniform=uniform)
+    result = one_row_each(verify_cpu, logits, drafts, greedy=False, uniform=uniform, policies=policies)
     tokens = result.output_token_ids[:, 0].clone()
     rejected = (tokens == -1).nonzero()[:, 0]
     inv_q = torch.empty(len(rejected), len(logits)).exponential_(generator=g).reciprocal()
@@ -119,6 +123,72 @@ def test_the_chi_square_finds_a_tilted_sampler(broken):
     probs = logits.double().softmax(-1).numpy()
     counts = emitted_counts(logits, int(probs.argmax()), n, seed=1, **broken)
     assert chisquare(counts, probs * n).pvalue < TILTED_SAMPLER
+
+
+def raised(p, kappa):
+    """The largest p' whose coin is within kappa nats of p's, by bisection in float64."""
+    low, high = p, 1.0
+    if binary_kl(high, p) <= kappa:
+        return high
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binary_kl(middle, p) <= kappa else (low, middle)
+    return low
+
+
+def budgets_law(p, draft, kappa):
+    """What a sampled request under a budget emits: p' at the draft, and p scaled elsewhere."""
+    law = p * (1 - raised(p[draft], kappa)) / (1 - p[draft])
+    law[draft] = raised(p[draft], kappa)
+    return law
+
+
+@both_paths
+@pytest.mark.parametrize("kappa", [1e-3, 0.02, 0.5])
+def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
+    """A draft is accepted up to u = p' and not beyond, so its chance is p'; the law then costs at most kappa."""
+    vocab_size, nudge = 12, 1e-4
+    logits = peaked_logits(vocab_size, seed=5)
+    p = logits.double().softmax(-1).numpy()
+    every = torch.arange(vocab_size)
+    bound = torch.tensor([raised(p[x], kappa) for x in range(vocab_size)], dtype=torch.float64)
+    budget = {"kappa": kappa, "nats": 100.0, "floor": 1e-6}
+    results = []
+    for factor in (1 - nudge, 1 + nudge):
+        policies = policy_tensors([BUDGET] * vocab_size, **budget)
+        uniform = (bound * factor).clamp(max=1 - 1e-12)
+        results.append(one_row_each(path, logits, every, greedy=False, uniform=uniform, policies=policies))
+        # Paid whether the draft was accepted or not.
+        paid = policies.state[:, SPENT].double()
+        torch.testing.assert_close(paid, torch.tensor(np.minimum(kappa, -np.log(p))), rtol=1e-4, atol=1e-7)
+    assert results[0].num_accepted.all() and results[0].relaxed.all()
+    assert not results[1].num_accepted[bound < 1].any()
+    for x in range(vocab_size):
+        law = budgets_law(p, x, kappa)
+        assert law.sum() == pytest.approx(1, abs=1e-12)
+        assert (law[law > 0] * np.log(law[law > 0] / p[law > 0])).sum() <= kappa + 1e-12
+
+
+@both_paths
+def test_no_divergence_is_strict_even_where_u_exceeds_p_by_next_to_nothing(path):
+    """There d(u || p) is 0, or less, by rounding."""
+    row, n = torch.zeros(2), 400
+    uniform = 0.5 + torch.arange(1, n + 1, dtype=torch.float64) * 2.0**-53
+    for kappa, accepted in ((0.0, 0), (1e-6, 1)):
+        policies = policy_tensors([BUDGET] * n, kappa=kappa)
+        result = one_row_each(path, row, [1] * n, greedy=False, uniform=uniform, policies=policies)
+        assert (result.num_accepted == accepted).all()
+
+
+@pytest.mark.parametrize("draft", range(6))
+def test_tokens_of_a_budget_have_the_promised_law(draft):
+    n, logits, kappa = 40_000, peaked_logits(6, seed=11, scale=1.0), 0.05
+    p = logits.double().softmax(-1).numpy()
+    policies = policy_tensors([BUDGET] * n, kappa=kappa, nats=1.0, floor=1e-4)
+    counts = emitted_counts(logits, draft, n, seed=draft, policies=policies)
+    assert chisquare(counts, budgets_law(p, draft, kappa) * n).pvalue > TRUE_SAMPLER
+    assert chisquare(counts, p * n).pvalue < TILTED_SAMPLER
+    assert chisquare(counts, budgets_law(p, draft, 1.5 * kappa) * n).pvalue < TILTED_SAMPLER
 
 
 @both_paths
@@ -182,7 +252,8 @@ def batches(draw):
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     logits = torch.tensor(draw(st.lists(logit, min_size=n * vocab_size, max_size=n * vocab_size)))
-    unit = torch.rand(3, batch_size, generator=generator)
+    unit = torch.rand(6, batch_size, generator=generator)
+    rules = torch.randint(0, 5, (batch_size,), generator=generator).tolist()
     return (
         torch.randint(-1, vocab_size + 1, (n,), generator=generator).int(),
         torch.tensor(counts).cumsum(0).int(),
@@ -191,7 +262,18 @@ def batches(draw):
         torch.randint(0, vocab_size, (batch_size,), generator=generator),
         torch.rand(batch_size, generator=generator) < 0.5,
         torch.rand(n, dtype=torch.float64, generator=generator) * (torch.rand(n, generator=generator) < 0.9),
-        VerifyPolicies(torch.rand(batch_size, generator=generator) < 0.7, unit[0], unit[1], unit[2] * 0.3),
+        policy_tensors(
+            rules,
+            alpha=unit[0],
+            beta=unit[1],
+            floor=unit[2] * 0.3,
+            epsilon=unit[0],
+            delta=unit[1],
+            cap=3 * unit[3],
+            nats=2 * unit[4],
+            kappa=unit[3],
+            limit=1.2 + 3 * unit[5],
+        ),
         torch.randint(-1, vocab_size, (batch_size, 2), generator=generator).int(),
     )
 
@@ -236,30 +318,47 @@ def test_output_is_an_accepted_prefix_one_token_and_placeholders(arguments):
 
 
 @settings(max_examples=80, deadline=None)
-@given(batches(), st.sampled_from(["alpha", "beta", "floor"]), st.floats(0, 0.5))
+@given(batches(), st.sampled_from([ALPHA, BETA, FLOOR]), st.floats(0, 0.5))
 def test_a_looser_bar_never_shortens_an_accepted_prefix(arguments, parameter, step):
     policies = arguments[7]
-    sign = 1.0 if parameter == "alpha" else -1.0
-    looser = policies._replace(**{parameter: getattr(policies, parameter) + sign * step})
+    policies.rule[policies.rule != STRICT] = CONDITIONAL
+    policies.parameters[:, LIMIT] = torch.inf
+    sign = 1.0 if parameter == ALPHA else -1.0
+    looser = policies._replace(parameters=policies.parameters.clone())
+    looser.parameters[:, parameter] += sign * step
     tight = verify(*arguments).num_accepted
     assert (verify(*arguments[:7], looser, arguments[8]).num_accepted >= tight).all()
-    strict = policies._replace(relaxed=torch.zeros_like(policies.relaxed))
+    strict = policies._replace(rule=torch.zeros_like(policies.rule))
     assert (verify(*arguments[:7], strict, arguments[8]).num_accepted <= tight).all()
+
+
+def assert_same(arguments, one, other):
+    """Two policies give the same output for a batch, bit for bit."""
+    for actual, expected in zip(
+        verify(*arguments[:7], one, arguments[8]), verify(*arguments[:7], other, arguments[8]), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 @settings(max_examples=80, deadline=None)
 @given(batches())
 def test_alpha_zero_and_beta_above_one_is_strict_for_greedy_requests(arguments):
-    policies = arguments[7]
-    one = torch.ones_like(policies.alpha)
-    same = policies._replace(relaxed=one.bool(), alpha=0 * one, beta=1.001 * one, floor=1e-4 * one)
-    strict = policies._replace(relaxed=~one.bool())
-    greedy = torch.ones_like(arguments[5])
-    for actual, expected in zip(
-        verify(*arguments[:5], greedy, None, same, arguments[8]),
-        verify(*arguments[:5], greedy, None, strict, arguments[8]),
-        strict=True,
-    ):
+    n = len(arguments[5])
+    greedy = (*arguments[:5], torch.ones_like(arguments[5]), None, *arguments[7:])
+    same = policy_tensors([CONDITIONAL] * n, alpha=0, beta=1.001, floor=1e-4)
+    assert_same(greedy, same, policy_tensors([STRICT] * n))
+
+
+@settings(max_examples=80, deadline=None)
+@given(batches(), st.sampled_from(["nats", "kappa and per_step"]))
+def test_a_budget_of_nothing_is_strict(arguments, what):
+    """Both kinds of request; exact ties, which cost nothing, are among the drafts."""
+    n = len(arguments[5])
+    nothing = {name: 0 for name in what.split(" and ")}
+    budget = policy_tensors([BUDGET] * n, **{"cap": 20.0, "kappa": 20.0, "floor": 1e-4, **nothing})
+    strict = verify(*arguments[:7], policy_tensors([STRICT] * n), arguments[8])
+    ours = verify(*arguments[:7], budget, arguments[8])
+    for actual, expected in zip(ours[:4], strict[:4], strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -267,6 +366,7 @@ def test_alpha_zero_and_beta_above_one_is_strict_for_greedy_requests(arguments):
 @given(batches())
 def test_requests_of_a_batch_do_not_affect_each_other(arguments):
     drafts, cu, width, logits, bonus, is_greedy, uniform, policies, stop_token_ids = arguments
+    state = policies.state.clone()
     together = verify(*arguments)
     for i, (start, end) in enumerate(spans(cu)):
         alone = verify(
@@ -277,9 +377,10 @@ def test_requests_of_a_batch_do_not_affect_each_other(arguments):
             bonus[i : i + 1],
             is_greedy[i : i + 1],
             uniform[start:end],
-            VerifyPolicies(*(parameter[i : i + 1] for parameter in policies)),
+            VerifyPolicies(*(tensor[i : i + 1] for tensor in policies[:-1]), state),
             stop_token_ids[i : i + 1],
         )
         assert torch.equal(alone.output_token_ids[0], together.output_token_ids[i])
         assert torch.equal(alone.relaxed, together.relaxed[start:end])
         assert torch.equal(alone.regret, together.regret[start:end])
+    assert torch.equal(state, policies.state)

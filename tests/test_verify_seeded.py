@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from policy_tensors import copied
 from seeded_batches import INF, NAN, batch, random_batch
 
 from vllm_aasd.kernels import align_reference, verify_seeded_reference
@@ -10,6 +11,8 @@ from vllm_aasd.kernels.verify_seeded import AlignmentRows, verify_seeded
 
 # Regret is a difference of two logits on either path.
 REGRET_TOLERANCE = 1e-6
+# Sums of a few regrets, divergences, or levels, in another order.
+STATE_TOLERANCE = 1e-5
 OP = "vllm_aasd.kernels.verify_seeded:verify_seeded"
 RAGGED = {0: [1, 1, 0, 1], 1: [2, 1, 2, 0, 2], 3: [4, 0, 3, 4, 1, 4, 4], 8: [9, 1, 9, 5, 0, 9]}
 
@@ -23,10 +26,21 @@ def path(request):
     return lambda arguments: interpreter.call(OP, **arguments)
 
 
+def run_both(interpreter, arguments):
+    """(what the Triton kernels give, what the twin gives), after having compared what they left in the state."""
+    own = {**arguments, "policies": copied(arguments["policies"])}
+    actual, left = interpreter.call("interpreter:verify_and_state", own)
+    expected = verify_seeded_reference.verify_seeded(**own)
+    torch.testing.assert_close(left, own["policies"].state, rtol=0, atol=STATE_TOLERANCE)
+    return actual, expected
+
+
 def assert_equal(actual, expected):
     assert actual.sampled.tolist() == expected.sampled.tolist()
     assert actual.num_sampled.tolist() == expected.num_sampled.tolist()
     assert actual.relaxed.tolist() == expected.relaxed.tolist()
+    assert actual.exhausted.tolist() == expected.exhausted.tolist()
+    assert actual.guarded.tolist() == expected.guarded.tolist()
     torch.testing.assert_close(actual.regret, expected.regret, rtol=0, atol=REGRET_TOLERANCE)
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -49,7 +63,7 @@ QUICK = {(2, 3, "float32"), (111, 0, "float32"), (111, 8, "bfloat16"), (111, 3, 
 def test_triton_equals_twin(interpreter, vocab_size, num_drafts, dtype):
     counts = RAGGED[num_drafts]
     arguments = random_batch(vocab_size, counts, getattr(torch, dtype), seed=vocab_size + num_drafts)
-    assert_equal(interpreter.call(OP, **arguments), verify_seeded_reference.verify_seeded(**arguments))
+    assert_equal(*run_both(interpreter, arguments))
 
 
 def test_the_random_batches_reach_every_outcome():
@@ -75,11 +89,11 @@ def test_the_random_batches_reach_every_outcome():
 def test_a_large_vocabulary_and_wide_blocks(interpreter):
     """Few rows of 151936 logits take narrow blocks, many rows of 7000 wide ones."""
     arguments = random_batch(151936, [2, 1], torch.bfloat16, seed=2)
-    assert_equal(interpreter.call(OP, **arguments), verify_seeded_reference.verify_seeded(**arguments))
+    assert_equal(*run_both(interpreter, arguments))
     arguments = random_batch(7000, [2] * 152, torch.bfloat16, seed=3)
     arguments["temperature"].zero_()
     arguments["all_greedy"] = True
-    assert_equal(interpreter.call(OP, **arguments), verify_seeded_reference.verify_seeded(**arguments))
+    assert_equal(*run_both(interpreter, arguments))
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
@@ -92,7 +106,7 @@ def test_alignment_entries_come_of_the_same_read(interpreter, top_k):
     tokens = torch.arange(n, dtype=torch.int32)
     expected = table.clone()
     align_reference.align(arguments["target_logits"], tokens, slots, expected)
-    plain = verify_seeded_reference.verify_seeded(**arguments)
+    plain = verify_seeded_reference.verify_seeded(**{**arguments, "policies": copied(arguments["policies"])})
     arguments = list(arguments.values())
     result, arguments = interpreter.run(OP, *arguments, AlignmentRows(tokens, slots, table))
     assert_equal(result, plain)
@@ -123,8 +137,8 @@ def test_triton_equals_twin_on_real_logits(interpreter, demo_model):
         rows * 2, drafts * 2, temperature=[0.0] * 4 + [1.0] * 4, seed=range(8), relaxed=[True, False] * 4,
         beta=[0.3] * 8, floor=[0.02] * 8, stops=[[0, 2]] * 8,
     )  # fmt: skip
-    expected = verify_seeded_reference.verify_seeded(**arguments)
-    assert_equal(interpreter.call(OP, **arguments), expected)
+    actual, expected = run_both(interpreter, arguments)
+    assert_equal(actual, expected)
     assert len(expected.num_sampled.unique()) > 1
 
 
@@ -236,7 +250,7 @@ def test_batches_of_nothing(path):
 def test_padding_rows_are_left_alone(interpreter):
     """Rows behind the last request, of no slot, and slots behind the batch, do not disturb."""
     arguments = random_batch(300, [3, 3, 2, 3], torch.float32, seed=4)
-    expected = verify_seeded_reference.verify_seeded(**arguments)
+    expected = verify_seeded_reference.verify_seeded(**{**arguments, "policies": copied(arguments["policies"])})
     n = len(arguments["target_logits"])
     for name, value in (("target_logits", NAN), ("draft_sampled", 3), ("pos", 0), ("expanded_idx_mapping", -1),
                         ("expanded_local_pos", 0)):  # fmt: skip
@@ -267,8 +281,11 @@ def test_bad_arguments_are_named():
             verify_seeded(**{**good, name: good[name].repeat_interleave(2)[::2]})
     with pytest.raises(ValueError, match="^target_logits has stride 2"):
         verify_seeded(**{**good, "target_logits": torch.zeros(5, 40)[:, ::2]})
-    with pytest.raises(ValueError, match=r"^policies\.floor has shape"):
-        verify_seeded(**{**good, "policies": good["policies"]._replace(floor=torch.ones(1))})
+    for field, tensor in good["policies"]._asdict().items():
+        with pytest.raises(ValueError, match=rf"^policies\.{field} has shape"):
+            verify_seeded(**{**good, "policies": good["policies"]._replace(**{field: torch.ones(1)})})
+        with pytest.raises(ValueError, match=rf"^policies\.{field} has dtype"):
+            verify_seeded(**{**good, "policies": good["policies"]._replace(**{field: tensor.double()})})
     with pytest.raises(ValueError, match="^num_speculative_steps is -1"):
         verify_seeded(**{**good, "num_speculative_steps": -1})
     rows = AlignmentRows(torch.zeros(5).int(), torch.arange(5), torch.zeros(5, 4).int())

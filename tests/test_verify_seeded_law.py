@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from scipy.stats import chisquare
+from policy_tensors import policy_tensors
 from seeded_batches import batch
 
 from vllm_aasd.kernels import verify_seeded_reference
-from vllm_aasd.kernels.verify_seeded import VerifyPolicies
+from vllm_aasd.kernels.policies import ALPHA, BETA, BUDGET, CONDITIONAL, FLOOR, LIMIT, STRICT
 
 OP = "vllm_aasd.kernels.verify_seeded:verify_seeded"
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
@@ -22,13 +23,13 @@ TRUE_SAMPLER = 1e-5
 TILTED_SAMPLER = 1e-12
 NUM_SAMPLES = 4000
 LOGITS = torch.log(torch.tensor([0.36, 0.26, 0.16, 0.12, 0.06, 0.04]))
-CONDITIONAL = {"alpha": 0.1, "beta": 0.35, "floor": 0.05}
+BAR = {"alpha": 0.1, "beta": 0.35, "floor": 0.05}
 
 
 def samples(n, relaxed, logits=LOGITS, drafts=None, first_seed=0):
     """One draft in each of n sampled requests that all see the same row; drafts go around the vocabulary."""
     drafts = [i % len(logits) for i in range(n)] if drafts is None else drafts
-    rule = {name: [value] * n for name, value in CONDITIONAL.items()}
+    rule = {name: [value] * n for name, value in BAR.items()}
     return batch(
         logits.expand(n, 2, -1), [[draft] for draft in drafts], temperature=[1.0] * n,
         seed=range(first_seed, first_seed + n), relaxed=[relaxed] * n, **rule,
@@ -41,7 +42,7 @@ def expected_law(relaxed):
     if not relaxed:
         return p
     entropy = -(p * np.log(p)).sum()
-    clears = p >= max(CONDITIONAL["floor"], min(CONDITIONAL["beta"] - CONDITIONAL["alpha"] * entropy, p.max()))
+    clears = p >= max(BAR["floor"], min(BAR["beta"] - BAR["alpha"] * entropy, p.max()))
     assert 0 < clears.sum() < len(p)
     return np.where(clears, 1.0, 0.0) / len(p) + (~clears).mean() * p
 
@@ -110,10 +111,13 @@ def batches(draw):
         [drafts[a : a + c - 1] for a, c in zip(starts, counts, strict=False)],
         temperature=(unit[0] < 0.5).float(),
         seed=torch.randint(0, 2**62, (num_reqs,), generator=g),
-        relaxed=torch.rand(num_reqs, generator=g) < 0.7,
+        rules=torch.randint(0, 5, (num_reqs,), generator=g).tolist(),
         alpha=unit[1],
         beta=unit[2],
         floor=unit[3] * 0.3,
+        limit=1.2 + 3 * unit[0],
+        cap=3 * unit[1],
+        nats=2 * unit[2],
         stops=torch.randint(-1, vocab_size, (num_reqs, 2), generator=g).tolist(),
         num_speculative_steps=3,
     )
@@ -147,12 +151,15 @@ def test_output_is_an_accepted_prefix_one_token_and_placeholders(interpreter, ar
 
 
 @some
-@given(batches(), st.sampled_from(["alpha", "beta", "floor"]), st.floats(0, 0.5))
+@given(batches(), st.sampled_from([ALPHA, BETA, FLOOR]), st.floats(0, 0.5))
 def test_a_looser_bar_never_shortens_an_accepted_prefix(interpreter, arguments, parameter, step):
     policies = arguments["policies"]
-    sign = 1.0 if parameter == "alpha" else -1.0
-    looser = policies._replace(**{parameter: getattr(policies, parameter) + sign * step})
-    strict = policies._replace(relaxed=torch.zeros_like(policies.relaxed))
+    policies.rule[policies.rule != STRICT] = CONDITIONAL
+    policies.parameters[:, LIMIT] = torch.inf
+    sign = 1.0 if parameter == ALPHA else -1.0
+    looser = policies._replace(parameters=policies.parameters.clone())
+    looser.parameters[:, parameter] += sign * step
+    strict = policies._replace(rule=torch.zeros_like(policies.rule))
     rules = (strict, policies, looser)
     lengths = [interpreter.call(OP, **{**arguments, "policies": rule}).num_sampled for rule in rules]
     assert (lengths[0] <= lengths[1]).all() and (lengths[1] <= lengths[2]).all()
@@ -162,12 +169,26 @@ def test_a_looser_bar_never_shortens_an_accepted_prefix(interpreter, arguments, 
 @given(batches())
 def test_alpha_zero_and_beta_above_one_is_strict_for_greedy_requests(interpreter, arguments):
     arguments["temperature"].zero_()
-    one = torch.ones_like(arguments["policies"].alpha)
-    same = VerifyPolicies(one.bool(), alpha=0 * one, beta=1.001 * one, floor=1e-4 * one)
-    strict = same._replace(relaxed=~one.bool())
-    ours, stricts = (interpreter.call(OP, **{**arguments, "policies": rule}) for rule in (same, strict))
-    for actual, expected in zip(ours, stricts, strict=True):
+    n = len(arguments["temperature"])
+    same = policy_tensors([CONDITIONAL] * n, alpha=0, beta=1.001, floor=1e-4)
+    assert_same(interpreter, arguments, same, policy_tensors([STRICT] * n))
+
+
+def assert_same(interpreter, arguments, *policies):
+    """Two policies give the same output for a batch, bit for bit; but for what is said of budgets and guards."""
+    ours, others = (interpreter.call(OP, **{**arguments, "policies": one}) for one in policies)
+    for actual, expected in zip(ours[:4], others[:4], strict=True):
         assert torch.equal(actual, expected)
+
+
+@some
+@given(batches(), st.sampled_from(["nats", "kappa and per_step"]))
+def test_a_budget_of_nothing_is_strict(interpreter, arguments, what):
+    """Both kinds of request; exact ties, which cost nothing, are among the drafts."""
+    n = len(arguments["temperature"])
+    nothing = {name: 0 for name in what.split(" and ")}
+    budget = policy_tensors([BUDGET] * n, **{"cap": 20.0, "kappa": 20.0, "floor": 1e-4, **nothing})
+    assert_same(interpreter, arguments, budget, policy_tensors([STRICT] * n))
 
 
 @some

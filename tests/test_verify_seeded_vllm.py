@@ -4,13 +4,15 @@ import pytest
 import torch
 from seeded_batches import random_batch
 
+from vllm_aasd.kernels.policies import STRICT
+
 OP = "vllm_aasd.kernels.verify_seeded:verify_seeded"
 STOCK = "stock_v2:rejection_sample"
 
 
 def compare(interpreter, arguments):
     """Assert that both emit the same tokens; return how many requests emitted how many."""
-    arguments["policies"].relaxed.fill_(False)
+    arguments["policies"].rule.fill_(STRICT)
     given = {name: value for name, value in arguments.items() if name not in ("policies", "stop_token_ids")}
     sampled, num_sampled = interpreter.call(STOCK, draft_logits=None, **given)
     ours = interpreter.call(OP, **arguments)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from llvmlite.binding import ffi as llvmlite_ffi
+from policy_tensors import strict
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample import rejection_sampler as stock
 
-from vllm_aasd.kernels.verify import VerifyPolicies, recover, verify
+from vllm_aasd.kernels.verify import recover, verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +50,9 @@ def ours(drafts, cu, max_spec_len, logits, bonus, temperature, counts):
     batch_size = len(counts)
     seeded = generators(batch_size)
     uniform = stock.generate_uniform_probs(len(drafts), counts, seeded, logits.device)
-    one = torch.ones(batch_size)
     result = verify(
         drafts, cu, max_spec_len, logits, bonus, temperature == 0, uniform,
-        VerifyPolicies(torch.zeros(batch_size, dtype=torch.bool), one, one, one),
+        strict(batch_size),
         torch.full((batch_size, 1), -1, dtype=torch.int32),
     )  # fmt: skip
     output = result.output_token_ids

@@ -1,60 +1,52 @@
 """The settings of `aasd`: one typed, range-checked, documented list; the README's table is drawn from it."""
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
+from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.kernels.mixture import MAX_TOP_K
-from vllm_aasd.verification.conditional import ALPHA_RANGE, BETA_RANGE, FLOOR_RANGE
-
-PREFIX = "aasd_"
-"""What every key of ours begins with, beside vLLM's own keys in ``--speculative-config``."""
+from vllm_aasd.verification.policy import (
+    FLOOR_RANGE,
+    GUARD_COOLDOWN_RANGE,
+    GUARD_LIMIT_RANGE,
+    GUARD_MEMORY_RANGE,
+)
+from vllm_aasd.verification.registry import POLICIES
 
 DEFAULT_NUM_SPECULATIVE_TOKENS = 8
 
 
-def _setting(
-    default: Any,
-    doc: str,
-    *,
-    within: tuple[float, float] | None = None,
-    choices: tuple[str, ...] = (),
-    rule: str | None = None,
-    looser: str | None = None,
-) -> Any:
-    """A field of `Settings`.
+def parameter_key(policy: str, parameter: str) -> str:
+    """The field of `Settings` that holds a parameter of a verification policy."""
+    return parameter if policy == "conditional" else f"{policy}_{parameter}"
 
-    Args:
-        default: its value where none is given.
-        doc: what it does, for the README.
-        within: lowest and highest number allowed.
-        choices: words allowed.
-        rule: the value of `verification` under which it takes effect; None for any.
-        looser: which values, given by a request, let verification accept more than the server's: those that are
-            "higher" or "lower", any "other", or "none". None where a request may not give it. See `vllm_aasd.overrides`.
-    """
-    metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
-    return dataclasses.field(default=default, metadata=metadata)
+
+def _parameter(policy: str, parameter: str, default: Any, looser: str, doc: str) -> Any:
+    within = FLOOR_RANGE if parameter == "floor" else POLICIES[policy].ranges[parameter]
+    return setting(default, f"`{policy}`: {doc}", within=within, rule=policy, looser=looser)
+
+
+_FLOOR = "the bar never falls under this probability."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The `aasd_*` keys of ``--speculative-config``, without their prefix."""
 
-    enabled: bool = _setting(
+    enabled: bool = setting(
         True,
         "Whether requests are sped up at all. In a request, `false` switches speculation off for it; where the "
         "server has `false`, only requests that say `true` are sped up.",
         looser="none",
     )
-    draft: str = _setting(
+    draft: str = setting(
         "mixture",
         "Where drafts come from: `mixture` is AASD; `ngram` is vLLM's own prompt look-up, with its "
         "`prompt_lookup_min` and `prompt_lookup_max`, for comparison.",
         choices=("mixture", "ngram"),
     )
-    draft_length: int | str = _setting(
+    draft_length: int | str = setting(
         "adaptive",
         "How many tokens are drafted, within `num_speculative_tokens`: `adaptive` drafts a token while it is "
         "worth its share of the next step's time, over the whole batch; a number is the most that each request "
@@ -62,70 +54,111 @@ class Settings:
         choices=("adaptive",),
         within=(1, 128),
     )
-    min_survival: float = _setting(
+    min_survival: float = setting(
         0.02,
         "A draft ends before the token that would make it less likely than this to be accepted as a whole.",
         within=(0.0, 1.0),
     )
-    prior: bool = _setting(
+    prior: bool = setting(
         True,
         "Draft from the model's prior too, where `python -m vllm_aasd.prior MODEL` has made one.",
     )
-    memory: str = _setting(
+    memory: str = setting(
         "off",
         "What other requests taught about short runs of tokens: `off`; `process` remembers it, at most 10 MiB, "
         "while the server runs; `file` also keeps it in the cache folder. Tenants share it: see README.",
         choices=("off", "process", "file"),
     )
-    alignment: bool | str = _setting(
+    alignment: bool | str = setting(
         "auto",
         "Store the target's predictions at prompt positions too, which takes one lm_head over the prompt; "
         "`auto` does where that was measured, at start-up, to cost at most 3 % of the prompt's time. At "
         "generated tokens they are free, and always stored.",
         choices=("auto",),
     )
-    top_k: int = _setting(
+    top_k: int = setting(
         4,
         "Predictions stored per context position; each takes 8 bytes per KV-cache slot.",
         within=(1, MAX_TOP_K),
     )
-    verification: str = _setting(
+    verification: str = setting(
         "conditional",
-        "How draft tokens are accepted: `strict` changes nothing in the output; `conditional` also accepts "
-        "a token whose probability p under the target is at least max(floor, min(beta - alpha * H, max p)), "
-        "H being the target's entropy in nats.",
-        choices=("strict", "conditional"),
+        "How draft tokens are accepted: `strict` changes nothing in the output; the others also accept tokens that "
+        "the target finds likely enough (`conditional`, `typical`), or at which it is undecided and agrees with what "
+        "follows (`fly`), or whose loss a budget pays for (`budget`).",
+        choices=tuple(POLICIES),
         looser="other",
     )
-    alpha: float = _setting(
-        0.1,
-        "`conditional`: how much the bar falls per nat of entropy.",
-        within=ALPHA_RANGE,
-        rule="conditional",
-        looser="higher",
+    alpha: float = _parameter("conditional", "alpha", 0.1, "higher", "how much the bar falls per nat of entropy.")
+    beta: float = _parameter("conditional", "beta", 0.5, "lower", "the bar at no entropy.")
+    floor: float = _parameter("conditional", "floor", 0.3, "lower", _FLOOR)
+    typical_epsilon: float = _parameter("typical", "epsilon", 0.09, "lower", "the bar at no entropy.")
+    typical_delta: float = _parameter(
+        "typical", "delta", 0.3, "lower", "the bar as a share of exp(-H), where that is less than epsilon."
     )
-    beta: float = _setting(
-        0.5,
-        "`conditional`: the bar at no entropy.",
-        within=BETA_RANGE,
-        rule="conditional",
-        looser="lower",
+    typical_floor: float = _parameter("typical", "floor", 0.01, "lower", _FLOOR)
+    fly_window: int = _parameter(
+        "fly",
+        "window",
+        6,
+        "lower",
+        "how many draft tokens after a mismatch the target must agree with; `num_speculative_tokens` - 1 if that is "
+        "less.",
     )
-    floor: float = _setting(
-        0.3,
-        "`conditional`: the bar never falls under this probability.",
-        within=FLOOR_RANGE,
-        rule="conditional",
-        looser="lower",
+    fly_threshold: float = _parameter(
+        "fly", "threshold", 0.3, "lower", "nats of entropy, over the three likeliest tokens, from which it is undecided."
     )
-    relax_sampling: bool = _setting(
+    fly_floor: float = _parameter("fly", "floor", 0.01, "lower", _FLOOR)
+    budget_cap: float = _parameter("budget", "cap", 0.25, "higher", "the most nats of regret of an accepted token.")
+    budget_per_step: int = _parameter("budget", "per_step", 2, "higher", "the most relaxed tokens of a request in a step.")
+    budget_nats: float = _parameter(
+        "budget", "nats", 2.0, "higher", "nats that a request may lose in all, of regret or KL divergence; 0 is strict."
+    )
+    budget_kappa: float = _parameter(
+        "budget", "kappa", 0.02, "higher", "in sampled requests, the most nats of KL divergence at a position."
+    )
+    budget_floor: float = _parameter("budget", "floor", 0.01, "lower", _FLOOR)
+    relax_sampling: bool = setting(
         False,
-        "`conditional`: apply it to sampled requests (temperature > 0) too. It pulls their samples towards "
-        "the draft; by default they are verified strictly and keep the target's distribution.",
-        rule="conditional",
+        "Relax sampled requests (temperature > 0) too. It pulls their samples towards the draft; by default they are "
+        "verified strictly and keep the target's distribution.",
         looser="higher",
     )
-    allow_request_override: str = _setting(
+    relax_structured: bool = setting(
+        False,
+        "Relax requests with structured output too; by default what a grammar constrains is verified strictly.",
+        looser="higher",
+    )
+    relax_logprobs: bool = setting(
+        False,
+        "Relax requests that ask for log-probabilities of their output too; by default they are verified strictly.",
+        looser="higher",
+    )
+    collapse_guard: bool = setting(
+        True,
+        "Verify a request strictly for a while when its relaxed tokens come too close to each other, which is how a "
+        "model is led into copying.",
+        looser="lower",
+    )
+    guard_limit: float = setting(
+        1.4,
+        "Collapse guard: the most relaxed tokens within its memory.",
+        within=GUARD_LIMIT_RANGE,
+        looser="higher",
+    )
+    guard_memory: float = setting(
+        64.0,
+        "Collapse guard: tokens after which a relaxed token counts for 1/e.",
+        within=GUARD_MEMORY_RANGE,
+        looser="lower",
+    )
+    guard_cooldown: float = setting(
+        32.0,
+        "Collapse guard: tokens for which a request is strict.",
+        within=GUARD_COOLDOWN_RANGE,
+        looser="lower",
+    )
+    allow_request_override: str = setting(
         "stricter",
         "What a request may change for itself, of the keys marked here: `no` for nothing; `stricter` for "
         "`aasd_enabled`, and verification that accepts no more than the server's own; `any` for all of them.",
@@ -152,27 +185,6 @@ class Settings:
         return " ".join(f"{PREFIX}{name}={value}" for name, value in dataclasses.asdict(self).items())
 
 
-def refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> None:
-    """Raise the ValueError that names the first unknown key, what may have been meant, and what is known."""
-    for key in keys:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Unknown {kind} {key!r}.{hint} Known: {', '.join(sorted(known))}.")
-
-
-def allowed(field: dataclasses.Field) -> str:
-    """What a field of `Settings` accepts, in words."""
-    kinds = _kinds(field)
-    words = [repr(choice) for choice in field.metadata["choices"]]
-    if bool in kinds:
-        words += ["true", "false"]
-    elif field.metadata["within"]:
-        low, high = field.metadata["within"]
-        words.append(f"{'an integer' if int in kinds else 'a number'} from {low:g} to {high:g}")
-    return " or ".join(words)
-
-
 def settings_table() -> str:
     """The settings as a Markdown table, as the README holds it."""
     rows = ["| key | default | allowed | in a request | what it does |", "| --- | --- | --- | --- | --- |"]
@@ -182,26 +194,3 @@ def settings_table() -> str:
         key = f"`{PREFIX}{field.name}`"
         rows.append(f"| {key} | `{default}` | {allowed(field)} | {request} | {field.metadata['doc']} |")
     return "\n".join(rows)
-
-
-def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
-    return get_args(field.type) or (field.type,)
-
-
-def checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value of a field of `Settings`, as the type that it has.
-
-    Raises:
-        ValueError: it is of the wrong type or out of range; the text names the key, the value and what is allowed.
-    """
-    kinds = _kinds(field)
-    if type(value) is str and value in field.metadata["choices"]:
-        return value
-    if type(value) is bool and bool in kinds:
-        return value
-    # JSON writes 1.0 as 1.
-    if type(value) in (int, float) if float in kinds else type(value) is int and int in kinds:
-        low, high = field.metadata["within"]
-        if low <= value <= high:
-            return float(value) if float in kinds else value
-    raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")

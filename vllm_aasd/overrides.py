@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_aasd.config import PREFIX, Settings, checked, refuse_unknown
+from vllm_aasd.config import Settings
+from vllm_aasd.fields import PREFIX, checked, refuse_unknown
 
 _FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
 # vLLM's HTTP front end hands on true and false as 1 and 0.

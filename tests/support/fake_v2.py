@@ -67,7 +67,7 @@ class FakeRunner:
         self.prefill_len = np.zeros(max_num_reqs, np.int32)
         self.num_computed = np.zeros(max_num_reqs, np.int32)
         self.blocks = torch.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=torch.int32).view(max_num_reqs, -1)
-        self.num_scheduled = 0
+        self.num_scheduled = self.num_added = 0
         self.model = _Model()
         self.kv_caches: list[torch.Tensor] = []
         self.temperature = np.zeros(max_num_reqs, np.float32)
@@ -78,10 +78,12 @@ class FakeRunner:
         self.block_tables = SimpleNamespace(block_sizes=[BLOCK], block_tables=[SimpleNamespace(gpu=self.blocks)])
         self.execute_model_state = None
         self.counts = [0] * max_num_reqs
+        self.req_ids = {slot: f"whoever is in {slot}" for slot in range(max_num_reqs)}
         self.accepted: list[int] = []
         req_states = SimpleNamespace(
             max_num_reqs=max_num_reqs,
             max_seq_len=self.max_seq_len,
+            index_to_req_id=self.req_ids,
             all_token_ids=SimpleNamespace(gpu=self.tokens),
             total_len=SimpleNamespace(gpu=self.total_len),
         )
@@ -105,8 +107,10 @@ class FakeRunner:
         """As the runner's."""
         return self.model
 
-    def add(self, slot: int, prompt: list[int], max_tokens: int, params: Any) -> None:
-        """A request enters a slot, whoever was there before."""
+    def add(self, slot: int, prompt: list[int], max_tokens: int, params: Any, req_id: str | None = None) -> None:
+        """A request enters a slot, whoever was there before; without an id it is one that was never seen."""
+        self.num_added += 1
+        self.req_ids[slot] = req_id or f"request {self.num_added}"
         self.max_seq_len[slot] = len(prompt) + max_tokens
         self.prefill_len[slot], self.num_computed[slot] = len(prompt), 0
         self.tokens[slot, : len(prompt)] = torch.tensor(prompt)

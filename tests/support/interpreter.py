@@ -55,6 +55,13 @@ def backend_name(op: str) -> str:
     return backend(op, "cpu").__name__
 
 
+def verify_and_state(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """What `verify_seeded` gives, and the state that it leaves behind."""
+    from vllm_aasd.kernels.verify_seeded import verify_seeded
+
+    return verify_seeded(**arguments), arguments["policies"].state
+
+
 def _patch_language_once() -> None:
     """Spare the interpreter a third of its time: it looks through triton.language for what it has to replace
     not only at each launch but at each call of a device function, where nothing is left to replace."""

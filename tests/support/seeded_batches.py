@@ -2,7 +2,9 @@
 
 import torch
 
-from vllm_aasd.kernels.verify_seeded import VerifyPolicies
+from policy_tensors import GUARDS, PARAMETERS, RELAXED, STATES, policy_tensors
+
+from vllm_aasd.kernels.policies import CONDITIONAL, STRICT
 
 INF, NAN = float("inf"), float("nan")
 
@@ -13,8 +15,9 @@ def batch(rows, drafts, **given):
     Args:
         rows: per request a [num_drafts + 1, vocab_size] tensor or nested list; of no rows for an empty one.
         drafts: per request the drafts that all but its last row test.
-        **given: per request a `temperature` (default 0), `seed`, and the fields of `VerifyPolicies`; `stops`,
-            a list of ids per request; `num_speculative_steps`; `slots`, the slot of each request.
+        **given: per request a `temperature` (default 0), `seed`; `relaxed`, whether its rule is conditional, or
+            `rules`, its rule; what `policy_tensors` takes; `stops`, a list of ids per request;
+            `num_speculative_steps`; `slots`, the slot of each request.
     """
     rows = [torch.as_tensor(row) for row in rows]
     counts = [len(row) for row in rows]
@@ -44,14 +47,27 @@ def batch(rows, drafts, **given):
         "temperature": by_slot("temperature", 0.0),
         "seed": by_slot("seed", 0, torch.int64),
         "num_speculative_steps": given.get("num_speculative_steps", max(1, *counts, 1) - 1),
-        "policies": VerifyPolicies(
-            by_slot("relaxed", False, torch.bool),
-            by_slot("alpha", 0.1),
-            by_slot("beta", 0.5),
-            by_slot("floor", 0.1),
-        ),
+        "policies": _policies(slots.tolist(), max_num_reqs, given),
         "stop_token_ids": stop_token_ids,
     }
+
+
+def _policies(slots, max_num_reqs, given):
+    """By slot, from what is given by request; free slots have a rule, which nobody may look at, and all rows of the
+    state are shuffled."""
+    rules = given.get("rules", [CONDITIONAL if relaxed else STRICT for relaxed in given.get("relaxed", [False] * len(slots))])
+    names = {name for names in (*PARAMETERS.values(), GUARDS, STATES) for name in names}
+    values = {}
+    for name in names & set(given):
+        values[name] = [1.0] * max_num_reqs
+        for slot, value in zip(slots, torch.as_tensor(given[name]).tolist(), strict=True):
+            values[name][slot] = value
+    by_slot = [CONDITIONAL] * max_num_reqs
+    for slot, rule in zip(slots, rules, strict=True):
+        by_slot[slot] = rule
+    policies = policy_tensors(by_slot, **values)
+    order = torch.randperm(max_num_reqs, generator=torch.Generator().manual_seed(max_num_reqs))
+    return policies._replace(state_rows=order.int(), state=policies.state[order.argsort()].contiguous())
 
 
 def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
@@ -80,17 +96,31 @@ def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
     argmax = logits.float().argmax(-1)
     drafts = torch.where(pick < 6, argmax, torch.where(pick < 9, likely[:, 2], -1)).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    unit = torch.rand(4, num_reqs, generator=g)
+    unit = torch.rand(9, num_reqs, generator=g)
     arguments = batch(
         [logits[start : start + count] for start, count in zip(starts, counts, strict=False)],
         [drafts[start : start + count - 1] for start, count in zip(starts, counts, strict=False)],
         slots=torch.randperm(num_reqs + 3, generator=g)[:num_reqs],
         temperature=[0.0 if i % 3 == 0 else 0.5 + float(unit[0, i]) for i in range(num_reqs)],
         seed=torch.randint(-(2**62), 2**62, (num_reqs,), generator=g),
-        relaxed=torch.arange(num_reqs) % 5 != 2,
+        rules=[STRICT if i % 6 == 2 else RELAXED[(seed + i) % len(RELAXED)] for i in range(num_reqs)],
         alpha=unit[1] * 0.2,
         beta=unit[2] * 0.4,
         floor=0.005 + unit[3] * 0.05,
+        epsilon=0.3 * unit[1],
+        delta=unit[2],
+        window=1 + (unit[4] * 3).int(),
+        threshold=0.5 * unit[5],
+        cap=3 * unit[6],
+        per_step=1 + (unit[7] * 3).int(),
+        nats=3 * unit[8],
+        kappa=unit[6],
+        limit=1.2 + 2 * unit[7],
+        decay=0.5 + 0.5 * unit[5],
+        cooldown=(3 * unit[4]).int(),
+        spent=unit[1],
+        level=unit[2],
+        strict_left=[2 if i % 7 == 4 else 0 for i in range(num_reqs)],
         stops=torch.randint(-1, vocab_size, (num_reqs, 3), generator=g).tolist(),
         num_speculative_steps=max(1, *counts, 1) - 1,
     )

@@ -5,6 +5,7 @@ model. On the V2 model runner, which GPUs run by default, that is ``ngram_gpu``:
 has every request's tokens in device memory. On the V1 model runner it is ``custom_class``, which leads to our proposer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,8 @@ def _create(
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
-    ours.aasd = settings
+    longest_window = max(1, ours.num_speculative_tokens - 1)
+    ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
     if carrier == V1_CARRIER:
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_aasd.config import PREFIX, Settings
+from vllm_aasd.config import Settings
+from vllm_aasd.fields import PREFIX
 
 CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
 GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"

@@ -50,7 +50,11 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.core.sched.output", "NewRequestData", ("prompt_token_ids", "mm_features")),
     Members("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("mm_position",)),
     Members("vllm.multimodal.inputs", "PlaceholderRange", ("extract_embeds_range",)),
-    Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "extra_args", "max_tokens", "temperature")),
+    Members(
+        "vllm.sampling_params",
+        "SamplingParams",
+        ("all_stop_token_ids", "extra_args", "max_tokens", "num_logprobs", "structured_outputs", "temperature"),
+    ),
 )
 
 V1: tuple[Seam | Members, ...] = (
@@ -147,7 +151,11 @@ V2: tuple[Seam | Members, ...] = (
             "is_prefilling_np",
         ),
     ),
-    Members(f"{_V2}.states", "RequestState", ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs")),
+    Members(
+        f"{_V2}.states",
+        "RequestState",
+        ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs", "index_to_req_id"),
+    ),
     Members(f"{_V2}.block_table", "BlockTables", ("block_tables", "block_sizes")),
     Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states")),
     Members(f"{_V2}.sample.states", "SamplingStates", ("temperature",)),

@@ -15,8 +15,9 @@ from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_aasd.config import PREFIX, Settings
+from vllm_aasd.config import Settings
 from vllm_aasd.engine import seams
+from vllm_aasd.fields import PREFIX
 from vllm_aasd.overrides import with_overrides
 
 logger = logging.getLogger("vllm.aasd")

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from vllm.config import ModelConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
-from vllm_aasd.config import Settings
+from vllm_aasd.config import Settings, parameter_key
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.memory import MemoryFile, empty_memory
@@ -21,8 +22,8 @@ from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.mixture import Prior
-from vllm_aasd.verification.batch import Policy
-from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.verification.policy import CollapseGuard, Policy, RelaxedPolicy
+from vllm_aasd.verification.registry import POLICIES
 from vllm_aasd.verification.strict import StrictVerification
 
 logger = logging.getLogger("vllm.aasd")
@@ -36,13 +37,31 @@ _REPETITIONS = 3
 _MOST_TOKENS = 128
 
 
-def policy_of(settings: Settings) -> Policy:
-    """How the requests of a server are verified."""
-    if settings.verification == "conditional":
-        return ConditionalVerification(
-            settings.alpha, settings.beta, settings.floor, sampled=settings.relax_sampling
-        )
-    return StrictVerification()
+def policy_of(settings: Settings, params: SamplingParams | None = None) -> Policy:
+    """How a request is verified.
+
+    Args:
+        settings: the request's.
+        params: the request's; None for what holds of requests that ask for nothing special.
+
+    Returns:
+        The policy that the settings name; strict, unless they say otherwise, for requests whose output a grammar
+        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted.
+    """
+    if params is not None:
+        is_structured = params.structured_outputs is not None and not settings.relax_structured
+        has_logprobs = params.num_logprobs is not None and not settings.relax_logprobs
+        if is_structured or has_logprobs:
+            return StrictVerification()
+    policy = POLICIES[settings.verification]
+    if not issubclass(policy, RelaxedPolicy):
+        return policy()
+    guard = CollapseGuard(settings.guard_limit, settings.guard_memory, settings.guard_cooldown)
+    return policy(
+        **{name: getattr(settings, parameter_key(policy.name, name)) for name in (*policy.ranges, "floor")},
+        sampled=settings.relax_sampling,
+        collapse_guard=guard if settings.collapse_guard else None,
+    )
 
 
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:

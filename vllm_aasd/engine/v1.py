@@ -143,6 +143,7 @@ class AASDProposer:
             self._placeholders.learn(scheduled.scheduled_new_reqs)
         with self.faults.contained("requests"):
             self._requests.forget(scheduled.finished_req_ids)
+            self._verifier.forget(scheduled.finished_req_ids)
             if self._drafter is not None:
                 self._drafter.forget(scheduled.finished_req_ids)
 

@@ -9,7 +9,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.start_up import policy_of
-from vllm_aasd.verification.batch import Policy
+from vllm_aasd.verification.policy import Policy
 from vllm_aasd.verification.strict import StrictVerification
 
 
@@ -38,7 +38,6 @@ class V1Requests:
     def __init__(self, settings: Settings, faults: Faults) -> None:
         self._settings = settings
         self._faults = faults
-        self._server_policy = policy_of(settings)
         self._requests: dict[str, V1Request] = {}
         self._drafted: set[str] = set()
 
@@ -66,10 +65,9 @@ class V1Requests:
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> None:
         settings = settings_of(params, self._settings)
-        policy = self._server_policy if settings is self._settings else policy_of(settings)
         stop_token_ids = sorted(params.all_stop_token_ids) if params else []
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
-        self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded)
+        self._requests[req_id] = V1Request(policy_of(settings, params), stop_token_ids, is_seeded)
         if settings.enabled:
             self._drafted.add(req_id)
 

@@ -7,7 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -47,6 +47,10 @@ class V1Verifier:
     def begin_step(self, req_ids: list[str]) -> None:
         """Take in which requests the batch holds, in the order of its rows."""
         self._req_ids = req_ids
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what is remembered of requests that have ended; unknown ones are passed over."""
+        self._policies.forget(req_ids)
 
     @property
     def is_on(self) -> bool:
@@ -91,7 +95,10 @@ class V1Verifier:
             )
         requests = [self._requests[req_id] for req_id in self._req_ids]
         policies, stop_token_ids = self._policies.fill(
-            [request.policy for request in requests], [request.stop_token_ids for request in requests], is_greedy
+            self._req_ids,
+            [request.policy for request in requests],
+            [request.stop_token_ids for request in requests],
+            is_greedy,
         )
         result = verify_op.verify(
             draft_token_ids,

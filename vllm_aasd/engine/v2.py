@@ -69,7 +69,14 @@ class AASDSpeculator(BaseSpeculator):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
-        self.requests = RequestSlots(settings, req_states.max_seq_len, vllm_config.model_config, self.faults)
+        self.requests = RequestSlots(
+            settings,
+            req_states.index_to_req_id,
+            req_states.max_seq_len,
+            vllm_config.model_config,
+            device,
+            self.faults,
+        )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
@@ -151,9 +158,10 @@ class AASDSpeculator(BaseSpeculator):
         """Nothing to time: what a draft costs is the device's to know, and it isn't asked."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Learn what stands for images in new requests; nothing is to be dropped, as slots are written anew."""
+        """Learn what stands for images in new requests, and drop what the verifier remembers of ended ones."""
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
+            self.requests.forget(scheduled.finished_req_ids)
 
     def clear_memory(self) -> None:
         """Nothing to unlearn: no request is remembered beyond its slot."""

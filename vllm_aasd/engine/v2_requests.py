@@ -1,5 +1,7 @@
 """What the V2 model runner's kernels must know of each request, by its slot in the runner's state."""
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 from vllm.config import ModelConfig
@@ -11,10 +13,11 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.start_up import policy_of
-from vllm_aasd.kernels.verify_seeded import VerifyPolicies
-from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.kernels.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.verification.states import RequestStates
 
 _NO_TOKEN = -1
+_NO_ROW = -1
 
 
 class RequestSlots(LogitsProcessor):
@@ -25,29 +28,41 @@ class RequestSlots(LogitsProcessor):
     `UvaBackedTensor` is what vLLM keeps its own sampling parameters in: a step that is still running goes on
     reading the values that it was launched with while the host prepares the next.
 
+    What is remembered of a request (`RequestStates`) goes by its id, so that it survives preemption, which takes the
+    slot away; a slot only says where it is.
+
     Args:
         settings: the server's; a request's own options may change some of them for it.
+        req_ids: the runner's: the id of the request in each slot.
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
         model_config: has the number of tokens that the model takes, which vLLM may still lower to fit the memory.
+        device: where the verifier runs.
         faults: of the worker.
     """
 
     def __init__(
-        self, settings: Settings, max_seq_len: np.ndarray, model_config: ModelConfig, faults: Faults
+        self,
+        settings: Settings,
+        req_ids: Mapping[int, str],
+        max_seq_len: np.ndarray,
+        model_config: ModelConfig,
+        device: torch.device,
+        faults: Faults,
     ) -> None:
         self._settings = settings
+        self._req_ids = req_ids
         self._faults = faults
         self._max_seq_len = max_seq_len
         self._model_config = model_config
         max_num_reqs = len(max_seq_len)
-        self._relaxed = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        self._rule = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._parameters = UvaBackedTensor((max_num_reqs, NUM_PARAMETERS), dtype=torch.float32)
+        self._state_rows = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._states = RequestStates(max_num_reqs, device)
         self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self._stop_token_ids = self._wide(max_num_reqs, 4)
         self._retired: list[UvaBackedTensor] = []
         self._changed = True
-        self._alpha, self._beta, self._floor = (
-            UvaBackedTensor(max_num_reqs, dtype=torch.float32) for _ in range(3)
-        )
 
     @staticmethod
     def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
@@ -58,7 +73,7 @@ class RequestSlots(LogitsProcessor):
     @property
     def policies(self) -> VerifyPolicies:
         """By slot; to be asked for at every step."""
-        return VerifyPolicies(self._relaxed.gpu, self._alpha.gpu, self._beta.gpu, self._floor.gpu)
+        return VerifyPolicies(self._rule.gpu, self._parameters.gpu, self._state_rows.gpu, self._states.state)
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
@@ -74,7 +89,7 @@ class RequestSlots(LogitsProcessor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take in who has entered a slot."""
         # What holds if the rest fails.
-        self._relaxed.np[req_idx], self._max_len.np[req_idx] = False, 0
+        self._rule.np[req_idx], self._state_rows.np[req_idx], self._max_len.np[req_idx] = STRICT, _NO_ROW, 0
         self._changed = True
         if not self._faults.is_off("requests"):
             with self._faults.contained("requests", shared=True):
@@ -83,10 +98,6 @@ class RequestSlots(LogitsProcessor):
 
     def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
         settings = settings_of(sampling_params, self._settings)
-        policy = policy_of(settings)
-        if isinstance(policy, ConditionalVerification):
-            self._alpha.np[req_idx], self._beta.np[req_idx] = policy.alpha, policy.beta
-            self._floor.np[req_idx] = policy.floor
         stop_token_ids = sorted(sampling_params.all_stop_token_ids)
         width = self._stop_token_ids.np.shape[1]
         if len(stop_token_ids) > width:
@@ -98,9 +109,17 @@ class RequestSlots(LogitsProcessor):
             self._stop_token_ids = wider
         self._stop_token_ids.np[req_idx] = _NO_TOKEN
         self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
-        self._relaxed.np[req_idx] = policy.relaxes(is_greedy=sampling_params.temperature == 0.0)
+        policy = policy_of(settings, sampling_params)
+        if policy.relaxes(is_greedy=sampling_params.temperature == 0.0):
+            self._parameters.np[req_idx] = policy.parameters()
+            self._state_rows.np[req_idx] = self._states.row_of(self._req_ids[req_idx])
+            self._rule.np[req_idx] = policy.rule
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         self._max_len.np[req_idx] = longest if settings.enabled else 0
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what is remembered of requests that have ended."""
+        self._states.forget(req_ids)
 
     @property
     def is_current(self) -> bool:
@@ -111,9 +130,9 @@ class RequestSlots(LogitsProcessor):
         """Let the device see what was taken in since the last step."""
         if not self._changed:
             return
-        bar = (self._alpha, self._beta, self._floor)
+        policies = (self._rule, self._parameters, self._state_rows)
         with self._faults.contained("requests", shared=True):
-            for tensor in (self._relaxed, *bar, self._max_len, self._stop_token_ids):
+            for tensor in (*policies, self._max_len, self._stop_token_ids):
                 tensor.copy_to_uva()
             self._changed = False
 

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+from vllm_aasd.kernels.policies import STRICT
+from vllm_aasd.verification.policy import Policy
+
 
 @dataclass(frozen=True)
-class StrictVerification:
+class StrictVerification(Policy):
     """Accept what the target itself would have emitted.
 
     Greedy requests: a draft token is accepted iff it is the target's argmax, so the output is that of greedy
@@ -16,7 +19,4 @@ class StrictVerification:
     """
 
     name = "strict"
-
-    def relaxes(self, is_greedy: bool) -> bool:
-        """Whether requests of a kind (greedy, or sampled) may get tokens that aren't strictly the target's."""
-        return False
+    rule = STRICT
