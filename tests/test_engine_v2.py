@@ -9,7 +9,7 @@ from engines import greedy, run_engine, token_ids
 from prompts import real_prompts
 
 from vllm_aasd.kernels import verify_seeded_reference
-from vllm_aasd.kernels.verify_seeded import VerifyPolicies
+from vllm_aasd.kernels.policies import VerifyPolicies
 
 pytestmark = pytest.mark.engine
 
