@@ -15,16 +15,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+from vllm_aasd.kernels.mixture import Prior
 
-from benchmarks import replay, results, statistics, traces
-from benchmarks.data import DataError
+from benchmarks import replay, results, traces
 from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, PRICES, load_prior
 from benchmarks.engine import EngineError
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.tuning import statistics
+from vllm_aasd.tuning.json_lines import DataError
 
 
 class Stage(NamedTuple):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 
-from benchmarks.tasks import Task
+from vllm_aasd.tuning.tasks import Task
 
 LIBRARY = pathlib.Path(json.__file__).parents[1]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import statistics, steps
+from benchmarks import steps
+from vllm_aasd.tuning import statistics
 
 MEAN = "geometric mean"
 

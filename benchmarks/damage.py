@@ -16,9 +16,10 @@ import argparse
 import json
 from typing import Any
 
-from benchmarks import results, statistics, steps, workload
+from benchmarks import results, steps, workload
 from benchmarks.acceptance import compare
 from benchmarks.methods import METHODS, NEAR_TIE, label
+from vllm_aasd.tuning import statistics
 
 UNGUARDED = {"aasd_collapse_guard": False}
 REIMPLEMENTATION = {"aasd_verification": "conditional", "aasd_alpha": 0.1, "aasd_beta": 0.1, "aasd_floor": 1e-4}

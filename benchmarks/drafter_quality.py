@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 import numpy as np
+from vllm_aasd.kernels.mixture import MixtureWeights, Prior
 
 from benchmarks import replay, results
-from benchmarks.data import DataError
 from benchmarks.engine import EngineError
 from benchmarks.fitting_tasks import fitting_tasks
 from benchmarks.traces import add_arguments, measured_tasks, recorded
@@ -24,7 +24,7 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.kernels.mixture import MixtureWeights, Prior
+from vllm_aasd.tuning.json_lines import DataError
 
 PRICES = (0.04, 0.12, 0.33)
 """What a draft token adds to a step, measured at one request, in between, and at sixteen (`algorithm.md`)."""

@@ -20,12 +20,12 @@ import pathlib
 import sys
 
 from benchmarks import methods, results
-from benchmarks.data import DataError
 from benchmarks.end_to_end_report import report
 from benchmarks.end_to_end_run import compare
 from benchmarks.engine import EngineError
 from benchmarks.exactness import failed
 from benchmarks.methods import METHODS, NEAR_TIE
+from vllm_aasd.tuning.json_lines import DataError
 
 QUICK = {
     "builtin": True,

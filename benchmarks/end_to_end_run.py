@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks import comparison, methods, resume, results, rounds
+from benchmarks import comparison, methods, results, resume, rounds
 from benchmarks.builtin import builtin_tasks
-from benchmarks.data import DataError
 from benchmarks.engine import Engine, progress_line
 from benchmarks.exactness import common_prefix, failed, first_difference, gaps, verdict
 from benchmarks.methods import NEAR_TIE
-from benchmarks.prompts import load_tokenizer, tokenise
-from benchmarks.scores import score
-from benchmarks.tasks import Task, by_category, read_tasks
+from vllm_aasd.tuning.json_lines import DataError
+from vllm_aasd.tuning.prompts import load_tokenizer, tokenise
+from vllm_aasd.tuning.scores import score
+from vllm_aasd.tuning.tasks import Task, by_category, read_tasks
 
 Prompts = Mapping[str, list[list[int]]]
 """Token ids, by category."""

@@ -20,9 +20,9 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+from vllm_aasd.kernels.mixture import Prior
 
 from benchmarks import measured_curve, projection_report, replay, results, traces
-from benchmarks.data import DataError
 from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, load_prior
 from benchmarks.engine import EngineError, progress_line
 from benchmarks.ngram import NgramDrafter
@@ -36,7 +36,7 @@ from benchmarks.roofline import (
 )
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
-from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.tuning.json_lines import DataError
 
 TARGETS = (
     Target("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256),

@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import methods, results, resume, serving_report, statistics, traces
-from benchmarks.data import DataError
+from benchmarks import methods, results, resume, serving_report, traces
 from benchmarks.engine import progress_line
 from benchmarks.methods import METHODS
-from benchmarks.prompts import load_tokenizer
 from benchmarks.server import Server, ServerError, SpecCounters, vllm_command
-from benchmarks.tasks import Task
+from vllm_aasd.tuning import statistics
+from vllm_aasd.tuning.json_lines import DataError
+from vllm_aasd.tuning.prompts import load_tokenizer
+from vllm_aasd.tuning.tasks import Task
 
 WARM_UP_REQUESTS = 4
 

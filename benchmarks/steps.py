@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.statistics import stratified_ratio
+from vllm_aasd.tuning.statistics import stratified_ratio
 
 
 class Counts(NamedTuple):

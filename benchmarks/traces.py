@@ -16,9 +16,9 @@ from benchmarks import replay, results
 from benchmarks.end_to_end_run import read_all
 from benchmarks.engine import Engine
 from benchmarks.methods import NEAR_TIE
-from benchmarks.prompts import load_tokenizer, tokenise
-from benchmarks.tasks import Task, by_category
 from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.tuning.prompts import load_tokenizer, tokenise
+from vllm_aasd.tuning.tasks import Task, by_category
 
 FOLDER = results.ROOT / ".bench"
 

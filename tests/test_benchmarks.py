@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Behind what is installed, and only for these imports: the root also holds `kernels`, a name that
 # transformers looks for.
 sys.path.append(str(ROOT))
-from benchmarks import acceptance, data, demo, methods, results, server, statistics, steps  # noqa: E402
+from benchmarks import acceptance, data, demo, methods, results, server, steps  # noqa: E402
+from vllm_aasd.tuning import statistics  # noqa: E402
 
 sys.path.remove(str(ROOT))
 

@@ -20,13 +20,10 @@ from benchmarks import (  # noqa: E402
     end_to_end_report,
     exactness,
     methods,
-    prompts,
     resume,
     rounds,
-    scores,
-    statistics,
-    tasks,
 )
+from vllm_aasd.tuning import prompts, scores, statistics, tasks  # noqa: E402
 
 sys.path.remove(str(ROOT))
 

@@ -154,7 +154,7 @@ def test_a_request_that_wants_no_speculation_has_nothing_drafted(client, server)
         ({"aasd_floor": 2}, "aasd_floor=2 is not allowed: it takes a number from 0.0001 to 1."),
         ({"aasd_floor": "0.5"}, "aasd_floor='0.5' is not allowed: it takes a number from 0.0001 to 1."),
         ({"aasd_enabled": "maybe"}, "aasd_enabled='maybe' is not allowed: it takes true or false."),
-        ({"aasd_verification": [1]}, "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional'."),
+        ({"aasd_verification": [1]}, "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional' or 'typical' or 'fly' or 'budget'."),
         ({"aasd_verifcation": "strict"}, "Did you mean 'aasd_verification'?"),
         ({"aasd_top_k": 2}, "Unknown request option 'aasd_top_k'."),
         ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with aasd_verification='conditional'."),

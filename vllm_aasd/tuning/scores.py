@@ -5,7 +5,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.statistics import lcs_length, num_copied, rouge_l
+from vllm_aasd.tuning.statistics import lcs_length, num_copied, rouge_l
 
 COPIED_SPAN = 8
 

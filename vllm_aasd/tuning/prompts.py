@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.tasks import Task
+from vllm_aasd.tuning.tasks import Task
 
 
 def load_tokenizer(model: str) -> Any:
@@ -58,7 +58,7 @@ def _framed(tokenizer: Any, task: Task) -> tuple[str, Callable[[str], list[int]]
 
     def in_chat(text: str) -> list[int]:
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            [*task.conversation, {"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
 
     return task.text, in_chat

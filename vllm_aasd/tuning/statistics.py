@@ -136,3 +136,16 @@ def with_interval(values: np.ndarray) -> dict[str, float | None]:
         "low": None if low is None else float(low),
         "high": None if high is None else float(high),
     }
+
+
+def stratified_difference(
+    ours: Sequence[float], theirs: Sequence[float], groups: Sequence[str], seed: int = 0
+) -> dict[str, float | None]:
+    """The mean over groups of the mean difference of two figures of the same questions, with a bootstrap interval.
+
+    Args:
+        ours, theirs: ``[n]``, one entry per question.
+        groups, seed: see `stratified_ratio`.
+    """
+    differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    return with_interval(_stratified(differences, np.ones(len(differences)), groups, seed))

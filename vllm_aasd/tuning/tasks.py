@@ -1,10 +1,11 @@
 """Tasks of any of the data formats, and their choice by category."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.data import DataError, parse_question, read_lines
+from vllm_aasd.tuning.json_lines import DataError, read_lines
+from vllm_aasd.tuning.spec_bench import parse_question
 
 _SCORES = {"summarization": "rouge_l", "math_reasoning": "last_number"}
 
@@ -15,10 +16,11 @@ class Task(NamedTuple):
     Attributes:
         task_id: unique within its category.
         category: it counts under this one.
-        text: the user's message.
+        text: the user's message; the last of them where there is a conversation.
         raw: what a model without a chat template is to go on with; None for ``text``.
-        score: see `benchmarks.scores.SCORES`; None for no score.
+        score: see `vllm_aasd.tuning.scores.SCORES`; None for no score.
         reference: what the score compares with; None where that is the first method's answer, or nothing.
+        conversation: the messages before, each with ``role`` and ``content``.
     """
 
     task_id: str
@@ -27,6 +29,7 @@ class Task(NamedTuple):
     raw: str | None = None
     score: str | None = None
     reference: str | None = None
+    conversation: tuple[Mapping[str, str], ...] = ()
 
 
 def read_tasks(path: pathlib.Path) -> list[Task]:
@@ -35,7 +38,8 @@ def read_tasks(path: pathlib.Path) -> list[Task]:
     - Spec-Bench: ``question_id``, ``category``, ``turns``, perhaps ``reference``;
     - HotpotQA with its passages: ``question``, ``answer``, ``context`` (a list of ``{"title", "text"}``, or
       of ``[title, [sentence, ...]]`` as HotpotQA itself has it), perhaps ``id`` or ``_id``;
-    - any: ``prompt``, perhaps ``category`` (by default the file's name).
+    - any: ``prompt``, or ``messages`` as of the OpenAI API (texts only), perhaps ``category`` (by default the file's
+      name) and ``reference``, which the answer is to hold.
 
     Raises:
         DataError: for a line in none of them, for an id that comes twice, and for a file without tasks.
@@ -95,15 +99,29 @@ def _parsed(value: dict[str, Any], name: str, number: int) -> Task:
         return _spec_bench(value)
     if "question" in value and "context" in value:
         return _hotpotqa(value, number)
-    if "prompt" in value:
-        prompt, category = _text(value, "prompt"), value.get("category", name)
-        if not isinstance(category, str):
-            raise ValueError(f"'category' must be a string, and is {category!r}")
-        return Task(str(value.get("id", number)), category, prompt, prompt)
+    if "prompt" in value or "messages" in value:
+        return _any(value, name, number)
     raise ValueError(
-        "neither 'turns' (Spec-Bench), nor 'question' and 'context' (HotpotQA), nor 'prompt' is there, but "
-        + ", ".join(map(repr, value))
+        "neither 'turns' (Spec-Bench), nor 'question' and 'context' (HotpotQA), nor 'prompt', nor 'messages' is there, "
+        "but " + ", ".join(map(repr, value))
     )
+
+
+def _any(value: dict[str, Any], name: str, number: int) -> Task:
+    category = value.get("category", name)
+    if not isinstance(category, str):
+        raise ValueError(f"'category' must be a string, and is {category!r}")
+    reference = _text(value, "reference") if value.get("reference") is not None else None
+    judged = {"score": None if reference is None else "answer", "reference": reference}
+    task_id = str(value.get("id", number))
+    if "messages" not in value:
+        prompt = _text(value, "prompt")
+        return Task(task_id, category, prompt, prompt, **judged)
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(f"'messages' must be a list of objects with 'role' and 'content', and is {messages!r:.80}")
+    conversation = [{key: _text(message, key) for key in ("role", "content")} for message in messages]
+    return Task(task_id, category, conversation[-1]["content"], **judged, conversation=tuple(conversation[:-1]))
 
 
 def _spec_bench(value: dict[str, Any]) -> Task:
