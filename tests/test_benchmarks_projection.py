@@ -13,9 +13,9 @@ from benchmarks import (
     projection_report,
     replay,
     roofline,
-    statistics,
     traces,
 )
+from vllm_aasd.tuning import statistics
 from benchmarks.ngram import NgramDrafter
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.kernels.mixture import Prior
