@@ -3,6 +3,7 @@
 What is counted
     For each request of a step with d draft tokens, of which a were accepted, into one vector of float64, `totals`:
 
+    - 1 where the budget of its policy ran out, and 1 where the collapse guard engaged;
     - its drafts (1 if d > 0), d, a, the tokens accepted only thanks to a relaxed policy, and their regret in nats;
     - 1 under the draft length d, so that lengths make a histogram;
     - how far the *survival* held that was promised of each draft token (see `vllm_aasd.drafting`): by tenths of it,
@@ -24,6 +25,8 @@ from vllm_aasd.kernels.count_reference import (
     ACCEPTED,
     DRAFT_TOKENS,
     DRAFTS,
+    EXHAUSTED,
+    GUARDED,
     LENGTHS,
     MAX_DRAFT_TOKENS,
     REGRET,
@@ -40,6 +43,8 @@ __all__ = [
     "ACCEPTED",
     "DRAFTS",
     "DRAFT_TOKENS",
+    "EXHAUSTED",
+    "GUARDED",
     "LENGTHS",
     "MAX_DRAFT_TOKENS",
     "REGRET",
@@ -64,6 +69,8 @@ def count_drafts(
     survival: torch.Tensor,
     relaxed: torch.Tensor,
     regret: torch.Tensor,
+    exhausted: torch.Tensor,
+    guarded: torch.Tensor,
 ) -> None:
     """Add one step to the totals, without a word to the host; the module's docstring says what is counted.
 
@@ -79,6 +86,9 @@ def count_drafts(
             was, and so for a draft token beyond K.
         relaxed: [num_rows] bool, by the row that tested the draft: `first_draft` rows before the draft's.
         regret: [num_rows] float32, nats, likewise.
+        exhausted: [num_reqs] bool, whether the budget of a request's policy ran out in this step; [0] for policies
+            without one.
+        guarded: [num_reqs] bool, whether the collapse guard engaged in this step; [0] where there is none.
 
     Raises:
         ValueError: an argument has a wrong shape or dtype. Values are not checked; a request has at most
@@ -98,8 +108,21 @@ def count_drafts(
     check_dtype("relaxed", relaxed, torch.bool)
     check_shape("regret", regret, (num_rows,))
     check_dtype("regret", regret, torch.float32)
+    for name, events in (("exhausted", exhausted), ("guarded", guarded)):
+        check_shape(name, events, (num_reqs,) if events.shape[0] else (0,))
+        check_dtype(name, events, torch.bool)
     if first_draft not in (0, 1):
         raise ValueError(f"first_draft is {first_draft}, must be 0 or 1")
     backend("count", totals.device.type).count_drafts(
-        totals, draft_token_ids, cu_num_rows, first_draft, num_emitted, idx_mapping, survival, relaxed, regret
+        totals,
+        draft_token_ids,
+        cu_num_rows,
+        first_draft,
+        num_emitted,
+        idx_mapping,
+        survival,
+        relaxed,
+        regret,
+        exhausted,
+        guarded,
     )

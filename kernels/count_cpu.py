@@ -8,6 +8,8 @@ from vllm_aasd.kernels.count_reference import (
     ACCEPTED,
     DRAFT_TOKENS,
     DRAFTS,
+    EXHAUSTED,
+    GUARDED,
     LENGTHS,
     REGRET,
     RELAXED,
@@ -20,9 +22,23 @@ from vllm_aasd.kernels.count_reference import (
 
 @compiled
 def count_arrays(
-    totals, draft_token_ids, cu_num_rows, first_draft, num_emitted, idx_mapping, survival, relaxed, regret
+    totals,
+    draft_token_ids,
+    cu_num_rows,
+    first_draft,
+    num_emitted,
+    idx_mapping,
+    survival,
+    relaxed,
+    regret,
+    exhausted,
+    guarded,
 ):
     """The op on numpy arrays, for who has them: tensors cost ten times as much to hand over as this takes."""
+    for req in range(exhausted.size):
+        totals[EXHAUSTED] += exhausted[req]
+    for req in range(guarded.size):
+        totals[GUARDED] += guarded[req]
     for req in range(num_emitted.size):
         start = cu_num_rows[req]
         length = 0
@@ -58,6 +74,8 @@ def count_drafts(
     survival: torch.Tensor,
     relaxed: torch.Tensor,
     regret: torch.Tensor,
+    exhausted: torch.Tensor,
+    guarded: torch.Tensor,
 ) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
     count_arrays(
@@ -70,4 +88,6 @@ def count_drafts(
         survival.numpy(),
         relaxed.numpy(),
         regret.numpy(),
+        exhausted.numpy(),
+        guarded.numpy(),
     )

@@ -11,8 +11,8 @@ SURVIVAL_BINS = 10
 UNPROMISED = -1.0
 """Stands in the place of a survival that nobody promised: such a token says nothing of calibration."""
 
-DRAFTS, DRAFT_TOKENS, ACCEPTED, RELAXED, REGRET = range(5)
-LENGTHS = 5
+DRAFTS, DRAFT_TOKENS, ACCEPTED, RELAXED, REGRET, EXHAUSTED, GUARDED = range(7)
+LENGTHS = 7
 """First of MAX_DRAFT_TOKENS places: the drafts of 1, 2, ... tokens."""
 SURVIVAL_TOKENS = LENGTHS + MAX_DRAFT_TOKENS
 SURVIVAL_PROMISED = SURVIVAL_TOKENS + SURVIVAL_BINS
@@ -30,8 +30,12 @@ def count_drafts(
     survival: torch.Tensor,
     relaxed: torch.Tensor,
     regret: torch.Tensor,
+    exhausted: torch.Tensor,
+    guarded: torch.Tensor,
 ) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
+    totals[EXHAUSTED] += exhausted.sum()
+    totals[GUARDED] += guarded.sum()
     bounds = cu_num_rows.tolist()
     for req, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         drafts = draft_token_ids[start + first_draft : end]

@@ -21,6 +21,8 @@ def count_kernel(
     survival_stride,
     relaxed_ptr,  # [num_rows]
     regret_ptr,  # [num_rows]
+    exhausted_ptr,  # [num_reqs] or [0]
+    guarded_ptr,  # [num_reqs] or [0]
     num_reqs,
     num_columns,
     FIRST_DRAFT: tl.constexpr,
@@ -29,6 +31,8 @@ def count_kernel(
     ACCEPTED: tl.constexpr,
     RELAXED: tl.constexpr,
     REGRET: tl.constexpr,
+    EXHAUSTED: tl.constexpr,
+    GUARDED: tl.constexpr,
     LENGTHS: tl.constexpr,
     SURVIVAL_BINS: tl.constexpr,
     SURVIVAL_TOKENS: tl.constexpr,
@@ -36,6 +40,8 @@ def count_kernel(
     SURVIVAL_ACCEPTED: tl.constexpr,
     REQUESTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_BUDGETS: tl.constexpr,
+    HAS_GUARDS: tl.constexpr,
 ):
     """Add a few requests to the totals; see `vllm_aasd.kernels.count`."""
     reqs = tl.program_id(0) * REQUESTS + tl.arange(0, REQUESTS)
@@ -60,6 +66,12 @@ def count_kernel(
     tl.atomic_add(totals_ptr + ACCEPTED, tl.sum(accepted).to(tl.float64))
     tl.atomic_add(totals_ptr + RELAXED, tl.sum(tl.sum(relaxed, axis=1)).to(tl.float64))
     tl.atomic_add(totals_ptr + REGRET, tl.sum(tl.sum(regret, axis=1)))
+    if HAS_BUDGETS:
+        exhausted = tl.load(exhausted_ptr + reqs, mask=present, other=0).to(tl.int32)
+        tl.atomic_add(totals_ptr + EXHAUSTED, tl.sum(exhausted).to(tl.float64))
+    if HAS_GUARDS:
+        guarded = tl.load(guarded_ptr + reqs, mask=present, other=0).to(tl.int32)
+        tl.atomic_add(totals_ptr + GUARDED, tl.sum(guarded).to(tl.float64))
     ones = tl.full([REQUESTS], 1.0, tl.float64)
     tl.atomic_add(totals_ptr + LENGTHS + lengths - 1, ones, mask=lengths > 0)
 
@@ -85,6 +97,8 @@ def count_drafts(
     survival: torch.Tensor,
     relaxed: torch.Tensor,
     regret: torch.Tensor,
+    exhausted: torch.Tensor,
+    guarded: torch.Tensor,
 ) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
     num_reqs, num_columns = len(num_emitted), survival.shape[1]
@@ -100,6 +114,8 @@ def count_drafts(
         survival.stride(0),
         relaxed,
         regret,
+        exhausted,
+        guarded,
         num_reqs,
         num_columns,
         FIRST_DRAFT=first_draft,
@@ -108,6 +124,8 @@ def count_drafts(
         ACCEPTED=places.ACCEPTED,
         RELAXED=places.RELAXED,
         REGRET=places.REGRET,
+        EXHAUSTED=places.EXHAUSTED,
+        GUARDED=places.GUARDED,
         LENGTHS=places.LENGTHS,
         SURVIVAL_BINS=places.SURVIVAL_BINS,
         SURVIVAL_TOKENS=places.SURVIVAL_TOKENS,
@@ -115,5 +133,7 @@ def count_drafts(
         SURVIVAL_ACCEPTED=places.SURVIVAL_ACCEPTED,
         REQUESTS=REQUESTS,
         COLUMNS=triton.next_power_of_2(num_columns),
+        HAS_BUDGETS=len(exhausted) > 0,
+        HAS_GUARDS=len(guarded) > 0,
         num_warps=4,
     )

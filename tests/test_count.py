@@ -32,7 +32,9 @@ def batch(seed, num_reqs, first_draft, id_dtype=torch.int32):
     survival[(survival > 0.6) & (survival < 0.7)] = count.UNPROMISED
     slots = torch.randperm(num_reqs + 3, generator=g)[:num_reqs]
     regret = torch.where(relaxed, torch.rand(len(ids), generator=g), 0.0)
-    return ids, cu.to(id_dtype), first_draft, (accepted + 1).to(torch.int32), slots, survival, relaxed, regret
+    events = [torch.rand(num_reqs if seed % 2 else 0, generator=g) < 0.3 for _ in range(2)]
+    emitted = (accepted + 1).to(torch.int32)
+    return ids, cu.to(id_dtype), first_draft, emitted, slots, survival, relaxed, regret, *events
 
 
 def totals(op, *step):
@@ -49,14 +51,16 @@ def test_the_compiled_loop_counts_as_the_twin(seed, num_reqs, first_draft):
 
 
 @pytest.mark.parametrize("first_draft", [0, 1])
-@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50])
+@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50, 51])
 def test_the_triton_kernel_counts_as_the_twin(interpreter, num_reqs, first_draft):
     step = batch(num_reqs, num_reqs, first_draft, torch.int64)
     want = totals(count_reference.count_drafts, *step)
     counted = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
     _, after = interpreter.run("vllm_aasd.kernels.count_triton:count_drafts", counted, *step)
     torch.testing.assert_close(after[0] - 0.5, want)
-    assert num_reqs < 50 or all(want[place] > 0 for place in range(count.LENGTHS + WIDTH))
+    expected = [place for place in range(count.LENGTHS + WIDTH) if place not in (count.EXHAUSTED, count.GUARDED)]
+    assert num_reqs < 50 or all(want[place] > 0 for place in expected)
+    assert num_reqs < 51 or want[count.EXHAUSTED] > 0 < want[count.GUARDED]
 
 
 def test_one_draft_by_hand():
@@ -69,11 +73,14 @@ def test_one_draft_by_hand():
         torch.tensor([[0.9, 0.9, 0.9], [1.0, 0.45, 0.4]]),
         torch.tensor([False, True, True, True]),
         torch.tensor([0.0, 0.25, 0.5, 0.5]),
+        torch.tensor([False, True]),
+        torch.tensor([True, True]),
     )
     got = totals(count.count_drafts, *step)
     want = torch.zeros(count.SIZE, dtype=torch.float64)
     want[count.DRAFTS], want[count.DRAFT_TOKENS], want[count.ACCEPTED] = 1, 3, 2
     want[count.RELAXED], want[count.REGRET], want[count.LENGTHS + 2] = 1, 0.25, 1
+    want[count.EXHAUSTED], want[count.GUARDED] = 1, 2
     want[count.SURVIVAL_TOKENS + 9] = want[count.SURVIVAL_PROMISED + 9] = want[count.SURVIVAL_ACCEPTED + 9] = 1
     want[count.SURVIVAL_TOKENS + 4], want[count.SURVIVAL_PROMISED + 4] = 2, 0.85
     want[count.SURVIVAL_ACCEPTED + 4] = 1

@@ -41,7 +41,7 @@ class AlignmentView(NamedTuple):
     block_size: int
 
 
-_NOTHING = np.empty(0, np.float32)
+NOTHING_PROMISED = np.empty(0, np.float32)
 
 NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 1)
 
@@ -54,7 +54,7 @@ class _Request:
     def __init__(self, index: SuffixIndex) -> None:
         self.index = index
         self.trust = Trust()
-        self.promised = _NOTHING
+        self.promised = NOTHING_PROMISED
 
 
 class Drafter:
@@ -151,7 +151,7 @@ class Drafter:
     def promised(self, request_id: str) -> np.ndarray:
         """The survival that was promised of the request's last draft, ``[n]`` float32; empty if there was none."""
         request = self._requests.get(request_id)
-        return request.promised if request is not None else _NOTHING
+        return request.promised if request is not None else NOTHING_PROMISED
 
     def verified(self, request_id: str, num_draft_tokens: int, num_accepted: int) -> None:
         """Learn what became of a request's last draft; unknown requests are passed over.
