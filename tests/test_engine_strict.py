@@ -43,6 +43,21 @@ def test_forty_real_prompts_eight_at_once(plain, speculated):
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
+def test_the_figures_are_to_be_had_offline_and_agree_with_vllms(plain, speculated):
+    drafted, accepted = drafted_and_accepted(speculated)
+    ours = speculated["metrics"]
+    assert (ours["aasd:draft_tokens"], ours["aasd:accepted_tokens"]) == (drafted, accepted)
+    assert ours["aasd:relaxed_tokens"] == ours["aasd:regret_nats"] == 0
+    tokens, promised, kept = (
+        sum(value for name, value in ours.items() if name.startswith(f"aasd:survival_{kind}:"))
+        for kind in ("tokens", "promised", "accepted")
+    )
+    assert tokens == drafted and kept == accepted
+    assert abs(promised - kept) < 0.1 * tokens, "survival is calibrated"
+    assert ours["aasd:store_lookups:hit"] > 0
+    assert not any(name.startswith("aasd:") for name in plain["metrics"])
+
+
 def test_prefix_cache_hits(plain, speculated):
     again = speculated["rounds"][1]
     assert all(output["num_cached_tokens"] > 0 for output in again)

@@ -79,6 +79,9 @@ def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
     assert min(len(output["prompt_token_ids"]) for output in speculated["rounds"][0]) > 48, "more than one chunk"
     drafted, accepted = drafted_and_accepted(speculated)
     assert 0 < accepted < drafted
+    ours = speculated["metrics"]
+    assert (ours["aasd:draft_tokens"], ours["aasd:accepted_tokens"]) == (drafted, accepted), "counted on the device"
+    assert ours["aasd:store_lookups:hit"] > 0
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
