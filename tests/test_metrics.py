@@ -117,7 +117,7 @@ def test_a_fault_ends_the_publishing_and_nothing_else(publish, monkeypatch, capl
 
 def test_a_damaged_file_leaves_the_rest_of_the_page(tmp_path, caplog):
     metrics._say_once.cache_clear()
-    (tmp_path / "counter_aasd-1-0.db").write_bytes(b"\xff" * 100)
+    (tmp_path / "counter_aasd-1-0.db").write_bytes(b"\x50\0\0\0" + b"\x7f" * 96)
     with caplog.at_level(logging.ERROR, "vllm.aasd"):
         for _ in range(3):
             assert shown(metrics.FolderCollector(str(tmp_path))) == {}
