@@ -3,6 +3,7 @@
 import numpy as np
 
 from vllm_aasd.kernels.compiled import compiled
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE
 
 ORDERS_USED = 4
 """How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
@@ -82,10 +83,6 @@ def rehash(tokens, head, new_head):
             for back in range(order):
                 hashed = _hash(hashed, tokens[end - back])
             new_head[order - 1, _find(tokens, new_head, order, end, hashed)] = end
-
-
-HIT, MISS, STALE = range(3)
-"""What a look-up in the alignment store finds: the position's predictions; nothing; what an older owner left."""
 
 
 @compiled

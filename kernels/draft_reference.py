@@ -7,16 +7,13 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.draft_cpu import (
-    HIT,
     LONGEST_REMEMBERED,
-    MISS,
     MOST_REMEMBERED,
     MULTIPLIER,
     ORDERS_USED,
     SHORTEST_REMEMBERED,
-    STALE,
 )
-from vllm_aasd.kernels.mixture import no_memory
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE, no_memory
 
 
 def draft(

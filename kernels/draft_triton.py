@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_aasd.kernels.draft_cpu import HIT, MISS, ORDERS_USED, STALE
+from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE
 from vllm_aasd.kernels.votes_triton import cast_votes, elect
 
 TILE = 1024

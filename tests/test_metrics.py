@@ -219,3 +219,9 @@ def test_figures_travel_as_they_are():
     assert sent[1][0] == ["draft_tokens", "", 5.0]
     assert all(type(value) in (float, list) for _, _, value in sent[1])
     assert torch.is_tensor(Counters("cpu").totals)
+
+
+def test_the_plugin_brings_no_numba_into_vllms_processes():
+    """vLLM's worker looks through all modules for its kernels when it starts, and fails on one of numba's objects."""
+    code = "import sys, vllm_aasd.engine.configuration; sys.exit(any(name in sys.modules for name in ('numba', 'llvmlite')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
