@@ -12,10 +12,12 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.config import Settings
+from vllm_aasd.counters import Counters, Times
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
-from vllm_aasd.engine import v1, v1_requests, v1_verifier, v2, v2_requests, v2_verifier
+from vllm_aasd.engine import v1, v1_counting, v1_requests, v1_verifier, v2, v2_counting, v2_requests, v2_verifier
 from vllm_aasd.engine.containment import MAX_FAULTS, PLACES, Faults
+from vllm_aasd.engine.v1_counting import V1Counting
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 
@@ -76,6 +78,9 @@ V1_SEAMS = {
     "verifier": ("verify", v1_verifier.verify_op, "verify"),
     "policies": ("verify", v1_verifier.PolicyBatch, "fill"),
     "end of requests": ("requests", Drafter, "forget"),
+    "counting": ("metrics", v1_counting, "count_arrays"),
+    "promises": ("metrics", Drafter, "promised"),
+    "times": ("metrics", Times, "observe"),
 }
 
 
@@ -92,6 +97,7 @@ def test_v1_serves_the_targets_tokens_whatever_fails(seam, times, monkeypatch, c
     assert sum(counts.values()) == counts[place], "nothing else was harmed"
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1 and tracebacks[0].exc_info[0] is Fault and f"'{place}'" in caplog.text
+    assert place != "metrics" or runner.num_accepted == ACCEPTED_V1, "figures are all that it costs"
     if times == 1:
         assert counts[place] == 1 and runner.num_accepted > 0, "one fault isn't the end of speculation"
     elif place == "draft":
@@ -184,7 +190,8 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
     requests = V1Requests(Settings(verification="strict"), faults)
     states = {req_id: types.SimpleNamespace(sampling_params=SamplingParams(temperature=1.0, seed=1)) for req_id in "ab"}
     requests.admit(states, states)
-    verifier = V1Verifier(requests, 2, torch.device("cpu"), faults)
+    counting = V1Counting(Counters("cpu"), faults, 2, 3)
+    verifier = V1Verifier(requests, 2, torch.device("cpu"), faults, counting)
     verifier.begin_step(list(states))
     drawn = []
 
@@ -264,6 +271,9 @@ V2_SEAMS = {
     "prompts' store": ("store", lambda runner: v2.AASDSpeculator, "_align_prompt"),
     "verifier": ("verify", lambda runner: v2_verifier, "verify_seeded"),
     "fillers": ("verify", lambda runner: v2_verifier.V2Verifier, "without_fillers"),
+    "counting": ("metrics", lambda runner: v2_counting, "count_drafts"),
+    "promises": ("metrics", lambda runner: v2_counting, "keep_promises"),
+    "times": ("metrics", lambda runner: Times, "observe"),
 }
 
 
@@ -280,6 +290,7 @@ def test_v2_serves_the_targets_tokens_whatever_fails(seam, times, fillers, monke
     assert counts[place] == len(failed) >= 1 and sum(counts.values()) == counts[place]
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1 and tracebacks[0].exc_info[0] is Fault
+    assert place != "metrics" or sum(runner.accepted) == ACCEPTED_V2, "figures are all that it costs"
     if times == 1:
         assert sum(runner.accepted) > 0, "one fault isn't the end of speculation"
     elif seam in ("drafting", "store", "verifier"):

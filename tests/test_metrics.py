@@ -17,6 +17,7 @@ from vllm.v1.metrics.reader import Counter, Histogram
 from vllm_aasd import metrics as public
 from vllm_aasd.counters import Counters, Distribution, Figure
 from vllm_aasd.engine import metrics
+from vllm_aasd.engine.containment import MAX_FAULTS, Faults
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -45,8 +46,8 @@ def publish(tmp_path):
     """Starts publishers, and stops them all."""
     publishers = []
 
-    def start(counters, folder=tmp_path, engine=0, log_seconds=1000.0):
-        publishers.append(metrics.Publisher(counters, str(folder), "m", engine, log_seconds))
+    def start(counters, folder=tmp_path, engine=0, log_seconds=1000.0, faults=None):
+        publishers.append(metrics.Publisher(counters, faults or Faults(), str(folder), "m", engine, log_seconds))
         return publishers[-1]
 
     yield start
@@ -103,16 +104,26 @@ def test_figures_that_cannot_be_written_cost_nothing_else(publish, tmp_path, cap
     assert [record.message for record in caplog.records][0].startswith("aasd: the figures of engine 3 are not on /metrics")
 
 
-def test_a_fault_ends_the_publishing_and_nothing_else(publish, monkeypatch, caplog):
+def test_a_fault_is_counted_and_costs_only_figures(publish, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(metrics, "WRITE_SECONDS", 0.01)
+    faults = Faults()
     counters = Counters("cpu")
-    publisher = publish(counters)
-    counters.read = lambda: 1 / 0
+    publisher = publish(counters, faults=faults)
+    real, counters.read = counters.read, lambda: 1 / 0
     with caplog.at_level(logging.ERROR, "vllm.aasd"):
         publisher.stepped()
-        publisher._thread.join(5)
-    assert [bool(record.exc_info) for record in caplog.records] == [True]
-    publisher.stepped()
+        time.sleep(0.1)
+        assert 1 <= faults.counts["metrics"] <= 2, "it is tried again where there is something new"
+        counters.read, counters.totals[1] = real, 5
+        publisher.stepped()
+        time.sleep(0.1)
+        assert shown(metrics.FolderCollector(str(tmp_path)))["aasd:draft_tokens_total",] == 5
+        counters.read = lambda: 1 / 0
+        for _ in range(50):
+            publisher.stepped()
+            time.sleep(0.02)
+    assert faults.counts["metrics"] == MAX_FAULTS and publisher._thread.is_alive()
+    assert [bool(record.exc_info) for record in caplog.records] == [True, False]
 
 
 def test_a_damaged_file_leaves_the_rest_of_the_page(tmp_path, caplog):

@@ -78,7 +78,7 @@ class Figure(NamedTuple):
     value: float | Distribution
 
 
-class _Times:
+class Times:
     """A histogram of seconds, in plain Python: half a microsecond an observation."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Counters:
         """Begin anew, in place: what a worker runs before it serves isn't anybody's traffic."""
         self.totals.zero_()
         self.lookups.zero_()
-        self.drafter_time, self.verifier_time = _Times(), _Times()
+        self.drafter_time, self.verifier_time = Times(), Times()
 
     def read(self) -> list[Figure]:
         """Every series, in the order of `METRICS`."""
