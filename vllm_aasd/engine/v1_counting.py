@@ -48,7 +48,8 @@ class V1Counting:
     def warm_up(self) -> None:
         """Compile, or load from the cache on disk, before a request waits for it."""
         nothing = torch.empty(0, dtype=torch.int32)
-        self._count([], nothing, nothing, nothing.numpy(), _NO_EVENTS, np.empty(0, np.float32))
+        with self._contained:
+            self._count([], nothing, nothing, nothing.numpy(), _NO_EVENTS, np.empty(0, np.float32))
 
     def verified(
         self,
