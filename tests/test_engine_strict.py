@@ -119,6 +119,7 @@ FAULTS = {
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
     "vllm_aasd.drafting.memory:MemoryFile.save_now_and_then": "memory",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+    "vllm_aasd.engine.v1_counting:count_arrays": "metrics",
     "vllm_aasd.kernels.verify:verify": "verify",
 }
 
