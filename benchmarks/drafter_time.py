@@ -165,9 +165,10 @@ def check_against_twin(tokens: np.ndarray, view: AlignmentView, vocab_size: int)
         index = SuffixIndex(NUM_ORDERS, NUM_DRAFT_TOKENS, length)
         index.extend(tokens[:length])
         drafts, survival = np.empty(NUM_DRAFT_TOKENS, np.int32), np.empty(NUM_DRAFT_TOKENS, np.float32)
+        lookups = np.zeros(3, np.int64)
         constants = *DEFAULT_WEIGHTS, *no_prior(), no_memory(), MAX_MATCHES, np.float32(MIN_SURVIVAL)
         request = index.tokens, index.prev, index.head, index.length
-        count = draft_reference.draft(*request, *view, *constants, scores, seen, starts, drafts, survival)
+        count = draft_reference.draft(*request, *view, *constants, scores, seen, starts, drafts, survival, lookups)
         want = drafts[:count].tolist()
         if got.tolist() != want:
             sys.exit(f"at {length} tokens the drafter has {got.tolist()}, and its twin {want}")

@@ -188,6 +188,7 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),
             survival=torch.empty((num_reqs, num_spec_tokens)),
+            lookups=torch.empty(3, dtype=torch.int64),
         )
 
     return make

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 _COMPILED = {
     "align": {"cpu": "cpu", "cuda": "triton"},
     "align_shard": {"cuda": "triton"},
+    "count": {"cpu": "cpu", "cuda": "triton"},
     "draft": {"cuda": "triton"},
     "verify": {"cpu": "cpu"},
     "verify_seeded": {"cuda": "triton"},

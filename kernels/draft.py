@@ -82,7 +82,7 @@ def warm_up(num_orders: int, top_k: int) -> None:
         np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
     )
     memory = no_memory()
-    out = np.empty(2, np.int32), np.empty(2, np.float32)
+    out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
     scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
     store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
     draft(tokens, prev, head, 5, *store, *weights, *no_prior(), memory, 4, 0.1, *scratch, *out)

@@ -106,6 +106,7 @@ def draft_batch(
     draft_token_ids: torch.Tensor,
     num_drafts: torch.Tensor,
     survival: torch.Tensor,
+    lookups: torch.Tensor,
 ) -> None:
     """Draft the likeliest continuation of each request's context; the module's docstring has the method.
 
@@ -137,6 +138,8 @@ def draft_batch(
         num_drafts: [num_reqs] int32, written in place: the draft tokens of each row, 0 to K.
         survival: [num_reqs, K] float32, written in place: the estimated probability that the draft up to and
             including this token is accepted; 0 past the drafts.
+        lookups: [3] int64, added to: what was found in the store at the positions that voted, see
+            `vllm_aasd.kernels.draft_cpu.draft`.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value.
@@ -175,6 +178,7 @@ def draft_batch(
     _check_vector("num_drafts", num_drafts, num_reqs, torch.int32)
     _check_rows("survival", survival, num_reqs, torch.float32)
     check_shape("survival", survival, tuple(draft_token_ids.shape))
+    _check_vector("lookups", lookups, 3, torch.int64)
     words = _workspace_words(num_orders, max_matches, top_k, prior_ids.shape[1])
     _check_rows("workspace", workspace, workspace.shape[0], torch.int32)
     if workspace.shape[0] < num_reqs or workspace.shape[1] != words:
@@ -200,6 +204,7 @@ def draft_batch(
         draft_token_ids,
         num_drafts,
         survival,
+        lookups,
     )
 
 

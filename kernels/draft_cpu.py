@@ -3,6 +3,7 @@
 import numpy as np
 
 from vllm_aasd.kernels.compiled import compiled
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE
 
 ORDERS_USED = 4
 """How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
@@ -86,11 +87,13 @@ def rehash(tokens, head, new_head):
 
 @compiled
 def _slot(tokens, position, table, block_table, block_size):
-    """Where the stored distribution of a position lies; -1 if there is none, or a stale one."""
+    """Where the stored distribution of a position lies; -1 if there is none, -2 if it is a stale one."""
     if table.shape[0] == 0:
         return np.int64(-1)
     slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
-    return slot if table[slot, 0] == tokens[position] else np.int64(-1)
+    if table[slot, 0] == tokens[position]:
+        return slot
+    return np.int64(-1) if table[slot, 0] < 0 else np.int64(-2)
 
 
 @compiled
@@ -191,6 +194,7 @@ def draft(
     starts,
     draft_token_ids,
     survival,
+    lookups,
 ):
     """Draft the likeliest continuation of one request's context.
 
@@ -215,6 +219,8 @@ def draft(
         starts: ``[M]`` int32 scratch.
         draft_token_ids: ``[K]`` int32, written in place.
         survival: ``[K]`` float32, written in place.
+        lookups: ``[3]`` int64, added to: how often the store held the predictions of a matching position (`HIT`),
+            nothing (`MISS`), or those of another token (`STALE`); untouched without a store.
 
     Returns:
         How many draft tokens were written, 0 to K.
@@ -239,12 +245,20 @@ def draft(
         for order in range(longest, max(longest - ORDERS_USED, 0), -1):
             count = 0
             num_aligned = 0
+            num_stale = 0
             position = starts[order - 1]
             while position >= 0 and count < max_matches:
                 count += 1
-                if _slot(tokens, position, table, block_table, block_size) >= 0:
+                slot = _slot(tokens, position, table, block_table, block_size)
+                if slot >= 0:
                     num_aligned += 1
+                elif slot == -2:
+                    num_stale += 1
                 position = prev[order - 1, position]
+            if table.shape[0] > 0:
+                lookups[HIT] += num_aligned
+                lookups[STALE] += num_stale
+                lookups[MISS] += count - num_aligned - num_stale
             share_unaligned = np.float32(count - num_aligned) / np.float32(count)
             escape = theta[order - 1] * (np.float32(1.0) + (doubt - np.float32(1.0)) * share_unaligned)
             weight = np.float32(count) / (np.float32(count) + escape)

@@ -4,6 +4,7 @@ They scan the context.
 """
 
 import numpy as np
+import torch
 
 from vllm_aasd.kernels.draft_cpu import (
     LONGEST_REMEMBERED,
@@ -12,7 +13,7 @@ from vllm_aasd.kernels.draft_cpu import (
     ORDERS_USED,
     SHORTEST_REMEMBERED,
 )
-from vllm_aasd.kernels.mixture import no_memory
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE, no_memory
 
 
 def draft(
@@ -37,6 +38,7 @@ def draft(
     starts,
     draft_token_ids,
     survival,
+    lookups,
 ):
     """Same arguments and result as `vllm_aasd.kernels.draft_cpu.draft`.
 
@@ -67,6 +69,14 @@ def draft(
                 entry is not None and entry[0] == context[position]
                 for position, entry in zip(matches[order], entries, strict=True)
             ]
+            if len(table):
+                stale = [
+                    not is_fresh and entry is not None and entry[0] >= 0
+                    for entry, is_fresh in zip(entries, fresh, strict=True)
+                ]
+                lookups[HIT] += fresh.count(True)
+                lookups[STALE] += stale.count(True)
+                lookups[MISS] += len(entries) - fresh.count(True) - stale.count(True)
             count = np.float32(len(entries))
             share_unaligned = np.float32(fresh.count(False)) / count
             escape = theta[order - 1] * (np.float32(1) + (doubt - np.float32(1)) * share_unaligned)
@@ -183,6 +193,7 @@ def draft_batch(
     draft_token_ids,
     num_drafts,
     survival,
+    lookups,
 ):
     """See `vllm_aasd.kernels.draft_batch.draft_batch`; one `draft` after the other, without the workspace."""
     entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
@@ -191,6 +202,7 @@ def draft_batch(
     entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
     constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
     prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs)]
+    found = np.zeros(3, np.int64)
     weights = *constants, np.float32(doubt.item()), np.zeros(4, np.float32)
     width = draft_token_ids.shape[1]
     for row, slot in enumerate(idx_mapping.tolist()):
@@ -217,6 +229,7 @@ def draft_batch(
             None,
             ids,
             alive,
+            found,
         )
         draft_token_ids[row] = int(context[-1]) if length else 0
         survival[row] = 0
@@ -224,3 +237,6 @@ def draft_batch(
             draft_token_ids[row, step] = int(ids[step])
             survival[row, step] = float(alive[step])
         num_drafts[row] = count
+    # The block that stands for those outside is no store.
+    if num_blocks:
+        lookups += torch.from_numpy(found).to(lookups.device)

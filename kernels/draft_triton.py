@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.mixture import HIT, MISS, STALE
 from vllm_aasd.kernels.votes_triton import cast_votes, elect
 
 TILE = 1024
@@ -90,12 +91,16 @@ def draft_kernel(
     num_drafts_ptr,  # [num_reqs]
     survival_ptr,  # [num_reqs, num_spec_tokens]
     survival_stride,
+    lookups_ptr,  # [3]
     num_spec_tokens,
     NUM_ORDERS: tl.constexpr,
     ORDERS_USED: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
+    HIT: tl.constexpr,
+    MISS: tl.constexpr,
+    STALE: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -119,12 +124,15 @@ def draft_kernel(
 
     num_drafts = 0
     alive = 1.0
+    num_hits = 0
+    num_misses = 0
+    num_stales = 0
     drafting = (length > 0) & (limit > 0)
     while drafting:
         counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, MAX_MATCHES, TILE)
         # Lists and votes go from thread to thread through memory (L1).
         tl.debug_barrier()
-        num_votes = cast_votes(
+        num_votes, num_fresh, num_stale, num_positions = cast_votes(
             tokens_ptr,
             suffix[0],
             counts,
@@ -146,6 +154,9 @@ def draft_kernel(
             TOP_K,
             PRIOR_TOP_K,
         )
+        num_hits += num_fresh
+        num_misses += num_positions - num_fresh - num_stale
+        num_stales += num_stale
         tl.debug_barrier()
         token, score = elect(votes_ptr, num_votes, CHUNK)
         alive *= score
@@ -158,6 +169,10 @@ def draft_kernel(
         drafting = drafting & (num_drafts < limit)
 
     tl.store(num_drafts_ptr + row, num_drafts)
+    if (TOP_K > 0) & (num_slots > 0):
+        tl.atomic_add(lookups_ptr + HIT, num_hits.to(tl.int64))
+        tl.atomic_add(lookups_ptr + MISS, num_misses.to(tl.int64))
+        tl.atomic_add(lookups_ptr + STALE, num_stales.to(tl.int64))
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
         tl.store(survival_ptr + column, 0.0)
@@ -183,6 +198,7 @@ def draft_batch(
     draft_token_ids: torch.Tensor,
     num_drafts: torch.Tensor,
     survival: torch.Tensor,
+    lookups: torch.Tensor,
 ) -> None:
     """See `vllm_aasd.kernels.draft_batch.draft_batch`."""
     num_reqs = len(idx_mapping)
@@ -214,12 +230,16 @@ def draft_batch(
         num_drafts,
         survival,
         survival.stride(0),
+        lookups,
         draft_token_ids.shape[1],
         NUM_ORDERS=len(theta),
         ORDERS_USED=ORDERS_USED,
         MAX_MATCHES=max_matches,
         TOP_K=(table.shape[1] - 1) // 2,
         PRIOR_TOP_K=prior_ids.shape[1],
+        HIT=HIT,
+        MISS=MISS,
+        STALE=STALE,
         TILE=TILE,
         CHUNK=CHUNK,
         **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],

@@ -7,6 +7,9 @@ import numpy as np
 MAX_TOP_K = 8
 """Most predictions stored per context position, all of which vote."""
 
+HIT, MISS, STALE = range(3)
+"""What a look-up in the alignment store finds: the position's predictions; nothing; what an older owner left."""
+
 
 class MixtureWeights(NamedTuple):
     """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.

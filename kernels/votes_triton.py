@@ -36,7 +36,11 @@ def cast_votes(
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
 ):
-    """Write the votes of a step in the order in which the twin adds them, and return how many."""
+    """Write the votes of a step in the order in which the twin adds them.
+
+    Returns how many; and of the positions that voted, how many had fresh predictions, how many stale ones; and how
+    many voted.
+    """
     LANES: tl.constexpr = triton.next_power_of_2(ORDERS_USED * MAX_MATCHES)
     orders = 1 + tl.arange(0, counts.shape[0])
     longest = tl.max(tl.where(counts > 0, orders, 0), axis=0)
@@ -49,6 +53,8 @@ def cast_votes(
     positions = tl.load(matches_ptr + (lane_orders - 1) * MAX_MATCHES + ranks, mask=present, other=0)
     successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)
     fresh = lanes < 0
+    num_fresh = 0
+    num_stale = 0
     slots = tl.zeros([LANES], tl.int64)
     if TOP_K > 0:
         blocks = tl.load(blocks_ptr + positions // block_size, mask=present, other=-1).to(tl.int64)
@@ -56,6 +62,8 @@ def cast_votes(
         in_table = present & (slots >= 0) & (slots < num_slots)
         tags = tl.load(table_ptr + slots * (1 + 2 * TOP_K), mask=in_table, other=-1)
         fresh = in_table & (tags == tl.load(tokens_ptr + positions, mask=present, other=-1))
+        num_fresh = tl.sum(fresh.to(tl.int32), axis=0)
+        num_stale = tl.sum((in_table & (tags >= 0)).to(tl.int32), axis=0) - num_fresh
 
     doubt = tl.load(doubt_ptr)
     lane_shares = tl.zeros([LANES], tl.float32)
@@ -106,7 +114,7 @@ def cast_votes(
         prior_weights = left * tl.load(prior_probs_ptr + successor_ks, mask=known, other=0.0)
         _put_votes(votes_ptr, num_votes + prior_ks, prior_ids, prior_weights, vocab_size, known)
         num_votes += num_known
-    return num_votes
+    return num_votes, num_fresh, num_stale, tl.sum(present.to(tl.int32), axis=0)
 
 
 @triton.jit

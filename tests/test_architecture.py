@@ -11,7 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm_aasd"
 # A unit may import those below it. The package itself (its version) is under all; every other module of the
 # package (plugin, doctor, ...) is a command, on top. Units of one level know nothing of each other.
-LEVELS = {"kernels": 0, "fields": 0, "drafting": 1, "verification": 1, "alignment": 1, "config": 2, "overrides": 3, "engine": 4, "tuning": 4}
+LEVELS = {
+    "kernels": 0,
+    "fields": 0,
+    "drafting": 1,
+    "verification": 1,
+    "alignment": 1,
+    "counters": 1,
+    "config": 2,
+    "overrides": 3,
+    "engine": 4,
+    "tuning": 4,
+}
 COMMAND_LEVEL = 5
 ACCELERATORS = ("torch.accelerator", "torch.cuda", "torch.mps", "torch.xpu", "triton")
 # By unit, the libraries that it must not touch; "*" stands for the other units.

@@ -12,10 +12,12 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.config import Settings
+from vllm_aasd.counters import Counters, Times
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
-from vllm_aasd.engine import v1, v1_requests, v1_verifier, v2, v2_requests, v2_verifier
+from vllm_aasd.engine import v1, v1_counting, v1_requests, v1_verifier, v2, v2_counting, v2_requests, v2_verifier
 from vllm_aasd.engine.containment import MAX_FAULTS, PLACES, Faults
+from vllm_aasd.engine.v1_counting import V1Counting
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels.policies import CONDITIONAL, STRICT
@@ -65,6 +67,13 @@ def serve_v1(runner):
         assert len(tokens) >= len(PROMPTS[req_id]) + NUM_TOKENS
 
 
+def accepted_v1():
+    runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
+    serve_v1(runner)
+    assert set(runner.proposer.faults.counts.values()) == {0}
+    return runner.num_accepted
+
+
 # By place: the function that fails, on the V1 runner.
 V1_SEAMS = {
     "admission": ("requests", v1_requests, "settings_of"),
@@ -77,6 +86,9 @@ V1_SEAMS = {
     "verifier": ("verify", v1_verifier.verify_op, "verify"),
     "policies": ("verify", v1_verifier.PolicyBatch, "fill"),
     "end of requests": ("requests", Drafter, "forget"),
+    "counting": ("metrics", v1_counting, "count_arrays"),
+    "promises": ("metrics", Drafter, "promised"),
+    "times": ("metrics", Times, "observe"),
 }
 
 
@@ -84,6 +96,7 @@ V1_SEAMS = {
 @pytest.mark.parametrize("seam", V1_SEAMS)
 def test_v1_serves_the_targets_tokens_whatever_fails(seam, times, monkeypatch, caplog):
     place, owner, name = V1_SEAMS[seam]
+    unharmed = accepted_v1() if place == "metrics" else None
     runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
     failed = inject(monkeypatch, owner, name, times)
     with caplog.at_level(logging.ERROR, "vllm.aasd"):
@@ -93,6 +106,7 @@ def test_v1_serves_the_targets_tokens_whatever_fails(seam, times, monkeypatch, c
     assert sum(counts.values()) == counts[place], "nothing else was harmed"
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1 and tracebacks[0].exc_info[0] is Fault and f"'{place}'" in caplog.text
+    assert place != "metrics" or runner.num_accepted == unharmed, "figures are all that it costs"
     if times == 1:
         assert counts[place] == 1 and runner.num_accepted > 0, "one fault isn't the end of speculation"
     elif place == "draft":
@@ -102,9 +116,7 @@ def test_v1_serves_the_targets_tokens_whatever_fails(seam, times, monkeypatch, c
 
 
 def test_v1_without_faults_accepts_drafts():
-    runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
-    serve_v1(runner)
-    assert runner.num_accepted > NUM_TOKENS / 2 and set(runner.proposer.faults.counts.values()) == {0}
+    assert accepted_v1() > NUM_TOKENS / 2
 
 
 def test_v1_a_request_whose_draft_fails_has_none_from_then_on_and_others_have(monkeypatch):
@@ -185,7 +197,8 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
     requests = V1Requests(Settings(verification="strict"), faults)
     states = {req_id: types.SimpleNamespace(sampling_params=SamplingParams(temperature=1.0, seed=1)) for req_id in "ab"}
     requests.admit(states, states)
-    verifier = V1Verifier(requests, 2, torch.device("cpu"), faults)
+    counting = V1Counting(Counters("cpu"), faults, 2, 3)
+    verifier = V1Verifier(requests, 2, torch.device("cpu"), faults, counting)
     verifier.begin_step(list(states))
     drawn = []
 
@@ -256,6 +269,13 @@ def serve_v2(runner):
         assert emitted[slot] == target_alone(prompt, NUM_TOKENS)[len(prompt) :]
 
 
+def accepted_v2(fillers):
+    runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=fillers, alignment=True, verification="strict")
+    serve_v2(runner)
+    assert set(runner.speculator.faults.counts.values()) == {0}
+    return runner.accepted
+
+
 # By place: what holds the function that fails, of the fake runner, and its name.
 V2_SEAMS = {
     "admission": ("requests", lambda runner: v2_requests, "settings_of"),
@@ -265,6 +285,8 @@ V2_SEAMS = {
     "prompts' store": ("store", lambda runner: v2.AASDSpeculator, "_align_prompt"),
     "verifier": ("verify", lambda runner: v2_verifier, "verify_seeded"),
     "fillers": ("verify", lambda runner: v2_verifier.V2Verifier, "without_fillers"),
+    "counting": ("metrics", lambda runner: v2_counting, "count_drafts"),
+    "times": ("metrics", lambda runner: Times, "observe"),
 }
 
 
@@ -272,8 +294,9 @@ V2_SEAMS = {
 @pytest.mark.parametrize("times", [1, 1000])
 @pytest.mark.parametrize("seam", V2_SEAMS)
 def test_v2_serves_the_targets_tokens_whatever_fails(seam, times, fillers, monkeypatch, caplog):
-    runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=fillers, alignment=True, verification="strict")
     place, owner, name = V2_SEAMS[seam]
+    unharmed = accepted_v2(fillers) if place == "metrics" else None
+    runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=fillers, alignment=True, verification="strict")
     failed = inject(monkeypatch, owner(runner), name, times)
     with caplog.at_level(logging.ERROR, "vllm.aasd"):
         serve_v2(runner)
@@ -281,6 +304,7 @@ def test_v2_serves_the_targets_tokens_whatever_fails(seam, times, fillers, monke
     assert counts[place] == len(failed) >= 1 and sum(counts.values()) == counts[place]
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert len(tracebacks) == 1 and tracebacks[0].exc_info[0] is Fault
+    assert place != "metrics" or runner.accepted == unharmed, "figures are all that it costs"
     if times == 1:
         assert sum(runner.accepted) > 0, "one fault isn't the end of speculation"
     elif seam in ("drafting", "store", "verifier"):
@@ -288,9 +312,44 @@ def test_v2_serves_the_targets_tokens_whatever_fails(seam, times, fillers, monke
 
 
 def test_v2_without_faults_accepts_drafts():
-    runner = fake_v2.FakeRunner(max_num_reqs=2, alignment=True, verification="strict")
+    assert sum(accepted_v2(fillers=True)) > NUM_TOKENS / 2
+
+
+def test_v2_promises_that_cannot_be_kept_cost_figures_only():
+    unharmed = accepted_v2(fillers=False)
+    runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=False, alignment=True, verification="strict")
+    runner.speculator._counting._promised = None
     serve_v2(runner)
-    assert sum(runner.accepted) > NUM_TOKENS / 2 and set(runner.speculator.faults.counts.values()) == {0}
+    counts = runner.speculator.faults.counts
+    assert counts["metrics"] == sum(counts.values()) >= MAX_FAULTS and runner.accepted == unharmed
+
+
+def test_steps_that_vllms_sampler_verifies_are_counted(monkeypatch):
+    """On both runners: what ours would have counted, less its time."""
+    runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
+    inject(monkeypatch, v1_verifier.verify_op, "verify")
+    serve_v1(runner)
+    figures = {figure.name: figure.value for figure in runner.proposer.counters.read()}
+    assert figures["draft_tokens"] > figures["accepted_tokens"] == runner.num_accepted > 0
+    assert sum(figures["verifier_time_seconds"].counts) == 0 < sum(figures["drafter_time_seconds"].counts)
+    inject(monkeypatch, v2_verifier, "verify_seeded")
+    runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=False, alignment=True, verification="strict")
+    serve_v2(runner)
+    figures = {figure.name: figure.value for figure in runner.speculator.counters.read()}
+    assert figures["draft_tokens"] > figures["accepted_tokens"] == sum(runner.accepted) > 0
+    assert sum(figures["verifier_time_seconds"].counts) == 0 < sum(figures["drafter_time_seconds"].counts)
+
+
+def test_a_part_that_fails_while_it_is_timed_fails_as_ever():
+    """The timing must not swallow it, nor count it for its own."""
+    faults, seen = Faults(), []
+    timer = v2_counting.DeviceTimer(torch.device("cpu"), faults, seen.append)
+    with pytest.raises(Fault), timer.measured():
+        raise Fault
+    assert faults.counts["metrics"] == 0 and not seen
+    with timer.measured():
+        pass
+    assert len(seen) == 1
 
 
 def test_v2_a_failed_draft_leaves_fillers_that_nothing_can_accept(monkeypatch):

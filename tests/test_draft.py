@@ -56,9 +56,10 @@ def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
     constants = *DEFAULT_WEIGHTS, *prior, memory, max_matches, np.float32(min_survival)
-    count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival)
+    lookups = np.full(3, 100, np.int64)
+    count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival, lookups)
     assert not scores.any(), "the scratch must be left clean"
-    return draft_token_ids[:count].tolist(), survival[:count]
+    return draft_token_ids[:count].tolist(), survival[:count], (lookups - 100).tolist()
 
 
 def remembered_by(op, wanted, seed, vocab_size):
@@ -124,9 +125,9 @@ def test_compiled_path_drafts_what_the_twin_drafts(
         )
     memory = remembered_by(draft_op, with_memory, seed, vocab_size)
     arguments = (index, view, prior, memory, max_matches, min_survival, vocab_size)
-    got_ids, got_survival = run(draft_op.draft, *arguments)
-    want_ids, want_survival = run(draft_reference.draft, *arguments)
-    assert got_ids == want_ids
+    got_ids, got_survival, got_lookups = run(draft_op.draft, *arguments)
+    want_ids, want_survival, want_lookups = run(draft_reference.draft, *arguments)
+    assert got_ids == want_ids and got_lookups == want_lookups
     # Both sum in float32 in the same order; the compiler may fuse a multiplication with an addition.
     np.testing.assert_allclose(got_survival, want_survival, rtol=1e-5)
 
@@ -170,10 +171,18 @@ def test_the_stored_distribution_outvotes_a_token_seen_once():
     table = np.full((5, 3), -1, np.int32)
     table[0] = [1, 9, np.array([0.99], np.float32).view(np.int32)[0]]
     view = AlignmentView(table, np.zeros(1, np.int32), 5)
-    drafter = Drafter(vocab_size=10, max_draft_tokens=1, min_survival=0.0)
+    lookups = np.zeros(3, np.int64)
+    drafter = Drafter(vocab_size=10, max_draft_tokens=1, min_survival=0.0, lookups=lookups)
     assert drafter.draft("a", context, view, 1)[0].tolist() == [9]
+    assert lookups.tolist() == [1, 0, 0]
     table[0, 0] = 7
     assert drafter.draft("b", context, view, 1)[0].tolist() == [2], "a stale entry must not vote"
+    assert lookups.tolist() == [1, 0, 1]
+    table[0, 0] = -1
+    drafter.draft("c", context, view, 1)
+    assert lookups.tolist() == [1, 1, 1]
+    drafter.draft("d", context, NO_ALIGNMENT, 1)
+    assert lookups.tolist() == [1, 1, 1], "without a store nothing is looked up"
 
 
 def test_survival_stops_the_draft():

@@ -75,8 +75,8 @@ class Batch:
         sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
         return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
 
-    def drafts(self, op, workspace=None):
-        """The op's outputs, poisoned before the call."""
+    def drafts(self, op, workspace=None, lookups=None):
+        """The op's outputs, poisoned before the call; what it looked up is added to `lookups`."""
         num_reqs = len(self.idx_mapping)
         outputs = (
             torch.full((num_reqs, self.num_spec_tokens), POISON_ID, dtype=torch.int64),
@@ -84,7 +84,8 @@ class Batch:
             torch.full((num_reqs, self.num_spec_tokens), torch.nan),
         )
         inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
-        op(*inputs, self.workspace() if workspace is None else workspace, *outputs)
+        workspace = self.workspace() if workspace is None else workspace
+        op(*inputs, workspace, *outputs, torch.zeros(3, dtype=torch.int64) if lookups is None else lookups)
         return outputs
 
 
@@ -152,7 +153,7 @@ def interpreted(interpreter):
 
     def op(*args):
         _, after = interpreter.run("vllm_aasd.kernels.draft_triton:draft_batch", *args)
-        for ours, theirs in zip(args[-4:], after[-4:], strict=True):
+        for ours, theirs in zip(args[-5:], after[-5:], strict=True):
             ours.copy_(theirs)
 
     return op
@@ -166,7 +167,10 @@ def assert_equal(got, want):
 
 def check(interpreter, batch):
     """Compare the kernel with the twin, and return what they draft."""
-    got, want = batch.drafts(interpreted(interpreter)), batch.drafts(draft_reference.draft_batch)
+    looked_up, want_looked_up = torch.full((2, 3), 100)
+    got = batch.drafts(interpreted(interpreter), lookups=looked_up)
+    want = batch.drafts(draft_reference.draft_batch, lookups=want_looked_up)
+    assert looked_up.tolist() == want_looked_up.tolist()
     assert (want[0] != POISON_ID).all() and (want[1] != POISON_COUNT).all() and not want[2].isnan().any()
     assert_equal(got, want)
     return got

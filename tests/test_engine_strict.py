@@ -43,6 +43,25 @@ def test_forty_real_prompts_eight_at_once(plain, speculated):
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
+def test_the_figures_are_to_be_had_offline_and_agree_with_vllms(plain, speculated):
+    drafted, accepted = drafted_and_accepted(speculated)
+    ours = speculated["metrics"]
+    assert (ours["aasd:draft_tokens"], ours["aasd:accepted_tokens"]) == (drafted, accepted)
+    assert ours["aasd:relaxed_tokens"] == ours["aasd:regret_nats"] == 0
+    tenths = [name.partition(":survival_tokens:")[2] for name in ours if ":survival_tokens:" in name]
+    tokens, promised, kept = (
+        np.array([ours[f"aasd:survival_{kind}:{tenth}"] for tenth in tenths])
+        for kind in ("tokens", "promised", "accepted")
+    )
+    assert tokens.sum() == drafted and kept.sum() == accepted
+    low, high = np.array([tenth.split("-") for tenth in tenths], float).T
+    assert (low * tokens - 1e-3 <= promised).all() and (promised <= high * tokens + 1e-3).all()
+    rate = [kept[half].sum() / tokens[half].sum() for half in (slice(5), slice(5, None))]
+    assert rate[0] + 0.2 < rate[1], "what was promised more is kept more often, so promises are those of their own tokens"
+    assert ours["aasd:store_lookups:hit"] > 0
+    assert not any(name.startswith("aasd:") for name in plain["metrics"])
+
+
 def test_prefix_cache_hits(plain, speculated):
     again = speculated["rounds"][1]
     assert all(output["num_cached_tokens"] > 0 for output in again)
@@ -104,6 +123,7 @@ FAULTS = {
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
     "vllm_aasd.drafting.memory:MemoryFile.save_now_and_then": "memory",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+    "vllm_aasd.engine.v1_counting:count_arrays": "metrics",
     "vllm_aasd.kernels.verify:verify": "verify",
 }
 

@@ -27,6 +27,7 @@ FAULTS = {
     "vllm_aasd.engine.v2_verifier:V2Verifier.without_fillers": "verify",
     "vllm_aasd.engine.v2_verifier:verify_seeded": "verify",
     "vllm_aasd.kernels.draft_triton:draft_batch": "draft",
+    "vllm_aasd.engine.v2_counting:count_drafts": "metrics",
 }
 
 
@@ -72,13 +73,19 @@ def speculated(demo_model, tmp_path_factory):
 def test_the_worker_says_which_runner_is_live(speculated):
     lines = [line for line in speculated["log"].splitlines() if "is live" in line]
     assert len(lines) == 1 and "V2 model runner" in lines[0]
-    assert {"align_triton", "draft_triton", "verify_seeded_triton"} <= set(speculated["kernels"])
+    assert {"align_triton", "count_triton", "draft_triton", "verify_seeded_triton"} <= set(speculated["kernels"])
 
 
 def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
     assert min(len(output["prompt_token_ids"]) for output in speculated["rounds"][0]) > 48, "more than one chunk"
     drafted, accepted = drafted_and_accepted(speculated)
     assert 0 < accepted < drafted
+    # Before faults are injected.
+    figures = speculated["after"][2]["metrics"]
+    for kind in ("draft", "accepted"):
+        ours, vllms = figures[f"aasd:{kind}_tokens"], figures[f"vllm:spec_decode_num_{kind}_tokens"]
+        assert ours == vllms > 0, "counted on the device"
+    assert figures["aasd:store_lookups:hit"] > 0
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 

@@ -7,12 +7,16 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
+from vllm_aasd.engine import start_up
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
 from vllm_aasd.kernels.mixture import Prior
@@ -60,6 +64,7 @@ def damaged(**changes):
         ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
         (damaged(ids=small_prior().ids[:5]), FORMAT, "holds shapes"),
         (damaged(ids=small_prior().ids[0]), FORMAT, "holds shapes"),
+        (damaged(ids=np.array(3, np.int32)), FORMAT, "holds shapes"),
         (damaged(ids=np.zeros((7, 0), np.int32), probs=np.zeros((7, 0), np.float32)), FORMAT, "holds shapes"),
         (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "expected int32 and float32"),
         (damaged(ids=np.full((7, 2), 7, np.int32)), FORMAT, "outside of the vocabulary"),
@@ -88,6 +93,39 @@ def test_a_truncated_or_unreadable_file_is_refused(tmp_path):
         prior_file.load(tmp_path, "m", VOCAB_SIZE)
     with pytest.raises(FileNotFoundError):
         prior_file.load(tmp_path / "none", "m", VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_type_that_numpy_does_not_know_is_refused(tmp_path, dtype):
+    path = tmp_path / "prior.safetensors"
+    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in ("ids", "probs")}
+    safetensors.torch.save_file(tensors, path, FORMAT)
+    with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
+        prior_file.load(path, "m", VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"foreign"])
+def test_a_bad_file_costs_one_warning_and_the_server_starts_without(tmp_path, monkeypatch, caplog, content):
+    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(start_up, "_key_of", lambda model: "m")
+    model = types.SimpleNamespace(model="m", get_vocab_size=lambda: VOCAB_SIZE)
+    for kind in ("prior", "memory"):
+        tensor_file.cache_path(kind, "m").write_bytes(content)
+    assert start_up.load_prior(model) is None
+    memory, file = start_up.load_memory("file", model)
+    np.testing.assert_array_equal(memory, memory_file.empty_memory())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    file.save()
+    assert memory_file.load(tensor_file.cache_path("memory", "m"), "m", VOCAB_SIZE).shape == memory.shape
+
+
+def test_a_full_disk_costs_the_memory_a_warning_and_leaves_no_rest(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    memory_file.MemoryFile(tmp_path / "memory.safetensors", "m", learnt_memory()).save()
+    assert "the memory was not written to" in caplog.text and list(tmp_path.iterdir()) == []
 
 
 def learnt_memory():

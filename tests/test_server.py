@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -13,21 +14,27 @@ import urllib.request
 import openai
 import pytest
 from engines import greedy, run_engine
+from prometheus_client.parser import text_string_to_metric_families
 from prompts import real_prompts
+
+from vllm_aasd import metrics
+from vllm_aasd.counters import METRICS, PREFIX
+from vllm_aasd.engine.containment import PLACES
 
 pytestmark = pytest.mark.engine
 
 PROMPTS = real_prompts(6, max_chars=700)
 LOOSEST = {"aasd_draft_length": 8, "aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4}
 STRICT = {"aasd_verification": "strict"}
+LABELS = ("engine", "0"), ("model_name", "demo")
 VLLM = pathlib.Path(sys.executable).parent / "vllm"
 
 
 def start(model, log, speculative_config, port):
     command = [VLLM, "serve", model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(speculative_config)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    command += ["--per-request-spec-decode-metrics", "summary", "--speculative-config", json.dumps(speculative_config)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2", **os.environ}
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
@@ -79,14 +86,19 @@ def text_of(answer):
     return answer.choices[0].message.content
 
 
-def drafted_and_accepted(server):
-    metrics = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
-    values = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:spec_decode_num_") and "_per_pos" not in line
+def scraped(address):
+    """Every sample of the server's page, by name and labels."""
+    page = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
     }
-    return tuple(values[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+
+
+def drafted_and_accepted(server):
+    samples = scraped(server[0])
+    return tuple(samples[f"vllm:spec_decode_num_{name}_tokens_total", *LABELS] for name in ("draft", "accepted"))
 
 
 def test_the_worker_says_that_it_is_live(server):
@@ -123,10 +135,55 @@ def test_logprobs_of_every_token(client):
     assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
 
 
-def test_drafts_are_counted_in_vllms_metrics(client, server):
+def test_the_servers_page_shows_our_figures_and_they_agree_with_vllms(client, server):
     ask(client, PROMPTS[0])
-    drafted, accepted = drafted_and_accepted(server)
-    assert drafted >= accepted > 0
+    ask(client, PROMPTS[0], {})
+    # Figures are at most a second old.
+    time.sleep(3)
+    samples = scraped(server[0])
+    for ours, vllms in (
+        ("aasd:draft_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
+        ("aasd:accepted_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
+        ("aasd:draft_length_count", "vllm:spec_decode_num_drafts_total"),
+    ):
+        assert samples[ours, *LABELS] == samples[vllms, *LABELS] > 0, ours
+    assert samples["aasd:accepted_tokens_total", *LABELS] > samples["aasd:relaxed_tokens_total", *LABELS] > 0
+    assert samples["aasd:regret_nats_total", *LABELS] > 0
+    assert samples["aasd:store_lookups_total", *LABELS, ("result", "hit")] > 0
+    faults = {name: value for name, value in samples.items() if name[0] == "aasd:faults_total"}
+    assert len(faults) == len(PLACES) and not any(faults.values())
+
+
+def test_everything_that_the_dashboard_asks_for_is_on_the_page(server):
+    shown = {sample[0] for sample in scraped(server[0])}
+    asked = set(re.findall(r"\b(?:aasd|vllm):\w+", metrics.dashboard()))
+    assert asked and asked <= shown
+    assert {PREFIX + metric.name for metric in METRICS} <= {
+        name.removesuffix("_total").removesuffix("_bucket") for name in shown
+    }
+
+
+def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
+    marker = "zanzibarquux"
+    answer = text_of(ask(client, f"Repeat this word: {marker} {marker} {marker}", {}))
+    time.sleep(2)
+    page = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
+    for text in (page, server[1].read_text()):
+        assert marker not in text and answer not in text
+
+
+def test_the_log_has_a_line_now_and_then(client, server):
+    for _ in range(30):
+        ask(client, PROMPTS[1])
+        if "AASD metrics: Drafted: " in server[1].read_text():
+            return
+        time.sleep(0.5)
+    pytest.fail(server[1].read_text()[-2000:])
+
+
+def test_vllms_figures_of_each_request_come_with_the_answer(client):
+    answer = ask(client, PROMPTS[0])
+    assert answer.metrics["speculative_decoding"]["num_accepted_draft_tokens"] > 0
 
 
 def test_requests_at_once_get_what_each_asked_for(client, demo_model, tmp_path):

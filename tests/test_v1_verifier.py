@@ -2,14 +2,17 @@
 
 import types
 
+import numpy as np
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.sample import rejection_sampler
 
 from vllm_aasd.config import Settings
+from vllm_aasd.counters import Counters
 from vllm_aasd.engine import v1_verifier
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.v1_counting import V1Counting
 from vllm_aasd.engine.v1_requests import V1Requests
 
 STOCK = {
@@ -45,10 +48,11 @@ def arguments():
     }
 
 
-def verifier(settings, stop_token_ids=(), options=None, **asked):
+def verifier(settings, stop_token_ids=(), options=None, counting=None, **asked):
     """A verifier of requests "a", which brings `options`, and "b", which brings none."""
     requests = V1Requests(settings, Faults())
-    made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults())
+    counting = counting or V1Counting(Counters("cpu"), Faults(), 4, 3)
+    made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults(), counting)
     params = (
         SamplingParams(temperature=0.0, stop_token_ids=list(stop_token_ids), extra_args=extra, **asked)
         for extra in (options, None)
@@ -109,6 +113,24 @@ def test_a_budget_goes_by_the_request_id(installed):
     assert step("b", "a") == [1, 3, 7]
     made.forget(["a"])
     assert step("a", "b") == [1, 3, 7], "the same id again is another request"
+
+
+def test_each_step_is_counted(installed):
+    counters = Counters("cpu")
+    counting = V1Counting(counters, Faults(), 4, 3)
+    promises = {"a": np.array([0.9, 0.55, 0.5], np.float32), "b": np.empty(0, np.float32)}
+    counting.drafter = types.SimpleNamespace(promised=promises.__getitem__)
+    with verifier(Settings(), counting=counting).active():
+        rejection_sampler.rejection_sample(**arguments())
+        nothing = {"draft_token_ids": torch.empty(0, dtype=torch.int32), "num_draft_tokens": [0, 0]}
+        nothing["cu_num_draft_tokens"] = torch.zeros(2, dtype=torch.int32)
+        rejection_sampler.rejection_sample(**{**arguments(), **nothing, "target_logits": torch.empty(0, 8)})
+    got = {(name, label): value for name, label, value in counters.read()}
+    assert got["draft_tokens", ""] == 3 and got["accepted_tokens", ""] == 2
+    assert got["relaxed_tokens", ""] == 1 and got["regret_nats", ""] == pytest.approx(0.1, rel=1e-5)
+    assert got["survival_accepted", "0.9-1.0"] == got["survival_accepted", "0.5-0.6"] == 1
+    assert sum(value for (name, _), value in got.items() if name == "survival_tokens") == 2, "one had no promise"
+    assert sum(got["verifier_time_seconds", ""].counts) == 1, "a step without drafts verifies nothing"
 
 
 def test_another_engine_of_the_process_keeps_vllms_sampler(installed, monkeypatch):

@@ -133,7 +133,17 @@ def worker_of(llm):
 
 
 def counters(llm):
-    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    metrics = llm.get_metrics()
+    if getattr(llm.llm_engine.vllm_config.speculative_config, "aasd", None) is not None:
+        from vllm_aasd.metrics import get
+
+        metrics += get(llm)
+    own = {"model_name", "engine"}
+    return {
+        ":".join([m.name, *(value for label, value in m.labels.items() if label not in own)]): m.value
+        for m in metrics
+        if hasattr(m, "value")
+    }
 
 
 def record_store(llm):

@@ -41,7 +41,7 @@ class AlignmentView(NamedTuple):
     block_size: int
 
 
-_NOTHING = np.empty(0, np.float32)
+NOTHING_PROMISED = np.empty(0, np.float32)
 
 NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 1)
 
@@ -54,7 +54,7 @@ class _Request:
     def __init__(self, index: SuffixIndex) -> None:
         self.index = index
         self.trust = Trust()
-        self.promised = _NOTHING
+        self.promised = NOTHING_PROMISED
 
 
 class Drafter:
@@ -67,6 +67,7 @@ class Drafter:
         prior: the target's successors of each token outside any context; none by default.
         memory: what other requests taught, read and written here; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
+        lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft_cpu`.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class Drafter:
         prior: Prior | None = None,
         memory: np.ndarray | None = None,
         weights: MixtureWeights = DEFAULT_WEIGHTS,
+        lookups: np.ndarray | None = None,
     ) -> None:
         self._requests: dict[str, _Request] = {}
         self._min_survival = np.float32(min_survival)
         self._prior = prior if prior is not None else no_prior()
         self._memory = memory if memory is not None else no_memory()
         self._weights = weights
+        self._lookups = lookups if lookups is not None else np.zeros(3, np.int64)
         self._scores = np.zeros(vocab_size, np.float32)
         num_remembered, num_successors = (self._memory.shape[1] - 2) // 2, self._prior.ids.shape[1]
         most = draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
@@ -138,11 +141,17 @@ class Drafter:
             self._starts,
             self._draft_token_ids[:limit],
             self._survival,
+            self._lookups,
         )
         survival = request.trust.apply(self._survival[:count])
         count = np.count_nonzero(survival >= self._min_survival)
         request.promised = survival[:count]
         return self._draft_token_ids[:count], request.promised
+
+    def promised(self, request_id: str) -> np.ndarray:
+        """The survival that was promised of the request's last draft, ``[n]`` float32; empty if there was none."""
+        request = self._requests.get(request_id)
+        return request.promised if request is not None else NOTHING_PROMISED
 
     def verified(self, request_id: str, num_draft_tokens: int, num_accepted: int) -> None:
         """Learn what became of a request's last draft; unknown requests are passed over.

@@ -38,7 +38,7 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
     """
     prior = Prior(**tensor_file.load(path, _FORMAT, model_key, set(Prior._fields)))
     ids, probs = prior
-    shape = (vocab_size, ids.shape[-1])
+    shape = (vocab_size, ids.shape[-1] if ids.ndim else 0)
     if ids.shape != shape or probs.shape != shape or not 1 <= shape[1] <= MAX_SUCCESSORS:
         raise TensorFileError(
             f"{path} holds shapes {ids.shape} and {probs.shape}, expected ({vocab_size}, k) with k from 1 to "

@@ -46,7 +46,14 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
     os.close(descriptor)
     try:
         save_file(tensors, name, {"format": file_format, "model": model_key})
+        with open(name, "rb") as written:
+            # A machine that fails after the replacement must not be left with the new name and no content.
+            os.fsync(written.fileno())
         os.replace(name, path)
+    except SafetensorError as error:
+        # What it makes of a full disk.
+        os.unlink(name)
+        raise OSError(f"{path} can't be written: {error}") from error
     except BaseException:
         os.unlink(name)
         raise
@@ -69,7 +76,8 @@ def load(path: Path, file_format: str, model_key: str, names: set[str]) -> dict[
             return {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError) as error:
+    # TypeError and AttributeError: tensors of a type that numpy doesn't know, such as bfloat16.
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise TensorFileError(f"{path} can't be read: {error}") from error
 
 

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd.config import DEFAULT_NUM_SPECULATIVE_TOKENS, PREFIX, Settings
-from vllm_aasd.engine import refusals, seams
+from vllm_aasd.engine import metrics, refusals, seams
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.AASDProposer"
@@ -41,6 +41,9 @@ class AASDSpeculativeConfig(SpeculativeConfig):
 
     aasd: Settings | None = None
     """The settings; never None on a config that `create` made."""
+
+    aasd_metrics_folder: str = ""
+    """Where workers write their figures, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
 
     def __repr__(self) -> str:
         settings = self.aasd.describe() if self.aasd is not None else ""
@@ -101,6 +104,7 @@ def _create(
     ours.__dict__.update(stock_config.__dict__)
     longest_window = max(1, ours.num_speculative_tokens - 1)
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
+    ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     if carrier == V1_CARRIER:
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")

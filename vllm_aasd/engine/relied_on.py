@@ -55,6 +55,11 @@ BOTH: tuple[Seam | Members, ...] = (
         "SamplingParams",
         ("all_stop_token_ids", "extra_args", "max_tokens", "num_logprobs", "structured_outputs", "temperature"),
     ),
+    Members("vllm.engine.arg_utils", "EngineArgs", ("disable_log_stats",)),
+    Members("vllm.config", "ModelConfig", ("served_model_name",)),
+    Members("vllm.config", "ParallelConfig", ("data_parallel_index",)),
+    Members("vllm.v1.metrics.reader", "Counter", ("name", "labels", "value")),
+    Members("vllm.v1.metrics.reader", "Histogram", ("name", "labels", "count", "sum", "buckets")),
 )
 
 V1: tuple[Seam | Members, ...] = (

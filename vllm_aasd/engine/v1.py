@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
+from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
@@ -29,6 +30,7 @@ from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import start_up
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
+from vllm_aasd.engine.v1_counting import V1Counting, timed
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
@@ -64,9 +66,17 @@ class AASDProposer:
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
+        self.counters = Counters("cpu", self.faults.counts)
         self._requests = V1Requests(self._settings, self.faults)
+        self.counting = V1Counting(
+            self.counters, self.faults, scheduler_config.max_num_seqs, self._max_draft_tokens
+        )
         self._verifier = V1Verifier(
-            self._requests, scheduler_config.max_num_seqs, vllm_config.device_config.device, self.faults
+            self._requests,
+            scheduler_config.max_num_seqs,
+            vllm_config.device_config.device,
+            self.faults,
+            self.counting,
         )
         self._has_proposed = False
         self._placeholders = PlaceholderTokens()
@@ -81,6 +91,7 @@ class AASDProposer:
         # Compiled, or loaded from the cache on disk, before a request waits for it. vLLM's rejection sampler
         # hands over float32, whatever the model's dtype.
         verify.warm_up(runner.device, torch.float32)
+        self.counting.warm_up()
         if self._ngram is not None:
             return
         memory, self._memory_file = start_up.load_memory(self._settings.memory, self._model_config)
@@ -91,7 +102,9 @@ class AASDProposer:
             self._settings.min_survival,
             start_up.load_prior(self._model_config) if self._settings.prior else None,
             memory,
+            lookups=self.counters.lookups.numpy(),
         )
+        self.counting.drafter = self._drafter
         group = start_up.full_attention_group(kv_cache_config)
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
@@ -216,6 +229,7 @@ class AASDProposer:
             logits = self._model.compute_logits(state.hidden_states[rows])
             self._write(logits, token_ids[rows], slots[rows])
 
+    @timed
     def propose(
         self,
         sampled_token_ids: list[list[int]],

@@ -7,6 +7,7 @@ sampled request that speculates, are mended here too (see `install`).
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +18,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_aasd.engine import seams
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.v1_counting import V1Counting
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.verification.batch import PolicyBatch
@@ -32,12 +34,21 @@ class V1Verifier:
         max_num_reqs: the most requests of a batch.
         device: where the logits are.
         faults: of the worker.
+        counting: told of each step.
 
     Attributes:
         contained: around `rejection_sample`, if it `is_on`.
     """
 
-    def __init__(self, requests: V1Requests, max_num_reqs: int, device: torch.device, faults: Faults) -> None:
+    def __init__(
+        self,
+        requests: V1Requests,
+        max_num_reqs: int,
+        device: torch.device,
+        faults: Faults,
+        counting: V1Counting,
+    ) -> None:
+        self._counting = counting
         self._requests = requests
         self._faults = faults
         self.contained = faults.contained("verify", shared=True)
@@ -84,6 +95,7 @@ class V1Verifier:
         Returns:
             ``[batch_size, max_spec_len + 1]`` int32, -1 behind what is emitted.
         """
+        began = time.perf_counter()
         batch_size = len(num_draft_tokens)
         if sampling_metadata.all_greedy:
             is_greedy = torch.ones(batch_size, dtype=torch.bool)
@@ -116,7 +128,20 @@ class V1Verifier:
                 result, draft_token_ids, num_draft_tokens, cu_num_draft_tokens, target_logits, is_greedy,
                 sampling_metadata,
             )
+        self._counting.verified(
+            self._req_ids,
+            draft_token_ids,
+            cu_num_draft_tokens,
+            result,
+            time.perf_counter() - began,
+        )
         return result.output_token_ids
+
+    def count_vllms(
+        self, draft_token_ids: torch.Tensor, cu_num_draft_tokens: torch.Tensor, output_token_ids: torch.Tensor
+    ) -> None:
+        """Count a step that vLLM's own sampler has verified in the place of `rejection_sample`."""
+        self._counting.verified_by_vllm(self._req_ids, draft_token_ids, cu_num_draft_tokens, output_token_ids)
 
     def _recover(
         self,
@@ -199,7 +224,7 @@ def _dispatching(stock: Callable) -> Callable:
                     sampling_metadata,
                 )
         # Ours has failed; or it is another engine of this process, or vLLM's profiling run.
-        return stock(
+        output_token_ids = stock(
             draft_token_ids,
             num_draft_tokens,
             max_spec_len,
@@ -211,6 +236,9 @@ def _dispatching(stock: Callable) -> Callable:
             *args,
             **kwargs,
         )
+        if verifier is not None:
+            verifier.count_vllms(draft_token_ids, cu_num_draft_tokens, output_token_ids)
+        return output_token_ids
 
     return rejection_sample
 

@@ -26,11 +26,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
 from vllm_aasd.engine import seams, start_up, v2_verifier
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.prompt_logits import PromptLogits
+from vllm_aasd.engine.v2_counting import V2Counting
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.engine.v2_verifier import V2Verifier
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
@@ -78,7 +80,9 @@ class AASDSpeculator(BaseSpeculator):
             self.faults,
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults)
+        self.counters = Counters(device, self.faults.counts)
+        self._counting = V2Counting(self.counters, self.faults, max_num_reqs, width, device)
+        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults, self._counting)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
@@ -144,6 +148,7 @@ class AASDSpeculator(BaseSpeculator):
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=self._settings.min_survival,
+            lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
                 NUM_ORDERS,
@@ -263,7 +268,7 @@ class AASDSpeculator(BaseSpeculator):
         if num_speculative_tokens is not None:
             longest = min(longest, num_speculative_tokens)
         if not self.faults.is_off("draft"):
-            with self.faults.contained("draft", shared=True):
+            with self.faults.contained("draft", shared=True), self._counting.drafter.measured():
                 # No draft token past what the request may still emit: one token comes without a draft.
                 limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
                 self._propose(
@@ -277,6 +282,7 @@ class AASDSpeculator(BaseSpeculator):
                 )
                 self._placeholders.cut(drafts, num_drafts)
                 self._num_valid_drafts[idx_mapping] = num_drafts
+                self._counting.promise(idx_mapping, self._survival[:num_reqs])
                 return drafts
         num_drafts.zero_()
         self._num_valid_drafts[idx_mapping] = 0

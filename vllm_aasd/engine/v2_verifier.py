@@ -16,6 +16,7 @@ import torch
 
 from vllm_aasd.engine import seams
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.v2_counting import V2Counting
 from vllm_aasd.engine.v2_requests import RequestSlots
 from vllm_aasd.kernels.verify_seeded import PLACEHOLDER_TOKEN_ID, verify_seeded
 
@@ -46,12 +47,16 @@ class V2Verifier:
             draft columns are drafts. The rest are fillers, which the runner needs to be valid token ids.
         requests: policies and stop tokens.
         faults: of the worker.
+        counting: told of each step.
 
     Attributes:
         contained: around what it does, if it `is_on`.
     """
 
-    def __init__(self, num_valid_drafts: torch.Tensor, requests: RequestSlots, faults: Faults) -> None:
+    def __init__(
+        self, num_valid_drafts: torch.Tensor, requests: RequestSlots, faults: Faults, counting: V2Counting
+    ) -> None:
+        self._counting = counting
         self._num_valid_drafts = num_valid_drafts
         self._requests = requests
         self._faults = faults
@@ -113,22 +118,33 @@ class V2Verifier:
             Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 behind them; and how many,
             ``[num_reqs]`` int32.
         """
-        verified = verify_seeded(
-            target_logits,
-            draft_sampled,
-            cu_num_logits,
-            pos,
-            idx_mapping,
-            expanded_idx_mapping,
-            expanded_local_pos,
-            temperature,
-            seed,
-            num_speculative_steps,
-            self._requests.policies,
-            self._requests.stop_token_ids,
-            all_greedy=self._all_greedy,
-        )
+        with self._counting.verifier.measured():
+            verified = verify_seeded(
+                target_logits,
+                draft_sampled,
+                cu_num_logits,
+                pos,
+                idx_mapping,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                temperature,
+                seed,
+                num_speculative_steps,
+                self._requests.policies,
+                self._requests.stop_token_ids,
+                all_greedy=self._all_greedy,
+            )
+        self._counting.verified(draft_sampled, cu_num_logits, idx_mapping, verified.num_sampled, verified)
         return verified.sampled, verified.num_sampled
+
+    def count_vllms(self, call: dict[str, Any], emitted: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Count a step that vLLM's own sampler has verified in the place of `rejection_sample`.
+
+        Args:
+            call: its arguments, by name.
+            emitted: its results.
+        """
+        self._counting.verified(call["draft_sampled"], call["cu_num_logits"], call["idx_mapping"], emitted[1])
 
 
 def install() -> list[seams.Replacement]:
@@ -163,7 +179,9 @@ def _dispatching(stock: Callable) -> Callable:
         elif verifier.is_on:
             with verifier.contained:
                 return verifier.rejection_sample(**{name: call[name] for name in _OURS})
-        return stock(**call)
+        emitted = stock(**call)
+        verifier.count_vllms(call, emitted)
+        return emitted
 
     return rejection_sample
 

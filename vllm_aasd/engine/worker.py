@@ -7,6 +7,8 @@ vLLM's `Worker` are extended.
 import logging
 from typing import Any
 
+from vllm import envs
+from vllm.distributed import get_tp_group
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
@@ -14,7 +16,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
-from vllm_aasd.engine import configuration, relied_on, seams
+from vllm_aasd.counters import Figure
+from vllm_aasd.engine import configuration, metrics, relied_on, seams
 from vllm_aasd.engine.start_up import kv_cache_share
 
 logger = logging.getLogger("vllm.aasd")
@@ -22,6 +25,8 @@ logger = logging.getLogger("vllm.aasd")
 
 class AASDWorker(Worker):
     """The part of a platform's worker that is ours; to stand before that worker among the base classes."""
+
+    _publisher: metrics.Publisher | None = None
 
     def init_device(self) -> None:
         """Also: put our verifier where vLLM's rejection sampler looks, and have the runner make our drafter."""
@@ -84,7 +89,24 @@ class AASDWorker(Worker):
         times = super().compile_or_warm_up_model()
         if self._adapter is not None:
             self._adapter.profile()
+            with self._adapter.faults.contained("metrics"):
+                self._publish()
         return times
+
+    def _publish(self) -> None:
+        """Show what is counted from here on on the server's page, unless statistics are off."""
+        self._adapter.counters.clear()
+        folder = self.speculative_config.aasd_metrics_folder
+        # Ranks of a group count the same.
+        if folder and get_tp_group().rank_in_group == 0:
+            self._publisher = metrics.Publisher(
+                self._adapter.counters,
+                self._adapter.faults,
+                folder,
+                self.model_config.served_model_name,
+                self.parallel_config.data_parallel_index,
+                envs.VLLM_LOG_STATS_INTERVAL,
+            )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Also: begin to time the step, and drop the state of requests that have ended."""
@@ -97,7 +119,10 @@ class AASDWorker(Worker):
         if self._adapter is None:
             return super().sample_tokens(grammar_output)
         with self._adapter.sampling():
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
+        if self._publisher is not None:
+            self._publisher.stepped()
+        return output
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """As vLLM's, less what isn't a draft."""
@@ -113,9 +138,16 @@ class AASDWorker(Worker):
         """How often each place of `containment.PLACES` has failed here: for ``collective_rpc("aasd_faults")``."""
         return {} if self._adapter is None else dict(self._adapter.faults.counts)
 
+    def aasd_figures(self) -> tuple[int, list[Figure]] | None:
+        """The engine's number and its figures, from the first rank: for ``collective_rpc("aasd_figures")``."""
+        if self._adapter is None or get_tp_group().rank_in_group != 0:
+            return None
+        return self.parallel_config.data_parallel_index, self._adapter.counters.read()
+
     def shutdown(self) -> None:
-        """Also: keep what was learnt."""
+        """Also: keep what was learnt, and write the last figures."""
         # vLLM also shuts down workers whose start failed.
-        if self._adapter is not None:
-            self._adapter.shutdown()
-        super().shutdown()
+        with metrics.stopped(self._publisher):
+            if self._adapter is not None:
+                self._adapter.shutdown()
+            super().shutdown()
