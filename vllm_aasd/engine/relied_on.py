@@ -50,6 +50,11 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.v1.core.sched.output", "NewRequestData", ("prompt_token_ids", "mm_features")),
     Members("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("mm_position",)),
     Members("vllm.multimodal.inputs", "PlaceholderRange", ("extract_embeds_range",)),
+    Members(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        ("world_size", "rank_in_group", "cpu_group", "broadcast_object"),
+    ),
     Members("vllm.sampling_params", "SamplingParams", ("all_stop_token_ids", "extra_args", "max_tokens", "temperature")),
 )
 
