@@ -41,6 +41,40 @@ def sliding_window_model(out: pathlib.Path, tokenizer_of: str, hybrid: bool) -> 
     return str(out)
 
 
+def image_model(out: pathlib.Path, tokenizer_of: str) -> tuple[str, int]:
+    """Make a Llava that sees images as four tokens each.
+
+    Returns:
+        Its path, and the token that stands for an image in a prompt.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    side, patch = 28, 14
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(
+            **sizes, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024
+        ),
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=side, patch_size=patch, projection_dim=64),
+        image_token_index=image_token_id,
+    )
+    torch.manual_seed(1)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(out)
+    pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    transformers.LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(out)
+    return str(out), image_token_id
+
+
 def lora_adapter(out: pathlib.Path, model: str, rank: int = 8) -> str:
     """Make a random adapter of the attention's projections, strong enough to change what a model says."""
     from safetensors.torch import save_file
