@@ -65,7 +65,7 @@ def test_the_three_formats_are_read_from_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ({"text": "a"}, "nor 'prompt' is there, but 'text'"),
+        ({"text": "a"}, "nor 'messages' is there, but 'text'"),
         ({"prompt": "  "}, "'prompt' must be a string, not an empty one"),
         ({"prompt": "a", "category": 3}, "'category' must be a string"),
         ({"question": "q", "context": [], "answer": "a"}, "'context' must be a list of passages"),

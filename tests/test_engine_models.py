@@ -3,7 +3,7 @@
 import pytest
 from engines import greedy, run_engine, token_ids
 from prompts import real_prompts
-from tiny_models import WINDOW, lora_adapter, sliding_window_model
+from tiny_models import WINDOW, image_model, lora_adapter, sliding_window_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
@@ -45,6 +45,25 @@ def test_an_adapter(demo_model, tmp_path, v2):
     ours = run(demo_model, rounds, tmp_path / "ours", v2, lora=lora, aasd={**STRICT, "aasd_alignment": True})
     assert token_ids(plain["rounds"][0]) == token_ids(ours["rounds"][0]) != token_ids(bare["rounds"][0])
     assert "with LoRA, predictions are stored for generated tokens only" in ours["log"]
+
+
+@RUNNERS
+def test_prompts_with_images(demo_model, tmp_path, v2):
+    model, image = image_model(tmp_path / "model", demo_model)
+    text = list(range(300, 330)) * 2
+    asked = [(text + [image], [1]), (text + [image], [2]), ([image] + text + [image] + text[:20], [1, 2])]
+    requests = [
+        {**request, "images": seeds}
+        for request, (_, seeds) in zip(greedy([prompt for prompt, _ in asked], 24, ignore_eos=True), asked, strict=True)
+    ]
+    rounds = [requests, requests[:1], greedy([text], 24, ignore_eos=True)]
+    plain = run(model, rounds, tmp_path / "plain", v2)
+    ours = run(model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True})
+    assert [token_ids(one) for one in plain["rounds"]] == [token_ids(one) for one in ours["rounds"]]
+    seen, *_ = token_ids(plain["rounds"][0])
+    assert seen not in token_ids(plain["rounds"][0])[1:], "the image matters"
+    assert accepted(ours) > 0
+    assert ours["rounds"][1][0]["num_cached_tokens"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -133,13 +133,13 @@ class FakeTrial:
         self.engine = engine
 
     def answer(self, prompts, max_tokens, options, sampling):
-        rule = options.get("aasd_verification")
+        is_off = options.get("aasd_enabled") is False
         loose = options.get("aasd_floor", 1) < 0.1
         answers = [
-            trial.Answer((prompt * 9)[:9] if loose else [1, 2, 3, 4, 5, 6, 7, 8, 9], 2.0 if rule is None else 1.0 / (1 + loose))
+            trial.Answer((prompt * 9)[:9] if loose else [1, 2, 3, 4, 5, 6, 7, 8, 9], 2.0 if is_off else 1.0 / (1 + loose))
             for prompt in prompts
         ]
-        return answers, len(prompts) * (0 if rule is None else 4)
+        return answers, len(prompts) * (0 if is_off else 4)
 
     def score(self, places):
         return [[(-0.1, -0.1)] * len(answer) for _, answer in places]

@@ -15,7 +15,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
 
     Args:
         model: path of the checkpoint.
-        rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once.
+        rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once; with ``images``, a
+            list of seeds, that many images of noise come with the prompt.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
@@ -59,7 +60,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         env={**os.environ, "AASD_TEST_V2": str(int(v2))},
     )
     log = process.stdout + process.stderr
-    assert process.returncode == 0, log[-6000:]
+    assert process.returncode == 0, log[-30000:]
     return {**json.loads(out.read_text()), "log": log}
 
 

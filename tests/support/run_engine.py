@@ -53,7 +53,7 @@ def main() -> None:
     adapter = LoRARequest("adapter", 1, scenario["lora"]) if scenario["lora"] else None
     rounds, after = [], []
     for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
-        requests = [(encoded(r["prompt"]), sampling(r["sampling"])) for r in batch]
+        requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
         num_snapshots = len(snapshots)
         with injected(fault):
             outputs = llm.generate(
@@ -72,6 +72,17 @@ def main() -> None:
         import torch
 
         torch.save(verified, scenario["out"] + ".pt")
+
+
+def pictures(seeds):
+    """Images of noise, one for each seed, as a part of a prompt."""
+    if not seeds:
+        return {}
+    import numpy as np
+    from PIL import Image
+
+    noise = [np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8) for seed in seeds]
+    return {"multi_modal_data": {"image": [Image.fromarray(pixels) for pixels in noise]}}
 
 
 def described(output):

@@ -41,6 +41,43 @@ def sliding_window_model(out: pathlib.Path, tokenizer_of: str, hybrid: bool) -> 
     return str(out)
 
 
+def image_model(out: pathlib.Path, tokenizer_of: str) -> tuple[str, int]:
+    """Make an Idefics3 that sees images as four tokens each; of vLLM's models one that does without torchvision.
+
+    Returns:
+        Its path, and the token that stands for an image in a prompt.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
+    around = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *around]})
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    side = 28
+    text_config = transformers.LlamaConfig(
+        **sizes,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = transformers.Idefics3Config(
+        text_config=text_config,
+        vision_config={**sizes, "image_size": side, "patch_size": 7},
+        image_token_id=image_token_id,
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(1)
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(out)
+    pixels = transformers.Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": side}, max_image_size={"longest_edge": side}
+    )
+    transformers.Idefics3Processor(image_processor=pixels, tokenizer=tokenizer, image_seq_len=4).save_pretrained(out)
+    return str(out), image_token_id
+
+
 def lora_adapter(out: pathlib.Path, model: str, rank: int = 8) -> str:
     """Make a random adapter of the attention's projections, strong enough to change what a model says."""
     from safetensors.torch import save_file

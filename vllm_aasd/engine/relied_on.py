@@ -60,6 +60,11 @@ BOTH: tuple[Seam | Members, ...] = (
     Members("vllm.config", "ParallelConfig", ("data_parallel_index",)),
     Members("vllm.v1.metrics.reader", "Counter", ("name", "labels", "value")),
     Members("vllm.v1.metrics.reader", "Histogram", ("name", "labels", "count", "sum", "buckets")),
+    Members(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        ("world_size", "rank_in_group", "cpu_group", "broadcast_object"),
+    ),
 )
 
 V1: tuple[Seam | Members, ...] = (

@@ -27,7 +27,7 @@ from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, 
 from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
-from vllm_aasd.engine import start_up
+from vllm_aasd.engine import agreement, start_up
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.v1_counting import V1Counting, timed
@@ -100,7 +100,7 @@ class AASDProposer:
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             self._settings.min_survival,
-            start_up.load_prior(self._model_config) if self._settings.prior else None,
+            agreement.load_prior(self._model_config) if self._settings.prior else None,
             memory,
             lookups=self.counters.lookups.numpy(),
         )

@@ -77,8 +77,8 @@ class V1Counting:
                     result.num_accepted.numpy() + 1,
                     result.relaxed.numpy(),
                     result.regret.numpy(),
-                    _events(result, "exhausted"),
-                    _events(result, "guarded"),
+                    result.exhausted.numpy(),
+                    result.guarded.numpy(),
                 )
 
     def verified_by_vllm(
@@ -157,9 +157,3 @@ def timed(propose: Callable) -> Callable:
         return drafts
 
     return timed_propose
-
-
-def _events(result: VerifyOutput, name: str) -> np.ndarray:
-    """What a policy with a budget or a guard tells besides; nothing of one without."""
-    events = getattr(result, name, None)
-    return _NO_EVENTS if events is None else events.numpy()

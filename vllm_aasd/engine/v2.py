@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
-from vllm_aasd.engine import seams, start_up, v2_verifier
+from vllm_aasd.engine import agreement, seams, start_up, v2_verifier
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.prompt_logits import PromptLogits
@@ -133,7 +133,7 @@ class AASDSpeculator(BaseSpeculator):
             table, block_tables = self._store.slots, tables.block_tables[group].gpu
             # vLLM's copy-on-write of KV blocks then carries the entries along.
             runner.kv_caches.append(self._store.table)
-        prior = (start_up.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
+        prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._propose = functools.partial(
             draft_batch,

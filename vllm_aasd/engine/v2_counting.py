@@ -132,8 +132,10 @@ class V2Counting:
             if result is None:
                 relaxed = torch.zeros(len(draft_sampled), dtype=torch.bool, device=draft_sampled.device)
                 regret = relaxed.float()
+                exhausted = guarded = self._no_events
             else:
                 relaxed, regret = result.relaxed, result.regret
+                exhausted, guarded = result.exhausted, result.guarded
             count_drafts(
                 self._counters.totals,
                 draft_sampled,
@@ -144,7 +146,6 @@ class V2Counting:
                 self._promised,
                 relaxed,
                 regret,
-                # What a policy with a budget or a guard tells besides.
-                getattr(result, "exhausted", self._no_events),
-                getattr(result, "guarded", self._no_events),
+                exhausted,
+                guarded,
             )

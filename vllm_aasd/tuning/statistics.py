@@ -40,7 +40,8 @@ def stratified_gain(
         ours, theirs: numerators and denominators.
         groups, seed: see `stratified_ratio`.
     """
-    return with_interval(_stratified(*ours, groups, seed) / _stratified(*theirs, groups, seed))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return with_interval(_stratified(*ours, groups, seed) / _stratified(*theirs, groups, seed))
 
 
 def _stratified(
