@@ -24,7 +24,7 @@ from vllm_aasd.kernels.policies import (
     THRESHOLD,
     TYPICAL,
 )
-from vllm_aasd.kernels.relaxation_reference import binary_kl, row_statistics
+from vllm_aasd.kernels.relaxation_reference import binary_kl
 from vllm_aasd.kernels.verify import recover, verify, warm_up
 
 INF, NAN = float("inf"), float("nan")
