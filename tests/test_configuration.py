@@ -155,6 +155,12 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
         ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
         ({"aasd_draft": "ngram"}, {}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
         ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
+        ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
+        (
+            {},
+            {"enable_lora": True, "lora_target_modules": ["q_proj", "model.lm_head"]},
+            "allowed is false, or lora_target_modules without 'lm_head'",
+        ),
     ],
 )
 def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, keys, options, message):
@@ -162,6 +168,10 @@ def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, k
     with pytest.raises(ValueError) as refusal:
         create({"method": "aasd", **keys}, **options)
     assert message in str(refusal.value)
+
+
+def test_adapters_that_leave_the_lm_head_alone_run_on_v2():
+    refusals.check("V2", EngineArgs(enable_lora=True, lora_target_modules=["q_proj", "v_proj"]), {}, Settings())
 
 
 @pytest.mark.parametrize(("scheduling", "is_refused"), [(None, False), (True, False), (False, True)])

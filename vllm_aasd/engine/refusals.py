@@ -35,6 +35,11 @@ def _is_synchronous(args: EngineArgs) -> bool:
     return args.async_scheduling is False or current_platform.is_cpu()
 
 
+def _adapts_lm_head(args: EngineArgs) -> bool:
+    # vLLM's own test for the layer that it wraps.
+    return args.lora_target_modules is None or any("lm_head" in name for name in args.lora_target_modules)
+
+
 _BOTH = (
     Refusal("worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it brings a worker of its own, so leave worker_cls at 'auto'"),
     Refusal(
@@ -92,6 +97,13 @@ BY_RUNNER = {
             "aasd_draft",
             ("mixture",),
             "for vLLM's own n-grams on its V2 model runner use its method 'ngram_gpu'; allowed is 'mixture'",
+        ),
+        Refusal(
+            "enable_lora",
+            (False,),
+            "vLLM 0.32's V2 model runner tells the lm_head of an adapter for one row of logits a request, and drafts have "
+            "more; allowed is false, or lora_target_modules without 'lm_head'",
+            holds=_adapts_lm_head,
         ),
         Refusal(
             "pipeline_parallel_size",
