@@ -156,17 +156,39 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "options", "message"),
     [
-        ({"aasd_memory": "process"}, "can't work with aasd_memory='process': the memory is the host's"),
-        ({"aasd_draft": "ngram"}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
+        ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
+        ({"aasd_draft": "ngram"}, {}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
+        ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
+        ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
+        (
+            {},
+            {"enable_lora": True, "lora_target_modules": ["q_proj", "model.lm_head"]},
+            "allowed is false, or lora_target_modules without 'lm_head'",
+        ),
     ],
 )
-def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, keys, message):
+def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, keys, options, message):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError) as refusal:
-        create({"method": "aasd", **keys})
+        create({"method": "aasd", **keys}, **options)
     assert message in str(refusal.value)
+
+
+def test_adapters_that_leave_the_lm_head_alone_run_on_v2():
+    refusals.check("V2", EngineArgs(enable_lora=True, lora_target_modules=["q_proj", "v_proj"]), {}, Settings())
+
+
+@pytest.mark.parametrize(("scheduling", "is_refused"), [(None, False), (True, False), (False, True)])
+def test_on_gpus_pipelines_need_asynchronous_scheduling(monkeypatch, scheduling, is_refused):
+    monkeypatch.setattr(refusals, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+    args = EngineArgs(pipeline_parallel_size=2, async_scheduling=scheduling)
+    if is_refused:
+        with pytest.raises(ValueError, match="can't work with pipeline_parallel_size=2"):
+            refusals.check("V2", args, {}, Settings())
+    else:
+        refusals.check("V2", args, {}, Settings())
 
 
 def test_gpus_run_v2_and_nothing_else(create, monkeypatch):

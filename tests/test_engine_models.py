@@ -38,11 +38,14 @@ def test_sliding_windows(demo_model, tmp_path, v2, hybrid):
 
 @RUNNERS
 def test_an_adapter(demo_model, tmp_path, v2):
-    lora = lora_adapter(tmp_path / "adapter", demo_model)
+    # On V2 the lm_head must be left alone; on V1 it is wrapped, as by default.
+    adapted = {"lora": lora_adapter(tmp_path / "adapter", demo_model)}
+    adapted |= {"lora_target_modules": ["q_proj", "v_proj"]} if v2 else {}
     rounds = [greedy(PROMPTS[:2], 16)]
     bare = run(demo_model, rounds, tmp_path / "bare", False)
-    plain = run(demo_model, rounds, tmp_path / "plain", v2, lora=lora)
-    ours = run(demo_model, rounds, tmp_path / "ours", v2, lora=lora, aasd={**STRICT, "aasd_alignment": True})
+    plain = run(demo_model, rounds, tmp_path / "plain", v2, **adapted)
+    ours = run(demo_model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True}, **adapted)
+    assert accepted(ours) > 0
     assert token_ids(plain["rounds"][0]) == token_ids(ours["rounds"][0]) != token_ids(bare["rounds"][0])
     assert "with LoRA, predictions are stored for generated tokens only" in ours["log"]
 
@@ -54,15 +57,15 @@ def test_prompts_with_images(demo_model, tmp_path, v2):
     asked = [(text + [image], [1]), (text + [image], [2]), ([image] + text + [image] + text[:20], [1, 2])]
     requests = [
         {**request, "images": seeds}
-        for request, (_, seeds) in zip(greedy([prompt for prompt, _ in asked], 24, ignore_eos=True), asked, strict=True)
+        for request, (_, seeds) in zip(greedy([prompt for prompt, _ in asked], 40, ignore_eos=True), asked, strict=True)
     ]
     rounds = [requests, requests[:1], greedy([text], 24, ignore_eos=True)]
     plain = run(model, rounds, tmp_path / "plain", v2)
-    ours = run(model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True})
+    ours = run(model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True, "aasd_min_survival": 0.0})
     assert [token_ids(one) for one in plain["rounds"]] == [token_ids(one) for one in ours["rounds"]]
     seen, *_ = token_ids(plain["rounds"][0])
     assert seen not in token_ids(plain["rounds"][0])[1:], "the image matters"
-    assert accepted(ours) > 0
+    assert accepted(ours["after"][0]) > 0, "behind images, too"
     assert ours["rounds"][1][0]["num_cached_tokens"] > 0
 
 
@@ -71,19 +74,11 @@ def one_rank(demo_model, tmp_path_factory):
     return run(demo_model, [greedy(PROMPTS, 16)], tmp_path_factory.mktemp("one") / "out", False)
 
 
-# The demo model has 9 heads of attention and 3 of keys, so 3 ranks share them, and 2 don't.
-@pytest.mark.parametrize(
-    ("v2", "ranks"),
-    [
-        (False, {"tensor_parallel_size": 3}),
-        (True, {"tensor_parallel_size": 3}),
-        (True, {"pipeline_parallel_size": 2}),
-    ],
-    ids=["V1-tensor", "V2-tensor", "V2-pipeline"],
-)
-def test_several_ranks(demo_model, tmp_path, one_rank, v2, ranks):
+@RUNNERS
+def test_several_ranks(demo_model, tmp_path, one_rank, v2):
     aasd = {**STRICT, "aasd_alignment": True}
-    ours = run(demo_model, [greedy(PROMPTS, 16)], tmp_path / "ours", v2, aasd=aasd, **ranks)
+    # The demo model has 9 heads of attention and 3 of keys, so 3 ranks share them, and 2 don't.
+    ours = run(demo_model, [greedy(PROMPTS, 16)], tmp_path / "ours", v2, aasd=aasd, tensor_parallel_size=3)
     assert token_ids(ours["rounds"][0]) == token_ids(one_rank["rounds"][0])
     assert accepted(ours) > 0
     assert "gather whole rows" not in ours["log"]

@@ -61,6 +61,19 @@ def test_what_is_run_does_not_depend_on_the_clock(monkeypatch):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_rows_of_a_dummy_step_have_no_adapter(has_adapters):
+    """It leaves vLLM's dummy adapters of as many rows as requests, fewer than are asked for here."""
+    mapped = []
+    runner = types.SimpleNamespace(
+        lora_config=object() if has_adapters else None,
+        _dummy_run=lambda num_tokens: (torch.zeros(num_tokens, 2), None),
+        _set_active_loras=lambda *mapping: mapped.append(mapping),
+    )
+    assert start_up.dummy_forward(runner, 5).shape == (5, 2)
+    assert mapped == [((0,) * 5, (0,) * 5, set())] * has_adapters
+
+
 class Model:
     revision = None
 

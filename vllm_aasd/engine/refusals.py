@@ -1,8 +1,10 @@
 """What stops a start, by model runner: one table, by which a configuration is refused and of which the doctor tells."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_aasd.config import Settings
 from vllm_aasd.fields import PREFIX
@@ -19,12 +21,24 @@ class Refusal(NamedTuple):
         allowed: the values with which it can.
         reason: why no other.
         in_json: whether it is a key of the speculative config.
+        holds: whether it is so with the engine's other arguments.
     """
 
     name: str
     allowed: tuple[Any, ...]
     reason: str
     in_json: bool = False
+    holds: Callable[[EngineArgs], bool] = lambda args: True
+
+
+def _is_synchronous(args: EngineArgs) -> bool:
+    # vLLM schedules asynchronously by default, but for its CPU platform, which turns it off in whatever is built.
+    return args.async_scheduling is False or current_platform.is_cpu()
+
+
+def _adapts_lm_head(args: EngineArgs) -> bool:
+    # vLLM's own test for the layer that it wraps.
+    return args.lora_target_modules is None or any("lm_head" in name for name in args.lora_target_modules)
 
 
 _BOTH = (
@@ -85,6 +99,21 @@ BY_RUNNER = {
             ("mixture",),
             "for vLLM's own n-grams on its V2 model runner use its method 'ngram_gpu'; allowed is 'mixture'",
         ),
+        Refusal(
+            "enable_lora",
+            (False,),
+            "vLLM 0.32's V2 model runner tells the lm_head of an adapter for one row of logits a request, and drafts have "
+            "more; allowed is false, or lora_target_modules without 'lm_head'",
+            holds=_adapts_lm_head,
+        ),
+        Refusal(
+            "pipeline_parallel_size",
+            (1,),
+            "with synchronous scheduling, which CPUs always have, vLLM 0.32 schedules a stage's next drafts before the "
+            "token that they follow, and its V2 model runner fails, whatever the method; allowed is 1, or asynchronous "
+            "scheduling",
+            holds=_is_synchronous,
+        ),
     ),
 }
 
@@ -113,5 +142,5 @@ def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Se
             value = vllm_keys.get(refusal.name)
         else:
             value = getattr(args, refusal.name)
-        if value not in refusal.allowed:
+        if value not in refusal.allowed and refusal.holds(args):
             refuse(refusal.name, value, refusal.reason)

@@ -82,6 +82,11 @@ V1: tuple[Seam | Members, ...] = (
         "GPUModelRunner",
         ("drafter", "execute_model_state", "input_batch", "input_ids", "kv_caches", "requests", "_dummy_run"),
     ),
+    Seam(
+        f"{_V1}.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin._set_active_loras",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+    ),
     Members(
         f"{_V1}.gpu_model_runner",
         "ExecuteModelState",

@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,6 +173,23 @@ class StepProfile(NamedTuple):
 
     samples: list[tuple[int, float]]
     alignment_share: float
+
+
+def dummy_forward(runner: Any, num_tokens: int) -> torch.Tensor:
+    """Run the model on tokens of nobody's, so that logits of as many rows can be asked for.
+
+    Args:
+        runner: vLLM's V1 model runner.
+        num_tokens: how many.
+
+    Returns:
+        ``[>= num_tokens, hidden_size]``, hidden states.
+    """
+    hidden_states = runner._dummy_run(num_tokens)[0]
+    if runner.lora_config is not None:
+        # It leaves the adapters of as many rows as there may be requests, and every row must have one, or none.
+        runner._set_active_loras((0,) * num_tokens, (0,) * num_tokens, set())
+    return hidden_states
 
 
 def profile_steps(

@@ -129,7 +129,7 @@ class AASDProposer:
         if self._drafter is None:
             return
         profile = start_up.profile_steps(
-            lambda num_tokens: self._runner._dummy_run(num_tokens)[0],
+            lambda num_tokens: start_up.dummy_forward(self._runner, num_tokens),
             self._model.compute_logits,
             self._max_step_tokens,
             min(PREFILL_CHUNK, self._runner.max_num_tokens),
