@@ -96,36 +96,6 @@ def drafter_time(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def damage(result: Mapping[str, Any]) -> Any:
-    """The frontier of lossy verification: what it gains against what of the answers is left."""
-    figure = _figure(8, 3.4)
-    panels = {"rouge_l": "ROUGE-L to strict", "copied": "share copied from the prompt"}
-    axes = figure.subplots(1, len(panels))
-    runs = {label: run for label, run in result["settings"].items() if label != "none"}
-    for axis, (key, heading) in zip(axes, panels.items(), strict=True):
-        for number, (label, run) in enumerate(runs.items()):
-            axis.errorbar(
-                run["mal"]["value"],
-                run[key]["value"],
-                _whiskers([run[key]]),
-                _whiskers([run["mal"]]),
-                # Strict is large and hollow: others may lie on it.
-                marker=_MARKERS[number % len(_MARKERS)],
-                markersize=12 if label == "strict" else 5,
-                markerfacecolor="none" if label == "strict" else None,
-                linestyle="none",
-                elinewidth=0.8,
-                capsize=2,
-                label=label,
-            )
-        axis.set_xlabel("mean acceptance length")
-        axis.set_ylabel(heading)
-        axis.set_ylim(0, 1.05)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
-
-
 def ablation(result: Mapping[str, Any]) -> Any:
     """Speed by the parts that the drafter has, at each price of a draft token."""
     figure = _figure(7, 3.2)

@@ -1,7 +1,7 @@
 """Figures and the README's tables, drawn from result files and nothing else.
 
     python -m benchmarks.plot              # every figure whose result is there
-    python -m benchmarks.plot calibration damage
+    python -m benchmarks.plot calibration frontier
     python -m benchmarks.plot --readme     # the tables of the README
 
 Writes ``results/NAME.svg`` beside the result that it draws. Needs matplotlib (``pip install vllm-aasd[bench]``).
@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks import figures, readme, results
+from vllm_aasd.tuning import report
 
 FIGURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "speed": ("end_to_end.json", figures.speed),
     "speed_sampled": ("end_to_end_sampled.json", figures.speed),
     "calibration": ("calibration.json", figures.calibration),
     "drafter_time": ("drafter_time.json", figures.drafter_time),
-    "damage": ("damage.json", figures.damage),
+    "frontier": ("frontier.json", report.figure),
     "ablation": ("ablation.json", figures.ablation),
     "projection": ("projection.json", figures.projection),
 }

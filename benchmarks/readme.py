@@ -13,7 +13,7 @@ from benchmarks import comparison, projection_report, results
 from benchmarks.comparison import MEAN
 from benchmarks.data import GROUPS
 from benchmarks.exactness import failed
-from vllm_aasd.config import Settings
+from vllm_aasd.tuning import report
 
 README = results.ROOT / "README.md"
 
@@ -43,27 +43,6 @@ def acceptance(result: Mapping[str, Any]) -> str:
         )
     header = ["tokens per step of the target", *_HEADINGS.values(), "mean", "mean over questions"]
     return results.table([*header, "drafted per step"], rows)
-
-
-def damage(result: Mapping[str, Any]) -> str:
-    """What settings of `conditional` gain and do."""
-    defaults = Settings()
-    rows = []
-    for label, run in result["settings"].items():
-        if label == "none":
-            continue
-        name = label
-        if run["setting"] is not None:
-            values = tuple(run["setting"].values())
-            name = ", ".join(f"{value:g}" for value in values)
-            if values == (defaults.alpha, defaults.beta, defaults.floor):
-                name = f"**{name} (the default)**"
-            elif values == (0.1, 0.1, 0.01):
-                name += " (the public re-implementation has 0.1, 0.1 and no floor)"
-        cells = [results.interval(run["mal"]), _percent(run["not_argmax"]), results.interval(run["rouge_l"])]
-        rows.append([name, *cells, _percent(run["copied"]), _percent(run["repeated"])])
-    header = ["alpha, beta, floor", "MAL", "tokens that aren't the argmax", "ROUGE-L to strict"]
-    return results.table([*header, "copied from the prompt", "repeated"], rows)
 
 
 def speed(result: Mapping[str, Any]) -> str:
@@ -110,7 +89,7 @@ def projection(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "speed": ("end_to_end.json", speed),
     "acceptance": ("acceptance.json", acceptance),
-    "damage": ("damage.json", damage),
+    "frontier": ("frontier.json", report.table),
     "ablation": ("ablation.json", ablation),
     "projection": ("projection.json", projection),
 }
@@ -157,7 +136,3 @@ def method(label: str, speculative_config: Mapping[str, Any] | None) -> str:
 
 def _spread(figure: Mapping[str, float]) -> str:
     return results.number(figure["value"]) if figure["low"] == figure["high"] else results.interval(figure)
-
-
-def _percent(figure: Mapping[str, float]) -> str:
-    return results.interval({key: 100 * value for key, value in figure.items()}, 1) + " %"

@@ -1,4 +1,4 @@
-"""What acceptance and damage are measured on: real questions, answered greedily, one engine per setting."""
+"""What acceptance is measured on: real questions, answered greedily, one engine per setting."""
 
 import argparse
 import pathlib
@@ -80,34 +80,11 @@ class Workload:
         requests = [{"prompt_token_ids": prompt, "sampling": params} for prompt in self.prompts]
         return run_engine(label, engine, requests)
 
-    def score(
-        self, label: str, sequences: list[tuple[list[int], list[int]]]
-    ) -> list[list[tuple[float, float]]]:
-        """Score given answers with the target alone, by teacher forcing.
-
-        Args:
-            label: how the run is called.
-            sequences: prompt and answer each.
-
-        Returns:
-            Per answer and token, the token's logprob and that of the likeliest token there, in nats.
-        """
-        requests = [
-            {
-                "prompt_token_ids": prompt + answer,
-                "sampling": {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 1},
-                "score_from": len(prompt),
-            }
-            for prompt, answer in sequences
-        ]
-        return [answer["scores"] for answer in run_engine(label, self._engine(), requests)]
-
     def _engine(self) -> dict[str, Any]:
         return {
             "model": self._arguments.model,
             "dtype": self._arguments.dtype,
-            # One more than a question and its answer: scoring generates a token behind both.
-            "max_model_len": self._arguments.max_model_len + 1,
+            "max_model_len": self._arguments.max_model_len,
             "max_num_seqs": self._arguments.concurrency,
             # Compiling takes longer than it saves here, and no figure depends on time.
             "enforce_eager": True,

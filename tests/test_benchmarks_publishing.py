@@ -16,7 +16,7 @@ from benchmarks import data, figures, methods, plot, readme, results, server, se
 def test_the_readme_is_what_the_committed_results_say():
     text = readme.README.read_text()
     assert readme.updated(text) == text, "run `python -m benchmarks.plot --readme`"
-    assert {found[1] for found in readme._BLOCK.findall(text)} >= {"acceptance", "damage"}
+    assert {found[1] for found in readme._BLOCK.findall(text)} >= {"acceptance", "frontier"}
 
 
 def test_a_result_that_is_missing_is_said_and_an_unknown_table_refused(tmp_path):

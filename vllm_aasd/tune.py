@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         if ours.json is not None:
             ours.json.write_text(json.dumps(result, indent=1) + "\n")
         if ours.plot is not None:
-            report.plot(result, ours.plot)
+            report.figure(result).savefig(ours.plot)
     except (DataError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:

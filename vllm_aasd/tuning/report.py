@@ -1,6 +1,5 @@
 """The comparison as a table and as a plot."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +39,8 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draw speed against agreement, and against what is copied, into an SVG or PNG file.
+def figure(result: Mapping[str, Any]) -> Any:
+    """Speed against agreement, and against what is copied, as a figure of matplotlib.
 
     Raises:
         ImportError: matplotlib isn't installed.
@@ -49,8 +48,8 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {"rouge_l": "agreement with no speculation (ROUGE-L)", "copied": "share copied from the prompt"}
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for axis, (key, heading) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    drawn = Figure(figsize=(9, 5), layout="constrained")
+    for axis, (key, heading) in zip(drawn.subplots(1, len(panels)), panels.items(), strict=True):
         for number, (name, run) in enumerate(result["runs"].items()):
             axis.errorbar(
                 run["speed"]["value"],
@@ -69,8 +68,9 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axis.set_xlabel("speed against no speculation (time per output token)")
         axis.set_ylabel(heading)
         axis.set_ylim(0, 1.05 if key == "rouge_l" else None)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path)
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return drawn
 
 
 def _whiskers(found: Mapping[str, float]) -> list[list[float]]:
