@@ -83,6 +83,7 @@ def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
     assert p_value(samples, *task[2:]) < 1e-6
 
 
+@pytest.mark.long
 def test_top_k_and_top_p_hold(demo_model, task, tmp_path):
     """The two faults of vLLM's CPU build: garbage temperatures, and a dead engine on a step without drafts."""
     prompt, ids, cells, joint = task

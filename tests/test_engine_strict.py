@@ -93,6 +93,7 @@ def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
+@pytest.mark.long
 def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
     rng = np.random.default_rng(0)
