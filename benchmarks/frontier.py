@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", default="4096", help="default %(default)s")
     parser.add_argument("--settings", nargs="+", type=candidates.parsed, default=SETTINGS, metavar="JSON")
     parser.add_argument("--drafting", type=candidates.parsed, default={}, metavar="JSON", help="further keys, for all rows")
-    arguments = parser.parse_args()
+    parser.epilog = "All other arguments are those of vLLM's engine, such as --gpu-memory-utilization 0.5."
+    arguments, of_vllm = parser.parse_known_args()
     if arguments.show:
         print(tune.summary(results.read(arguments.show)))
         return
@@ -54,7 +55,7 @@ def main() -> None:
     )
     tuned.settings, tuned.drafting = arguments.settings, arguments.drafting
     engine = ["--dtype", arguments.dtype, "--max-model-len", arguments.max_model_len]
-    engine += ["--max-num-seqs", arguments.concurrency]
+    engine += ["--max-num-seqs", arguments.concurrency, *of_vllm]
     try:
         found = tune.compare(tuned, engine)
     except (DataError, ValueError, OSError) as error:

@@ -67,7 +67,7 @@ PROGRAMS = (
         "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8}',
         "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8, "aasd_prior": false}'), 14,
     ),
-    Program("frontier", "frontier", ("--data", "QUESTIONS", "--limit", "4"), 15),
+    Program("frontier", "frontier", ("--data", "QUESTIONS", "--limit", "4", "--gpu-memory-utilization", "0.5"), 15),
     Program("serving", "serving", (*_TASKS, "--limit", "20", *_METHODS), 25, True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 60, True, ("--quick", "--methods", "none", "aasd")),
