@@ -74,11 +74,16 @@ def one_rank(demo_model, tmp_path_factory):
     return run(demo_model, [greedy(PROMPTS, 16)], tmp_path_factory.mktemp("one") / "out", False)
 
 
-@RUNNERS
-def test_several_ranks(demo_model, tmp_path, one_rank, v2):
+@pytest.mark.parametrize(
+    ("v2", "options"),
+    [(False, {}), (True, {}), (True, {"enable_batch_sharded_sampling": True})],
+    ids=["V1", "V2", "V2-sharded-sampling"],
+)
+def test_several_ranks(demo_model, tmp_path, one_rank, v2, options):
     aasd = {**STRICT, "aasd_alignment": True}
     # The demo model has 9 heads of attention and 3 of keys, so 3 ranks share them, and 2 don't.
-    ours = run(demo_model, [greedy(PROMPTS, 16)], tmp_path / "ours", v2, aasd=aasd, tensor_parallel_size=3)
+    options = {"tensor_parallel_size": 3, **options}
+    ours = run(demo_model, [greedy(PROMPTS, 16)], tmp_path / "ours", v2, aasd=aasd, **options)
     assert token_ids(ours["rounds"][0]) == token_ids(one_rank["rounds"][0])
     assert accepted(ours) > 0
     assert "gather whole rows" not in ours["log"]

@@ -1,6 +1,7 @@
 """A real `vllm serve`, from its command line to an OpenAI client."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -30,10 +31,10 @@ LABELS = ("engine", "0"), ("model_name", "demo")
 VLLM = pathlib.Path(sys.executable).parent / "vllm"
 
 
-def start(model, log, speculative_config, port):
+def start(model, log, speculative_config, port, *options):
     command = [VLLM, "serve", model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--per-request-spec-decode-metrics", "summary", "--speculative-config", json.dumps(speculative_config)]
+    command += ["--per-request-spec-decode-metrics", "summary", "--speculative-config", json.dumps(speculative_config), *options]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2", **os.environ}
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -45,11 +46,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    """A server with the loosest bar there is; yields its address and its log. Requests ask for what they want."""
-    log, port = tmp_path_factory.mktemp("server") / "log", free_port()
-    process = start(demo_model, log, {"method": "aasd", **LOOSEST}, port)
+@contextlib.contextmanager
+def serving(model, log, speculative_config, *options):
+    """A server while it is up; gives its address."""
+    port = free_port()
+    process = start(model, log, speculative_config, port, *options)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -61,10 +62,18 @@ def server(demo_model, tmp_path_factory):
                 time.sleep(1)
         else:
             pytest.fail("the server did not come up in 300 s\n" + log.read_text()[-4000:])
-        yield address, log
+        yield address
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory):
+    """A server with the loosest bar there is; yields its address and its log. Requests ask for what they want."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(demo_model, log, {"method": "aasd", **LOOSEST}) as address:
+        yield address, log
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +234,25 @@ def test_a_bad_option_is_answered_with_status_400(client, xargs, message):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="demo", prompt="x", extra_body={"vllm_xargs": xargs})
     assert ask(client, "Hello", max_tokens=1).usage.completion_tokens == 1, "the server goes on"
+
+
+@pytest.mark.long
+def test_data_parallel_replicas(demo_model, tmp_path):
+    """Of a dense model: engines that share nothing but their front door."""
+    plain = run_engine(demo_model, [greedy(PROMPTS, 32)], tmp_path / "plain")
+    log = tmp_path / "log"
+    replicas = ("--data-parallel-size", "2")
+    with (
+        serving(demo_model, log, {"method": "aasd", **LOOSEST}, *replicas) as address,
+        openai.OpenAI(base_url=address + "/v1", api_key="none", timeout=300, max_retries=0) as client,
+        concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        answers = list(pool.map(lambda prompt: text_of(ask(client, prompt)), PROMPTS))
+        metrics = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+    assert answers == [output["text"] for output in plain["rounds"][0]]
+    assert log.read_text().count("is live: vLLM") == 2
+    accepted = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    assert len(accepted) == 2 and all(float(line.rsplit(" ", 1)[1]) > 0 for line in accepted)
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):

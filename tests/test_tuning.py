@@ -203,7 +203,7 @@ def test_the_real_engine(demo_model, tmp_path):
     out = tmp_path / "out.json"
     loose = {"aasd_beta": 0.1, "aasd_floor": 1e-4, "aasd_collapse_guard": False}
     arguments = ["--limit", "4", "--max-tokens", "32", "--rounds", "1", "--json", str(out), "--settings", json.dumps(loose)]
-    engine = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    engine = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.4"]
     tune.main(["--model", demo_model, "--prompts", str(prompts), *arguments, *engine])
     runs = json.loads(out.read_text())["runs"]
     assert runs["strict"]["equal"]["value"] == 1 and runs["strict"]["not_argmax"]["value"] == 0

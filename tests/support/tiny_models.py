@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-from typing import Any
 
 import torch
 
@@ -33,30 +32,6 @@ def sliding_window_model(out: pathlib.Path, tokenizer_of: str, hybrid: bool) -> 
         model = transformers.Gemma3ForCausalLM
     else:
         config, model = transformers.MistralConfig(**sizes, num_hidden_layers=2), transformers.MistralForCausalLM
-    return _made(model, config, out, tokenizer_of)
-
-
-def expert_model(out: pathlib.Path, tokenizer_of: str) -> str:
-    """Make a mixture of experts, which is what vLLM keeps data-parallel ranks in step for."""
-    import transformers
-
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=1024,
-    )
-    return _made(transformers.Qwen3MoeForCausalLM, config, out, tokenizer_of)
-
-
-def _made(model: type, config: Any, out: pathlib.Path, tokenizer_of: str) -> str:
     torch.manual_seed(1)
     model(config).save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
