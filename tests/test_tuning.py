@@ -1,6 +1,9 @@
 """`vllm_aasd.tune`: figures by hand, what the bounds exclude, what is recommended, and bad arguments."""
 
 import json
+import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -182,8 +185,6 @@ def test_the_command_from_prompts_to_the_configuration(fake, tmp_path, capsys):
 def test_bad_arguments_end_it_with_a_message(fake, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         tune.main([*fake, *arguments])
-    import re
-
     assert re.search(message, f"{ended.value}{capsys.readouterr().err}")
 
 
@@ -204,7 +205,8 @@ def test_the_real_engine(demo_model, tmp_path):
     loose = {"aasd_beta": 0.1, "aasd_floor": 1e-4, "aasd_collapse_guard": False}
     arguments = ["--limit", "4", "--max-tokens", "32", "--rounds", "1", "--json", str(out), "--settings", json.dumps(loose)]
     engine = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.4"]
-    tune.main(["--model", demo_model, "--prompts", str(prompts), *arguments, *engine])
+    command = [sys.executable, "-m", "vllm_aasd.tune", "--model", demo_model, "--prompts", str(prompts), *arguments, *engine]
+    subprocess.run(command, check=True)
     runs = json.loads(out.read_text())["runs"]
     assert runs["strict"]["equal"]["value"] == 1 and runs["strict"]["not_argmax"]["value"] == 0
     assert runs["strict"]["mal"] > 1 == runs["no speculation"]["mal"]
