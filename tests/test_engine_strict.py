@@ -78,7 +78,7 @@ def test_logprobs_are_reported_as_without_speculation(plain, speculated):
 def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
     result = run_engine(
         demo_model,
-        [greedy(PROMPTS, MAX_TOKENS)],
+        [greedy(PROMPTS[:20], MAX_TOKENS)],
         tmp_path / "out.json",
         aasd={**STRICT, "aasd_alignment": True},
         max_num_batched_tokens=128,
@@ -90,7 +90,7 @@ def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
     longest = max(len(output["prompt_token_ids"]) for output in result["rounds"][0])
     assert longest > 128, "a prompt must need more than one chunk"
     assert drafted_and_accepted(result)[1] > 0
-    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
+    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])[:20]
 
 
 @pytest.mark.long
@@ -130,7 +130,7 @@ FAULTS = {
 
 
 def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path):
-    rounds = [greedy(PROMPTS[:6], MAX_TOKENS) for _ in range(len(FAULTS) + 1)]
+    rounds = [greedy(PROMPTS[:4], MAX_TOKENS) for _ in range(len(FAULTS) + 1)]
     result = run_engine(
         demo_model,
         rounds,
@@ -138,7 +138,7 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path
         aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "file"},
         faults=[*FAULTS, None],
     )
-    wanted = token_ids(plain["rounds"][0])[:6]
+    wanted = token_ids(plain["rounds"][0])[:4]
     for seam, outputs, after in zip([*FAULTS, None], result["rounds"], result["after"], strict=True):
         assert token_ids(outputs) == wanted, seam
         assert {place for place, count in after["faults"].items() if count} == ({FAULTS[seam]} if seam else set()), seam
