@@ -224,6 +224,16 @@ def test_accepted_drafts_then_one_token_then_placeholders(step):
     assert len(seen) >= 12, "each kind of request with all, some and no drafts accepted"
 
 
+def test_a_rejected_draft_is_not_drawn_after_all(step):
+    """Of half the probability each, so that a race that forgot about them would be won by some."""
+    logits = torch.zeros(2, VOCAB)
+    logits[0, 11] = torch.tensor(VOCAB - 1.0).log()
+    requests = [Request(logits, [11], 1.0, seed, True) for seed in range(48)]
+    rows = step(requests)
+    rejected = [row for row in rows if num_accepted(requests[0], row) == 0]
+    assert 8 < len(rejected) < 40 and all(row[0] != 11 for row in rejected)
+
+
 def test_a_request_without_drafts_gets_its_bonus_token(step):
     certain = torch.full((1, VOCAB), -30.0)
     certain[0, 17] = 30.0
