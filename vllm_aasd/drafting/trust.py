@@ -1,5 +1,7 @@
 """How far the survival that the drafter estimates holds for one request, learnt from its own verifications."""
 
+import math
+
 import numpy as np
 
 _RATE = 0.03
@@ -32,7 +34,13 @@ class Trust:
         Returns:
             ``[n]`` float32, of the drafter's estimate and this request's record, at most 1.
         """
-        return np.cumprod(np.minimum(_conditional(survival) * np.float32(self.factor), np.float32(1)))
+        # Plain numbers: a draft is short, and each operation of numpy's costs more than all of this.
+        factor, product = self.factor, 1.0
+        expected = np.empty(len(survival), np.float32)
+        for position, conditional in enumerate(_conditional(survival)):
+            product *= min(conditional * factor, 1.0)
+            expected[position] = product
+        return expected
 
     def observe(self, survival: np.ndarray, num_accepted: int) -> None:
         """Learn from the verification of a draft.
@@ -44,13 +52,12 @@ class Trust:
         if not len(survival):
             self.factor += _FORGETTING * (1.0 - self.factor)
             return
-        expected = float(_conditional(survival[: num_accepted + 1]).sum())
-        factor = self.factor * np.exp(_RATE * (num_accepted - expected))
-        self.factor = float(np.clip(factor, _LOWEST, _HIGHEST))
+        expected = sum(_conditional(survival[: num_accepted + 1]))
+        factor = self.factor * math.exp(_RATE * (num_accepted - expected))
+        self.factor = min(max(factor, _LOWEST), _HIGHEST)
 
 
-def _conditional(survival: np.ndarray) -> np.ndarray:
+def _conditional(survival: np.ndarray) -> list[float]:
     """The probability of each token given those before it, from that of all up to it."""
-    conditional = survival.copy()
-    conditional[1:] /= survival[:-1]
-    return conditional
+    values = survival.tolist()
+    return [value / before for value, before in zip(values, [1.0, *values], strict=False)]

@@ -287,7 +287,10 @@ class AASDProposer:
     def _lengths(self, survival: np.ndarray, req_ids: list[str]) -> np.ndarray:
         if not self.faults.is_off("step_time"):
             with self.faults.contained("step_time"):
-                is_seeded = np.array([self._requests[req_id].is_seeded for req_id in req_ids[: len(survival)]], bool)
+                seeded = [self._requests[req_id].is_seeded for req_id in req_ids[: len(survival)]]
+                if not any(seeded):
+                    return draft_lengths(survival, self._step_time.relative())
+                is_seeded = np.array(seeded)
                 lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), self._step_time.relative())
                 lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
                 return lengths
