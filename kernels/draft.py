@@ -47,7 +47,6 @@ from vllm_aasd.kernels import draft_cpu
 from vllm_aasd.kernels.mixture import MixtureWeights, no_memory, no_prior
 
 extend_index = draft_cpu.extend_index
-rehash = draft_cpu.rehash
 draft = draft_cpu.draft
 remember = draft_cpu.remember
 
@@ -77,7 +76,6 @@ def warm_up(num_orders: int, top_k: int) -> None:
     prev = np.empty((num_orders, capacity), np.int32)
     head = np.full((num_orders, 2 * capacity), -1, np.int32)
     extend_index(tokens, prev, head, 0, 5)
-    rehash(tokens, head, np.full((num_orders, 4 * capacity), -1, np.int32))
     weights = MixtureWeights(
         np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
     )

@@ -19,28 +19,36 @@ PREFILL = 5
 
 
 class FakeRunner:
-    """Serves requests greedily, all at once, by our proposer; `num_ranks` is what it is told of others."""
+    """Serves requests greedily, all of the batch at once, by our proposer.
 
-    def __init__(self, prompts: dict[str, list[int]], num_ranks: int = 1, **settings: Any) -> None:
+    Args:
+        prompts: what is in the batch at first, by request id.
+        num_ranks: what the proposer is told of others.
+        max_num_reqs: the most requests of a batch; those of `prompts` by default.
+        **settings: the server's.
+    """
+
+    def __init__(
+        self, prompts: dict[str, list[int]], num_ranks: int = 1, max_num_reqs: int | None = None, **settings: Any
+    ) -> None:
+        max_num_reqs = max_num_reqs or len(prompts)
         self.device = torch.device("cpu")
         self.lora_config = None
         self.kv_caches: list[torch.Tensor] = []
-        self.tokens = {req_id: list(prompt) for req_id, prompt in prompts.items()}
-        self.num_computed = dict.fromkeys(prompts, 0)
-        self.drafts: dict[str, list[int]] = {req_id: [] for req_id in prompts}
-        self.requests = {
-            req_id: SimpleNamespace(
-                sampling_params=SamplingParams(temperature=0.0, max_tokens=MAX_LEN), num_prompt_tokens=len(prompt)
-            )
-            for req_id, prompt in prompts.items()
-        }
+        self.tokens: dict[str, list[int]] = {}
+        self.num_computed: dict[str, int] = {}
+        self.drafts: dict[str, list[int]] = {}
+        self.requests: dict[str, SimpleNamespace] = {}
         self.num_accepted = 0
         self.num_logits_calls = 0
-        blocks = np.arange(len(prompts) * MAX_LEN // BLOCK, dtype=np.int32).reshape(len(prompts), -1)
+        self._ended: set[str] = set()
+        blocks = np.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=np.int32).reshape(max_num_reqs, -1)
         self._blocks = SimpleNamespace(
             block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
         )
-        self.input_batch = SimpleNamespace(req_ids=list(prompts), block_table=[self._blocks])
+        self.input_batch = SimpleNamespace(req_ids=[], block_table=[self._blocks])
+        for req_id, prompt in prompts.items():
+            self.add(req_id, prompt)
         self.input_ids = SimpleNamespace(gpu=None)
         self.execute_model_state = None
         model = SimpleNamespace(
@@ -51,7 +59,7 @@ class FakeRunner:
                 aasd=Settings(prior=False, alignment=True, **settings), num_speculative_tokens=WIDTH
             ),
             model_config=model,
-            scheduler_config=SimpleNamespace(max_num_seqs=len(prompts), max_num_batched_tokens=64),
+            scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs, max_num_batched_tokens=64),
             device_config=SimpleNamespace(device=self.device),
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
@@ -67,9 +75,42 @@ class FakeRunner:
         self.num_logits_calls += 1
         return _logits(hidden_states)
 
+    def add(self, req_id: str, prompt: list[int], **params: Any) -> None:
+        """A request arrives; it takes the first row that is free."""
+        self.tokens[req_id] = list(prompt)
+        params = SamplingParams(temperature=0.0, max_tokens=MAX_LEN, **params)
+        self.requests[req_id] = SimpleNamespace(sampling_params=params, num_prompt_tokens=len(prompt))
+        self.resume(req_id)
+
+    def resume(self, req_id: str) -> None:
+        """A request that was preempted is read again from its beginning, in whatever blocks are free."""
+        self.num_computed[req_id], self.drafts[req_id] = 0, []
+        self.input_batch.req_ids.append(req_id)
+
+    def preempt(self, req_id: str) -> None:
+        """A request of the batch gives up its row and its blocks; rows behind it move up, as vLLM's do."""
+        row = self.input_batch.req_ids.index(req_id)
+        blocks, last = self._blocks.block_table.np, len(self.input_batch.req_ids)
+        blocks[row:last] = np.roll(blocks[row:last], -1, axis=0)
+        self.input_batch.req_ids.remove(req_id)
+
+    def end(self, req_id: str) -> list[int]:
+        """A request has come to its end or is aborted; its tokens. Our proposer hears of it with the next step."""
+        if req_id in self.input_batch.req_ids:
+            self.preempt(req_id)
+        self._ended.add(req_id)
+        for held in (self.requests, self.num_computed, self.drafts):
+            del held[req_id]
+        return self.tokens.pop(req_id)
+
     def step(self) -> None:
         """One step of the engine, prompts in chunks."""
-        self.proposer.begin_step(SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=()))
+        ended, self._ended = self._ended, set()
+        self.proposer.begin_step(SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=ended))
+        self.execute_model_state = None
+        if not self.input_batch.req_ids:
+            with self.proposer.sampling():
+                return
         ids, pairs, slots, sampled_rows, counts = [], [], [], [], {}
         for row, req_id in enumerate(self.input_batch.req_ids):
             tokens, start = self.tokens[req_id], self.num_computed[req_id]
@@ -88,7 +129,7 @@ class FakeRunner:
         self.execute_model_state = SimpleNamespace(
             scheduler_output=SimpleNamespace(
                 total_num_scheduled_tokens=len(ids),
-                scheduled_spec_decode_tokens={req_id: drafts for req_id, drafts in self.drafts.items() if drafts},
+                scheduled_spec_decode_tokens={req_id: self.drafts[req_id] for req_id in counts if self.drafts[req_id]},
             ),
             spec_decode_metadata=SimpleNamespace(logits_indices=torch.tensor(sampled_rows)),
             hidden_states=hidden_states,
@@ -97,13 +138,14 @@ class FakeRunner:
         with self.proposer.sampling():
             sampled = self._sample(logits, counts)
             self._emit(sampled)
-            lengths = np.array([len(tokens) for tokens in self.tokens.values()], np.int32)
+            batch = [self.tokens[req_id] for req_id in self.input_batch.req_ids]
+            lengths = np.array([len(tokens) for tokens in batch], np.int32)
             contexts = np.zeros((len(lengths), MAX_LEN), np.int32)
-            for row, tokens in enumerate(self.tokens.values()):
+            for row, tokens in enumerate(batch):
                 contexts[row, : len(tokens)] = tokens
             drafts = self.proposer.propose(sampled, lengths, contexts)
         told = self.proposer.trimmed(DraftTokenIds(self.input_batch.req_ids, drafts))
-        self.drafts = dict(zip(told.req_ids, told.draft_token_ids, strict=True))
+        self.drafts |= zip(told.req_ids, told.draft_token_ids, strict=True)
 
     def _sample(self, logits: torch.Tensor, counts: dict[str, int]) -> list[list[int]]:
         num_drafts = list(counts.values())
@@ -127,7 +169,7 @@ class FakeRunner:
         return [row if done else [] for row, done in zip(rows, is_done, strict=True)]
 
     def _emit(self, sampled: list[list[int]]) -> None:
-        for req_id, tokens in zip(self.tokens, sampled, strict=True):
+        for req_id, tokens in zip(self.input_batch.req_ids, sampled, strict=True):
             if tokens:
                 self.num_accepted += len(tokens) - 1
                 self.tokens[req_id] += tokens

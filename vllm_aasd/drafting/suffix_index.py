@@ -6,9 +6,16 @@ from vllm_aasd.kernels import draft as draft_op
 
 _SMALLEST_CAPACITY = 256
 
+_GROWING_SHARE = 8
+"""Tables are replaced by larger ones while their last eighth fills."""
+
 
 class SuffixIndex:
-    """Grows with the request, in amortised constant time a token; never rescans the context.
+    """Grows with the request, at a bounded cost for each token; never rescans the context at once.
+
+    Tables can't be enlarged where they are. So while the last eighth of them fills, twice as large ones are made beside
+    them, a share with every token: cleared first, then entered from the beginning of the context. When they are
+    needed, they are there.
 
     Args:
         num_orders: the longest run of tokens that is looked up, >= 1.
@@ -23,13 +30,23 @@ class SuffixIndex:
     """
 
     def __init__(self, num_orders: int, room: int, expected_length: int = 0) -> None:
-        capacity = _capacity_for(expected_length)
-        self._room = room
-        self._indexed = 0
+        self._num_orders, self._room = num_orders, room
         self.length = 0
-        self.tokens = np.empty(capacity + room, np.int32)
-        self.prev = np.full((num_orders, capacity), -1, np.int32)
-        self.head = np.full((num_orders, 2 * capacity), -1, np.int32)
+        self._tables = _Tables(num_orders, _capacity_for(expected_length), room)
+        self._tables.clear(1.0)
+        self._larger: _Tables | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:  # noqa: D102
+        return self._tables.tokens
+
+    @property
+    def prev(self) -> np.ndarray:  # noqa: D102
+        return self._tables.prev
+
+    @property
+    def head(self) -> np.ndarray:  # noqa: D102
+        return self._tables.head
 
     def extend(self, token_ids: np.ndarray) -> None:
         """Append tokens to the context.
@@ -38,11 +55,17 @@ class SuffixIndex:
             token_ids: ``[n]`` int32.
         """
         length = self.length + len(token_ids)
-        if length > self.prev.shape[1]:
-            self._grow(_capacity_for(length))
-        self.tokens[self.length : length] = token_ids
+        while length > self._tables.capacity:
+            # As many tokens at once as only a prompt has; else the larger tables are made by now.
+            self._enlarge(1.0)
+            self._tables, self._larger = self._larger, None
+        self._tables.tokens[self.length : length] = token_ids
         self.length = length
-        self._indexed = draft_op.extend_index(self.tokens, self.prev, self.head, self._indexed, length)
+        self._tables.enter(length)
+        last_share = self._tables.capacity // _GROWING_SHARE
+        begun = length - (self._tables.capacity - last_share)
+        if begun > 0:
+            self._enlarge(begun / last_share)
 
     def continues_to(self, token_ids: np.ndarray) -> bool:
         """Whether ``token_ids`` (``[n]`` int32) can be reached by `extend`, judged by the last tokens it shares.
@@ -58,18 +81,51 @@ class SuffixIndex:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.tokens.nbytes + self.prev.nbytes + self.head.nbytes
+        return self._tables.nbytes + (self._larger.nbytes if self._larger is not None else 0)
 
-    def _grow(self, capacity: int) -> None:
-        num_orders = self.prev.shape[0]
-        tokens = np.empty(capacity + self._room, np.int32)
-        tokens[: self.length] = self.tokens[: self.length]
-        prev = np.full((num_orders, capacity), -1, np.int32)
-        prev[:, : self._indexed] = self.prev[:, : self._indexed]
-        head = np.full((num_orders, 2 * capacity), -1, np.int32)
-        draft_op.rehash(tokens, self.head, head)
-        self.tokens, self.prev, self.head = tokens, prev, head
+    def _enlarge(self, share: float) -> None:
+        """Have this share of the work on larger tables done: the first half is clearing them."""
+        if self._larger is None:
+            self._larger = _Tables(self._num_orders, 2 * self._tables.capacity, self._room)
+        self._larger.clear(min(2 * share, 1.0))
+        known = int(max(2 * share - 1, 0.0) * self.length)
+        self._larger.tokens[self._larger.length : known] = self._tables.tokens[self._larger.length : known]
+        self._larger.enter(known)
+
+
+class _Tables:
+    """The arrays of an index, of one capacity: what `SuffixIndex` says of them, and how far they are filled."""
+
+    __slots__ = ("_cleared", "_entered", "capacity", "head", "length", "prev", "tokens")
+
+    def __init__(self, num_orders: int, capacity: int, room: int) -> None:
+        self.capacity = capacity
+        self.tokens = np.empty(capacity + room, np.int32)
+        # A position's entries are written before anything leads to it; those of longer runs than end there, never.
+        self.prev = np.empty((num_orders, capacity), np.int32)
+        self.prev[:, :num_orders] = -1
+        self.head = np.empty((num_orders, 2 * capacity), np.int32)
+        self.length = self._entered = self._cleared = 0
+
+    def clear(self, share: float) -> None:
+        """Have this share of the table of runs cleared."""
+        last = int(share * self.head.size)
+        self.head.reshape(-1)[self._cleared : last] = -1
+        self._cleared = max(last, self._cleared)
+
+    def enter(self, length: int) -> None:
+        """Enter what is known of the first ``length`` tokens."""
+        self._entered = draft_op.extend_index(self.tokens, self.prev, self.head, self._entered, length)
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.prev.nbytes + self.head.nbytes
 
 
 def _capacity_for(length: int) -> int:
-    return max(_SMALLEST_CAPACITY, 1 << (length - 1).bit_length() if length > 0 else 0)
+    """A power of two that leaves room to make larger tables while it fills."""
+    capacity = _SMALLEST_CAPACITY
+    while capacity - capacity // _GROWING_SHARE < length:
+        capacity *= 2
+    return capacity

@@ -152,6 +152,7 @@ class AASDProposer:
         """Begin to time a step, learn what stands for images in new requests, and drop the state of ended ones."""
         self._began = time.perf_counter()
         self._num_decode_tokens = None
+        self._num_drafted = {}
         with self.faults.contained("requests"):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
         with self.faults.contained("requests"):
