@@ -6,7 +6,7 @@ Index
     For each order ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
     ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose
     successor is known are entered. Appending a token costs ``M`` insertions, whatever the length of the
-    context; tables grow by doubling (`vllm_aasd.drafting.suffix_index`), so the cost is amortised constant.
+    context; tables grow a share with every token (`vllm_aasd.drafting.suffix_index`).
 
 Mixture
     Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last
@@ -28,6 +28,13 @@ Mixture
     Decoding with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204). It deviates
     from that paper, where the stored predictions join the retrieved token as separate candidates: vLLM
     verifies one chain, so they are mixed into one choice instead. See README, "How it works".
+
+Work
+    Bounded by constants, whatever the context's length and tokens. A look-up or an insertion tries at most
+    ``MOST_PROBES`` slots, where tokens were chosen so that their hashes collide too; a token that is appended costs ``M`` of
+    them, and where tables grow 16 positions more. A draft token takes ``M`` look-ups, walks to ``max_matches`` positions of
+    four orders, twice, and gets ``1 + k`` votes from each, besides those of memory and prior. `benchmarks.worst_case` measures
+    contexts made for it; ``tests/test_bounded_work.py`` counts the work.
 
 Memory
     What the target predicted behind runs of 2 and 3 tokens in earlier requests: a direct-mapped table

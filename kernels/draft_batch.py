@@ -24,6 +24,9 @@ How
        largest sum, of equals the earliest vote: this is the tie rule of the mixture.
 
     Work is bounded by the context, the votes and K; shapes, launch and memory do not depend on data.
+    A draft token's scan compares at most M tokens at each position, and turns to an order's list only in a tile that
+    adds to it: at most M max_matches times, whatever the text. So the worst of all contexts of a length is one
+    that drafts all K tokens with every list full, such as one token repeated; the cost below is given for K = 8.
     Rows know nothing of each other.
 
 Memory

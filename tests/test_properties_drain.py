@@ -78,7 +78,9 @@ def test_v1_drains():
                 preempted = [other for other in preempted if other != req_id]
                 num_sequences += 1
             runner.step()
-            assert runner.proposer._drafter.num_requests <= len(prompts), seed
+            for req_id, held in runner.proposer._drafter._requests.items():
+                own = runner.tokens[req_id][: held.index.length]
+                assert held.index.tokens[: held.index.length].tolist() == own, "drafts come from nobody else's context"
         for req_id in list(prompts):
             check(prompts.pop(req_id), runner.end(req_id), seed)
         runner.step()
