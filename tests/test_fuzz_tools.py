@@ -1,11 +1,14 @@
 """The fuzzer's own tools: cases from seeds, the oracle, shrinking. No engine is started; test_fuzz.py does."""
 
+import asyncio
 import collections
 import copy
 import json
+import types
 
+import httpx
 import pytest
-from fuzz import cases, kinds, references
+from fuzz import cases, http, kinds, references
 from fuzz.hooks import held
 from fuzz.limits import PROFILES
 from fuzz.observed import Choice, Observation
@@ -203,3 +206,58 @@ def test_shrinking_ends_after_so_many_trials_with_what_fails():
 def test_only_failures_fail():
     step, seen = STEP, answered((7, 8, 7, 7))
     assert failures(judge(0, step, seen, REFERENCE, 5, 256, lambda word: [])) == []
+
+
+# One request over HTTP, of a server that isn't there
+
+
+def over_http(step, answer):
+    async def run():
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await http.ask(client, step, types.SimpleNamespace(ids=lambda prompt: [1] * prompt["tokens"]))
+
+    return asyncio.run(run())
+
+
+def streamed(*parts, usage=4):
+    events = [{"choices": [{"index": 0, "text": text, "token_ids": ids, "finish_reason": end}]} for ids, text, end in parts]
+    events.append({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": usage}})
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
+    return lambda request: httpx.Response(200, text="".join(lines))
+
+
+def test_a_streamed_answer_is_put_together():
+    seen = over_http(STEP, streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length")))
+    assert seen.choices[0].token_ids == [7, 7, 7, 7] and found(seen) == []
+
+
+def test_a_stream_is_left_when_the_case_says_so():
+    answer = streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length"))
+    seen = over_http({**STEP, "leave_after": 1}, answer)
+    assert seen.left and seen.choices[0].token_ids == [7, 7] and found(seen) == []
+    assert not over_http({**STEP, "leave_after": 4}, answer).left, "it had ended"
+    nothing = over_http({**STEP, "leave_after": 0}, answer)
+    assert nothing.left and nothing.choices == [] and found(nothing) == []
+
+
+def test_a_stream_without_an_end_or_with_an_error_is_lost():
+    assert found(over_http(STEP, streamed(([7, 7], "aa", None)))) != []
+    failed = over_http(STEP, lambda request: httpx.Response(200, text='data: {"error": {"message": "boom"}}\n\n'))
+    assert found(failed) == ["lost"]
+    assert found(over_http(STEP, lambda request: httpx.Response(500, text="boom"))) == ["status"]
+
+    def broken(request):
+        raise httpx.RemoteProtocolError("gone")
+
+    assert found(over_http(STEP, broken)) == ["lost"]
+
+
+def test_a_whole_answer_is_read():
+    choice = {"index": 0, "text": "aaaa", "token_ids": [7] * 4, "finish_reason": "length", "prompt_logprobs": [None] * 5}
+    choice["logprobs"] = {"token_logprobs": [-0.1] * 4, "top_logprobs": [{"a": -0.1}] * 4}
+    usage = {"prompt_tokens": 5, "completion_tokens": 4}
+    step = {**STEP, "via": "completions"}
+    seen = over_http(step, lambda request: httpx.Response(200, json={"choices": [choice], "usage": usage}))
+    assert found(seen, step, logprobs=1, prompt_logprobs=1) == []
+    assert seen.choices[0].prompt_logprobs == 5 and seen.choices[0].logprobs == [(-0.1, 1)] * 4

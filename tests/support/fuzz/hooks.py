@@ -6,8 +6,10 @@
 
 import bisect
 import collections
+import faulthandler
 import importlib
 import re
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +35,8 @@ class FuzzHooks:
     def fuzz_begin(self, mutant: str = "") -> None:
         """Begin to time steps, and take over which places are off; break the product, if a mutant is named."""
         self.fuzz = Hooks(self)
+        # For people: where a process that hangs is goes to its log.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         if mutant:
             mutants.apply(mutant, self)
 

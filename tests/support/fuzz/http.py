@@ -12,7 +12,7 @@ from fuzz.cases import Step
 from fuzz.observed import Choice, Observation
 from fuzz.prompts_of_tokens import Prompts
 
-TIMEOUT = 240.0
+TIMEOUT = 180.0
 """Seconds after which an answer counts as lost."""
 
 

@@ -27,7 +27,7 @@ POLICIES = (
 TOOL = {"type": "function", "function": {"name": "classify", "parameters": SCHEMA}}
 
 _STOPS = ([" the"], [".", "?"], ["\n"], [",", " of "], [" and", " is", "a"])
-_BAD_WORDS = ([" the", "The", " of"], [" a", " is", "\n"])
+_BAD_WORDS = ([" the", "The", " of"], [" a", " is", "It"])
 _REFUSED_OPTIONS = (
     ({"aasd_floor": 2}, "aasd_floor=2 is not allowed"),
     ({"aasd_enabled": "maybe"}, "it takes true or false"),

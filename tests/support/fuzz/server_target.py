@@ -123,7 +123,8 @@ class ServerTarget:
                 if step["do"] == "ask":
                     running.add(asyncio.create_task(self._ask(client, index, step, seen)))
                 else:
-                    await self._event(client, step)
+                    async with asyncio.timeout(http.TIMEOUT):
+                        await self._event(client, step)
                 await asyncio.sleep(step["wait"] / 1000)
             if running:
                 await asyncio.wait(running)

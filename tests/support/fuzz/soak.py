@@ -13,9 +13,10 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fuzz import cases, references
@@ -58,13 +59,13 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
     known = references.references(arguments.model, profile, pool, arguments.folder, adapter)
     tally, number, began = Tally(), 0, time.monotonic()
     while time.monotonic() - began < 60 * minutes:
-        with ServerTarget(arguments.model, profile, adapter, arguments.mutant, say) as target:
+        with ServerTarget(arguments.model, profile, adapter, arguments.mutant, _starting()) as target:
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
                 seen, findings, look = run_round(target, case, known)
                 tally.add(case, seen, findings, look, (time.monotonic() - began) / 60)
                 if has_failed(findings):
-                    keep(arguments, case, findings)
+                    keep(arguments, case, findings).with_suffix(".log").write_text(target.log())
                 report["engines"][profile] = {"minutes": round((time.monotonic() - began) / 60, 2), **tally.result()}
                 results.write(arguments.out, report)
                 say(_line(profile, number, report["engines"][profile]))
@@ -85,7 +86,7 @@ def run_round(
         quiet, look = target.settle()
     except Exception as error:
         # Whatever it is: the round's case is what matters, and it is kept.
-        return seen, [Finding("dead", None, f"{type(error).__name__}: {error}\n{target.log()[-6000:]}")], {}
+        return seen, [Finding("dead", None, f"{type(error).__name__}: {error}")], {}
     return seen, findings + quiet, look
 
 
@@ -117,7 +118,7 @@ def replay(arguments: argparse.Namespace) -> int:
         if started and not started[0].is_alive:
             stop()
         if not started:
-            started.append(ServerTarget(arguments.model, case["profile"], adapter, arguments.mutant, say).__enter__())
+            started.append(ServerTarget(arguments.model, case["profile"], adapter, arguments.mutant, _starting()).__enter__())
         return run_round(started[0], trial, known)[1]
 
     def fails(trial: cases.Case) -> bool:
@@ -160,6 +161,19 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def _starting() -> Callable[[str], None]:
+    """Tells what a server says as it starts, each line once."""
+    said: set[str] = set()
+
+    def progress(text: str) -> None:
+        words = text.partition(": ")[2]
+        if words and words not in said:
+            said.add(words)
+            say(text[:120])
+
+    return progress
+
+
 def _line(profile: str, number: int, figures: dict[str, Any]) -> str:
     return (
         f"{profile} round {number}, {figures['minutes']:.1f} min: {figures['requests']} requests, "
@@ -196,6 +210,8 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # A server must end with us.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except ServerError as error:
