@@ -40,7 +40,7 @@ class FakeRunner:
         self._blocks = SimpleNamespace(
             block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
         )
-        self.input_batch = SimpleNamespace(req_ids=list(prompts), block_table=[self._blocks])
+        self.input_batch = SimpleNamespace(req_ids=list(prompts), block_table=[self._blocks], generators={})
         self.input_ids = SimpleNamespace(gpu=None)
         self.execute_model_state = None
         model = SimpleNamespace(
