@@ -94,6 +94,7 @@ def test_the_right_answer_is_right():
     assert found(answered()) == []
     assert found(answered((7, 7), "aa", None, left=True, num_answer_tokens=None)) == []
     assert found(answered((7, 7), "aa", "abort", disturbed={"abort"})) == []
+    assert found(Observation(status=200, disturbed={"abort"})) == []
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_the_right_answer_is_right():
     [
         ("lost", Observation(), {}),
         ("lost", answered(finish=None), {}),
+        ("count", Observation(status=200), {}),
         ("status", Observation(status=500, error="boom"), {}),
         ("status", Observation(status=400, error="no"), {}),
         ("status", Observation(status=404, error="no"), {}),
@@ -245,6 +247,9 @@ def test_a_stream_without_an_end_or_with_an_error_is_lost():
     assert found(over_http(STEP, streamed(([7, 7], "aa", None)))) != []
     failed = over_http(STEP, lambda request: httpx.Response(200, text='data: {"error": {"message": "boom"}}\n\n'))
     assert found(failed) == ["lost"]
+    refusal = 'data: {"error": {"message": "The min_p and ...", "code": 400}}\n\n'
+    refused = over_http(STEP, lambda request: httpx.Response(200, text=refusal))
+    assert found(refused) == ["status"] and found(refused, {**STEP, "refused": "min_p"}) == []
     assert found(over_http(STEP, lambda request: httpx.Response(500, text="boom"))) == ["status"]
 
     def broken(request):

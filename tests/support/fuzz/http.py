@@ -112,7 +112,8 @@ async def _stream(
             return
         async for told in _events(answer):
             if "error" in told:
-                seen.status, seen.error = None, json.dumps(told["error"])
+                # The head of a stream is sent before vLLM looks at the request.
+                seen.status, seen.error = told["error"].get("code"), json.dumps(told["error"])
                 return
             now = time.monotonic()
             if not choices:

@@ -24,7 +24,7 @@ POLICIES = (
     {"aasd_verification": "budget", "aasd_budget_nats": 1.0},
     {"aasd_verification": "conditional", "aasd_alpha": 0.1, "aasd_collapse_guard": False},
 )
-TOOL = {"type": "function", "function": {"name": "classify", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "classify", "strict": True, "parameters": SCHEMA}}
 
 _STOPS = ([" the"], [".", "?"], ["\n"], [",", " of "], [" and", " is", "a"])
 _BAD_WORDS = ([" the", "The", " of"], [" a", " is", "It"])

@@ -74,9 +74,7 @@ def judge(
         return found
     for choice in seen.choices:
         _judge_choice(step, choice, seen, prompt_tokens, max_model_len, token_of, say)
-    if seen.left or "abort" in {choice.finish_reason for choice in seen.choices}:
-        pass
-    else:
+    if not seen.left and not is_aborted(seen):
         _judge_counts(step, seen, prompt_tokens, say)
     if reference is not None and seen.choices and seen.choices[0].token_ids is not None:
         _compare(step, seen.choices[0], seen, reference, say)
@@ -95,10 +93,20 @@ def _is_answered(step: Step, seen: Observation, say: Callable[[str, str], None])
         return False
     if seen.status == 404 and step.get("adapter") and "adapter" in seen.disturbed:
         return False
+    if seen.status == 500 and "abort" in seen.disturbed and step.get("echo"):
+        # vLLM looks for the log-probabilities of a prompt that was never read.
+        return False
     if seen.status != 200:
         say("status", f"{seen.status}: {seen.error[:300]}")
         return False
     return True
+
+
+def is_aborted(seen: Observation) -> bool:
+    """Whether the engine ended a request early, as an event told it to; a stream that had no token yet has no choice."""
+    if "abort" not in seen.disturbed:
+        return False
+    return not seen.choices or any(choice.finish_reason in (None, "abort") for choice in seen.choices)
 
 
 def _judge_counts(step: Step, seen: Observation, prompt_tokens: int, say: Callable[[str, str], None]) -> None:
@@ -124,7 +132,7 @@ def _judge_choice(
 ) -> None:
     sampling, ids = step["sampling"], choice.token_ids
     if choice.finish_reason is None:
-        if not seen.left:
+        if not seen.left and not is_aborted(seen):
             say("lost", "the answer has no end")
     elif choice.finish_reason == "abort":
         if not seen.left and "abort" not in seen.disturbed:
@@ -147,7 +155,8 @@ def _judge_choice(
                 say("form", f"the bad word {word!r}")
         if choice.finish_reason == "stop":
             _judge_stop(sampling, choice, say)
-    _judge_logprobs(step, choice, prompt_tokens, say)
+    if choice.finish_reason != "abort":
+        _judge_logprobs(step, choice, prompt_tokens, say)
     if choice.finish_reason in ("stop", "tool_calls"):
         _judge_structure(step, choice, say)
 

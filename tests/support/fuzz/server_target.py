@@ -1,13 +1,15 @@
 """The real ``vllm serve``: a case is run against it over HTTP, and its state is looked at when all is quiet."""
 
 import asyncio
+import contextlib
 import json
+import math
 import os
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import httpx
@@ -32,6 +34,10 @@ MAX_IN_FLIGHT = 24
 """Requests that are sent before one has ended; three times what the engine runs at once."""
 
 _QUIET_SECONDS = 30.0
+
+# vLLM's own, of what isn't a fault of the server's: a stream that is refused, a model's call of a tool that isn't JSON,
+# and log-probabilities of an echoed prompt whose request was aborted before there were any.
+_VLLMS_OWN = ("VLLMValidationError", "RequestOptionsError", "hermes_tool_parser.py", "_create_completion_logprobs")
 
 
 class ServerTarget:
@@ -58,7 +64,8 @@ class ServerTarget:
         self.prompts = Prompts(model)
         self._adapters: set[str] = set()
         self._in_flight: dict[asyncio.Task, Observation] = {}
-        self._disturbances: list[tuple[str, float]] = []
+        # What, from when, and until when.
+        self._disturbances: list[list[Any]] = []
         self._num_tracebacks = 0
         arguments = [argument for name, value in self._limits.engine.items() for argument in _option(name, value)]
         arguments += ["--speculative-config", json.dumps({"method": "aasd", **self._limits.aasd})]
@@ -138,10 +145,20 @@ class ServerTarget:
     ) -> None:
         began, was_loaded = time.monotonic(), step.get("adapter") in {None, *self._adapters}
         found = await http.ask(client, step, self.prompts)
-        found.disturbed = {what for what, at in self._disturbances if at >= began}
+        found.disturbed = {what for what, _, until in self._disturbances if until >= began}
         if not was_loaded:
             found.disturbed.add("adapter")
         seen[index] = found
+
+    @contextlib.contextmanager
+    def _disturbing(self, what: str) -> Iterator[None]:
+        """For requests that run meanwhile, or come before it is over."""
+        disturbance = [what, time.monotonic(), math.inf]
+        self._disturbances.append(disturbance)
+        try:
+            yield
+        finally:
+            disturbance[-1] = time.monotonic()
 
     async def _event(self, client: httpx.AsyncClient, step: Step) -> None:
         async def post(path: str, **body: Any) -> httpx.Response:
@@ -164,19 +181,19 @@ class ServerTarget:
             case "reset_prefix_cache":
                 (await client.post(f"/reset_prefix_cache?reset_running_requests={step['running']}")).raise_for_status()
             case "sleep":
-                (await client.post(f"/sleep?level={step['level']}&mode={step['mode']}")).raise_for_status()
-                if step["mode"] == "abort":
-                    self._disturbances.append(("abort", time.monotonic()))
-                await asyncio.sleep(step["for"] / 1000)
-                (await client.post("/wake_up")).raise_for_status()
+                with self._disturbing(step["mode"]):
+                    (await client.post(f"/sleep?level={step['level']}&mode={step['mode']}")).raise_for_status()
+                    await asyncio.sleep(step["for"] / 1000)
+                    (await client.post("/wake_up")).raise_for_status()
             case "load_adapter" if step["name"] not in self._adapters:
-                await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=self._adapter)
+                with self._disturbing("adapter"):
+                    answer = await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=self._adapter)
+                    answer.raise_for_status()
                 self._adapters.add(step["name"])
-                self._disturbances.append(("adapter", time.monotonic()))
             case "unload_adapter" if step["name"] in self._adapters:
                 self._adapters.discard(step["name"])
-                await post("/v1/unload_lora_adapter", lora_name=step["name"])
-                self._disturbances.append(("adapter", time.monotonic()))
+                with self._disturbing("adapter"):
+                    (await post("/v1/unload_lora_adapter", lora_name=step["name"])).raise_for_status()
 
     def settle(self) -> tuple[list[Finding], dict[str, Any]]:
         """Wait until nothing runs, and say what isn't as it must be then; also what the worker told of itself."""
@@ -215,8 +232,9 @@ def tracebacks(log: str) -> list[str]:
         # The stack is indented behind the log's own prefix; the first line that isn't names the exception.
         lines = [re.sub(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?", "", line) for line in part.splitlines()[1:]]
         named = next((line for line in lines if line and not line.startswith(" ")), "")
-        if "InjectedFault" not in named:
-            found.append("\n".join([named, *lines[:40]]))
+        end = next((number for number, line in enumerate(lines) if line and line == named), 0)
+        if "InjectedFault" not in named and not any(known in line for known in _VLLMS_OWN for line in lines[: end + 1]):
+            found.append("\n".join([named, *lines[:end]]))
     return found
 
 
