@@ -11,7 +11,7 @@ export VLLM_AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prior prior-if-soon serve check-serve demo bench test test-long clean
+.PHONY: help setup model prior prior-if-soon serve check-serve demo bench test test-long soak clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
 	@echo 'make test-long  run the tests that take long'
+	@echo 'make soak       send a real server random requests, events and faults for an hour (ARGS="--minutes 5 --seed 3")'
 	@echo 'make bench      make every figure (three hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
 	@echo 'make clean      remove .venv and all that was built'
 
@@ -53,6 +54,9 @@ test: model
 
 test-long: model
 	@$(PYTEST) -m long $(ARGS)
+
+soak: model
+	@PYTHONPATH=tests/support .venv/bin/python -m fuzz.soak $(ARGS)
 
 clean:
 	rm -rf .venv .bench build dist *.egg-info .pytest_cache .hypothesis

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Self
 
 _COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+)_total\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
@@ -49,14 +49,21 @@ class Server:
         arguments: further ones of ``vllm serve``.
         progress: is called about once a second until the server answers, with what it is doing.
         timeout: seconds to wait for that.
+        environment: variables to set for it beside this process's own.
     """
 
     def __init__(
-        self, model: str, arguments: list[str], progress: Callable[[str], None], timeout: float = 900.0
+        self,
+        model: str,
+        arguments: list[str],
+        progress: Callable[[str], None],
+        timeout: float = 900.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = [str(vllm_command()), "serve", model, "--served-model-name", "model", *arguments]
         self._progress = progress
         self._timeout = timeout
+        self._environment = environment or {}
 
     def __enter__(self) -> Self:
         port = _free_port()
@@ -68,7 +75,7 @@ class Server:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, **self._environment, "PYTHONUNBUFFERED": "1"},
             # Its engine is a process of its own, which must end with it.
             start_new_session=True,
         )

@@ -46,7 +46,7 @@ class FakeRunner:
         self._blocks = SimpleNamespace(
             block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
         )
-        self.input_batch = SimpleNamespace(req_ids=[], block_table=[self._blocks])
+        self.input_batch = SimpleNamespace(req_ids=[], block_table=[self._blocks], generators={})
         for req_id, prompt in prompts.items():
             self.add(req_id, prompt)
         self.input_ids = SimpleNamespace(gpu=None)

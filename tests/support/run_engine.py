@@ -45,6 +45,8 @@ def main() -> None:
         params = dict(params)
         if "schema" in params:
             params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
+        elif "structured_outputs" in params:
+            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
         return SamplingParams(**params)
 
     recorded = record_store_v2 if scenario["v2"] else record_store
@@ -57,7 +59,10 @@ def main() -> None:
         num_snapshots = len(snapshots)
         with injected(fault):
             outputs = llm.generate(
-                [p for p, _ in requests], [s for _, s in requests], use_tqdm=False, lora_request=adapter
+                [p for p, _ in requests],
+                [s for _, s in requests],
+                use_tqdm=False,
+                lora_request=[adapter if r.get("adapted", True) else None for r in batch],
             )
         if fault:
             del snapshots[num_snapshots:]

@@ -80,8 +80,18 @@ V1: tuple[Seam | Members, ...] = (
     Members(
         f"{_V1}.gpu_model_runner",
         "GPUModelRunner",
-        ("drafter", "execute_model_state", "input_batch", "input_ids", "kv_caches", "requests", "_dummy_run"),
+        (
+            "drafter",
+            "execute_model_state",
+            "input_batch",
+            "input_ids",
+            "kv_caches",
+            "requests",
+            "discard_request_mask",
+            "_dummy_run",
+        ),
     ),
+    Members(f"{_V1}.gpu_input_batch", "InputBatch", ("req_ids", "block_table", "generators")),
     Seam(
         f"{_V1}.lora_model_runner_mixin",
         "LoRAModelRunnerMixin._set_active_loras",

@@ -31,6 +31,7 @@ from vllm_aasd.engine import agreement, start_up
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
 from vllm_aasd.engine.v1_counting import V1Counting, timed
+from vllm_aasd.engine.v1_generators import set_aside
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
 from vllm_aasd.kernels import align, draft, verify
@@ -165,7 +166,7 @@ class AASDProposer:
     def sampling(self) -> Iterator[None]:
         """Around the runner's `sample_tokens`: what the step says is stored, and verified by our rule."""
         self._begin_sampling()
-        with self._verifier.active():
+        with self._verifier.active(), set_aside(self._runner):
             yield
         self._end_step()
 

@@ -1,0 +1,27 @@
+"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place that fails."""
+
+SEAMS = {
+    "V1": {
+        "vllm_aasd.engine.v1_requests:settings_of": "requests",
+        "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
+        "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
+        "vllm_aasd.alignment:AlignmentStore.write": "store",
+        "vllm_aasd.engine.v1:draft_lengths": "step_time",
+        "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
+        "vllm_aasd.kernels.verify:verify": "verify",
+        "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+        "vllm_aasd.engine.v1_counting:count_arrays": "metrics",
+        "vllm_aasd.drafting.drafter:Drafter.promised": "metrics",
+    },
+    "V2": {
+        "vllm_aasd.engine.v2_requests:settings_of": "requests",
+        "vllm_aasd.alignment:AlignmentStore.write": "store",
+        "vllm_aasd.engine.v2_verifier:V2Verifier.without_fillers": "verify",
+        "vllm_aasd.engine.v2_verifier:verify_seeded": "verify",
+        "vllm_aasd.kernels.draft_triton:draft_batch": "draft",
+        "vllm_aasd.engine.v2_counting:count_drafts": "metrics",
+    },
+}
+
+OFF_PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
+"""Places that a case may have off for a while, as after too many faults."""
