@@ -147,6 +147,7 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path
     assert "RuntimeError: injected into draft" in result["log"]
 
 
+@pytest.mark.long
 def test_a_request_that_reaches_the_models_length(plain, demo_model, tmp_path):
     """vLLM schedules rows of zeros for the whole batch there; the others must not pay for it with wrong tokens."""
     by_length = sorted(plain["rounds"][0], key=lambda output: len(output["prompt_token_ids"]))

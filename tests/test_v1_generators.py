@@ -35,6 +35,7 @@ def test_other_devices_generators_are_the_runners():
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_seeded_request_is_served_in_chunks_as_in_one(demo_model, tmp_path):
     prompt = real_prompts(1, max_chars=400)[0]
     params = {"temperature": 0.9, "seed": 3, "max_tokens": 12, "extra_args": {"aasd_enabled": False}}
