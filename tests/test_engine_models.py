@@ -76,7 +76,7 @@ def one_rank(demo_model, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("v2", "options"),
-    [(False, {}), (True, {}), (True, {"enable_batch_sharded_sampling": True})],
+    [(False, {}), (True, {}), (True, {"enable_batch_sharded_sampling": True, "gloo": True})],
     ids=["V1", "V2", "V2-sharded-sampling"],
 )
 def test_several_ranks(demo_model, tmp_path, one_rank, v2, options):

@@ -28,6 +28,7 @@ class Group:
         self.gathered = []
 
     def all_gather(self, tensor, dim):
+        assert tensor.is_floating_point(), "all that vLLM's shared memory between CPU ranks can move"
         self._shared[rank()] = tensor
         self._barrier.wait()
         together = torch.cat(self._shared, dim)

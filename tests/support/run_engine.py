@@ -15,6 +15,8 @@ if os.environ.get("AASD_TEST_V2") == "1":
     import v2_on_cpu
 
     v2_on_cpu.prepare()
+    if os.environ.get("AASD_TEST_GLOO") == "1":
+        v2_on_cpu.gather_by_gloo()
 
 
 def main() -> None:

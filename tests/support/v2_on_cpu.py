@@ -23,3 +23,11 @@ def prepare() -> None:
     sys.path.remove(root)
     let_vllm_see_triton()
     interpreter._patch_language_once()
+
+
+def gather_by_gloo() -> None:
+    """Have ranks gather through gloo. vLLM's shared memory between CPU ranks knows no integers, which its batch-sharded
+    sampling gathers; on CPUs without AVX-512 it has none anyhow."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False

@@ -73,8 +73,9 @@ class PromptLogits:
                 continue
             partials = align_shard(logits, slots, first_token_id, self._top_k)
             group = get_tp_group()
-            gathered = group.all_gather(partials, dim=0).view(group.world_size, *partials.shape)
-            store.write_shards(gathered, ids, slots)
+            # Bits, under a type that every communicator moves: the shared memory of CPUs only knows floats.
+            gathered = group.all_gather(partials.view(torch.float32), dim=0).view(torch.int32)
+            store.write_shards(gathered.view(group.world_size, *partials.shape), ids, slots)
 
     def _chunk(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int | None]:
         """Logits and the first token's id if they are this rank's part of the vocabulary, None if whole rows."""
