@@ -45,7 +45,8 @@ PROFILES = {
         256,
         100,
         32,
-        {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
+        # With adapters vLLM wants room for all drafts of a full batch.
+        {**_ENGINE, "max_num_seqs": 7, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
         | {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8},
         {**_LOOSEST, "num_speculative_tokens": 8, "aasd_memory": "process"},
         frozenset({"http", "top_k", "sleep", "lora", *_EVENTS}),

@@ -57,9 +57,10 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
     adapter = adapter_of(arguments, profile)
     say(f"{profile}: asking {len(pool)} questions without speculation")
     known = references.references(arguments.model, profile, pool, arguments.folder, adapter)
-    tally, number, began = Tally(), 0, time.monotonic()
-    while time.monotonic() - began < 60 * minutes:
+    tally, number, began = Tally(), 0, 0.0
+    while not began or time.monotonic() - began < 60 * minutes:
         with ServerTarget(arguments.model, profile, adapter, arguments.mutant, _starting()) as target:
+            began = began or time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
                 seen, findings, look = run_round(target, case, known)
