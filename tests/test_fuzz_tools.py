@@ -45,6 +45,8 @@ def test_cases_hold_all_that_the_profile_can_and_nothing_else(profile):
     assert {"fault", "off", "on", "clear_memory", "reset_prefix_cache"} <= events
     assert any("leave_after" in step for step in asked)
     assert ({step.get("via") for step in asked} == {None}) == ("http" not in features)
+    prompts_scored = [step for step in asked if step.get("echo") or "prompt_logprobs" in step["sampling"]]
+    assert bool(prompts_scored) == ("prompt_logprobs" in features)
     known = {references.key(step) for step in pool}
     assert all(references.key(step) in known for step in asked if step["compared"]), "a reference for each"
     limit = PROFILES[profile].max_model_len
