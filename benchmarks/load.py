@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     metadata = results.metadata(
         **results.conditions(arguments), omp_num_threads=os.environ.get("OMP_NUM_THREADS"), sampling="greedy"
     )
-    labels = [label for label in reversed(METHODS)]
+    labels = list(reversed(METHODS))
     return {
         "metadata": metadata,
         "methods": {label: METHODS[label] for label in labels},
@@ -178,7 +178,7 @@ def check(label: str, answers: Sequence[Answer], ended: Mapping[str, int], max_t
         ServerError: if something was.
     """
     for number, one in enumerate(answers):
-        whole = one.finish_reason == "stop" and one.token_ids or len(one.token_ids) == max_tokens
+        whole = len(one.token_ids) == max_tokens or (one.finish_reason == "stop" and one.token_ids)
         if one.finish_reason not in ("stop", "length") or not whole:
             raise ServerError(f"{label}: request {number} got {len(one.token_ids)} tokens, ended by {one.finish_reason}")
     in_order = {reason: n for reason, n in ended.items() if n}

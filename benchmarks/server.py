@@ -89,6 +89,11 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """Of its first process, which is the id of its session too."""
+        return self._process.pid
+
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of what the server has logged."""
         self._log.seek(0)

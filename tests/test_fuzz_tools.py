@@ -12,12 +12,12 @@ from fuzz import cases, http, kinds, references
 from fuzz.hooks import held
 from fuzz.limits import PROFILES
 from fuzz.observed import Choice, Observation
-from fuzz.oracle import NEAR_TIE, Reference, failures, first_difference, judge
+from fuzz.oracle import NEAR_TIE, Finding, Reference, failures, first_difference, judge
 from fuzz.prompts_of_tokens import Prompts
 from fuzz.seams import OFF_PLACES, SEAMS
 from fuzz.server_target import tracebacks
 from fuzz.shrink import shrink
-from fuzz.tally import slope
+from fuzz.tally import Tally, slope
 
 from vllm_aasd.engine.containment import PLACES
 
@@ -45,6 +45,8 @@ def test_cases_hold_all_that_the_profile_can_and_nothing_else(profile):
     assert {"fault", "off", "on", "clear_memory", "reset_prefix_cache"} <= events
     assert any("leave_after" in step for step in asked)
     assert ({step.get("via") for step in asked} == {None}) == ("http" not in features)
+    prompts_scored = [step for step in asked if step.get("echo") or "prompt_logprobs" in step["sampling"]]
+    assert bool(prompts_scored) == ("prompt_logprobs" in features)
     known = {references.key(step) for step in pool}
     assert all(references.key(step) in known for step in asked if step["compared"]), "a reference for each"
     limit = PROFILES[profile].max_model_len
@@ -174,6 +176,19 @@ def test_request_ids_that_an_object_of_ours_holds_are_found():
 def test_the_slope_is_of_an_hour():
     assert slope([(minute, 100 + minute / 60 * 5) for minute in range(10, 40)]) == pytest.approx(5)
     assert slope([(minute, 100.0) for minute in range(5)]) is None
+
+
+def test_a_tally_goes_on_over_a_lost_engine():
+    tally, case = Tally(), {"steps": [STEP, {"do": "on"}]}
+    look = {"rss_mib": 100.0, "injected": {"draft": 2}, "metrics": {"vllm:num_preemptions_total": 3.0}, "steps": {}}
+    tally.add(case, [answered(), None], [], look, 1.0)
+    tally.add(case, [None, None], [Finding("dead", None, "boom")], {}, 2.0)
+    tally.restarted()
+    tally.add(case, [answered((7, 8, 7, 7)), None], [Finding("near_tie", 0, "")], look, 3.0)
+    result = tally.result()
+    assert (result["requests"], result["compared"], result["rounds"]) == (2, 2, 3)
+    assert (result["preemptions"], result["faults_injected"], result["engines_lost"]) == (6, {"draft": 4}, 1)
+    assert (result["failures"], result["near_ties"], result["events"]) == (1, 1, {"on": 3})
 
 
 # Shrinking

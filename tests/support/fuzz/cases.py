@@ -90,7 +90,7 @@ def _compared(rng: random.Random, limits: Limits, pool: list[Step]) -> Step:
         if "via" in step:
             step["via"] = "stream"
     # vLLM has neither in a stream of its own accord.
-    elif step.get("via") != "stream" and rng.random() < 0.2:
+    elif "prompt_logprobs" in limits.features and step.get("via") != "stream" and rng.random() < 0.2:
         if "via" in step and rng.random() < 0.5:
             step["echo"] = True
         else:

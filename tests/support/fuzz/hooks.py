@@ -8,6 +8,7 @@ import bisect
 import collections
 import faulthandler
 import importlib
+import os
 import re
 import signal
 import time
@@ -174,4 +175,4 @@ def held(root: Any) -> dict[str, int]:
 def resident_mib() -> float:
     """Resident memory of this process."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

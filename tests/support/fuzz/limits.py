@@ -37,10 +37,11 @@ PROFILES = {
         32,
         {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20},
         {**_LOOSEST, "num_speculative_tokens": 8, "aasd_memory": "process"},
-        frozenset({"http", "top_k", "sleep", "reload_weights", *_EVENTS}),
+        frozenset({"http", "top_k", "sleep", "reload_weights", "prompt_logprobs", *_EVENTS}),
         "V1",
     ),
-    # Adapters switch the alignment of prompts off, so they have an engine of their own.
+    # Adapters switch the alignment of prompts off, so they have an engine of their own. vLLM 0.32's CPU build dies of
+    # prompt log-probabilities beside them: it asks an adapted lm_head for more rows than it said there would be.
     "server-lora": Limits(
         256,
         100,
@@ -58,7 +59,7 @@ PROFILES = {
         16,
         {**_ENGINE, "max_num_seqs": 4, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 10},
         {**_LOOSEST, "num_speculative_tokens": 6, "aasd_memory": "process"},
-        frozenset({"top_k", *_EVENTS}),
+        frozenset({"top_k", "prompt_logprobs", *_EVENTS}),
         "V1",
     ),
     # Interpreted kernels give about 11 tokens a second, and have no top-k.
@@ -68,7 +69,7 @@ PROFILES = {
         8,
         {**_ENGINE, "max_num_seqs": 3, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 9},
         {**_LOOSEST, "num_speculative_tokens": 4, "aasd_alignment": True},
-        frozenset(_EVENTS),
+        frozenset({"prompt_logprobs", *_EVENTS}),
         "V2",
     ),
 }

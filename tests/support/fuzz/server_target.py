@@ -215,7 +215,17 @@ class ServerTarget:
         findings = [Finding("leftover", None, f"{name}: {value:g}") for name, value in left.items()]
         if faults != look["injected"]:
             findings.append(Finding("faults", None, f"counted {faults}, injected {look['injected']}"))
-        return findings + self._new_tracebacks(), look | {"metrics": shown}
+        return findings + self._new_tracebacks(), look | {"metrics": shown, "server_mib": self._resident_mib()}
+
+    def _resident_mib(self) -> float:
+        """Resident memory of all of the server's processes, shared pages counted for each."""
+        total = 0
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                # Behind the name: state, parent, group, session. The server began a session of its own.
+                if int((process / "stat").read_text().rpartition(")")[2].split()[3]) == self._server.pid:
+                    total += int((process / "statm").read_text().split()[1])
+        return total * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def _new_tracebacks(self) -> list[Finding]:
         """Tracebacks in the log that aren't an injected fault's."""

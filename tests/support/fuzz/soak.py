@@ -19,13 +19,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tiny_models import lora_adapter
+
 from fuzz import cases, references
 from fuzz.judging import judge_case
 from fuzz.oracle import Finding, Reference
 from fuzz.server_target import ROOT, ServerError, ServerTarget
 from fuzz.shrink import shrink
 from fuzz.tally import Tally, has_failed
-from tiny_models import lora_adapter
 
 # The root only for this import: it also holds `kernels`, a name that transformers looks for.
 sys.path.append(str(ROOT))
@@ -41,7 +42,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.replay:
         sys.exit(replay(arguments))
-    parts = {"server": arguments.minutes, "server-lora": arguments.minutes / 4 if arguments.lora_minutes is None else arguments.lora_minutes}
+    adapted = arguments.minutes / 4 if arguments.lora_minutes is None else arguments.lora_minutes
+    parts = {"server": arguments.minutes, "server-lora": adapted}
     report: dict[str, Any] = {"metadata": _metadata(arguments), "engines": {}}
     for profile, minutes in parts.items():
         if minutes > 0:
@@ -73,6 +75,7 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
                 number += 1
                 if not target.is_alive:
                     say("the server is dead; another is started")
+                    tally.restarted()
                     break
 
 
@@ -94,7 +97,8 @@ def run_round(
 def keep(arguments: argparse.Namespace, case: cases.Case, findings: list[Finding]) -> pathlib.Path:
     """Write a failing case down, with what was found and the command that runs it again."""
     path = arguments.folder / f"failure-{case['profile']}-{case['seed']}-{case['round']}.json"
-    command = f"PYTHONPATH=tests/support python -m fuzz.soak --replay {path} --shrink"
+    command = f"PYTHONPATH=tests/support .venv/bin/python -m fuzz.soak --replay {path} --shrink"
+    command += f" --mutant {arguments.mutant}" if arguments.mutant else ""
     kept = {**case, "findings": [finding._asdict() for finding in findings], "command": command}
     path.write_text(json.dumps(kept, indent=1) + "\n")
     for finding in findings[:10]:
@@ -179,17 +183,16 @@ def _line(profile: str, number: int, figures: dict[str, Any]) -> str:
     return (
         f"{profile} round {number}, {figures['minutes']:.1f} min: {figures['requests']} requests, "
         f"{figures['compared']} compared, {figures['mismatches']} mismatches, {figures['near_ties']} near ties, "
-        f"{figures['failures']} failures, {figures['preemptions']:g} preemptions, "
-        f"{sum(figures['faults_injected'].values())} faults, {figures['memory'].get('last_mib')} MiB"
-        if figures["preemptions"] is not None
-        else f"{profile} round {number}: {figures['failures']} failures"
+        f"{figures['failures']} failures, {figures['preemptions']} preemptions, "
+        f"{sum(figures['faults_injected'].values())} faults, {figures['memory'].get('last_worker_mib')} MiB"
     )
 
 
 def _metadata(arguments: argparse.Namespace) -> dict[str, Any]:
     conditions = results.conditions(arguments, "folder", "replay", "shrink", "repeats", "trials")
     found = results.metadata(**conditions, omp_num_threads=os.environ.get("OMP_NUM_THREADS"))
-    return {**found, "command": "PYTHONPATH=tests/support " + shlex.join(["python", "-m", "fuzz.soak", *map(results.shortened, sys.argv[1:])])}
+    words = ["python", "-m", "fuzz.soak", *map(results.shortened, sys.argv[1:])]
+    return {**found, "command": f"PYTHONPATH=tests/support {shlex.join(words)}"}
 
 
 def _arguments() -> argparse.Namespace:

@@ -22,9 +22,16 @@ class Tally:
         self._events: collections.Counter[str] = collections.Counter()
         self._findings: collections.Counter[str] = collections.Counter()
         self._counts: collections.Counter[str] = collections.Counter()
-        self._memory: list[tuple[float, float]] = []
+        self._memory: list[tuple[float, float, float]] = []
         self._longest_gap = 0.0
         self._look: dict[str, Any] = {}
+        # What an engine told last that has died since.
+        self._earlier: list[dict[str, Any]] = []
+
+    def restarted(self) -> None:
+        """Another engine follows, which counts from nothing."""
+        self._earlier.append(self._look)
+        self._look = {}
 
     def add(
         self,
@@ -67,25 +74,21 @@ class Tally:
             self._longest_gap = max(self._longest_gap, one.longest_gap)
         if look:
             self._look = look
-            self._memory.append((minutes, look["rss_mib"]))
+            self._memory.append((minutes, look["rss_mib"], look.get("server_mib", look["rss_mib"])))
 
     def result(self) -> dict[str, Any]:
         """Everything counted, as JSON has it."""
-        metrics = self._look.get("metrics", {})
-        drafted, accepted = (
-            metrics.get(f"vllm:spec_decode_num_{name}_tokens_total", metrics.get(f"vllm:spec_decode_num_{name}_tokens"))
-            for name in ("draft", "accepted")
-        )
         return {
             **{name: int(count) for name, count in sorted(self._counts.items())},
             "failures": sum(self._findings[what] for what in self._findings if what != "near_tie"),
             "mismatches": self._findings["mismatch"],
             "near_ties": self._findings["near_tie"],
             "findings": dict(self._findings),
-            "preemptions": metrics.get("vllm:num_preemptions_total", metrics.get("vllm:num_preemptions")),
-            "draft_tokens": drafted,
-            "accepted_tokens": accepted,
-            "faults_injected": self._look.get("injected", {}),
+            "preemptions": self._metric("vllm:num_preemptions"),
+            "draft_tokens": self._metric("vllm:spec_decode_num_draft_tokens"),
+            "accepted_tokens": self._metric("vllm:spec_decode_num_accepted_tokens"),
+            "faults_injected": dict(sum((collections.Counter(look.get("injected", {})) for look in self._looks()), collections.Counter())),
+            "engines_lost": len(self._earlier),
             "steps": self._look.get("steps", {}),
             "longest_gap_seconds": self._longest_gap,
             "memory": self._memory_figures(),
@@ -93,16 +96,24 @@ class Tally:
             "events": dict(sorted(self._events.items())),
         }
 
+    def _looks(self) -> list[dict[str, Any]]:
+        return [*self._earlier, self._look]
+
+    def _metric(self, name: str) -> int:
+        """A counter of vLLM's, whose page calls it a total."""
+        shown = [look.get("metrics", {}) for look in self._looks()]
+        return int(sum(metrics.get(f"{name}_total", metrics.get(name, 0)) for metrics in shown))
+
     def _memory_figures(self) -> dict[str, Any]:
         if not self._memory:
             return {}
-        late = [(minutes, mib) for minutes, mib in self._memory if minutes >= SETTLING_MINUTES]
+        late = [sample for sample in self._memory if sample[0] >= SETTLING_MINUTES]
         return {
-            "first_mib": round(self._memory[0][1], 1),
-            "last_mib": round(self._memory[-1][1], 1),
-            "largest_mib": round(max(mib for _, mib in self._memory), 1),
-            "mib_per_hour": slope(late),
-            "minutes_and_mib": [[round(minutes, 2), round(mib, 1)] for minutes, mib in self._memory],
+            "worker_mib_per_hour": slope([(minutes, worker) for minutes, worker, _ in late]),
+            "server_mib_per_hour": slope([(minutes, server) for minutes, _, server in late]),
+            "last_worker_mib": round(self._memory[-1][1], 1),
+            "largest_worker_mib": round(max(worker for _, worker, _ in self._memory), 1),
+            "minutes_worker_server_mib": [[round(value, 2) for value in sample] for sample in self._memory],
         }
 
 
