@@ -12,11 +12,11 @@ request's index takes; and how much memory a process holds while requests come a
 
 import gc
 import pathlib
-import resource
 import time
 import tracemalloc
 
 import numpy as np
+import psutil
 
 from benchmarks import adversarial, results
 from benchmarks.drafter_time import BLOCK_SIZE, NEW_TOKENS, NUM_DRAFT_TOKENS, TOP_K, growing, made_up_alignment, real_tokens
@@ -32,6 +32,8 @@ SHORTEST = 256
 """Tokens that the growing request begins with."""
 
 _COLD_BYTES = 64 << 20
+
+_FIGURES = ("median", "p99", "slowest", "per_draft_token")
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
                 times, drafted = step_times(
                     tokens, length, arguments.steps, arguments.repeats, view, vocab_size, is_cold=kind == "cold"
                 )
-                row[kind] = summary(times)
+                row[kind] = {**summary(times), "per_draft_token": round(float(times.sum() / max(drafted.sum(), 1)), 2)}
             row |= {"draft_tokens": round(float(np.mean(drafted)), 2), "index": time_index(tokens, length)}
             rows.append(row)
             print(*table_row(row), flush=True)
@@ -159,16 +161,18 @@ def worst(rows: list[dict], length: int) -> dict:
 def churn(tokens: np.ndarray, num_requests: int, vocab_size: int) -> dict:
     """What a process holds while requests with contexts of 100 tokens to all come, decode a little and end.
 
-    Eight run at a time. MiB of the process, by `resource`, after a tenth of the requests and at the end: the most that
-    it ever held. And of what is allocated by Python and numpy when all have ended, bytes beyond the beginning.
+    Eight run at a time. MiB of the process after a tenth of the requests, at the end, and at most in between, each with
+    eight running. Of what is allocated by Python and numpy, the most, and what is left when all have ended, in bytes
+    beyond the beginning: of a tenth of the requests, for it is slow to trace.
     """
     drafter = Drafter(vocab_size, NUM_DRAFT_TOKENS, MIN_SURVIVAL)
     view = made_up_alignment(tokens, vocab_size)
     rng = np.random.default_rng(4)
     # Log-uniform: most requests are short, and some are as long as can be.
-    lengths = np.exp(rng.uniform(np.log(100), np.log(len(tokens) - 20), num_requests)).astype(int)
+    lengths = np.exp(rng.uniform(np.log(100), np.log(len(tokens) - 20), num_requests)).astype(int).tolist()
     running: list[str] = []
-    peaks, held, after_tenth = [], [], num_requests // 10
+    process = psutil.Process()
+    held = np.zeros(num_requests)
 
     def run(number: int, length: int) -> None:
         running.append(str(number))
@@ -179,22 +183,24 @@ def churn(tokens: np.ndarray, num_requests: int, vocab_size: int) -> dict:
 
     for number, length in enumerate(lengths):
         run(number, length)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        held[number] = process.memory_info().rss / 2**20
     drafter.forget(running)
     running.clear()
+    tenth = num_requests // 10
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    for number, length in enumerate(lengths[:200]):
+    for number, length in enumerate(lengths[:tenth]):
         run(number, length)
-        held.append(tracemalloc.get_traced_memory()[0])
     drafter.forget(running)
-    after = tracemalloc.get_traced_memory()[0]
+    running.clear()
+    after, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return {
         "requests": num_requests,
-        "peak_mib_after_a_tenth": round(peaks[after_tenth], 1),
-        "peak_mib": round(peaks[-1], 1),
-        "traced_peak_bytes": max(held) - before,
+        "mib_after_a_tenth": round(held[tenth - 1], 1),
+        "mib_at_the_end": round(held[-1], 1),
+        "most_mib_since": round(held[tenth:].max(), 1),
+        "traced_most_bytes": most - before,
         "traced_bytes_left": after - before,
         "requests_left": drafter.num_requests,
     }
@@ -202,7 +208,7 @@ def churn(tokens: np.ndarray, num_requests: int, vocab_size: int) -> dict:
 
 def table_row(row: dict) -> list[str]:
     """A row of the table."""
-    times = [f"{row[kind][name]:.1f}" for kind in ("warm", "cold") for name in ("median", "p99", "slowest")]
+    times = [f"{row[kind][name]:.1f}" for kind in ("warm", "cold") for name in _FIGURES]
     index = row["index"]
     return [
         str(row["context_tokens"]), row["context"], *times, f"{row['draft_tokens']:.2f}", f"{index['ns_per_token']:.0f}",
@@ -212,7 +218,7 @@ def table_row(row: dict) -> list[str]:
 
 def tables(result: dict) -> str:
     """The result as text."""
-    times = [f"{kind}, us: {name}" for kind in ("warm", "cold") for name in ("median", "p99", "slowest")]
+    times = [f"{kind}, us: {name.replace('_', ' ')}" for kind in ("warm", "cold") for name in _FIGURES]
     header = ["context", "of", *times, "drafted", "index, ns/token", "index, bytes/token"]
     lines = [
         f"{found['context_tokens']} tokens, {kind}: worst is {found[kind]['context']} with {found[kind]['ratio']:.2f} times "

@@ -33,7 +33,7 @@ Work
     Bounded by constants, whatever the context's length and tokens. A look-up or an insertion tries at most
     ``MOST_PROBES`` slots, where tokens were chosen so that their hashes collide too; a token that is appended costs ``M`` of
     them, and where tables grow 16 positions more. A draft token takes ``M`` look-ups, walks to ``max_matches`` positions of
-    four orders, twice, and gets ``1 + k`` votes from each, besides those of memory and prior. `benchmarks.worst_case` measures
+    four orders, and gets ``1 + k`` votes from each, besides those of memory and prior. `benchmarks.worst_case` measures
     contexts made for it; ``tests/test_bounded_work.py`` counts the work.
 
 Memory
