@@ -55,7 +55,7 @@ def _checking_ours(stock: Callable) -> Callable:
         try:
             with_overrides(server, self.extra_args or {})
         except ValueError as error:
-            raise RequestOptionsError(str(error), parameter="extra_args") from error
+            raise RequestOptionsError(str(error), parameter="extra_args") from None
 
     return verify
 
