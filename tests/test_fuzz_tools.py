@@ -154,13 +154,21 @@ def test_sequences_part_where_they_differ():
 
 
 def test_the_log_is_searched_for_tracebacks_but_those_of_injected_faults():
-    def trace(error):
+    def trace(*errors):
         prefix = "(EngineCore pid=7) ERROR 11-26 01:02:03 [containment.py:80] "
-        return "".join(f"{prefix}{line}\n" for line in ("Traceback (most recent call last):", '  File "x"', error, ""))
+        lines = []
+        for error in errors:
+            lines += ["Traceback (most recent call last):", '  File "x"', "    y", error, ""]
+            lines += ["The above exception was the direct cause of the following exception:", ""]
+        return "".join(f"{prefix}{line}\n" for line in lines[:-2])
 
     assert tracebacks(trace("fuzz.hooks.InjectedFault: injected into draft")) == []
     log = trace("fuzz.hooks.InjectedFault: injected into draft") + trace("ValueError: of our own")
     assert len(tracebacks(log)) == 1 and "of our own" in tracebacks(log)[0]
+    assert tracebacks(trace("ValueError: not allowed", "vllm_aasd.engine.request_options.RequestOptionsError: it")) == []
+    chained = tracebacks(trace("KeyError: 1", "RuntimeError: 2"))
+    assert len(chained) == 1 and "KeyError: 1" in chained[0] and "RuntimeError: 2" in chained[0]
+    assert len(tracebacks(trace("KeyError: 1") + trace("RuntimeError: 2"))) == 2
 
 
 def test_request_ids_that_an_object_of_ours_holds_are_found():

@@ -135,7 +135,12 @@ def _event(rng: random.Random, limits: Limits) -> Step:
         "reset_prefix_cache": [{"do": "reset_prefix_cache", "running": rng.random() < 0.5}],
         "reload_weights": [{"do": "reload_weights"}],
         "sleep": [
-            {"do": "sleep", "level": rng.choice((0, 1)), "mode": rng.choice(("keep", "wait", "abort")), "for": rng.choice((0, 200))}
+            {
+                "do": "sleep",
+                "level": rng.choice((0, 1)),
+                "mode": rng.choice(("keep", "wait", "abort")),
+                "for": rng.choice((0, 200)),
+            }
         ],
         "lora": [
             {"do": "load_adapter", "name": rng.choice(ADAPTERS)},

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+WRONG_TOKEN, EVERY = 300, 50
+
 
 def apply(name: str, worker: Any) -> None:
     """Break a worker.
@@ -23,8 +25,8 @@ def _wrong_token(worker: Any) -> None:
     def rejection_sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = real(self, *args, **kwargs)
         calls[0] += 1
-        if calls[0] % 50 == 0:
-            output[0, 0] = 300
+        if calls[0] % EVERY == 0:
+            output[0, 0] = WRONG_TOKEN
         return output
 
     v1_verifier.V1Verifier.rejection_sample = rejection_sample
@@ -42,13 +44,13 @@ def _accept_all(worker: Any) -> None:
 
 
 def _leak(worker: Any) -> None:
-    """The drafter keeps one in ten ended requests."""
+    """The drafter keeps the first of the requests that end in a step."""
     from vllm_aasd.drafting.drafter import Drafter
 
     real = Drafter.forget
 
     def forget(self: Any, request_ids: Any) -> None:
-        real(self, [request_id for request_id in request_ids if hash(request_id) % 10])
+        real(self, sorted(request_ids)[1:])
 
     Drafter.forget = forget
 

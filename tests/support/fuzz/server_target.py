@@ -35,6 +35,9 @@ MAX_IN_FLIGHT = 24
 
 _QUIET_SECONDS = 30.0
 
+_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?")
+_CHAINED = ("The above exception was", "During handling of the above")
+
 # vLLM's own, of what isn't a fault of the server's: a stream that is refused, a model's call of a tool that isn't JSON,
 # and log-probabilities of an echoed prompt whose request was aborted before there were any.
 _VLLMS_OWN = ("VLLMValidationError", "RequestOptionsError", "hermes_tool_parser.py", "_create_completion_logprobs")
@@ -235,16 +238,19 @@ class ServerTarget:
 
 
 def tracebacks(log: str) -> list[str]:
-    """Every traceback of a log that doesn't end in an injected fault."""
-    parts = re.split(r"(?m)^.*Traceback \(most recent call last\):", log)[1:]
-    found = []
-    for part in parts:
+    """Every traceback of a log but those of injected faults and `_VLLMS_OWN`; one that was raised from another, once."""
+    found, cause = [], ""
+    for part in re.split(r"(?m)^.*Traceback \(most recent call last\):", log)[1:]:
         # The stack is indented behind the log's own prefix; the first line that isn't names the exception.
-        lines = [re.sub(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?", "", line) for line in part.splitlines()[1:]]
-        named = next((line for line in lines if line and not line.startswith(" ")), "")
-        end = next((number for number, line in enumerate(lines) if line and line == named), 0)
-        if "InjectedFault" not in named and not any(known in line for known in _VLLMS_OWN for line in lines[: end + 1]):
-            found.append("\n".join([named, *lines[:end]]))
+        lines = [_PREFIX.sub("", line) for line in part.splitlines()[1:]]
+        end = next((number for number, line in enumerate(lines) if line and not line.startswith(" ")), 0)
+        text = cause + "\n".join([lines[end], *lines[:end]])
+        if any(line.startswith(_CHAINED) for line in lines[end : end + 4]):
+            cause = text + "\n"
+            continue
+        cause = ""
+        if "InjectedFault" not in lines[end] and not any(known in text for known in _VLLMS_OWN):
+            found.append(text)
     return found
 
 

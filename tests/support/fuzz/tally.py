@@ -87,7 +87,7 @@ class Tally:
             "preemptions": self._metric("vllm:num_preemptions"),
             "draft_tokens": self._metric("vllm:spec_decode_num_draft_tokens"),
             "accepted_tokens": self._metric("vllm:spec_decode_num_accepted_tokens"),
-            "faults_injected": dict(sum((collections.Counter(look.get("injected", {})) for look in self._looks()), collections.Counter())),
+            "faults_injected": self._injected(),
             "engines_lost": len(self._earlier),
             "steps": self._look.get("steps", {}),
             "longest_gap_seconds": self._longest_gap,
@@ -98,6 +98,12 @@ class Tally:
 
     def _looks(self) -> list[dict[str, Any]]:
         return [*self._earlier, self._look]
+
+    def _injected(self) -> dict[str, int]:
+        injected: collections.Counter[str] = collections.Counter()
+        for look in self._looks():
+            injected.update(look.get("injected", {}))
+        return dict(injected)
 
     def _metric(self, name: str) -> int:
         """A counter of vLLM's, whose page calls it a total."""
