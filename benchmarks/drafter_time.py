@@ -15,6 +15,7 @@ import inspect
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -91,19 +92,22 @@ def main() -> None:
             }
         )
     result = {
-        "metadata": results.metadata(
-            model=arguments.model,
-            text=source,
-            new_tokens_per_step=NEW_TOKENS,
-            num_speculative_tokens=NUM_DRAFT_TOKENS,
-            min_survival=MIN_SURVIVAL,
-            top_k=TOP_K,
-            block_size=BLOCK_SIZE,
-        ),
+        "metadata": metadata(model=arguments.model, text=source, min_survival=MIN_SURVIVAL),
         "rows": rows,
     }
     results.write(arguments.out, result)
     print(tables(result))
+
+
+def metadata(**conditions: Any) -> dict[str, Any]:
+    """Of a result on how long drafts take: how they were made, and further conditions."""
+    return results.metadata(
+        new_tokens_per_step=NEW_TOKENS,
+        num_speculative_tokens=NUM_DRAFT_TOKENS,
+        top_k=TOP_K,
+        block_size=BLOCK_SIZE,
+        **conditions,
+    )
 
 
 def real_tokens(arguments: argparse.Namespace, count: int) -> tuple[np.ndarray, int, str]:

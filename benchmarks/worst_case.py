@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from benchmarks import adversarial, results
-from benchmarks.drafter_time import BLOCK_SIZE, NEW_TOKENS, NUM_DRAFT_TOKENS, TOP_K, growing, made_up_alignment, real_tokens
+from benchmarks.drafter_time import NEW_TOKENS, NUM_DRAFT_TOKENS, growing, made_up_alignment, metadata, real_tokens
 from vllm_aasd.drafting.drafter import NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 
@@ -71,15 +71,8 @@ def main() -> None:
     num_steps = (max(arguments.lengths) - SHORTEST) // NEW_TOKENS
     times, _ = step_times(text, SHORTEST, num_steps, arguments.repeats, made_up_alignment(text, vocab_size), vocab_size)
     result = {
-        "metadata": results.metadata(
-            model=arguments.model,
-            text=source,
-            new_tokens_per_step=NEW_TOKENS,
-            num_speculative_tokens=NUM_DRAFT_TOKENS,
-            min_survival=MIN_SURVIVAL,
-            top_k=TOP_K,
-            block_size=BLOCK_SIZE,
-            repeats=arguments.repeats,
+        "metadata": metadata(
+            model=arguments.model, text=source, min_survival=MIN_SURVIVAL, repeats=arguments.repeats
         ),
         "rows": rows,
         "growing": {"from": SHORTEST, "to": max(arguments.lengths), **summary(times)},

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from engines import greedy, run_engine, token_ids
+from fuzz.seams import SEAMS
 from prompts import real_prompts
 
 from vllm_aasd.kernels import verify_seeded_reference
@@ -21,14 +22,7 @@ BAD_WORDS = [" the", "The", " of"]
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, "required": ["kind"]}
 
 
-FAULTS = {
-    "vllm_aasd.engine.v2_requests:settings_of": "requests",
-    "vllm_aasd.alignment:AlignmentStore.write": "store",
-    "vllm_aasd.engine.v2_verifier:V2Verifier.without_fillers": "verify",
-    "vllm_aasd.engine.v2_verifier:verify_seeded": "verify",
-    "vllm_aasd.kernels.draft_triton:draft_batch": "draft",
-    "vllm_aasd.engine.v2_counting:count_drafts": "metrics",
-}
+FAULTS = SEAMS["V2"]
 
 
 def drafted_and_accepted(result):
