@@ -50,7 +50,7 @@ bench: prior
 	@OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.suite $(ARGS)
 
 test: model
-	@$(PYTEST) -n 2 --dist loadfile -m 'not long' $(ARGS)
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
 
 test-long: model
 	@$(PYTEST) -m long $(ARGS)
