@@ -8,7 +8,7 @@ import types
 
 import httpx
 import pytest
-from fuzz import cases, http, kinds, references
+from fuzz import cases, kinds, over_http, references
 from fuzz.hooks import held
 from fuzz.limits import PROFILES
 from fuzz.observed import Choice, Observation
@@ -240,7 +240,7 @@ def over_http(step, answer):
     async def run():
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await http.ask(client, step, types.SimpleNamespace(ids=lambda prompt: [1] * prompt["tokens"]))
+            return await over_http.ask(client, step, types.SimpleNamespace(ids=lambda prompt: [1] * prompt["tokens"]))
 
     return asyncio.run(run())
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from fuzz import http
+from fuzz import over_http
 from fuzz.cases import Case, Step
 from fuzz.limits import PROFILES
 from fuzz.observed import Observation
@@ -147,7 +147,7 @@ class ServerTarget:
         self, client: httpx.AsyncClient, index: int, step: Step, seen: list[Observation | None]
     ) -> None:
         began, was_loaded = time.monotonic(), step.get("adapter") in {None, *self._adapters}
-        found = await http.ask(client, step, self.prompts)
+        found = await over_http.ask(client, step, self.prompts)
         found.disturbed = {what for what, _, until in self._disturbances if until >= began}
         if not was_loaded:
             found.disturbed.add("adapter")
