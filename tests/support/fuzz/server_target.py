@@ -125,7 +125,7 @@ class ServerTarget:
         seen: list[Observation | None] = [None] * len(case["steps"])
         self._disturbances.clear()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=http.TIMEOUT, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=over_http.TIMEOUT, limits=limits) as client:
             running: set[asyncio.Task] = set()
             for index, step in enumerate(case["steps"]):
                 while len(running) >= MAX_IN_FLIGHT:
@@ -133,7 +133,7 @@ class ServerTarget:
                 if step["do"] == "ask":
                     running.add(asyncio.create_task(self._ask(client, index, step, seen)))
                 else:
-                    async with asyncio.timeout(http.TIMEOUT):
+                    async with asyncio.timeout(over_http.TIMEOUT):
                         await self._event(client, step)
                 await asyncio.sleep(step["wait"] / 1000)
             if running:
