@@ -236,7 +236,7 @@ def test_only_failures_fail():
 # One request over HTTP, of a server that isn't there
 
 
-def answered(step, answer):
+def asked_over_http(step, answer):
     async def run():
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
@@ -253,32 +253,32 @@ def streamed(*parts, usage=4):
 
 
 def test_a_streamed_answer_is_put_together():
-    seen = answered(STEP, streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length")))
+    seen = asked_over_http(STEP, streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length")))
     assert seen.choices[0].token_ids == [7, 7, 7, 7] and found(seen) == []
 
 
 def test_a_stream_is_left_when_the_case_says_so():
     answer = streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length"))
-    seen = answered({**STEP, "leave_after": 1}, answer)
+    seen = asked_over_http({**STEP, "leave_after": 1}, answer)
     assert seen.left and seen.choices[0].token_ids == [7, 7] and found(seen) == []
-    assert not answered({**STEP, "leave_after": 4}, answer).left, "it had ended"
-    nothing = answered({**STEP, "leave_after": 0}, answer)
+    assert not asked_over_http({**STEP, "leave_after": 4}, answer).left, "it had ended"
+    nothing = asked_over_http({**STEP, "leave_after": 0}, answer)
     assert nothing.left and nothing.choices == [] and found(nothing) == []
 
 
 def test_a_stream_without_an_end_or_with_an_error_is_lost():
-    assert found(answered(STEP, streamed(([7, 7], "aa", None)))) != []
-    failed = answered(STEP, lambda request: httpx.Response(200, text='data: {"error": {"message": "boom"}}\n\n'))
+    assert found(asked_over_http(STEP, streamed(([7, 7], "aa", None)))) != []
+    failed = asked_over_http(STEP, lambda request: httpx.Response(200, text='data: {"error": {"message": "boom"}}\n\n'))
     assert found(failed) == ["lost"]
     refusal = 'data: {"error": {"message": "The min_p and ...", "code": 400}}\n\n'
-    refused = answered(STEP, lambda request: httpx.Response(200, text=refusal))
+    refused = asked_over_http(STEP, lambda request: httpx.Response(200, text=refusal))
     assert found(refused) == ["status"] and found(refused, {**STEP, "refused": "min_p"}) == []
-    assert found(answered(STEP, lambda request: httpx.Response(500, text="boom"))) == ["status"]
+    assert found(asked_over_http(STEP, lambda request: httpx.Response(500, text="boom"))) == ["status"]
 
     def broken(request):
         raise httpx.RemoteProtocolError("gone")
 
-    assert found(answered(STEP, broken)) == ["lost"]
+    assert found(asked_over_http(STEP, broken)) == ["lost"]
 
 
 def test_a_whole_answer_is_read():
@@ -286,6 +286,6 @@ def test_a_whole_answer_is_read():
     choice["logprobs"] = {"token_logprobs": [-0.1] * 4, "top_logprobs": [{"a": -0.1}] * 4}
     usage = {"prompt_tokens": 5, "completion_tokens": 4}
     step = {**STEP, "via": "completions"}
-    seen = answered(step, lambda request: httpx.Response(200, json={"choices": [choice], "usage": usage}))
+    seen = asked_over_http(step, lambda request: httpx.Response(200, json={"choices": [choice], "usage": usage}))
     assert found(seen, step, logprobs=1, prompt_logprobs=1) == []
     assert seen.choices[0].prompt_logprobs == 5 and seen.choices[0].logprobs == [(-0.1, 1)] * 4
