@@ -5,10 +5,11 @@ without speculation has never seen the plugin at work.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import sys
+
+from fuzz.seams import owner_of
 
 if os.environ.get("AASD_TEST_V2") == "1":
     # Worker processes, which import this file first, need it too.
@@ -21,13 +22,7 @@ if os.environ.get("AASD_TEST_V2") == "1":
 
 def main() -> None:
     scenario = json.load(sys.stdin)
-    # The engine, and a single worker, in this process: the store can be read, and two starts of Python are saved.
-    # vLLM binds no OpenMP threads then, and several that share a busy core would wait for each other.
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # Ranks share the few cores there are.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_environment()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
@@ -81,6 +76,17 @@ def main() -> None:
         torch.save(verified, scenario["out"] + ".pt")
 
 
+def set_environment() -> None:
+    """What vLLM reads of the environment, for an engine in this process; to be called before vLLM is imported."""
+    # The engine, and a single worker, in this process: the store can be read, and two starts of Python are saved.
+    # vLLM binds no OpenMP threads then, and several that share a busy core would wait for each other.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Ranks share the few cores there are.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
 def pictures(seeds):
     """Images of noise, one for each seed, as a part of a prompt."""
     if not seeds:
@@ -119,11 +125,7 @@ def injected(fault):
     if fault is None:
         yield
         return
-    module, _, path = fault.partition(":")
-    *owners, name = path.split(".")
-    owner = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
+    owner, name = owner_of(fault)
     real = getattr(owner, name)
 
     def failing(*args, **kwargs):

@@ -5,15 +5,12 @@ A step's ``wait`` is engine steps here, at most `MAX_WAIT`; a request is left as
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from typing import Any
 
-if os.environ.get("AASD_TEST_V2") == "1":
-    import v2_on_cpu
-
-    v2_on_cpu.prepare()
+# Prepares this process for the V2 model runner, too, where that is asked for.
+from run_engine import set_environment
 
 MAX_WAIT = 3
 
@@ -21,10 +18,7 @@ MAX_WAIT = 3
 def main() -> None:
     """Run every case in turn, and look at the worker after each."""
     asked = json.load(sys.stdin)
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_environment()
     from vllm import LLM
 
     from fuzz.limits import PROFILES

@@ -7,7 +7,6 @@
 import bisect
 import collections
 import faulthandler
-import importlib
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fuzz import mutants
+from fuzz.seams import owner_of
 
 # vLLM's over HTTP, and the fuzzer's own in a process; children of n > 1 have a number before them.
 _REQUEST_ID = re.compile(r"(^|_)(cmpl|chatcmpl|beam|fuzz)[-_]")
@@ -100,11 +100,7 @@ class Hooks:
     def inject(self, where: str, place: str, times: int) -> None:
         """Have a function fail; what was to fail there before doesn't any more."""
         self.restore(where)
-        module, _, path = where.partition(":")
-        *owners, name = path.split(".")
-        owner = importlib.import_module(module)
-        for part in owners:
-            owner = getattr(owner, part)
+        owner, name = owner_of(where)
         real, left = getattr(owner, name), times
 
         def failing(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,8 @@
 """Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place that fails."""
 
+import importlib
+from typing import Any
+
 SEAMS = {
     "V1": {
         "vllm_aasd.engine.v1_requests:settings_of": "requests",
@@ -25,3 +28,17 @@ SEAMS = {
 
 OFF_PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
 """Places that a case may have off for a while, as after too many faults."""
+
+
+def owner_of(where: str) -> tuple[Any, str]:
+    """The module or class that holds a function, and the function's name in it.
+
+    Args:
+        where: "module:function" or "module:Class.method".
+    """
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    return owner, name
