@@ -26,6 +26,9 @@ class FakeRunner:
         num_ranks: what the proposer is told of others.
         max_num_reqs: the most requests of a batch; those of `prompts` by default.
         **settings: the server's.
+
+    Attributes:
+        masks: whether each step's logits are spoilt in place once they have been sampled from, as a grammar's mask does.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class FakeRunner:
         self.drafts: dict[str, list[int]] = {}
         self.requests: dict[str, SimpleNamespace] = {}
         self.num_accepted = 0
+        self.masks = False
         self.num_logits_calls = 0
         self._ended: set[str] = set()
         blocks = np.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=np.int32).reshape(max_num_reqs, -1)
@@ -130,13 +134,18 @@ class FakeRunner:
             scheduler_output=SimpleNamespace(
                 total_num_scheduled_tokens=len(ids),
                 scheduled_spec_decode_tokens={req_id: self.drafts[req_id] for req_id in counts if self.drafts[req_id]},
+                has_structured_output_requests=self.masks,
             ),
-            spec_decode_metadata=SimpleNamespace(logits_indices=torch.tensor(sampled_rows)),
+            spec_decode_metadata=SimpleNamespace(
+                logits_indices=torch.tensor(sampled_rows), num_draft_tokens=list(counts.values())
+            ),
             hidden_states=hidden_states,
             logits=logits,
         )
         with self.proposer.sampling():
             sampled = self._sample(logits, counts)
+            if self.masks:
+                logits.zero_()
             self._emit(sampled)
             batch = [self.tokens[req_id] for req_id in self.input_batch.req_ids]
             lengths = np.array([len(tokens) for tokens in batch], np.int32)

@@ -102,7 +102,8 @@ V1: tuple[Seam | Members, ...] = (
         "ExecuteModelState",
         ("scheduler_output", "logits", "spec_decode_metadata", "hidden_states"),
     ),
-    Members("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("logits_indices",)),
+    Members("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("logits_indices", "num_draft_tokens")),
+    Members("vllm.v1.core.sched.output", "SchedulerOutput", ("has_structured_output_requests",)),
     Members("vllm.v1.sample.metadata", "SamplingMetadata", ("all_greedy", "temperature", "generators")),
     Members(f"{_V1}.block_table", "BlockTable", ("block_table", "slot_mapping", "block_size")),
 )

@@ -23,13 +23,14 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, Drafter
 from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
 from vllm_aasd.drafting.memory import MemoryFile
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import agreement, start_up
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
+from vllm_aasd.engine.v1_alignment import V1Alignment
 from vllm_aasd.engine.v1_counting import V1Counting, timed
 from vllm_aasd.engine.v1_generators import set_aside
 from vllm_aasd.engine.v1_requests import V1Requests
@@ -60,9 +61,7 @@ class AASDProposer:
         self._ngram = NgramProposer(vllm_config) if self._settings.draft == "ngram" else None
         self._model: torch.nn.Module | None = None
         self._runner: GPUModelRunner | None = None
-        self._store: AlignmentStore | None = None
-        self._store_group = 0
-        self._align_prompts = False
+        self._alignment: V1Alignment | None = None
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
@@ -110,8 +109,7 @@ class AASDProposer:
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return
-        self._store_group = group
-        self._store = AlignmentStore(
+        store = AlignmentStore(
             kv_cache_config.num_blocks,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
             self._settings.top_k,
@@ -119,8 +117,9 @@ class AASDProposer:
         )
         align.warm_up(runner.device, self._model_config.dtype)
         # vLLM's copy-on-write of KV blocks then carries the entries along.
-        runner.kv_caches.append(self._store.table)
-        self._align_prompts = start_up.may_align_prompts(
+        runner.kv_caches.append(store.table)
+        self._alignment = V1Alignment(runner, store, group, self._model, self.faults)
+        self._alignment.with_prompts = start_up.may_align_prompts(
             self._settings.alignment is not False, has_lora=runner.lora_config is not None
         )
 
@@ -139,14 +138,15 @@ class AASDProposer:
         self._step_time.warm_start(profile.samples)
         # All ranks make logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
-        if self._settings.alignment == "auto" and alignment_share > start_up.MAX_ALIGNMENT_SHARE:
-            self._align_prompts = False
+        is_too_dear = self._settings.alignment == "auto" and alignment_share > start_up.MAX_ALIGNMENT_SHARE
+        if self._alignment is not None and is_too_dear:
+            self._alignment.with_prompts = False
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
             100 * alignment_share,
-            "stored" if self._align_prompts else "not stored",
+            "stored" if self._alignment is not None and self._alignment.with_prompts else "not stored",
         )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
@@ -171,6 +171,9 @@ class AASDProposer:
         self._end_step()
 
     def _end_step(self) -> None:
+        # Where the runner had nothing proposed.
+        if self._alignment is not None:
+            self._alignment.write()
         # Learn from the time that the step took: one with prompt positions in it says nothing of decoding.
         if self._num_decode_tokens is not None and not self.faults.is_off("step_time"):
             with self.faults.contained("step_time"):
@@ -191,7 +194,6 @@ class AASDProposer:
                 self._memory_file.save()
 
     def _begin_sampling(self) -> None:
-        # Predictions are stored at every position of this step, while its logits are unprocessed.
         self._has_proposed = False
         runner = self._runner
         if runner is None or runner.execute_model_state is None:
@@ -207,31 +209,12 @@ class AASDProposer:
             }
             if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
                 self._num_decode_tokens = scheduled.total_num_scheduled_tokens
-        if self._store is not None and not (self.faults.is_alone and self.faults.is_off("store")):
-            # Shared: all ranks must ask for logits equally often.
-            with self.faults.contained("store", shared=True):
-                self._align(runner, state)
+        if self._alignment is not None:
+            self._alignment.take_up(state)
+            # vLLM is about to mask the logits by the grammar, in place.
+            if state.scheduler_output.has_structured_output_requests:
+                self._alignment.write()
 
-    def _write(self, logits: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor) -> None:
-        if not self.faults.is_off("store"):
-            with self.faults.contained("store"):
-                self._store.write(logits, token_ids, slots)
-
-    def _align(self, runner: GPUModelRunner, state: Any) -> None:
-        num_tokens = state.scheduler_output.total_num_scheduled_tokens
-        token_ids = runner.input_ids.gpu[:num_tokens]
-        slots = runner.input_batch.block_table[self._store_group].slot_mapping.gpu[:num_tokens]
-        sampled_rows = state.spec_decode_metadata.logits_indices
-        self._write(state.logits, token_ids[sampled_rows], slots[sampled_rows])
-        if not self._align_prompts or len(sampled_rows) == num_tokens:
-            return
-        is_interior = torch.ones(num_tokens, dtype=torch.bool)
-        is_interior[sampled_rows] = False
-        for rows in is_interior.nonzero().squeeze(1).split(PREFILL_CHUNK):
-            logits = self._model.compute_logits(state.hidden_states[rows])
-            self._write(logits, token_ids[rows], slots[rows])
-
-    @timed
     def propose(
         self,
         sampled_token_ids: list[list[int]],
@@ -251,6 +234,14 @@ class AASDProposer:
             Draft token ids per batch row.
         """
         self._has_proposed = True
+        if self._alignment is not None:
+            self._alignment.write([len(sampled) for sampled in sampled_token_ids])
+        return self._drafts(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+
+    @timed
+    def _drafts(
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray
+    ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self.faults.is_off("draft"):
             return drafts
@@ -274,8 +265,9 @@ class AASDProposer:
             with self.faults.contained("draft"):
                 context = token_ids_cpu[row, : num_tokens_no_spec[row]]
                 limit = self._draft_limit(req_id, len(context))
+                stored = NO_ALIGNMENT if self._alignment is None else self._alignment.view(row)
                 self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-                draft_token_ids, expected = self._drafter.draft(req_id, context, self._alignment_of(row), limit)
+                draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit)
                 drafts[row] = self._placeholders.before_first(draft_token_ids.tolist())
                 survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
                 continue
@@ -312,9 +304,3 @@ class AASDProposer:
             return self._max_draft_tokens
         remaining = max_tokens - (num_tokens - request.num_prompt_tokens)
         return max(0, min(self._max_draft_tokens, remaining - 1))
-
-    def _alignment_of(self, row: int) -> AlignmentView:
-        if self._store is None:
-            return NO_ALIGNMENT
-        blocks = self._runner.input_batch.block_table[self._store_group]
-        return AlignmentView(self._store.numpy(), blocks.block_table.np[row], blocks.block_size)
