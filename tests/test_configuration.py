@@ -37,7 +37,7 @@ def test_the_method_alone_is_a_configuration(create):
     config = create({"method": "aasd"})
     speculative_config = config.speculative_config
     assert speculative_config.aasd == Settings()
-    assert speculative_config.num_speculative_tokens == 8
+    assert speculative_config.num_speculative_tokens == 16
     assert config.parallel_config.worker_cls == refusals.CPU_WORKER
     assert "method='aasd'" in repr(speculative_config) and "aasd_top_k=4" in repr(speculative_config)
 
@@ -70,6 +70,16 @@ def test_the_method_may_come_beside_the_json(create):
     config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
     assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3
     assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
+
+
+@pytest.mark.parametrize(
+    ("runner", "keys", "options"),
+    [("0", {}, {"enable_lora": True}), ("0", {"aasd_draft": "ngram"}, {}), ("1", {}, {})],
+)
+def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatch, runner, keys, options):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert create({"method": "aasd", **keys}, **options).speculative_config.num_speculative_tokens == 8
 
 
 def test_vllms_own_methods_are_untouched(create):

@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_aasd.config import DEFAULT_NUM_SPECULATIVE_TOKENS, PREFIX, Settings
+from vllm_aasd.config import NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1, PREFIX, Settings
 from vllm_aasd.engine import metrics, refusals, seams
 
 METHOD = "aasd"
@@ -88,7 +88,9 @@ def _create(
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
     carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
     if args.spec_tokens is None:
-        carried.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
+        is_long = carrier == V1_CARRIER and settings.draft == "mixture" and not args.enable_lora
+        longest = NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS
+        carried.setdefault("num_speculative_tokens", longest)
         _check_num_speculative_tokens(carried["num_speculative_tokens"])
     else:
         _check_num_speculative_tokens(args.spec_tokens)
