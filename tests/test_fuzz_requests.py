@@ -10,7 +10,6 @@ from fuzz import kinds, over_http
 from fuzz.engine_process import Run
 from fuzz.limits import PROFILES
 from judged import STEP, found
-
 from vllm.exceptions import VLLMValidationError
 
 

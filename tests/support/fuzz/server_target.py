@@ -80,6 +80,8 @@ class ServerTarget:
         self._server.__enter__()
         try:
             self.rpc("fuzz_begin", self._mutant)
+            if self._adapter is not None:
+                self.rpc("fuzz_mend_lora")
         except BaseException:
             self._server.__exit__()
             raise
