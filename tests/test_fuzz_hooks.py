@@ -4,10 +4,13 @@ import types
 
 import fake_v1
 import pytest
+import torch
 from fake_v2 import next_token
 from fuzz import mutants
+from fuzz.cpu_lora import without_adapter_nothing
 from fuzz.hooks import FuzzHooks, InjectedFault
 from fuzz.seams import SEAMS
+from vllm.lora.ops.torch_ops import lora_ops
 
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.engine import v1_verifier
@@ -126,3 +129,18 @@ def test_a_fault_that_is_not_contained_shows(monkeypatch):
     with pytest.raises(InjectedFault):
         serve(worker, 1)
     worker.fuzz_calm()
+
+
+def test_a_token_without_an_adapter_gets_nothing_of_one_once_vllm_is_mended():
+    generator = torch.Generator().manual_seed(2)
+    inputs, weights = torch.randn(3, 5, generator=generator), torch.randn(2, 1, 4, 5, generator=generator)
+    indices = torch.tensor([1, -1, 0])
+
+    def shrunk(bgmv_shrink):
+        output = torch.zeros(3, 4)
+        bgmv_shrink(inputs, weights, output, indices, 2.0)
+        return output
+
+    stock, mended = shrunk(lora_ops.bgmv_shrink), shrunk(without_adapter_nothing(lora_ops.bgmv_shrink))
+    assert stock[1].any(), "vLLM has mended it itself: leave fuzz.cpu_lora out"
+    assert not mended[1].any() and torch.equal(mended[[0, 2]], stock[[0, 2]]) and stock[0].any()

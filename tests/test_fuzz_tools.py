@@ -1,23 +1,20 @@
-"""The fuzzer's own tools: cases from seeds, the oracle, shrinking. No engine is started; test_fuzz.py does."""
+"""The fuzzer's own tools: cases from seeds, what they add up to, shrinking. No engine is started; test_fuzz.py does."""
 
-import asyncio
 import collections
 import copy
 import json
-import types
 
-import httpx
 import pytest
-from fuzz import cases, kinds, over_http, references
+from fuzz import cases, kinds, references
 from fuzz.hooks import held
 from fuzz.limits import PROFILES
-from fuzz.observed import Choice, Observation
-from fuzz.oracle import NEAR_TIE, Finding, Reference, failures, first_difference, judge
+from fuzz.oracle import Finding
 from fuzz.prompts_of_tokens import Prompts
 from fuzz.seams import OFF_PLACES, SEAMS
 from fuzz.server_target import tracebacks
 from fuzz.shrink import shrink
 from fuzz.tally import Tally, slope
+from judged import STEP, answered
 
 from vllm_aasd.engine.containment import PLACES
 
@@ -69,88 +66,7 @@ def test_prompts_are_as_long_as_they_say(demo_model):
     assert 20 < len(chat) < 100
 
 
-# The oracle
-
-
-STEP = {
-    "do": "ask", "kind": "plain", "compared": True, "prompt": {"shape": "text", "seed": 0, "tokens": 5},
-    "sampling": {"temperature": 0.0, "max_tokens": 4}, "xargs": kinds.STRICT, "priority": 0, "via": "stream", "wait": 0,
-}  # fmt: skip
-LIKELY = [{7: -0.1, 8: -0.1 - NEAR_TIE / 2, 9: -3.0}] * 4
-REFERENCE = Reference([7, 7, 7, 7], "aaaa", "length", LIKELY)
-
-
-def answered(token_ids=(7, 7, 7, 7), text="aaaa", finish="length", **more):
-    choice = Choice(list(token_ids), text, finish, **{k: v for k, v in more.items() if k in Choice.__annotations__})
-    rest = {k: v for k, v in more.items() if k not in Choice.__annotations__}
-    return Observation(**{"status": 200, "choices": [choice], "num_prompt_tokens": 5, "num_answer_tokens": len(token_ids), **rest})
-
-
-def found(seen, step=None, reference=REFERENCE, **sampling):
-    step = copy.deepcopy(step or STEP)
-    step["sampling"].update(sampling)
-    return [finding.what for finding in judge(0, step, seen, reference, 5, 256, lambda word: [3, 4])]
-
-
-def test_the_right_answer_is_right():
-    assert found(answered()) == []
-    assert found(answered((7, 7), "aa", None, left=True, num_answer_tokens=None)) == []
-    assert found(answered((7, 7), "aa", "abort", disturbed={"abort"})) == []
-    assert found(Observation(status=200, disturbed={"abort"})) == []
-
-
-@pytest.mark.parametrize(
-    ("what", "seen", "sampling"),
-    [
-        ("lost", Observation(), {}),
-        ("lost", answered(finish=None), {}),
-        ("count", Observation(status=200), {}),
-        ("status", Observation(status=500, error="boom"), {}),
-        ("status", Observation(status=400, error="no"), {}),
-        ("status", Observation(status=404, error="no"), {}),
-        ("mismatch", answered((7, 9, 7, 7)), {}),
-        ("mismatch", answered((7, 300, 7, 7)), {}),
-        ("mismatch", answered((7, 7, 7), finish="stop"), {}),
-        ("mismatch", answered((7, 9), "aa", None, left=True, num_answer_tokens=None), {}),
-        ("mismatch", answered(text="aaab"), {}),
-        ("mismatch", answered(finish="stop"), {}),
-        ("near_tie", answered((7, 8, 7, 7)), {}),
-        ("count", answered((7, 7, 7), finish="length"), {}),
-        ("count", answered((7,) * 5), {}),
-        ("count", answered(num_answer_tokens=5), {}),
-        ("count", answered(num_prompt_tokens=6), {}),
-        ("count", answered((7, 7), "aa", "stop"), {"min_tokens": 3}),
-        ("finish", answered((7, 7), "aa", "abort"), {}),
-        ("finish", answered(finish="error"), {}),
-        ("finish", answered((7, 7), "aa", "stop"), {"ignore_eos": True}),
-        ("finish", answered((7, 7), "a.a", "stop"), {"stop": ["."]}),
-        ("form", answered((7, 3, 4, 7)), {"bad_words": ["no"]}),
-        ("form", answered(), {"allowed_token_ids": [8]}),
-        ("form", answered(text='{"kind": "text", "n": 100}', finish="stop"), {"structured_outputs": {"json": kinds.SCHEMA}}),
-        ("form", answered(text="yes no", finish="stop"), {"structured_outputs": {"regex": kinds.REGEX}}),
-        ("form", answered(text="poem", finish="stop"), {"structured_outputs": {"choice": kinds.CHOICES}}),
-        ("logprobs", answered(), {"logprobs": 1}),
-        ("logprobs", answered(logprobs=[(-0.1, 2)] * 3), {"logprobs": 1}),
-        ("logprobs", answered(logprobs=[(None, 2)] * 4), {"logprobs": 1}),
-        ("logprobs", answered(prompt_logprobs=4), {"prompt_logprobs": 1}),
-    ],
-)  # fmt: skip
-def test_a_wrong_answer_is_found(what, seen, sampling):
-    assert what in found(seen, **sampling)
-    assert found(answered()) == []
-
-
-def test_a_refusal_must_come_and_say_why():
-    step = {**STEP, "refused": "min_p", "compared": False}
-    assert found(Observation(status=400, error="The min_p and logit_bias ..."), step, None) == []
-    assert found(Observation(status=400, error="something else"), step, None) == ["status"]
-    assert found(answered(), step, None) == ["status"]
-
-
-def test_sequences_part_where_they_differ():
-    assert first_difference([1, 2], [1, 2]) is None
-    assert first_difference([1, 2], [1, 3]) == 1
-    assert first_difference([1], [1, 3]) == 1
+# What is seen of a worker and a log, and what it adds up to
 
 
 def test_the_log_is_searched_for_tracebacks_but_those_of_injected_faults():
@@ -226,66 +142,3 @@ def test_shrinking_ends_after_so_many_trials_with_what_fails():
     case = cases.generate(3, 0, "server", 70, POOL)
     small, count = shrink(case, lambda trial: len(trial["steps"]) > 20, 5)
     assert count == 5 and 20 < len(small["steps"]) < len(case["steps"])
-
-
-def test_only_failures_fail():
-    step, seen = STEP, answered((7, 8, 7, 7))
-    assert failures(judge(0, step, seen, REFERENCE, 5, 256, lambda word: [])) == []
-
-
-# One request over HTTP, of a server that isn't there
-
-
-def asked_over_http(step, answer):
-    async def run():
-        transport = httpx.MockTransport(answer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await over_http.ask(client, step, types.SimpleNamespace(ids=lambda prompt: [1] * prompt["tokens"]))
-
-    return asyncio.run(run())
-
-
-def streamed(*parts, usage=4):
-    events = [{"choices": [{"index": 0, "text": text, "token_ids": ids, "finish_reason": end}]} for ids, text, end in parts]
-    events.append({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": usage}})
-    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
-    return lambda request: httpx.Response(200, text="".join(lines))
-
-
-def test_a_streamed_answer_is_put_together():
-    seen = asked_over_http(STEP, streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length")))
-    assert seen.choices[0].token_ids == [7, 7, 7, 7] and found(seen) == []
-
-
-def test_a_stream_is_left_when_the_case_says_so():
-    answer = streamed(([7, 7], "aa", None), ([7], "a", None), ([7], "a", "length"))
-    seen = asked_over_http({**STEP, "leave_after": 1}, answer)
-    assert seen.left and seen.choices[0].token_ids == [7, 7] and found(seen) == []
-    assert not asked_over_http({**STEP, "leave_after": 4}, answer).left, "it had ended"
-    nothing = asked_over_http({**STEP, "leave_after": 0}, answer)
-    assert nothing.left and nothing.choices == [] and found(nothing) == []
-
-
-def test_a_stream_without_an_end_or_with_an_error_is_lost():
-    assert found(asked_over_http(STEP, streamed(([7, 7], "aa", None)))) != []
-    failed = asked_over_http(STEP, lambda request: httpx.Response(200, text='data: {"error": {"message": "boom"}}\n\n'))
-    assert found(failed) == ["lost"]
-    refusal = 'data: {"error": {"message": "The min_p and ...", "code": 400}}\n\n'
-    refused = asked_over_http(STEP, lambda request: httpx.Response(200, text=refusal))
-    assert found(refused) == ["status"] and found(refused, {**STEP, "refused": "min_p"}) == []
-    assert found(asked_over_http(STEP, lambda request: httpx.Response(500, text="boom"))) == ["status"]
-
-    def broken(request):
-        raise httpx.RemoteProtocolError("gone")
-
-    assert found(asked_over_http(STEP, broken)) == ["lost"]
-
-
-def test_a_whole_answer_is_read():
-    choice = {"index": 0, "text": "aaaa", "token_ids": [7] * 4, "finish_reason": "length", "prompt_logprobs": [None] * 5}
-    choice["logprobs"] = {"token_logprobs": [-0.1] * 4, "top_logprobs": [{"a": -0.1}] * 4}
-    usage = {"prompt_tokens": 5, "completion_tokens": 4}
-    step = {**STEP, "via": "completions"}
-    seen = asked_over_http(step, lambda request: httpx.Response(200, json={"choices": [choice], "usage": usage}))
-    assert found(seen, step, logprobs=1, prompt_logprobs=1) == []
-    assert seen.choices[0].prompt_logprobs == 5 and seen.choices[0].logprobs == [(-0.1, 1)] * 4

@@ -78,14 +78,14 @@ def image_model(out: pathlib.Path, tokenizer_of: str) -> tuple[str, int]:
     return str(out), image_token_id
 
 
-def lora_adapter(out: pathlib.Path, model: str, rank: int = 8) -> str:
+def lora_adapter(out: pathlib.Path, model: str, rank: int = 8, seed: int = 5) -> str:
     """Make a random adapter of the attention's projections, strong enough to change what a model says."""
     from safetensors.torch import save_file
 
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_size = config["hidden_size"] // heads
-    random = torch.Generator().manual_seed(5)
+    random = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
         for name, width in (("q_proj", heads), ("v_proj", config["num_key_value_heads"])):

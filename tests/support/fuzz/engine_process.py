@@ -80,6 +80,7 @@ class Run:
 
     def _ask(self, index: int, step: dict[str, Any]) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         from fuzz.observed import Observation
@@ -94,7 +95,7 @@ class Run:
         prompt = {"prompt_token_ids": self._prompts.ids(step["prompt"])}
         try:
             self._engine.add_request(name, prompt, SamplingParams(**params), priority=step["priority"])
-        except ValueError as error:
+        except VLLMClientError as error:
             seen.status, seen.error = 400, str(error)
             return
         self._steps[name] = index, step

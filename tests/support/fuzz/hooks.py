@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fuzz import mutants
+from fuzz import cpu_lora, mutants
 from fuzz.seams import owner_of
 
 # vLLM's over HTTP, and the fuzzer's own in a process; children of n > 1 have a number before them.
@@ -40,6 +40,10 @@ class FuzzHooks:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         if mutant:
             mutants.apply(mutant, self)
+
+    def fuzz_mend_lora(self) -> None:
+        """Have requests without an adapter be as they are alone; see `cpu_lora`."""
+        cpu_lora.mend()
 
     def fuzz_inject(self, where: str, place: str, times: str) -> None:
         """Have a function of ours fail the next so many times."""

@@ -88,6 +88,17 @@ def _uncontained(worker: Any) -> None:
     containment._Contained.__exit__ = lambda self, kind, error, trace: False
 
 
+def _unadapted(worker: Any) -> None:
+    """Adapters do nothing."""
+    runner = worker.model_runner
+    real = runner._set_active_loras
+
+    def set_active_loras(prompts: Any, tokens: Any, requests: Any, *rest: Any) -> None:
+        real((0,) * len(prompts), (0,) * len(tokens), set(), *rest)
+
+    runner._set_active_loras = set_active_loras
+
+
 MUTANTS: dict[str, Callable[[Any], None]] = {
     "wrong_token": _wrong_token,
     "accept_all": _accept_all,
@@ -95,4 +106,5 @@ MUTANTS: dict[str, Callable[[Any], None]] = {
     "drop": _drop,
     "garbage_store": _garbage_store,
     "uncontained": _uncontained,
+    "unadapted": _unadapted,
 }

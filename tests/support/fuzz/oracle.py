@@ -74,7 +74,7 @@ def judge(
         return found
     for choice in seen.choices:
         _judge_choice(step, choice, seen, prompt_tokens, max_model_len, token_of, say)
-    if not seen.left and not is_aborted(seen):
+    if not seen.left and not is_aborted(step, seen):
         _judge_counts(step, seen, prompt_tokens, say)
     if reference is not None and seen.choices and seen.choices[0].token_ids is not None:
         _compare(step, seen.choices[0], seen, reference, say)
@@ -102,11 +102,12 @@ def _is_answered(step: Step, seen: Observation, say: Callable[[str, str], None])
     return True
 
 
-def is_aborted(seen: Observation) -> bool:
-    """Whether the engine ended a request early, as an event told it to; a stream that had no token yet has no choice."""
+def is_aborted(step: Step, seen: Observation) -> bool:
+    """Whether the engine ended a request early, as an event told it to; a choice without a token isn't in a stream."""
     if "abort" not in seen.disturbed:
         return False
-    return not seen.choices or any(choice.finish_reason in (None, "abort") for choice in seen.choices)
+    least = step["sampling"].get("n", 1) if step.get("via") == "stream" else 1
+    return len(seen.choices) < least or any(choice.finish_reason in (None, "abort") for choice in seen.choices)
 
 
 def _judge_counts(step: Step, seen: Observation, prompt_tokens: int, say: Callable[[str, str], None]) -> None:
@@ -132,7 +133,7 @@ def _judge_choice(
 ) -> None:
     sampling, ids = step["sampling"], choice.token_ids
     if choice.finish_reason is None:
-        if not seen.left and not is_aborted(seen):
+        if not seen.left and not is_aborted(step, seen):
             say("lost", "the answer has no end")
     elif choice.finish_reason == "abort":
         if not seen.left and "abort" not in seen.disturbed:

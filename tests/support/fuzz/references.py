@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engines import run_engine
 
@@ -22,7 +22,7 @@ def key(step: Step) -> str:
 
 
 def references(
-    model: str, profile: str, steps: Sequence[Step], folder: pathlib.Path, adapter: str | None = None
+    model: str, profile: str, steps: Sequence[Step], folder: pathlib.Path, adapters: Mapping[str, str] | None = None
 ) -> dict[str, Reference]:
     """Ask a plain engine every question once, each alone.
 
@@ -31,12 +31,14 @@ def references(
         profile: of the engine that is judged by them.
         steps: with questions; the same one may come many times.
         folder: where the engine's process leaves its answers.
-        adapter: path of the adapter for steps that name one.
+        adapters: paths by name, for a profile that has them; all steps that name one name the same.
     """
     questions = {key(step): step for step in steps}
     if not questions:
         return {}
     limits, prompts = PROFILES[profile], Prompts(model)
+    named = {step["adapter"] for step in steps if step.get("adapter")}
+    assert len(named) <= 1, named
     rounds = [
         [
             {
@@ -56,7 +58,7 @@ def references(
         enable_prefix_caching=False,
         # Of what the tokens are chosen from: penalties and masks included.
         logprobs_mode="processed_logprobs",
-        lora=adapter if "lora" in limits.features else None,
+        lora=(adapters or {})[named.pop()] if named else None,
         **options,
     )
     found = {}

@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import httpx
@@ -49,7 +49,7 @@ class ServerTarget:
     Args:
         model: path of the checkpoint.
         profile: of `limits.PROFILES`.
-        adapter: path of an adapter, for a profile that has them.
+        adapters: paths by name, for a profile that has them.
         mutant: of `mutants.MUTANTS`, to see that it is noticed.
         progress: is told what the server does as it starts.
     """
@@ -58,14 +58,14 @@ class ServerTarget:
         self,
         model: str,
         profile: str,
-        adapter: str | None = None,
+        adapters: Mapping[str, str] | None = None,
         mutant: str = "",
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._limits = PROFILES[profile]
-        self._adapter, self._mutant = adapter, mutant
+        self._adapters, self._mutant = adapters or {}, mutant
         self.prompts = Prompts(model)
-        self._adapters: set[str] = set()
+        self._loaded: set[str] = set()
         self._in_flight: dict[asyncio.Task, Observation] = {}
         # What, from when, and until when.
         self._disturbances: list[list[Any]] = []
@@ -80,6 +80,8 @@ class ServerTarget:
         self._server.__enter__()
         try:
             self.rpc("fuzz_begin", self._mutant)
+            if self._adapters:
+                self.rpc("fuzz_mend_lora")
         except BaseException:
             self._server.__exit__()
             raise
@@ -146,7 +148,7 @@ class ServerTarget:
     async def _ask(
         self, client: httpx.AsyncClient, index: int, step: Step, seen: list[Observation | None]
     ) -> None:
-        began, was_loaded = time.monotonic(), step.get("adapter") in {None, *self._adapters}
+        began, was_loaded = time.monotonic(), step.get("adapter") in {None, *self._loaded}
         found = await over_http.ask(client, step, self.prompts)
         found.disturbed = {what for what, _, until in self._disturbances if until >= began}
         if not was_loaded:
@@ -188,13 +190,14 @@ class ServerTarget:
                     (await client.post(f"/sleep?level={step['level']}&mode={step['mode']}")).raise_for_status()
                     await asyncio.sleep(step["for"] / 1000)
                     (await client.post("/wake_up")).raise_for_status()
-            case "load_adapter" if step["name"] not in self._adapters:
+            case "load_adapter" if step["name"] not in self._loaded:
                 with self._disturbing("adapter"):
-                    answer = await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=self._adapter)
+                    path = self._adapters[step["name"]]
+                    answer = await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=path)
                     answer.raise_for_status()
-                self._adapters.add(step["name"])
-            case "unload_adapter" if step["name"] in self._adapters:
-                self._adapters.discard(step["name"])
+                self._loaded.add(step["name"])
+            case "unload_adapter" if step["name"] in self._loaded:
+                self._loaded.discard(step["name"])
                 with self._disturbing("adapter"):
                     (await post("/v1/unload_lora_adapter", lora_name=step["name"])).raise_for_status()
 

@@ -56,12 +56,12 @@ def main() -> None:
 def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: dict[str, Any]) -> None:
     """Run rounds on a server of a profile; the report gets its part after each."""
     pool = cases.questions(arguments.seed, profile, arguments.questions)
-    adapter = adapter_of(arguments, profile)
+    adapters = adapters_of(arguments, profile)
     say(f"{profile}: asking {len(pool)} questions without speculation")
-    known = references.references(arguments.model, profile, pool, arguments.folder, adapter)
+    known = references.references(arguments.model, profile, pool, arguments.folder, adapters)
     tally, number, began = Tally(), 0, 0.0
     while not began or time.monotonic() - began < 60 * minutes:
-        with ServerTarget(arguments.model, profile, adapter, arguments.mutant, _starting()) as target:
+        with ServerTarget(arguments.model, profile, adapters, arguments.mutant, _starting()) as target:
             began = began or time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
@@ -111,8 +111,8 @@ def replay(arguments: argparse.Namespace) -> int:
     """Run a case again, made small if that is asked; the exit code."""
     case = json.loads(arguments.replay.read_text())
     case = {name: case[name] for name in ("seed", "round", "profile", "steps")}
-    adapter = adapter_of(arguments, case["profile"])
-    known = references.references(arguments.model, case["profile"], cases.compared(case), arguments.folder, adapter)
+    adapters = adapters_of(arguments, case["profile"])
+    known = references.references(arguments.model, case["profile"], cases.compared(case), arguments.folder, adapters)
     started: list[ServerTarget] = []
 
     def stop() -> None:
@@ -123,7 +123,7 @@ def replay(arguments: argparse.Namespace) -> int:
         if started and not started[0].is_alive:
             stop()
         if not started:
-            started.append(ServerTarget(arguments.model, case["profile"], adapter, arguments.mutant, _starting()).__enter__())
+            started.append(ServerTarget(arguments.model, case["profile"], adapters, arguments.mutant, _starting()).__enter__())
         return run_round(started[0], trial, known)[1]
 
     def fails(trial: cases.Case) -> bool:
@@ -153,12 +153,13 @@ def replay(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def adapter_of(arguments: argparse.Namespace, profile: str) -> str | None:
-    """The path of a random adapter, for a profile that has some."""
-    path = arguments.folder / "adapter"
-    if "lora" not in profile:
-        return None
-    return str(path) if path.exists() else lora_adapter(path, arguments.model)
+def adapters_of(arguments: argparse.Namespace, profile: str) -> dict[str, str]:
+    """Paths of random adapters by name, for a profile that has some; no two are alike."""
+    found = {}
+    for seed, name in enumerate(cases.ADAPTERS if "lora" in profile else ()):
+        path = arguments.folder / name
+        found[name] = str(path) if path.exists() else lora_adapter(path, arguments.model, seed=seed)
+    return found
 
 
 def say(text: str) -> None:
