@@ -72,7 +72,7 @@ PROGRAMS = (
     Program("load", "load", ("--builtin",), 4),
     Program("serving", "serving", (*_TASKS, "--limit", "20", *_METHODS), 25, True, takes_dtype=True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
-            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True, ("--quick", "--methods", "none", "aasd")),
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True, ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "32",
             "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
             15, True, True),
