@@ -9,7 +9,10 @@
 The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
 so. A result that was made by the same command on the same sources (``vllm_aasd/``, ``kernels/``, ``benchmarks/``) isn't
 made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
-and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs everything small, into a folder of its own.
+and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs two programs small, into a folder of its own.
+
+Left out: `benchmarks.load`, whose three servers would take a tenth of the budget, for a result about what is lost under
+overload (nothing) more than about speed; and `fit`, whose result is the constants that are shipped. They are run by hand.
 """
 
 import argparse
@@ -62,15 +65,18 @@ _METHODS = ("--methods", "none", "ngram", "suffix", "aasd", "--aasd", _STRICT)
 PROGRAMS = (
     Program("kernels", "kernels", (), 3),
     Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 1, quick=("--lengths", "1024", "--steps", "10")),
-    Program("worst_case", "worst_case", ("--data", "QUESTIONS", "--requests", "1000"), 2),
-    Program("verifier_time", "verifier_time", (), 3),
-    Program("prefill", "prefill", ("--core", "0"), 5),
-    Program("ablation", "ablation", (*_TASKS, "--limit", "16"), 4, takes_dtype=True),
-    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "16"), 2, takes_dtype=True),
-    Program("projection", "projection", (*_TASKS, "--limit", "16"), 6, takes_dtype=True),
-    Program("frontier", "frontier", ("--data", "QUESTIONS", "--limit", "4", "--gpu-memory-utilization", "0.5"), 15),
-    Program("load", "load", ("--builtin",), 4),
-    Program("serving", "serving", (*_TASKS, "--limit", "20", *_METHODS), 25, True, takes_dtype=True),
+    Program("worst_case", "worst_case",
+            ("--data", "QUESTIONS", "--steps", "100", "--repeats", "3", "--requests", "500"), 2),
+    Program("verifier_time", "verifier_time", ("--steps", "60"), 2),
+    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 5, takes_dtype=True),
+    Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, takes_dtype=True),
+    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "12"), 1, takes_dtype=True),
+    Program("projection", "projection", (*_TASKS, "--limit", "12", "--batches", "1", "4", "16", "64", "256"), 3,
+            takes_dtype=True),
+    Program("frontier", "frontier",
+            ("--data", "QUESTIONS", "--limit", "3", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 7),
+    Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
+            "--requests", "30"), 8, True, takes_dtype=True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True, ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "32",

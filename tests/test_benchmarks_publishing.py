@@ -167,11 +167,10 @@ def test_every_program_knows_what_the_suite_tells_it(program, dtype, tmp_path, m
 
 
 def test_a_program_with_a_dtype_gets_the_one_of_the_suite():
-    fixed = {"frontier", "load"}
     for program in suite.PROGRAMS:
         source = (results.ROOT / "benchmarks" / f"{program.module}.py").read_text()
         takes = '"--dtype"' in source or "traces.add_arguments" in source or "import add_arguments" in source
-        assert program.takes_dtype is (takes and program.name not in fixed), program.name
+        assert program.takes_dtype is (takes and program.name != "frontier"), program.name
 
 
 def test_a_result_is_made_again_unless_command_and_sources_are_the_same(tmp_path, monkeypatch):
