@@ -66,7 +66,8 @@ def ablation(result: Mapping[str, Any]) -> str:
             + [" / ".join(results.number(of["drafted_per_step"], 1) for of in found)]
             + [results.interval(of["speed"]) for of in found]
         )
-    prices = [f"speed where a draft token costs {float(price):.0%} of a step" for price in next(iter(result["stages"].values()))]
+    found = next(iter(result["stages"].values()))
+    prices = [f"speed where a draft token costs {float(price):.0%} of a step" for price in found]
     return results.table(["drafter", "MAL", "drafted/step", *prices], rows)
 
 
@@ -107,8 +108,8 @@ def worst_case(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
         if row["context_tokens"] == longest
     ]
-    header = [f"{longest} tokens of", "warm caches, µs (median / p99)", "cold caches, µs", "drafted", "index, bytes a token"]
-    return results.table(header, rows)
+    header = [f"{longest} tokens of", "warm caches, µs (median / p99)", "cold caches, µs", "drafted"]
+    return results.table([*header, "index, bytes a token"], rows)
 
 
 def verifier_time(result: Mapping[str, Any]) -> str:

@@ -9,10 +9,12 @@
 The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
 so. A result that was made by the same command on the same sources (``vllm_aasd/``, ``kernels/``, ``benchmarks/``) isn't
 made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
-and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs two programs small, into a folder of its own.
+and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs two programs small, into a folder of its
+own.
 
 Left out: `benchmarks.load`, whose three servers would take a tenth of the budget, for a result about what is lost under
-overload (nothing) more than about speed; and `fit`, whose result is the constants that are shipped. They are run by hand.
+overload (nothing) more than about speed; and `benchmarks.drafter_quality fit`, whose result is the constants that are
+shipped. They are run by hand.
 """
 
 import argparse
@@ -78,7 +80,8 @@ PROGRAMS = (
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, True, takes_dtype=True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
-            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True, ("--quick", "--methods", "none", "--aasd", _STRICT)),
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True,
+            ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "32",
             "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
             15, True, True),
@@ -188,8 +191,7 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=_file, nargs="+", default=[], metavar="FILE", help="the first in Spec-Bench's format")
     add("--only", nargs="+", choices=[program.name for program in PROGRAMS], help="these programs")
     add("--list", action="store_true", help="only print the commands that would run")
-    add("--dtype", choices=tuple(methods.NEAR_TIE), help="of the programs that can (default: bfloat16); float32 is faster on "
-        "CPUs that don't compute in bfloat16")  # fmt: skip
+    add("--dtype", choices=tuple(methods.NEAR_TIE), help="default bfloat16; float32 for CPUs that don't compute in it")
     add("--quick", action="store_true", help="small runs, to see that it works; for no figures")
     add("--results", type=pathlib.Path, help="folder of the results (default: benchmarks/results; quick: .bench/quick)")
     arguments = parser.parse_args()
