@@ -33,7 +33,7 @@ QUICK = {
     "limit": [1, 2],
     "rounds": 1,
     "max_tokens": 32,
-    "max_prompt_tokens": 256,
+    "max_prompt_tokens": 128,
     "eager": True,
 }
 """What ``--quick`` stands for: too little for figures, enough to see that everything works."""
