@@ -147,7 +147,7 @@ def serving(result: Mapping[str, Any]) -> str:
         rows.append([f"{of['rate']:g}", method(of["method"], result["methods"][of["method"]])]
                     + [results.number(of["output_throughput"], 1), *times, results.number(of["mal"]), ratio])  # fmt: skip
     header = ["requests/s", "method", "tokens/s", "first token, ms (median / p95)", "per token, ms", "whole answer, ms"]
-    return results.table([*header, "tokens per step", f"per token, {_METHODS.get(first, first)} by this"], rows)
+    return results.table([*header, "tokens per step", "speed-up of tokens behind the first"], rows)
 
 
 def load(result: Mapping[str, Any]) -> str:
