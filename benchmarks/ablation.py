@@ -64,7 +64,7 @@ def main() -> None:
     results.require_model(arguments)
     try:
         prior = load_prior(arguments.model)
-        members = traces.recorded(traces.measured_tasks(arguments), arguments, at_prompts=True)
+        members = traces.recorded(traces.measured_tasks(arguments), arguments)
     except (DataError, EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     metadata = results.metadata(

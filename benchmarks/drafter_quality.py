@@ -46,7 +46,8 @@ def main() -> None:
     try:
         prior = load_prior(arguments.model)
         tasks = fitting_tasks() if arguments.command == "fit" else measured_tasks(arguments)
-        traces = recorded(tasks, arguments)
+        # As served: predictions at prompt positions cost an lm_head, and aren't taken on the demo model.
+        traces = [replay.generated_only(trace) for trace in recorded(tasks, arguments)]
     except (DataError, EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     found = fit(traces, prior) if arguments.command == "fit" else calibration(traces, prior)

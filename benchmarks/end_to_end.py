@@ -29,10 +29,11 @@ from vllm_aasd.tuning.json_lines import DataError
 
 QUICK = {
     "builtin": True,
-    "concurrency": [1, 4],
-    "limit": [2, 4],
+    "concurrency": [1, 2],
+    "limit": [1, 2],
     "rounds": 1,
     "max_tokens": 32,
+    "max_prompt_tokens": 128,
     "eager": True,
 }
 """What ``--quick`` stands for: too little for figures, enough to see that everything works."""

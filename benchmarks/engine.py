@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -147,24 +146,6 @@ class Engine:
                 stream.close()
             except BrokenPipeError:
                 continue
-
-
-def run_engine(label: str, engine: dict[str, Any], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Start an engine, send it all requests at once, and return what it answered, in their order.
-
-    Args, Returns, Raises: see `Engine`.
-    """
-    try:
-        progress_line(f"{label}: starting the engine")
-        with Engine(label, engine) as process:
-            began = time.monotonic()
-            answers, _ = process.run(
-                requests, progress=lambda done: progress_line(f"{label}: {done} of {len(requests)} requests")
-            )
-    finally:
-        progress_line("")
-    print(f"{label}: {len(requests)} requests in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return answers
 
 
 def progress_line(text: str) -> None:

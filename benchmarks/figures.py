@@ -151,7 +151,9 @@ def projection(result: Mapping[str, Any]) -> Any:
         axis.set_title(f"{target}, {machine}", fontsize=9)
     for axis in axes.flat[len(places) :]:
         axis.set_visible(False)
-    figure.supxlabel("requests in the batch (hollow: more than its memory holds)", fontsize=9)
+    # Not the figure's label, which would lie over the legend.
+    for axis in axes[-1]:
+        axis.set_xlabel("requests in the batch (hollow: beyond its memory)", fontsize=9)
     figure.supylabel("speed-up of decoding", fontsize=9)
     figure.suptitle("Projection: computed, not measured", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()

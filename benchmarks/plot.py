@@ -56,6 +56,10 @@ def draw(names: list[str], folder: pathlib.Path, kind: str = "svg") -> list[path
         names: of `FIGURES`; none for all whose result is in the folder.
         folder: of the results.
         kind: ``svg`` or ``png``.
+
+    Raises:
+        FileNotFoundError: for a figure whose result isn't there; the text says what makes it.
+        ValueError: for a run that isn't exact: it has no speed.
     """
     import matplotlib
 
@@ -64,6 +68,9 @@ def draw(names: list[str], folder: pathlib.Path, kind: str = "svg") -> list[path
     drawn = []
     for name in names or [name for name, (result, _) in FIGURES.items() if (folder / result).exists()]:
         result, figure = FIGURES[name]
+        if not (folder / result).exists():
+            program = result.removesuffix(".json")
+            raise FileNotFoundError(f"no {result} in {folder}; `python -m benchmarks.suite --only {program}` makes it")
         path = folder / f"{name}.{kind}"
         options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
         figure(results.read(folder / result)).savefig(path, **options)

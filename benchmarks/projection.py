@@ -108,7 +108,7 @@ def main() -> None:
     results.require_model(arguments)
     try:
         prior = load_prior(arguments.model)
-        recordings = traces.recorded(traces.measured_tasks(arguments), arguments, at_prompts=True)
+        recordings = traces.recorded(traces.measured_tasks(arguments), arguments)
     except (DataError, EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     result = {

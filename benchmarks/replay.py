@@ -38,7 +38,7 @@ class Trace(NamedTuple):
         token_ids: ``[T]`` int32, prompt and answer.
         num_prompt_tokens: of those.
         table: ``[T, 1 + 2k]`` int32, the alignment store as it fills up: entries at the prompt's last position
-            and behind it, where predictions are free; before it where they were recorded.
+            and behind it, where predictions are free, and before it.
     """
 
     category: str
@@ -86,20 +86,16 @@ def record(
     categories: Sequence[str],
     prompts: Sequence[list[int]],
     max_tokens: int,
-    at_prompts: bool = False,
 ) -> list[Trace]:
-    """Let a plain engine answer prompts greedily, and keep its predictions.
+    """Let a plain engine answer prompts greedily, and keep its predictions, those at the prompts' positions too.
 
     Args:
         engine: without speculation.
         categories: of each prompt.
         prompts: token ids.
         max_tokens: per answer.
-        at_prompts: keep the predictions at the prompts' positions too.
     """
-    sampling = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": TOP_K}
-    if at_prompts:
-        sampling["prompt_logprobs"] = TOP_K
+    sampling = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": TOP_K, "prompt_logprobs": TOP_K}
     answers, _ = engine.run([{"prompt_token_ids": prompt, "sampling": sampling} for prompt in prompts])
     return [
         _trace(category, prompt, answer)
@@ -123,7 +119,7 @@ def _trace(category: str, prompt: list[int], answer: dict[str, Any]) -> Trace:
     token_ids = np.array(prompt + answer["token_ids"], np.int32)
     table = np.full((len(token_ids), 1 + 2 * TOP_K), -1, np.int32)
     # What is predicted at a position is the token behind it.
-    predictions = [*answer.get("prompt_logprobs", [None] * len(prompt))[1:], *answer["logprobs"]]
+    predictions = [*answer["prompt_logprobs"][1:], *answer["logprobs"]]
     for position, predicted in enumerate(predictions):
         if predicted is None:
             continue

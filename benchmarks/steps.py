@@ -29,16 +29,6 @@ class Counts(NamedTuple):
     accepted_tokens: int
 
 
-def count(emitted: Sequence[int], draft_tokens: int, accepted_tokens: int) -> Counts:
-    """Count one request.
-
-    Args:
-        emitted: tokens emitted in each engine step that emitted any of this request, the prefill's first.
-        draft_tokens, accepted_tokens: totals.
-    """
-    return Counts(len(emitted) - 1, sum(emitted[1:]), draft_tokens, accepted_tokens)
-
-
 def acceptance(counts: Sequence[Counts], groups: Sequence[str]) -> dict[str, Any]:
     """The acceptance figures of requests, each figure the mean over their groups.
 

@@ -3,12 +3,18 @@
     python -m benchmarks.suite --data question.jsonl hotpotqa.jsonl
     python -m benchmarks.suite --list
     python -m benchmarks.suite --data question.jsonl --only ablation projection
+    python -m benchmarks.suite --data question.jsonl --dtype float32
     python -m benchmarks.suite --quick
 
 The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
 so. A result that was made by the same command on the same sources (``vllm_aasd/``, ``kernels/``, ``benchmarks/``) isn't
 made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
-and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs everything small, into a folder of its own.
+and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs two programs small, into a folder of its
+own.
+
+Left out: `benchmarks.load`, whose three servers would take a tenth of the budget, for a result about what is lost under
+overload (nothing) more than about speed; and `benchmarks.drafter_quality fit`, whose result is the constants that are
+shipped. They are run by hand.
 """
 
 import argparse
@@ -22,7 +28,7 @@ from typing import NamedTuple
 
 from benchmarks import methods, plot, readme, results
 
-BUDGET_MINUTES = 180
+BUDGET_MINUTES = 90
 
 _STRICT = '{"aasd_verification": "strict"}'
 
@@ -36,6 +42,8 @@ class Program(NamedTuple):
         arguments: of the full run; ``DATA`` stands for all data files, ``QUESTIONS`` for the first.
         minutes: its share of `BUDGET_MINUTES`.
         resumes: whether it knows ``--resume``.
+        takes_dtype: whether it computes in the ``--dtype`` of the suite. Those that stay in float32 whatever it is are
+            those that judge answers token by token.
         quick: arguments of a small run; None where there is none.
     """
 
@@ -44,6 +52,7 @@ class Program(NamedTuple):
     arguments: tuple[str, ...]
     minutes: int
     resumes: bool = False
+    takes_dtype: bool = False
     quick: tuple[str, ...] | None = None
 
     @property
@@ -56,25 +65,26 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "aasd", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("kernels", "kernels", (), 8),
-    Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 3, quick=("--lengths", "1024", "--steps", "10")),
-    Program("verifier_time", "verifier_time", (), 4),
-    Program("prefill", "prefill", ("--core", "0"), 8),
-    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "16"), 6),
-    Program("ablation", "ablation", (*_TASKS, "--limit", "16"), 8),
-    Program("projection", "projection", (*_TASKS, "--limit", "16"), 12),
-    Program(
-        "acceptance", "acceptance", ("--data", "QUESTIONS", "--limit", "20", "--methods", "none", "ngram",
-        "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8}',
-        "--aasd", '{"aasd_verification": "strict", "aasd_draft_length": 8, "aasd_prior": false}'), 14,
-    ),
-    Program("frontier", "frontier", ("--data", "QUESTIONS", "--limit", "4", "--gpu-memory-utilization", "0.5"), 15),
-    Program("serving", "serving", (*_TASKS, "--limit", "20", *_METHODS), 25, True),
+    Program("kernels", "kernels", (), 3),
+    Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 1, quick=("--lengths", "1024", "--steps", "10")),
+    Program("worst_case", "worst_case",
+            ("--data", "QUESTIONS", "--lengths", "1024", "32768", "--steps", "100", "--repeats", "3", "--requests", "500"), 2),
+    Program("verifier_time", "verifier_time", ("--steps", "60"), 2),
+    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 5, takes_dtype=True),
+    Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, takes_dtype=True),
+    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "12"), 1, takes_dtype=True),
+    Program("projection", "projection", (*_TASKS, "--limit", "12", "--batches", "1", "4", "16", "64", "256"), 3,
+            takes_dtype=True),
+    Program("frontier", "frontier",
+            ("--data", "QUESTIONS", "--limit", "3", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 7),
+    Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
+            "--requests", "30"), 8, True, takes_dtype=True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "8", "16", "32",
-            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 52, True, ("--quick", "--methods", "none", "aasd")),
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 40, True, True,
+            ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "2", "--limit", "4", "8", "32",
             "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
-            25, True),
+            15, True, True),
 )  # fmt: skip
 """In their order: what needs the machine longest comes last."""
 
@@ -88,7 +98,7 @@ def main() -> None:
     folder = arguments.results
     left = []
     for program in chosen:
-        command = command_of(program, arguments.data, folder, arguments.quick)
+        command = command_of(program, arguments.data, folder, arguments.quick, arguments.dtype)
         if program.needs_data and not arguments.data and not arguments.quick:
             print(f"{program.name} is left out: it needs questions in Spec-Bench's format (--data)")
         elif not arguments.quick and is_current(folder / f"{program.name}.json", command):
@@ -127,7 +137,9 @@ def run_all(left: Sequence[tuple[Program, list[str]]]) -> list[str]:
     return failed
 
 
-def command_of(program: Program, data: Sequence[pathlib.Path], folder: pathlib.Path, quick: bool) -> list[str]:
+def command_of(
+    program: Program, data: Sequence[pathlib.Path], folder: pathlib.Path, quick: bool, dtype: str | None = None
+) -> list[str]:
     """The command of a program, as its result records it but for paths."""
     given = program.quick if quick else program.arguments
     command = ["python", "-m", f"benchmarks.{program.module}"]
@@ -143,6 +155,8 @@ def command_of(program: Program, data: Sequence[pathlib.Path], folder: pathlib.P
     # An option whose files there aren't any of.
     if not data and "--data" in command:
         command.remove("--data")
+    if dtype is not None and program.takes_dtype:
+        command += ["--dtype", dtype]
     return [*command, "--out", str(folder / f"{program.name}.json")]
 
 
@@ -177,6 +191,7 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=_file, nargs="+", default=[], metavar="FILE", help="the first in Spec-Bench's format")
     add("--only", nargs="+", choices=[program.name for program in PROGRAMS], help="these programs")
     add("--list", action="store_true", help="only print the commands that would run")
+    add("--dtype", choices=tuple(methods.NEAR_TIE), help="default bfloat16; float32 for CPUs that don't compute in it")
     add("--quick", action="store_true", help="small runs, to see that it works; for no figures")
     add("--results", type=pathlib.Path, help="folder of the results (default: benchmarks/results; quick: .bench/quick)")
     arguments = parser.parse_args()

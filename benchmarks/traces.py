@@ -45,22 +45,21 @@ def measured_tasks(arguments: argparse.Namespace) -> list[Task]:
     return [task for tasks in members for task in tasks]
 
 
-def recorded(tasks: Sequence[Task], arguments: argparse.Namespace, at_prompts: bool = False) -> list[replay.Trace]:
+def recorded(tasks: Sequence[Task], arguments: argparse.Namespace) -> list[replay.Trace]:
     """The model's greedy answers, with its predictions; recorded now unless they were before.
 
     Args:
         tasks: to be answered.
         arguments: those of `add_arguments`.
-        at_prompts: whether to keep predictions at the prompts' positions too.
     """
     prompts = tokenise(load_tokenizer(arguments.model), tasks, arguments.max_prompt_tokens)
     versions = {name: version for name, version in results.versions().items() if name in _ANSWERING}
-    settings = [prompts, model_key(arguments.model), arguments.max_tokens, arguments.dtype, at_prompts, versions]
+    settings = [prompts, model_key(arguments.model), arguments.max_tokens, arguments.dtype, versions]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = FOLDER / f"traces-{key}.npz"
     if not path.exists():
         print(f"recording {len(tasks)} answers", file=sys.stderr, flush=True)
-        save(path, _record([task.category for task in tasks], prompts, arguments, at_prompts))
+        save(path, _record([task.category for task in tasks], prompts, arguments))
     return load(path)
 
 
@@ -95,7 +94,7 @@ def load(path: pathlib.Path) -> list[replay.Trace]:
 
 
 def _record(
-    categories: Sequence[str], prompts: list[list[int]], arguments: argparse.Namespace, at_prompts: bool
+    categories: Sequence[str], prompts: list[list[int]], arguments: argparse.Namespace
 ) -> list[replay.Trace]:
     engine = {
         "model": arguments.model,
@@ -106,4 +105,4 @@ def _record(
         "distributed_executor_backend": "uni",
     }
     with Engine("none", engine, threads=1) as plain:
-        return replay.record(plain, categories, prompts, arguments.max_tokens, at_prompts)
+        return replay.record(plain, categories, prompts, arguments.max_tokens)

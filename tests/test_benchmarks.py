@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Behind what is installed, and only for these imports: the root also holds `kernels`, a name that
 # transformers looks for.
 sys.path.append(str(ROOT))
-from benchmarks import acceptance, data, demo, methods, results, server, steps  # noqa: E402
+from benchmarks import data, demo, methods, results, server, steps  # noqa: E402
 from vllm_aasd.tuning import statistics  # noqa: E402
 
 sys.path.remove(str(ROOT))
@@ -77,22 +77,6 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
 def test_a_file_without_questions_is_refused(tmp_path):
     with pytest.raises(data.DataError, match="no questions"):
         data.read_questions(write_lines(tmp_path / "q.jsonl", "\n"))
-
-
-def test_choosing_takes_the_categories_of_a_group_in_turn():
-    questions = [
-        data.Question(i, category, "mt_bench", "t")
-        for i, category in enumerate(["writing"] * 3 + ["math"] * 2)
-    ] + [data.Question(9, "qa", "qa", "t")]
-    chosen = data.choose(questions, ("qa", "mt_bench"), 3)
-    assert [(q.question_id, q.category) for q in chosen] == [
-        (9, "qa"),
-        (0, "writing"),
-        (3, "math"),
-        (1, "writing"),
-    ]
-    with pytest.raises(data.DataError, match="'rag'; there are: mt_bench, qa"):
-        data.choose(questions, ("rag",), 3)
 
 
 # Statistics
@@ -169,18 +153,13 @@ def test_interval_does_not_resample_across_groups():
 # Steps
 
 
-def test_the_first_token_and_its_step_do_not_count():
-    assert steps.count([1, 3, 1, 2], draft_tokens=9, accepted_tokens=3) == steps.Counts(3, 6, 9, 3)
-    assert steps.count([1], 0, 0) == steps.Counts(0, 0, 0, 0)
-
-
 def test_acceptance_of_hand_made_logs():
     # a: 6 tokens in 3 steps and 2 in 2; b: 4 in 1; the last question ended with its first token.
     counts = [
-        steps.count([1, 3, 1, 2], 9, 3),
-        steps.count([1, 1, 1], 0, 0),
-        steps.count([1, 4], 8, 3),
-        steps.count([1], 0, 0),
+        steps.Counts(3, 6, 9, 3),
+        steps.Counts(2, 2, 0, 0),
+        steps.Counts(1, 4, 8, 3),
+        steps.Counts(0, 0, 0, 0),
     ]
     figures = steps.acceptance(counts, ["a", "a", "b", "b"])
     assert figures["mal"]["value"] == pytest.approx((8 / 5 + 4) / 2)
@@ -192,34 +171,12 @@ def test_acceptance_of_hand_made_logs():
 
 
 def test_acceptance_without_drafts_has_no_rate():
-    figures = steps.acceptance([steps.count([1, 1, 1], 0, 0)], ["a"])
+    figures = steps.acceptance([steps.Counts(2, 2, 0, 0)], ["a"])
     assert figures["mal"]["value"] == 1.0
     assert figures["acceptance_rate"] is None
 
 
-# The check of exactness
-
-
-def answered(token_ids, logprobs=None):
-    return {"token_ids": token_ids, "logprobs": logprobs}
-
-
-def test_equal_answers_have_no_gap():
-    found = acceptance.compare([answered([1, 2])], [answered([1, 2])])
-    assert found == {"num_different": 0, "largest_gap_nats": 0.0, "gaps_nats": []}
-
-
-def test_the_gap_is_taken_at_the_first_difference():
-    plain = answered([1, 2, 3], [{"1": -0.1}, {"2": -0.5, "7": -0.75}, {"3": -0.1, "9": -9.0}])
-    found = acceptance.compare([plain], [answered([1, 7, 9])])
-    assert found["num_different"] == 1
-    assert found["largest_gap_nats"] == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("other", [[1, 8, 3], [1], [1, 2, 3, 4]])
-def test_an_unlikely_token_or_another_length_is_never_a_tie(other):
-    plain = answered([1, 2, 3], [{"1": -0.1}, {"2": -0.5, "7": -0.75}, {"3": -0.1}])
-    assert acceptance.compare([plain], [answered(other)])["largest_gap_nats"] == float("inf")
+# Methods
 
 
 @pytest.mark.parametrize(
@@ -253,10 +210,10 @@ def test_results_come_back_as_written_and_rows_stand_on_lines_of_their_own(tmp_p
 
 def test_metadata_keeps_no_absolute_path(monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["/home/me/benchmarks/acceptance.py", "--data", "/home/me/questions.jsonl"]
+        sys, "argv", ["/home/me/benchmarks/ablation.py", "--data", "/home/me/questions.jsonl"]
     )
     run = results.metadata(data=pathlib.Path("/home/me/questions.jsonl"), limit=3)
-    assert run["command"] == "python -m benchmarks.acceptance --data questions.jsonl"
+    assert run["command"] == "python -m benchmarks.ablation --data questions.jsonl"
     assert run["conditions"] == {"data": "questions.jsonl", "limit": 3}
     assert "/home/me" not in json.dumps(run)
 

@@ -300,6 +300,25 @@ def test_a_run_goes_on_behind_its_last_whole_pass(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_tells_how_far_it_is_and_the_time_left_of_what_is_still_to_run(is_terminal, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    progress = rounds.Progress(100)
+    # Known from an interrupted run: counts as done, but tells nothing of how fast it goes.
+    progress(40, False)
+    now[0] += 30
+    progress(10, True)
+    now[0] += 90
+    progress(10, True)
+    said = capsys.readouterr().err
+    # 20 took 120 s, so the 40 that are left take 240.
+    assert "60 of 100 requests answered by every method, about 4 min left" in said
+    # A terminal has one line that overwrites itself; a log gets a line a minute at most.
+    assert said.count("requests answered") == (3 if is_terminal else 1)
+
+
 def test_the_rows_of_a_batch_run_share_its_wall_time():
     answers = [
         answered([1, 2, 3], 0.0, 1.0, 3.0, drafted=(3, 1), accepted=(2, 0)),

@@ -29,9 +29,7 @@ NO_SUCCESSORS = Prior(np.full((40, 1), -1, np.int32), np.zeros((40, 1), np.float
 
 def trace(prompt, answer, category="copy", prompt_logprobs=None):
     logprobs = [{str(token): math.log(0.9), "1": math.log(0.1)} for token in answer]
-    given = {"token_ids": answer, "logprobs": logprobs}
-    if prompt_logprobs is not None:
-        given["prompt_logprobs"] = prompt_logprobs
+    given = {"token_ids": answer, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs or [None] * len(prompt)}
     return replay._trace(category, prompt, given)
 
 

@@ -1,5 +1,6 @@
 """Serving's checks, what the suite runs and leaves alone, and that the README is what results say. No engine."""
 
+import importlib
 import json
 import pathlib
 import shlex
@@ -8,7 +9,7 @@ import types
 
 import pytest
 
-from benchmarks import data, figures, methods, plot, readme, results, server, serving, serving_report, suite
+from benchmarks import data, figures, methods, plot, readme, readme_tables, results, server, serving, serving_report, suite
 
 # The README
 
@@ -16,7 +17,7 @@ from benchmarks import data, figures, methods, plot, readme, results, server, se
 def test_the_readme_is_what_the_committed_results_say():
     text = readme.README.read_text()
     assert readme.updated(text) == text, "run `python -m benchmarks.plot --readme`"
-    assert {found[1] for found in readme._BLOCK.findall(text)} >= {"acceptance", "frontier"}
+    assert {found[1] for found in readme._BLOCK.findall(text)} == set(readme.TABLES)
 
 
 def test_a_result_that_is_missing_is_said_and_an_unknown_table_refused(tmp_path):
@@ -28,9 +29,17 @@ def test_a_result_that_is_missing_is_said_and_an_unknown_table_refused(tmp_path)
 
 def test_no_speed_of_inexact_runs_is_drawn():
     result = {"methods": {"none": None, "x": None}, "exactness": {"none": None, "x": {"is_exact": False}}}
-    assert readme.speed(result).startswith("No figures: x")
+    assert readme_tables.speed(result).startswith("No figures: x")
+    assert readme_tables.tokens_per_step(result).startswith("No figures: x")
     with pytest.raises(ValueError, match="x isn't exact"):
         figures.speed(result)
+
+
+def test_a_figure_without_its_result_says_what_makes_it(tmp_path, monkeypatch):
+    assert plot.draw([], tmp_path) == []
+    monkeypatch.setattr("sys.argv", ["plot", "ablation", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no ablation\.json in .*; `python -m benchmarks\.suite --only ablation` makes it"):
+        plot.main()
 
 
 def test_every_committed_figure_is_what_its_result_says(tmp_path):
@@ -126,8 +135,8 @@ def test_pandas_is_named_where_it_is_missing(monkeypatch):
 # The suite
 
 
-def test_the_budgets_are_three_hours_at_most():
-    assert sum(program.minutes for program in suite.PROGRAMS) <= suite.BUDGET_MINUTES == 180
+def test_the_budgets_are_an_hour_and_a_half_at_most():
+    assert sum(program.minutes for program in suite.PROGRAMS) <= suite.BUDGET_MINUTES == 90
     assert len({program.name for program in suite.PROGRAMS}) == len(suite.PROGRAMS)
 
 
@@ -140,6 +149,28 @@ def test_commands_name_the_data_that_there_is(tmp_path):
     only = suite.Program("p", "x", ("--data", "QUESTIONS"), 1)
     assert only.needs_data and not program.needs_data
     assert suite.command_of(only, files, tmp_path, False)[3:5] == ["--data", "/a.jsonl"]
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("program", suite.PROGRAMS, ids=lambda program: program.name)
+def test_every_program_knows_what_the_suite_tells_it(program, dtype, tmp_path, monkeypatch):
+    """Each program reads its arguments, then stops for want of the result that it is to show."""
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    show = "--draw" if program.module == "end_to_end" else "--show"
+    for quick in (False, True)[: 1 + (program.quick is not None)]:
+        _, _, module, *given = suite.command_of(program, files, tmp_path, quick, dtype)
+        assert (["--dtype", dtype] == given[-4:-2]) is (dtype is not None and program.takes_dtype)
+        more = ["--resume"] if program.resumes else []
+        monkeypatch.setattr("sys.argv", [module, *given, *more, show, str(tmp_path / "none.json")])
+        with pytest.raises(FileNotFoundError, match="none.json"):
+            importlib.import_module(module).main()
+
+
+def test_a_program_with_a_dtype_gets_the_one_of_the_suite():
+    for program in suite.PROGRAMS:
+        source = (results.ROOT / "benchmarks" / f"{program.module}.py").read_text()
+        takes = '"--dtype"' in source or "traces.add_arguments" in source or "import add_arguments" in source
+        assert program.takes_dtype is (takes and program.name != "frontier"), program.name
 
 
 def test_a_result_is_made_again_unless_command_and_sources_are_the_same(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ SPAN = list(range(10, 30))
 def trace(prompt, answer, category="copy"):
     """An answer whose every token the target was nearly sure of."""
     logprobs = [{str(token): math.log(0.9), "1": math.log(0.1)} for token in answer]
-    return replay._trace(category, prompt, {"token_ids": answer, "logprobs": logprobs})
+    given = {"token_ids": answer, "logprobs": logprobs, "prompt_logprobs": [None] * len(prompt)}
+    return replay._trace(category, prompt, given)
 
 
 def test_predictions_stand_where_the_server_stores_them_for_free():
