@@ -4,7 +4,7 @@
 
 Parts are added one after the other: retrieval alone; the stored predictions at generated positions, where they are
 free, then at the prompt's too; the prior; the memory; the adaptive length. Up to that drafts have the fixed length of
-`aasd_draft_length: 8`. Replaying is exact for acceptance (strict verification gives the same greedy answer
+`aasd_draft_length: 8`, then up to the 16 tokens that may be drafted by default. Replaying is exact for acceptance (strict verification gives the same greedy answer
 whatever is drafted). Speed is in tokens per unit of time at three prices of a draft token, those measured on this
 machine at one request, in between, and at sixteen; it leaves out what the parts themselves take (the lm_head at prompt
 positions above all). The mixture's constants are the served ones for all, not fitted again without a part.
@@ -25,6 +25,8 @@ from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.tuning import statistics
 from vllm_aasd.tuning.json_lines import DataError
+
+FIXED_DRAFT_LENGTH = 8
 
 
 class Stage(NamedTuple):
@@ -71,6 +73,7 @@ def main() -> None:
         **results.conditions(arguments),
         num_prompts={category: len(of) for category, of in replay.by_category(members).items()},
         prices=PRICES,
+        fixed_draft_length=FIXED_DRAFT_LENGTH,
         num_draft_tokens=NUM_DRAFT_TOKENS,
         min_survival=MIN_SURVIVAL,
     )
@@ -101,13 +104,12 @@ def ablate(members: Sequence[replay.Trace], prior: Prior) -> dict[str, dict[str,
 def run(stage: Stage, members: Sequence[replay.Trace], prior: Prior, price: float) -> list[replay.Replay]:
     """What a stage does on each trace; one drafter for all, so that a memory learns."""
     memory = empty_memory() if stage.memory else None
-    drafter = Drafter(
-        len(prior.ids), NUM_DRAFT_TOKENS, MIN_SURVIVAL, prior if stage.prior else None, memory
-    )
-    times = replay.priced(NUM_DRAFT_TOKENS, price)
+    longest = NUM_DRAFT_TOKENS if stage.adaptive else FIXED_DRAFT_LENGTH
+    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if stage.prior else None, memory)
+    times = replay.priced(longest, price)
     lengths = draft_lengths if stage.adaptive else replay.whole_drafts
     return [
-        replay.closed_loop([stage.seen(trace)], drafter, NUM_DRAFT_TOKENS, times, 1, lengths)
+        replay.closed_loop([stage.seen(trace)], drafter, longest, times, 1, lengths)
         for trace in members
     ]
 

@@ -20,6 +20,7 @@ from benchmarks import replay, results
 from benchmarks.engine import EngineError
 from benchmarks.fitting_tasks import fitting_tasks
 from benchmarks.traces import add_arguments, measured_tasks, recorded
+from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1, Settings
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import empty_memory
@@ -29,8 +30,8 @@ from vllm_aasd.tuning.json_lines import DataError
 PRICES = (0.04, 0.12, 0.33)
 """What a draft token adds to a step, measured at one request, in between, and at sixteen (`algorithm.md`)."""
 
-NUM_DRAFT_TOKENS = 8
-MIN_SURVIVAL = 0.02
+NUM_DRAFT_TOKENS = NUM_SPECULATIVE_TOKENS_V1
+MIN_SURVIVAL = Settings().min_survival
 _STEPS = (1.4, 1.2, 1.1)
 # How much speed a search gives up for an expected calibration error smaller by one.
 _CALIBRATION = 0.5

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import data, results
 from benchmarks.ngram import proposer
 from benchmarks.timing import microseconds
+from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1, Settings
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
@@ -41,8 +42,8 @@ BLOCK_SIZE = 128
 NEW_TOKENS = 2
 """By which the context grows from draft to draft, about what a step emits."""
 
-NUM_DRAFT_TOKENS = 8
-MIN_SURVIVAL = 0.1
+NUM_DRAFT_TOKENS = NUM_SPECULATIVE_TOKENS_V1
+MIN_SURVIVAL = Settings().min_survival
 TOP_K = 4
 
 _SOURCES = (

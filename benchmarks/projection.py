@@ -23,7 +23,7 @@ import numpy as np
 from vllm_aasd.kernels.mixture import Prior
 
 from benchmarks import measured_curve, projection_report, replay, results, traces
-from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, load_prior
+from benchmarks.drafter_quality import MIN_SURVIVAL, load_prior
 from benchmarks.engine import EngineError, progress_line
 from benchmarks.ngram import NgramDrafter
 from benchmarks.roofline import (
@@ -34,6 +34,7 @@ from benchmarks.roofline import (
     prompt_alignment_time,
     step_time,
 )
+from vllm_aasd.config import NUM_SPECULATIVE_TOKENS
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.tuning.json_lines import DataError
@@ -115,7 +116,7 @@ def main() -> None:
         "metadata": results.metadata(
             **results.conditions(arguments),
             num_prompts={name: len(of) for name, of in replay.by_category(recordings).items()},
-            num_draft_tokens=NUM_DRAFT_TOKENS,
+            num_draft_tokens=NUM_SPECULATIVE_TOKENS,
             min_survival=MIN_SURVIVAL,
             ngram=NgramDrafter.num_draft_tokens,
             pays=PAYS,
@@ -202,7 +203,7 @@ def project(
     ngram: list[replay.Step],
 ) -> dict[str, Any]:
     """The figures of one batch: by method the speed-up of decoding, and with prefill; MAL and drafts."""
-    counts = np.arange(batch * (NUM_DRAFT_TOKENS + 1) + 1)
+    counts = np.arange(batch * (NUM_SPECULATIVE_TOKENS + 1) + 1)
     plain = float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
     with_ngram = step_time(target, device, batch, counts, CONTEXT, PLAIN_LOGIT_PASSES) + DRAFTING
     with_aasd = step_time(target, device, batch, counts, CONTEXT, ALIGNED_LOGIT_PASSES) + DRAFTING
@@ -264,9 +265,9 @@ def replay_aasd(
     members: list[replay.Trace], prior: Prior, batch: int, times: np.ndarray
 ) -> list[replay.Step]:
     """Batches with the served drafter and the served draft lengths."""
-    drafter = Drafter(len(prior.ids), NUM_DRAFT_TOKENS, MIN_SURVIVAL, prior)
+    drafter = Drafter(len(prior.ids), NUM_SPECULATIVE_TOKENS, MIN_SURVIVAL, prior)
     rng, traffic = _traffic(members, batch)
-    return replay.closed_loop(traffic, drafter, NUM_DRAFT_TOKENS, times, batch, draft_lengths, rng).batches
+    return replay.closed_loop(traffic, drafter, NUM_SPECULATIVE_TOKENS, times, batch, draft_lengths, rng).batches
 
 
 def _traffic(

@@ -9,7 +9,9 @@ import torch
 from fake_v2 import VOCAB, next_token
 
 from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.engine import v1
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.start_up import StepProfile
 from vllm_aasd.engine.v1_alignment import V1Alignment, is_of_context
 
 BLOCK = 4
@@ -108,3 +110,29 @@ def test_what_is_stored_of_a_whole_context_is_what_the_target_says(is_masked):
     says = [next_token(tokens[at - 1] if at else 0, tokens[at]) for at in positions]
     assert view.table[slots, 1].tolist() == says
     assert len(set(says)) > 2 and max(says) < VOCAB
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "expected"),
+    [
+        ({"alignment": "auto"}, 0.01, "prompts"),
+        ({"alignment": "auto"}, 0.2, "nothing"),
+        ({"alignment": "auto", "memory": "process"}, 0.2, "generated"),
+        ({"alignment": True}, 0.2, "prompts"),
+        ({"alignment": False}, 0.01, "generated"),
+    ],
+)
+def test_what_is_stored_follows_what_it_costs(settings, share, expected, monkeypatch):
+    monkeypatch.setattr(v1.start_up, "profile_steps", lambda *args: StepProfile([(1, 0.1), (2, 0.1)], share))
+    monkeypatch.setattr(v1, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
+    runner = fake_v1.FakeRunner({"a": [1, 2, 4, 1, 2, 6, 1]}, verification="strict", **settings)
+    runner.max_num_tokens = 64
+    runner.proposer.profile()
+    for _ in range(20):
+        runner.step()
+    store = runner.kv_caches[0]
+    written = int((store.reshape(-1, store.shape[-1])[:, 0] >= 0).sum())
+    length = len(runner.tokens["a"])
+    # The last token has not been run. Of the prompt's seven, vLLM samples at the end of either chunk.
+    assert written == {"prompts": length - 1, "generated": length - 1 - 5, "nothing": 0}[expected]
+    assert runner.num_accepted > 3

@@ -60,7 +60,7 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=Settings(prior=False, alignment=True, **settings), num_speculative_tokens=WIDTH
+                aasd=Settings(**{"prior": False, "alignment": True, **settings}), num_speculative_tokens=WIDTH
             ),
             model_config=model,
             scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs, max_num_batched_tokens=64),

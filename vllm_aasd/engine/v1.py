@@ -138,15 +138,18 @@ class AASDProposer:
         self._step_time.warm_start(profile.samples)
         # All ranks make logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
-        is_too_dear = self._settings.alignment == "auto" and alignment_share > start_up.MAX_ALIGNMENT_SHARE
-        if self._alignment is not None and is_too_dear:
-            self._alignment.with_prompts = False
+        if self._alignment is not None and self._settings.alignment == "auto":
+            self._alignment.with_prompts &= alignment_share <= start_up.MAX_ALIGNMENT_SHARE
+            if not self._alignment.with_prompts and self._settings.memory == "off":
+                # At generated positions alone they make drafts no better (`benchmarks.ablation`), and take time.
+                self._alignment = None
+        is_stored = self._alignment is not None and self._alignment.with_prompts
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
             100 * alignment_share,
-            "stored" if self._alignment is not None and self._alignment.with_prompts else "not stored",
+            "stored" if is_stored else "not stored",
         )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
