@@ -201,10 +201,11 @@ class Progress:
         self._done += num_requests
         self._run += num_requests * was_run
         now = time.monotonic()
-        left = (now - self._began) / max(self._run, 1) * (self._total - self._done)
-        text = (
-            f"{self._done} of {self._total} requests answered by every method, about {left / 60:.0f} min left"
-        )
+        text = f"{self._done} of {self._total} requests answered by every method"
+        # What is known from an interrupted run passes at once, and tells nothing of how long the rest takes.
+        if self._run:
+            left = (now - self._began) / self._run * (self._total - self._done)
+            text += f", about {left / 60:.0f} min left"
         progress_line("" if self._done == self._total else text)
         if not sys.stderr.isatty() and now - self._said > 60:
             self._said = now

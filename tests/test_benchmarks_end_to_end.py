@@ -315,6 +315,7 @@ def test_progress_tells_how_far_it_is_and_the_time_left_of_what_is_still_to_run(
     said = capsys.readouterr().err
     # 20 took 120 s, so the 40 that are left take 240.
     assert "60 of 100 requests answered by every method, about 4 min left" in said
+    assert said.count("min left") == said.count("requests answered") - is_terminal
     # A terminal has one line that overwrites itself; a log gets a line a minute at most.
     assert said.count("requests answered") == (3 if is_terminal else 1)
 
