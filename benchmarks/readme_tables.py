@@ -42,18 +42,25 @@ def tokens_per_step(result: Mapping[str, Any]) -> str:
 
 
 def speed(result: Mapping[str, Any]) -> str:
-    """Tokens a second by method and concurrency, as a ratio to the first method; none of inexact runs."""
+    """Time per output token and tokens a second, as ratios to the first method; none of inexact runs.
+
+    Each by method and concurrency: the mean over categories, its interval, and the lowest category.
+    """
     if failed(result["exactness"]):
         return _inexact(result)
     figures = comparison.figures(result)
-    labels = list(result["methods"])
-    rows = [
-        [method(label, result["methods"][label])]
-        + [_spread(of[MEAN][label]["tokens_per_s_ratio"]) for of in figures.values()]
-        for label in labels[1:]
-    ]
+    first, *others = result["methods"]
     counts = [f"{number} at once" for number in figures]
-    return results.table([f"tokens/s, by {method(labels[0], result['methods'][labels[0]])}", *counts], rows)
+    ratios = {"tpot_ratio": "per token behind the first", "tokens_per_s_ratio": "tokens/s, with prefill"}
+    tables = []
+    for key, name in ratios.items():
+        rows = [
+            [method(label, result["methods"][label])] + [_with_lowest(of, label, key) for of in figures.values()]
+            for label in others
+        ]
+        heading = f"{name}, times as fast as {method(first, result['methods'][first])}"
+        tables.append(results.table([heading, *counts], rows))
+    return "\n\n".join(tables)
 
 
 def ablation(result: Mapping[str, Any]) -> str:
@@ -206,6 +213,11 @@ def _stock(kind: str) -> str:
 
 def _value(figure: Mapping[str, float] | None) -> float | None:
     return None if figure is None else figure["value"]
+
+
+def _with_lowest(by_category: Mapping[str, Any], label: str, key: str) -> str:
+    lowest, category = min((of[label][key]["value"], category) for category, of in by_category.items() if category != MEAN)
+    return f"{_spread(by_category[MEAN][label][key])}; {_HEADINGS.get(category, category)} {results.number(lowest)}"
 
 
 def _spread(figure: Mapping[str, float]) -> str:
