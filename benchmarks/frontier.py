@@ -1,6 +1,6 @@
 """The frontier of verification: what each policy gains in speed, and what it does to the answers.
 
-    python -m benchmarks.frontier --data question.jsonl
+    python -m benchmarks.frontier --data question.jsonl hotpotqa.jsonl
     python -m benchmarks.frontier --data question.jsonl --settings '{"aasd_verification": "typical", "aasd_floor": 0.1}'
 
 What `vllm_aasd.tune` does for a user's own prompts, on published questions: one engine, every policy guarded and
@@ -32,7 +32,7 @@ def main() -> None:
     """Run every setting, write the result, print its table."""
     parser = results.arguments(__doc__, out="frontier.json")
     results.add_model_argument(parser)
-    parser.add_argument("--data", type=pathlib.Path, help="questions, see `vllm_aasd.tuning.tasks`")
+    parser.add_argument("--data", type=pathlib.Path, nargs="+", metavar="FILE", help="questions, see `vllm_aasd.tuning.tasks`")
     parser.add_argument("--limit", default="8", help="questions of each category (default %(default)s)")
     parser.add_argument("--max-tokens", default="96", help="per answer (default %(default)s)")
     parser.add_argument("--rounds", default="2", help="how often each is timed (default %(default)s)")
@@ -50,7 +50,7 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data FILE is needed: questions, one JSON object a line")
     tuned = tune.argument_parser().parse_args(
-        ["--model", arguments.model, "--prompts", str(arguments.data)]
+        ["--model", arguments.model, "--prompts", *map(str, arguments.data)]
         + [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("limit", "max_tokens", "rounds")]
     )
     tuned.settings, tuned.drafting = arguments.settings, arguments.drafting

@@ -1,10 +1,10 @@
 """Find the verification that is fastest on your own prompts and does no more to the answers than you allow.
 
-    python -m vllm_aasd.tune --model MODEL --prompts FILE [--limit 32] [--max-tokens 128] [--rounds 2]
+    python -m vllm_aasd.tune --model MODEL --prompts FILE ... [--limit 32] [--max-tokens 128] [--rounds 2]
                              [--settings JSON ...] [--min-agreement 0.9] [--max-copied 0.02] [--max-repeated 0.02]
                              [--json OUT] [--plot OUT.svg] [arguments of vLLM's engine]
 
-FILE holds one JSON object a line: ``prompt``, or ``messages`` as of the OpenAI API, perhaps with a ``reference`` that
+A FILE holds one JSON object a line: ``prompt``, or ``messages`` as of the OpenAI API, perhaps with a ``reference`` that
 the answer is to hold and a ``category``; or Spec-Bench's or HotpotQA's format. One engine answers all prompts under
 every setting in turn, each request bringing its setting as a request's own options; so the settings are compared on
 the same machine, at the same load, within seconds of each other. Greedy throughout: what sampled requests get is strict
@@ -57,7 +57,7 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="path or name of the target model")
-    parser.add_argument("--prompts", type=Path, required=True, help="one JSON object a line")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="one JSON object a line")
     parser.add_argument("--limit", type=_number(int, 1), default=32, help="prompts of each category (default: 32)")
     parser.add_argument("--max-tokens", type=_number(int, 2), default=128, help="of an answer (default: 128)")
     parser.add_argument("--rounds", type=_number(int, 1), default=2, help="how often each is timed (default: 2)")
@@ -102,7 +102,8 @@ def compare(ours: argparse.Namespace, engine_arguments: list[str]) -> dict[str, 
         ValueError: a setting isn't allowed.
     """
     compared = candidates(ours.settings, ours.temperature, ours.top_p)
-    tasks = [task for members in by_category(read_tasks(ours.prompts), ours.limit, None).values() for task in members]
+    read = [task for path in ours.prompts for task in read_tasks(path)]
+    tasks = [task for members in by_category(read, ours.limit, None).values() for task in members]
 
     # Here, so that --help and bad arguments don't wait for vLLM.
     from vllm_aasd.engine import trial
