@@ -59,7 +59,7 @@ def test_each_worker_says_what_is_in_force(runs):
 
 def test_the_default_says_what_it_measured_and_that_it_has_no_prior(runs):
     log = runs["default"]["log"]
-    assert re.search(r"aasd: step times relative to one token: 1:1\.00 2:1\.\d\d ", log)
+    assert re.search(r"aasd: step times relative to one token: 1:1\.00 2:\d\.\d\d ", log)
     assert re.search(r"at prompt positions would take \d+\.\d % of a prompt's time and are not stored", log)
     assert "aasd: no prior for " in log
 
