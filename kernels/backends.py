@@ -14,6 +14,7 @@ _COMPILED = {
     "align_shard": {"cuda": "triton"},
     "count": {"cpu": "cpu", "cuda": "triton"},
     "draft": {"cuda": "triton"},
+    "redraw": {"cpu": "cpu"},
     "verify": {"cpu": "cpu"},
     "verify_seeded": {"cuda": "triton"},
 }

@@ -35,7 +35,7 @@ from vllm_aasd.engine.v1_counting import V1Counting, timed
 from vllm_aasd.engine.v1_generators import set_aside
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.engine.v1_verifier import V1Verifier
-from vllm_aasd.kernels import align, draft, verify
+from vllm_aasd.kernels import align, draft, redraw, verify
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -91,6 +91,7 @@ class AASDProposer:
         # Compiled, or loaded from the cache on disk, before a request waits for it. vLLM's rejection sampler
         # hands over float32, whatever the model's dtype.
         verify.warm_up(runner.device, torch.float32)
+        redraw.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
         if self._ngram is not None:
             return

@@ -21,6 +21,7 @@ from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.v1_counting import V1Counting
 from vllm_aasd.engine.v1_requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
+from vllm_aasd.kernels.redraw import redraw
 from vllm_aasd.verification.batch import PolicyBatch
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
@@ -89,7 +90,7 @@ class V1Verifier:
     ) -> torch.Tensor:
         """As vLLM's function of that name, for drafts without probabilities.
 
-        Random numbers are drawn as vLLM draws them, so that a seeded request gets the tokens that vLLM's own
+        A seeded request's random numbers are drawn as vLLM draws them, so that it gets the tokens that vLLM's own
         sampler would give it under strict verification.
 
         Returns:
@@ -153,27 +154,32 @@ class V1Verifier:
         is_greedy: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> None:
-        """Resample the token at the first rejection of each sampled request, in place."""
+        """Draw the token at the first rejection of each sampled request, in place.
+
+        With a seed as vLLM draws it, from its generator; without, by one uniform number.
+        """
         num_drafts = torch.tensor(num_draft_tokens)
-        rejected = ~is_greedy & (result.num_accepted < num_drafts)
-        inv_q: dict[int, torch.Tensor] = {}
-        for request, count in enumerate(num_draft_tokens):
-            generator = sampling_metadata.generators.get(request)
+        seeded: dict[int, torch.Tensor] = {}
+        for request, generator in sampling_metadata.generators.items():
             # vLLM draws for a seeded request with drafts even where nothing is rejected; its stream depends on it.
-            if count > 0 and (rejected[request] or generator is not None):
+            if num_draft_tokens[request] > 0:
                 noise = torch.empty(target_logits.shape[1], device=target_logits.device)
-                inv_q[request] = noise.exponential_(generator=generator).reciprocal_()
-        requests = rejected.nonzero().squeeze(1)
-        if len(requests) == 0:
-            return
-        num_accepted = result.num_accepted[requests]
-        rows = cu_num_draft_tokens[requests] - num_drafts[requests] + num_accepted
-        result.output_token_ids[requests, num_accepted.long()] = verify_op.recover(
-            target_logits,
-            rows.long(),
-            draft_token_ids[rows.long()],
-            torch.stack([inv_q[request] for request in requests.tolist()]),
-        )
+                seeded[request] = noise.exponential_(generator=generator).reciprocal_()
+        rejected = (~is_greedy & (result.num_accepted < num_drafts)).nonzero().squeeze(1).tolist()
+        first_rows = cu_num_draft_tokens - num_drafts
+
+        def place(requests: list[int], draw: Callable[..., torch.Tensor], numbers: torch.Tensor) -> None:
+            num_accepted = result.num_accepted[requests].long()
+            rows = first_rows[requests].long() + num_accepted
+            result.output_token_ids[requests, num_accepted] = draw(
+                target_logits, rows, draft_token_ids[rows], numbers
+            )
+
+        if with_seed := [request for request in rejected if request in seeded]:
+            place(with_seed, verify_op.recover, torch.stack([seeded[request] for request in with_seed]))
+        if without := [request for request in rejected if request not in seeded]:
+            uniform = torch.rand(len(without), dtype=torch.float64, device=target_logits.device)
+            place(without, redraw, uniform)
 
 
 def install() -> list[seams.Replacement]:
