@@ -13,6 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters, Times
+from vllm_aasd.drafting import load
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import v1, v1_counting, v1_requests, v1_verifier, v2, v2_counting, v2_requests, v2_verifier
@@ -80,7 +81,7 @@ V1_SEAMS = {
     "drafting": ("draft", Drafter, "draft"),
     "trust": ("draft", Drafter, "verified"),
     "store": ("store", AlignmentStore, "write"),
-    "length": ("step_time", v1, "draft_lengths"),
+    "length": ("step_time", load, "draft_lengths"),
     "step time": ("step_time", StepTimeModel, "observe"),
     "curve": ("step_time", StepTimeModel, "relative"),
     "verifier": ("verify", v1_verifier.verify_op, "verify"),

@@ -7,14 +7,14 @@ REPRODUCIBLE_SURVIVAL = 0.1
 time, and that at sixteen."""
 
 
-def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
+def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0) -> np.ndarray:
     """Choose the draft lengths that make the batch emit most tokens a second.
 
     A step in which n draft tokens are verified emits one token per request and, in expectation, the sum of
     the survivals of those n. Its time depends on how many tokens are in the batch, not on whose they are. So
     for each n the best drafts are the n likeliest tokens of the whole batch, and the best n maximises::
 
-        (B + s_1 + ... + s_n) / T(B + n)        s sorted descending, B requests, T the step time
+        (B + s_1 + ... + s_n) / (T(B + n) overhead[n > 0])      s sorted descending, B requests, T the step time
 
     Survival falls along a draft, so the likeliest tokens are a prefix of each. n = 0 is a legal answer.
 
@@ -23,6 +23,7 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
             non-increasing along a row, 0 behind a draft's end.
         step_times: ``[>= B + 1]``, the time of a step by the tokens in its batch, in any unit; beyond its end
             nothing is drafted.
+        overhead: by what a step with drafts takes longer, beyond what its tokens take; >= 1.
 
     Returns:
         ``[B]`` int64, the length of each draft.
@@ -34,8 +35,26 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
     order = order[: min(np.count_nonzero(flat), len(step_times) - num_requests - 1)]
     emitted = num_requests + np.concatenate(([0.0], np.cumsum(flat[order])))
     rate = emitted / step_times[num_requests : num_requests + len(order) + 1]
+    rate[1:] /= overhead
     chosen = order[: int(np.argmax(rate))]
     return np.bincount(chosen // width, minlength=num_requests)
+
+
+def expected_gain(
+    survival: np.ndarray, lengths: np.ndarray, step_times: np.ndarray, overhead: float = 1.0
+) -> float:
+    """How many times as many tokens a second drafts of these lengths are expected to make, as none at all.
+
+    Args:
+        survival, step_times, overhead: as for `draft_lengths`.
+        lengths: ``[B]``, of the drafts.
+    """
+    num_requests, num_tokens = len(lengths), int(lengths.sum())
+    if num_tokens == 0:
+        return 1.0
+    is_drafted = np.arange(survival.shape[1]) < lengths[:, None]
+    emitted = 1 + float(survival[is_drafted].sum()) / num_requests
+    return emitted / (float(step_times[num_requests + num_tokens] / step_times[num_requests]) * overhead)
 
 
 def reproducible_lengths(survival: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """How long a step of the target model takes, by the number of tokens in its batch, learnt while serving."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,6 +11,10 @@ _SHAPE_RATE = 0.02
 _MAX_ERROR = 0.5
 # Steps between two evaluations of the curve.
 _REFRESH = 16
+# Of the overhead of drafts, by pair of neighbouring steps; and per step without drafts, in which it can't be seen.
+_OVERHEAD_RATE = 0.1
+_OVERHEAD_FORGETTING = 0.01
+_MAX_OVERHEAD = 0.7
 
 
 class StepTimeModel:
@@ -20,8 +25,16 @@ class StepTimeModel:
     slowly from what is left. It is linear between knots that lie ever farther apart, and read as
     non-decreasing: more tokens are never taken to be cheaper. One step moves either by a bounded amount.
 
+    Drafts also cost what doesn't depend on how many there are: their step samples by another way, which copies
+    logits and verifies. This *overhead* is learnt from neighbouring steps of which one had drafts and the other
+    none, the curve's difference taken off. While there are no drafts it can't be seen, and fades, so that one too
+    high doesn't end drafting for good.
+
     Args:
         max_tokens: the most tokens that will be asked about, >= 1.
+
+    Attributes:
+        drafts_since_pair: steps with drafts since two neighbouring steps last told of the overhead.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -31,6 +44,10 @@ class StepTimeModel:
         self._level: float | None = None
         self._tokens = np.arange(max_tokens + 1)
         self._unread = 0
+        self._log_overhead = 0.0
+        self._num_pairs = 0
+        self._before: tuple[bool, float] | None = None
+        self.drafts_since_pair = 0
         self._refresh()
 
     def warm_start(self, samples: Iterable[tuple[int, float]]) -> None:
@@ -53,12 +70,13 @@ class StepTimeModel:
         self._level = float(np.log(seconds[0]))
         self._refresh()
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
+    def observe(self, num_tokens: int, seconds: float, has_drafts: bool = False) -> None:
         """Learn from one step.
 
         Args:
             num_tokens: tokens in the batch, 1 to ``max_tokens``; others are passed over.
             seconds: how long it took, > 0.
+            has_drafts: whether draft tokens are among them.
         """
         if not 1 <= num_tokens < len(self._tokens) or seconds <= 0:
             return
@@ -67,15 +85,40 @@ class StepTimeModel:
         span = self._knots[high] - self._knots[low]
         share = (num_tokens - self._knots[low]) / span if span else 1.0
         expected = (1 - share) * self._shape[low] + share * self._shape[high]
+        found = float(np.log(seconds)) - expected
+        self._observe_overhead(has_drafts, found)
+        if has_drafts:
+            found -= self._log_overhead
         if self._level is None:
-            self._level = float(np.log(seconds) - expected)
-        error = float(np.clip(np.log(seconds) - expected - self._level, -_MAX_ERROR, _MAX_ERROR))
+            self._level = found
+        error = min(max(found - self._level, -_MAX_ERROR), _MAX_ERROR)
         self._level += _LEVEL_RATE * error
         self._shape[low] += _SHAPE_RATE * (1 - share) * error
         self._shape[high] += _SHAPE_RATE * share * error
         self._unread += 1
         if self._unread >= _REFRESH:
             self._refresh()
+
+    def _observe_overhead(self, has_drafts: bool, found: float) -> None:
+        self.drafts_since_pair += has_drafts
+        if self._before is not None and self._before[0] != has_drafts:
+            difference = found - self._before[1] if has_drafts else self._before[1] - found
+            error = min(max(difference - self._log_overhead, -_MAX_ERROR), _MAX_ERROR)
+            rate = max(_OVERHEAD_RATE, 1 / (2 + self._num_pairs))
+            self._log_overhead = min(max(self._log_overhead + rate * error, 0.0), _MAX_OVERHEAD)
+            self._num_pairs += 1
+            self.drafts_since_pair = 0
+        elif not has_drafts:
+            self._log_overhead *= 1 - _OVERHEAD_FORGETTING
+        self._before = (has_drafts, found)
+
+    def skip(self) -> None:
+        """Take in that a step has passed that says nothing: those beside it are no neighbours."""
+        self._before = None
+
+    def overhead(self) -> float:
+        """By what a step with drafts takes longer than the curve says of its tokens; >= 1."""
+        return math.exp(self._log_overhead)
 
     def relative(self) -> np.ndarray:
         """Step times by tokens in the batch, in units of the fastest.

@@ -24,9 +24,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, Drafter
-from vllm_aasd.drafting.lengths import draft_lengths, reproducible_lengths
+from vllm_aasd.drafting.lengths import reproducible_lengths
+from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.memory import MemoryFile
-from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine import agreement, start_up
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.placeholders import PlaceholderTokens
@@ -55,7 +55,7 @@ class AASDProposer:
         self._max_step_tokens = min(
             scheduler_config.max_num_seqs * (1 + self._max_draft_tokens), scheduler_config.max_num_batched_tokens
         )
-        self._step_time = StepTimeModel(self._max_step_tokens)
+        self._lengths_by_load = LengthsByLoad(self._max_step_tokens)
         self._drafter: Drafter | None = None
         self._memory_file: MemoryFile | None = None
         self._ngram = NgramProposer(vllm_config) if self._settings.draft == "ngram" else None
@@ -136,7 +136,7 @@ class AASDProposer:
             min(PREFILL_CHUNK, self._runner.max_num_tokens),
             self._settings.top_k,
         )
-        self._step_time.warm_start(profile.samples)
+        self._lengths_by_load.warm_start(profile.samples)
         # All ranks make logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
         if self._alignment is not None and self._settings.alignment == "auto":
@@ -148,7 +148,7 @@ class AASDProposer:
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
-            " ".join(f"{count}:{self._step_time.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
+            " ".join(f"{count}:{self._lengths_by_load.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
             100 * alignment_share,
             "stored" if is_stored else "not stored",
         )
@@ -178,10 +178,11 @@ class AASDProposer:
         # Where the runner had nothing proposed.
         if self._alignment is not None:
             self._alignment.write()
-        # Learn from the time that the step took: one with prompt positions in it says nothing of decoding.
-        if self._num_decode_tokens is not None and not self.faults.is_off("step_time"):
+        if not self.faults.is_off("step_time"):
             with self.faults.contained("step_time"):
-                self._step_time.observe(self._num_decode_tokens, time.perf_counter() - self._began)
+                self._lengths_by_load.observe(
+                    self._num_decode_tokens, time.perf_counter() - self._began, bool(self._num_drafted)
+                )
         if self._memory_file is not None and not self.faults.is_off("memory"):
             with self.faults.contained("memory"):
                 self._memory_file.save_now_and_then()
@@ -285,13 +286,8 @@ class AASDProposer:
     def _lengths(self, survival: np.ndarray, req_ids: list[str]) -> np.ndarray:
         if not self.faults.is_off("step_time"):
             with self.faults.contained("step_time"):
-                seeded = [self._requests[req_id].is_seeded for req_id in req_ids[: len(survival)]]
-                if not any(seeded):
-                    return draft_lengths(survival, self._step_time.relative())
-                is_seeded = np.array(seeded)
-                lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), self._step_time.relative())
-                lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
-                return lengths
+                is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids[: len(survival)]]
+                return self._lengths_by_load.choose(survival, np.array(is_seeded, np.bool_))
         return reproducible_lengths(survival)
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
