@@ -22,11 +22,7 @@ def redraw(
     emitted. A row without a softmax (NaN, +inf, or nothing but -inf) gives its argmax.
 
     Args:
-        target_logits: [num_tokens, vocab_size] float32, bfloat16 or float16, any row stride; processed, as for
-            `vllm_aasd.kernels.verify.verify`.
-        rows: [n] int64, the rejected rows.
-        draft_token_ids: [n] int32, the draft token rejected at each of these rows; an id outside the vocabulary
-            excludes nothing.
+        target_logits, rows, draft_token_ids: as for `vllm_aasd.kernels.verify.recover`.
         uniform: [n] float64 in [0, 1).
 
     Returns:
