@@ -64,7 +64,7 @@ def test_a_server_survives_a_storm_of_everything_with_nothing_lost(demo_model, k
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("profile", "num_cases", "size"), [("v1", 3, 60), ("v2", 1, 40)])
+@pytest.mark.parametrize(("profile", "num_cases", "size"), [("v1", 3, 60), ("v2", 2, 50)])
 def test_an_engine_in_a_process_survives_it(profile, num_cases, size, demo_model, known_of, tmp_path):
     found, result = run_in_process(demo_model, profile, known_of(profile), tmp_path, num_cases, size)
     assert found == []
