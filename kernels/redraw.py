@@ -10,7 +10,7 @@ with a seed pays for them, because vLLM draws them from its generator, and no ot
 import torch
 
 from vllm_aasd.kernels.backends import backend
-from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.checks import check_dtype, check_rejected_rows, check_shape
 
 
 def redraw(
@@ -31,18 +31,9 @@ def redraw(
     Raises:
         ValueError: an argument has a wrong shape or dtype, or a row does not exist.
     """
-    n = rows.shape[0]
-    check_logits("target_logits", target_logits)
-    check_shape("rows", rows, (n,))
-    check_dtype("rows", rows, torch.int64)
-    check_shape("draft_token_ids", draft_token_ids, (n,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
-    check_shape("uniform", uniform, (n,))
+    check_rejected_rows(target_logits, rows, draft_token_ids)
+    check_shape("uniform", uniform, rows.shape)
     check_dtype("uniform", uniform, torch.float64)
-    num_rows = target_logits.shape[0]
-    for i, row in enumerate(rows.tolist()):
-        if not 0 <= row < num_rows:
-            raise ValueError(f"rows[{i}] is {row}, target_logits has {num_rows} rows")
     return backend("redraw", target_logits.device.type).redraw(target_logits, rows, draft_token_ids, uniform)
 
 

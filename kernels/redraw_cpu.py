@@ -8,16 +8,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.compiled import compiled
-from vllm_aasd.kernels.rows_cpu import BLOCK, exp_nonpositive, flat_view, row_max, to_float32
-
-
-@compiled(reassociate=True)
-def _weight_of(block, maximum):
-    """Return the sum of e**(z - maximum) of a block, in float32 lanes."""
-    total = np.float32(0.0)
-    for i in range(block.size):
-        total += exp_nonpositive(to_float32(block[i]) - maximum)
-    return total
+from vllm_aasd.kernels.rows_cpu import BLOCK, block_sums, exp_nonpositive, flat_view, row_max, to_float32
 
 
 @compiled
@@ -48,10 +39,10 @@ def _draw(row, draft, uniform):
         end = min(start + BLOCK, row.size)
         if start <= draft < end:
             # In two parts: what is subtracted from a sum leaves its rounding behind.
-            sums[b] = np.float64(_weight_of(row[start:draft], maximum))
-            sums[b] += np.float64(_weight_of(row[draft + 1 : end], maximum))
+            sums[b] = np.float64(block_sums(row[start:draft], maximum)[0])
+            sums[b] += np.float64(block_sums(row[draft + 1 : end], maximum)[0])
         else:
-            sums[b] = np.float64(_weight_of(row[start:end], maximum))
+            sums[b] = np.float64(block_sums(row[start:end], maximum)[0])
         total += sums[b]
     # Nothing but the draft has a weight; or the row has no softmax, and then nothing has one.
     if total <= 0.0:
@@ -70,6 +61,7 @@ def _draw(row, draft, uniform):
 
 @compiled
 def _redraw_kernel(logits, stride, vocab_size, rows, draft_token_ids, uniform, token_ids):
+    """Fill the drawn tokens; the rows exist."""
     for i in range(rows.size):
         row = logits[rows[i] * stride : rows[i] * stride + vocab_size]
         token_ids[i] = _draw(row, np.int64(draft_token_ids[i]), uniform[i])

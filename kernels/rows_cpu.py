@@ -174,7 +174,7 @@ def top_three(row):
 
 
 @compiled(reassociate=True)
-def _block_sums(block, maximum):
+def block_sums(block, maximum):
     """Return (sum e**(z - maximum), sum e**(z - maximum) (z - maximum)) of a block, in float32 lanes."""
     total = np.float32(0.0)
     weighted = np.float32(0.0)
@@ -202,7 +202,7 @@ def absorb(block, key, maximum, s, t):
             s *= shrink
         maximum = raised
     if np.isfinite(maximum):
-        total, weighted = _block_sums(block, maximum)
+        total, weighted = block_sums(block, maximum)
         s += total
         t += weighted
     return maximum, s, t

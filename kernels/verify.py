@@ -68,7 +68,7 @@ Sources
 import torch
 
 from vllm_aasd.kernels.backends import backend
-from vllm_aasd.kernels.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.checks import check_dtype, check_logits, check_rejected_rows, check_shape
 from vllm_aasd.kernels.policies import (
     CONDITIONAL,
     NUM_PARAMETERS,
@@ -171,13 +171,8 @@ def recover(
     Raises:
         ValueError: an argument has a wrong shape or dtype, or a row does not exist.
     """
-    n = rows.shape[0]
-    check_logits("target_logits", target_logits)
-    check_shape("rows", rows, (n,))
-    check_dtype("rows", rows, torch.int64)
-    check_shape("draft_token_ids", draft_token_ids, (n,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
-    check_shape("inv_q", inv_q, (n, target_logits.shape[1]))
+    check_rejected_rows(target_logits, rows, draft_token_ids)
+    check_shape("inv_q", inv_q, (rows.shape[0], target_logits.shape[1]))
     check_dtype("inv_q", inv_q, torch.float32)
     return backend("verify", target_logits.device.type).recover(target_logits, rows, draft_token_ids, inv_q)
 

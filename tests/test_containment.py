@@ -81,7 +81,7 @@ V1_SEAMS = {
     "drafting": ("draft", Drafter, "draft"),
     "trust": ("draft", Drafter, "verified"),
     "store": ("store", AlignmentStore, "write"),
-    "length": ("step_time", load, "draft_lengths"),
+    "length": ("step_time", load, "lengths_and_gain"),
     "step time": ("step_time", StepTimeModel, "observe"),
     "curve": ("step_time", StepTimeModel, "relative"),
     "verifier": ("verify", v1_verifier.verify_op, "verify"),

@@ -123,7 +123,7 @@ FAULTS = {
     "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
     "vllm_aasd.alignment:AlignmentStore.write": "store",
     "vllm_aasd.engine.v1_alignment:V1Alignment._align": "store",
-    "vllm_aasd.drafting.load:draft_lengths": "step_time",
+    "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
     "vllm_aasd.drafting.memory:MemoryFile.save_now_and_then": "memory",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",

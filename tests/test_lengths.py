@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_aasd.drafting.lengths import draft_lengths, expected_gain, reproducible_lengths
+from vllm_aasd.drafting.lengths import draft_lengths, lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.step_time import StepTimeModel, knots
 from vllm_aasd.drafting.trust import Trust
@@ -36,11 +36,11 @@ def test_no_other_lengths_emit_more_tokens_a_second(survival, costs, overhead):
         expected = num_requests + sum(survival[row, :length].sum() for row, length in enumerate(lengths))
         return expected / step_times[num_requests + sum(lengths)] / (overhead if sum(lengths) else 1.0)
 
-    chosen = draft_lengths(survival, step_times, overhead)
+    chosen, gain = lengths_and_gain(survival, step_times, overhead)
+    assert chosen.tolist() == draft_lengths(survival, step_times, overhead).tolist()
     assert chosen.shape == (num_requests,)
     best = max(rate(lengths) for lengths in itertools.product(range(K + 1), repeat=num_requests))
     assert rate(chosen) == pytest.approx(best, rel=1e-5)
-    gain = expected_gain(survival, chosen, step_times, overhead)
     assert gain == pytest.approx(rate(chosen) / rate([0] * num_requests), rel=1e-5)
 
 

@@ -28,6 +28,13 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float 
     Returns:
         ``[B]`` int64, the length of each draft.
     """
+    return lengths_and_gain(survival, step_times, overhead)[0]
+
+
+def lengths_and_gain(
+    survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0
+) -> tuple[np.ndarray, float]:
+    """Choose as `draft_lengths`, and say how many times as many tokens a second that makes as no drafts at all; >= 1."""
     num_requests, width = survival.shape
     flat = survival.ravel()
     # Stable, so that of equal survivals in a row the earlier token comes first.
@@ -36,25 +43,9 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float 
     emitted = num_requests + np.concatenate(([0.0], np.cumsum(flat[order])))
     rate = emitted / step_times[num_requests : num_requests + len(order) + 1]
     rate[1:] /= overhead
-    chosen = order[: int(np.argmax(rate))]
-    return np.bincount(chosen // width, minlength=num_requests)
-
-
-def expected_gain(
-    survival: np.ndarray, lengths: np.ndarray, step_times: np.ndarray, overhead: float = 1.0
-) -> float:
-    """How many times as many tokens a second drafts of these lengths are expected to make, as none at all.
-
-    Args:
-        survival, step_times, overhead: as for `draft_lengths`.
-        lengths: ``[B]``, of the drafts.
-    """
-    num_requests, num_tokens = len(lengths), int(lengths.sum())
-    if num_tokens == 0:
-        return 1.0
-    is_drafted = np.arange(survival.shape[1]) < lengths[:, None]
-    emitted = 1 + float(survival[is_drafted].sum()) / num_requests
-    return emitted / (float(step_times[num_requests + num_tokens] / step_times[num_requests]) * overhead)
+    best = int(np.argmax(rate))
+    gain = float(rate[best] / rate[0]) if best else 1.0
+    return np.bincount(order[:best] // width, minlength=num_requests), gain
 
 
 def reproducible_lengths(survival: np.ndarray) -> np.ndarray:

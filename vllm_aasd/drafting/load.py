@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vllm_aasd.drafting.lengths import draft_lengths, expected_gain, reproducible_lengths
+from vllm_aasd.drafting.lengths import lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.step_time import StepTimeModel
 
 # Drafts expected to gain less than this might not gain at all: what they cost is then looked at now and then, by a
@@ -50,19 +50,17 @@ class LengthsByLoad:
         """Choose the draft lengths of a step.
 
         Args:
-            survival: ``[B, K]``, as for `draft_lengths`.
+            survival: ``[B, K]``, as for `vllm_aasd.drafting.lengths.draft_lengths`.
             is_seeded: ``[B]`` bool, the requests whose lengths may depend on nothing but their drafts.
 
         Returns:
             ``[B]`` int64.
         """
-        times, overhead = self._step_time.relative(), self._step_time.overhead()
+        by_load = np.where(is_seeded[:, None], 0, survival)
+        lengths, gain = lengths_and_gain(by_load, self._step_time.relative(), self._step_time.overhead())
         if is_seeded.any():
-            lengths = draft_lengths(np.where(is_seeded[:, None], 0, survival), times, overhead)
             lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
-            return lengths
-        lengths = draft_lengths(survival, times, overhead)
-        if self._is_look_due() and 1 < expected_gain(survival, lengths, times, overhead) < _CONTESTED_GAIN:
+        elif 1 < gain < _CONTESTED_GAIN and self._is_look_due():
             self._num_looks += 1
             return np.zeros_like(lengths)
         return lengths

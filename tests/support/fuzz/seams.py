@@ -9,7 +9,7 @@ SEAMS = {
         "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
         "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
         "vllm_aasd.alignment:AlignmentStore.write": "store",
-        "vllm_aasd.drafting.load:draft_lengths": "step_time",
+        "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
         "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
         "vllm_aasd.kernels.verify:verify": "verify",
         "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
