@@ -96,3 +96,14 @@ def align(
     )
     if bad >= 0:
         raise ValueError(f"slot_mapping[{bad}] is {int(slot_mapping[bad])}, table has {table.shape[0]} slots")
+
+
+@compiled
+def aligned_slot(tokens, position, table, block_table, block_size):
+    """Where the entry of a context position lies; -1 if there is none, -2 if it is a stale one."""
+    if table.shape[0] == 0:
+        return np.int64(-1)
+    slot = np.int64(block_table[position // block_size]) * block_size + position % block_size
+    if table[slot, 0] == tokens[position]:
+        return slot
+    return np.int64(-1) if table[slot, 0] < 0 else np.int64(-2)

@@ -50,12 +50,12 @@ The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.ke
 
 import numpy as np
 
-from vllm_aasd.kernels import draft_cpu
+from vllm_aasd.kernels import draft_cpu, memory_cpu, suffixes_cpu
 from vllm_aasd.kernels.mixture import MixtureWeights, no_memory, no_prior
 
-extend_index = draft_cpu.extend_index
+extend_index = suffixes_cpu.extend_index
 draft = draft_cpu.draft
-remember = draft_cpu.remember
+remember = memory_cpu.remember
 
 
 def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_successors: int) -> int:
@@ -67,7 +67,7 @@ def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_succes
         num_remembered: predictions of a row of the memory.
         num_successors: of a token in the prior.
     """
-    runs = draft_cpu.LONGEST_REMEMBERED - draft_cpu.SHORTEST_REMEMBERED + 1
+    runs = memory_cpu.LONGEST_REMEMBERED - memory_cpu.SHORTEST_REMEMBERED + 1
     return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
 
 

@@ -3,8 +3,8 @@
 What is computed
     The mixture of `vllm_aasd.kernels.draft`, without its memory, for each request of a batch: the same votes of the same
     positions, each token's added in the same order in float32, so ids and survival equal the plain twin's to
-    the bit. The compiled CPU drafter may fuse a vote's product with its sum and then rounds once instead of
-    twice: a score then differs by at most 2^-23 of itself for each vote in it, and ids only where two tokens
+    the bit. The compiled CPU drafter adds up a position's votes first, and may fuse a vote's product with its
+    sum: a score then differs by at most 2^-23 of itself for each vote in it, and ids only where two tokens
     are as close as that. There is room for every vote: none is dropped.
 
 How

@@ -6,14 +6,10 @@ They scan the context.
 import numpy as np
 import torch
 
-from vllm_aasd.kernels.draft_cpu import (
-    LONGEST_REMEMBERED,
-    MOST_REMEMBERED,
-    MULTIPLIER,
-    ORDERS_USED,
-    SHORTEST_REMEMBERED,
-)
+from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.memory_cpu import LONGEST_REMEMBERED, MOST_REMEMBERED, SHORTEST_REMEMBERED
 from vllm_aasd.kernels.mixture import HIT, MISS, STALE, no_memory
+from vllm_aasd.kernels.suffixes_cpu import MULTIPLIER
 
 
 def draft(
@@ -43,8 +39,9 @@ def draft(
     """Same arguments and result as `vllm_aasd.kernels.draft_cpu.draft`.
 
     ``prev``, ``head`` and the scratch are not used: matches are found by comparing every position,
-    and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32 in
-    the order of the compiled path, so that token ids are equal, not close.
+    and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32, a position's
+    votes order by order; the compiled path adds up what a position has from its orders first, so that token ids may
+    differ where two tokens are within rounding of each other.
     """
     context = [int(token) for token in tokens[:length]]
     vocab_size = len(scores)
@@ -113,7 +110,7 @@ def draft(
 
 
 def remember(tokens, first, last, table, block_table, block_size, memory):
-    """Same arguments and result as `vllm_aasd.kernels.draft_cpu.remember`."""
+    """Same arguments and result as `vllm_aasd.kernels.memory_cpu.remember`."""
     for position in range(first, last + 1):
         entry = _entry(table, block_table, block_size, position)
         if entry is None or entry[0] != tokens[position] or not len(memory):

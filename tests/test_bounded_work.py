@@ -8,7 +8,8 @@ import pytest
 
 from vllm_aasd.drafting.drafter import MAX_MATCHES, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft_cpu import MOST_PROBES, MULTIPLIER, ORDERS_USED
+from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.suffixes_cpu import MOST_PROBES, MULTIPLIER
 
 # Behind what is installed, and only for this import: the root also holds `kernels`, a name that transformers looks for.
 ROOT = str(pathlib.Path(__file__).parents[1])

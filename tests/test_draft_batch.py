@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from drafts import assert_same_drafts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompts import real_prompts
@@ -30,8 +31,6 @@ from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 from vllm_aasd.kernels.draft_triton import TILE
 from vllm_aasd.kernels.mixture import MixtureWeights, Prior
 
-# Relative: the compiled CPU drafter may round a vote's product and sum once, the twin rounds twice.
-NEAR_TIE = 1e-6
 # For scores worked out by hand.
 ROUND = MixtureWeights(
     theta=np.array([2, 1.5, 1, 1, 1, 1], np.float32),
@@ -411,20 +410,6 @@ def cpu_drafts(drafter, batch, row):
     return drafter.draft(str(slot), context, view, batch.num_spec_tokens)
 
 
-def assert_same_drafts(ours, theirs, min_survival):
-    """Equal up to the first step where two tokens, or the survival and its bar, are within rounding."""
-    for (our_id, our_survival), (their_id, their_survival) in zip(
-        zip(*ours, strict=True), zip(*theirs, strict=True), strict=False
-    ):
-        if our_id != their_id:
-            assert our_survival == pytest.approx(their_survival, rel=NEAR_TIE), (ours, theirs)
-            return
-        # A rounding error of 2^-24 for each of some hundred votes at each of 8 steps, most of them far less.
-        assert our_survival == pytest.approx(their_survival, rel=1e-5)
-    shorter, longer = sorted((ours[1], theirs[1]), key=len)
-    assert all(survival == pytest.approx(min_survival, rel=NEAR_TIE) for survival in longer[len(shorter) :][:1])
-
-
 @pytest.mark.parametrize(
     ("first", "num_steps", "min_survival"),
     [(0, 3, 0.03), pytest.param(3, 12, 0.02, marks=pytest.mark.long)],
@@ -444,8 +429,7 @@ def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_sur
         for row, count in enumerate(outputs[1].tolist()):
             ours = outputs[0][row, :count].tolist(), outputs[2][row, :count].tolist()
             theirs = tuple(values.tolist() for values in cpu_drafts(drafter, batch, row))
-            assert_same_drafts(ours, theirs, min_survival)
-            num_equal += ours[0] == theirs[0]
+            num_equal += assert_same_drafts(ours, theirs, min_survival)
             total += count
     assert num_equal >= 0.9 * 3 * num_steps, "near ties are rare in real prompts"
     assert total >= 2 * num_steps, "these prompts hold something to draft"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NO_ALIGNMENT, NUM_ORDERS, Drafter
-from vllm_aasd.kernels import draft_cpu, draft_reference
+from vllm_aasd.kernels import draft_reference, suffixes_cpu
 from vllm_aasd.kernels.mixture import no_memory, no_prior
 
 K = 4
@@ -40,8 +40,8 @@ def chain(index, order):
     """What the index says of the same."""
     hashed = np.uint64(0)
     for back in range(order):
-        hashed = np.uint64(draft_cpu._hash(hashed, index.tokens[index.length - 1 - back]))
-    _, position = draft_cpu._find(index.tokens, index.head, order, index.length - 1, hashed)
+        hashed = np.uint64(suffixes_cpu.hash_with(hashed, index.tokens[index.length - 1 - back]))
+    _, position = suffixes_cpu.find(index.tokens, index.head, order, index.length - 1, hashed)
     found = []
     while position >= 0:
         found.append(int(position))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from vllm_aasd.alignment import AlignmentStore
-from vllm_aasd.kernels import draft_cpu
+from vllm_aasd.kernels import align_cpu
 
 BLOCK, NUM_BLOCKS, VOCAB = 4, 9, 3
 PREDICTED = 1 << 12
@@ -203,7 +203,7 @@ class PagedCache(RuleBasedStateMachine):
                 assert self.kv[slot] == prefix, "the model of the cache itself"
                 last = self.stored.get(slot)
                 assert bool(fresh[position]) == (last is not None and last[-1] == prefix[-1])
-                assert (draft_cpu._slot(tokens.numpy(), position, *drafters) == slot) == bool(fresh[position])
+                assert (align_cpu.aligned_slot(tokens.numpy(), position, *drafters) == slot) == bool(fresh[position])
                 if fresh[position]:
                     assert int(ids[position, 0]) == prediction(last) and probs[position, 0] > 0.5
                 else:

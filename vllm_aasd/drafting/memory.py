@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.draft_cpu import MOST_REMEMBERED
+from vllm_aasd.kernels.memory_cpu import MOST_REMEMBERED
 
 logger = logging.getLogger("vllm.aasd")
 
