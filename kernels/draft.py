@@ -44,8 +44,9 @@ Memory
     ``w_m = memory_m c / (c + 1)`` for c averaged distributions. A run that loses its row to another is
     forgotten, so its size is fixed.
 
-The sum is evaluated from ``L`` downwards with the weight that is left, so that it can stop once nothing is.
-The twin is `vllm_aasd.kernels.draft_reference`, the compiled path `vllm_aasd.kernels.draft_cpu`.
+The sum is evaluated from ``L`` downwards with the weight that is left. The twin is
+`vllm_aasd.kernels.draft_reference`; the compiled path is `vllm_aasd.kernels.suffixes_cpu` for the index, `draft_cpu` for
+the mixture and `memory_cpu` for the memory.
 """
 
 import numpy as np

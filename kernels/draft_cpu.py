@@ -26,46 +26,36 @@ def _vote(scores, seen, num_seen, token, weight):
 
 
 @compiled
-def _walk(prev, start, max_matches, positions, num_known, ranked, merged, own):
-    """Walk to the latest matches of an order, and join them to those of longer orders.
+def _walk(prev, start, positions, num_positions, longer, num_longer, own):
+    """Walk to the latest matches of an order, and number those that the next longer order has not numbered.
+
+    All that it walked to match here too, and between them lie only matches of this order: so one look ahead tells which
+    are known.
 
     Args:
         prev: ``[capacity]`` int32, the order's.
         start: its latest match.
-        max_matches: how many are walked to.
-        positions: ``[>= num_known + max_matches]`` int32, of all matches in the order in which they were joined; written
-            in place behind the first ``num_known``.
-        num_known: how many there are already.
-        ranked: int32, indices of these, the latest position first.
-        merged: int32, written in place: ``ranked`` with those joined now.
-        own: ``[>= max_matches]`` int32, written in place: the indices of those walked to.
+        positions: ``[>= num_positions + max_matches]`` int32, by number; written in place behind ``num_positions``.
+        num_positions: how many have a number already.
+        longer: int32, in its first ``num_longer`` the numbers of the longer order's matches, the latest first.
+        own: ``[max_matches]`` int32, written in place: the numbers of those walked to, the latest first.
 
     Returns:
-        How many were walked to, and how many are known now.
+        How many were walked to, and how many have a number now.
     """
-    num_positions = num_known
     count = 0
     rank = 0
-    place = 0
     position = start
-    while position >= 0 and count < max_matches:
-        while rank < num_known and positions[ranked[rank]] > position:
-            merged[place] = ranked[rank]
-            place += 1
-            rank += 1
-        if rank < num_known and positions[ranked[rank]] == position:
-            which = ranked[rank]
+    while position >= 0 and count < own.size:
+        if rank < num_longer and positions[longer[rank]] == position:
+            own[count] = longer[rank]
             rank += 1
         else:
-            which = np.int32(num_positions)
-            positions[which] = position
+            positions[num_positions] = position
+            own[count] = num_positions
             num_positions += 1
-        merged[place] = which
-        place += 1
-        own[count] = which
         count += 1
         position = prev[position]
-    merged[place : place + num_known - rank] = ranked[rank:num_known]
     return count, num_positions
 
 
@@ -132,9 +122,8 @@ def draft(
     slots = np.empty(most, np.int64)
     retrieved = np.empty(most, np.float32)
     aligned = np.empty(most, np.float32)
-    ranked = np.empty(most, np.int32)
-    merged = np.empty(most, np.int32)
     own = np.empty(max_matches, np.int32)
+    longer = np.empty(max_matches, np.int32)
     alive = np.float32(1.0)
     for step in range(draft_token_ids.shape[0]):
         end = length + step - 1
@@ -149,12 +138,13 @@ def draft(
             longest = order
         left = np.float32(1.0)
         num_positions = 0
+        count = 0
         for order in range(longest, max(longest - ORDERS_USED, 0), -1):
             num_known = num_positions
+            own, longer = longer, own
             count, num_positions = _walk(
-                prev[order - 1], starts[order - 1], max_matches, positions, num_known, ranked, merged, own
+                prev[order - 1], starts[order - 1], positions, num_known, longer, count, own
             )
-            ranked, merged = merged, ranked
             for match in range(num_known, num_positions):
                 slots[match] = aligned_slot(tokens, positions[match], table, block_table, block_size)
                 retrieved[match] = np.float32(0.0)
@@ -197,8 +187,8 @@ def draft(
                 row, tag = memory_slot(tokens, order, end, memory)
                 if memory[row, 0] != tag or memory[row, 1] == 0:
                     continue
-                count = np.float32(memory[row, 1])
-                weight = memory_weights[order] * count / (count + np.float32(1.0))
+                observed = np.float32(memory[row, 1])
+                weight = memory_weights[order] * observed / (observed + np.float32(1.0))
                 for k in range(2, 2 + remembered):
                     vote = left * weight * memory_probs[row, remembered + k]
                     num_seen = _vote(scores, seen, num_seen, memory[row, k], vote)
