@@ -79,7 +79,7 @@ PROGRAMS = (
     Program("projection", "projection", (*_TASKS, "--limit", "12", "--batches", "1", "4", "16", "64", "256"), 4,
             takes_dtype=True),
     Program("frontier", "frontier",
-            ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 20),
+            ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 26),
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, True, takes_dtype=True),
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "16", "16", "32",
