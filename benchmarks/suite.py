@@ -71,7 +71,7 @@ PROGRAMS = (
     Program("kernels", "kernels", (), 3),
     Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 1, quick=("--lengths", "1024", "--steps", "10")),
     Program("worst_case", "worst_case",
-            ("--data", "QUESTIONS", "--lengths", "1024", "32768", "--steps", "100", "--repeats", "3", "--requests", "500"), 2),
+            ("--data", "QUESTIONS", "--lengths", "1024", "32768", "--steps", "100", "--repeats", "6", "--requests", "500"), 2),
     Program("verifier_time", "verifier_time", ("--steps", "60"), 2),
     Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 10, takes_dtype=True),
     Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, takes_dtype=True),
