@@ -31,8 +31,6 @@ from benchmarks import methods, plot, readme, results
 BUDGET_MINUTES = 180
 
 _STRICT = '{"aasd_verification": "strict"}'
-# `suffix` learns from other requests' answers; this is ours that does.
-_REMEMBERING = '{"aasd_verification": "strict", "aasd_memory": "process"}'
 
 
 class Program(NamedTuple):
@@ -65,7 +63,7 @@ class Program(NamedTuple):
 
 
 _TASKS = ("--data", "DATA", "--builtin")
-_METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT, "--aasd", _REMEMBERING)
+_METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
     Program("kernels", "kernels", (), 3),
@@ -82,7 +80,7 @@ PROGRAMS = (
             ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 26),
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, True, takes_dtype=True),
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "16", "16", "32",
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "16", "24", "64",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "4", "8", "32",
