@@ -4,6 +4,10 @@ Ratios are to one method, the base, and above 1 where the method is faster. They
 denominator stand on the same prompts in the same rounds, and a resample draws prompts and rounds for both.
 The mean over categories is the geometric one; a resample of it draws prompts within each category, and one
 set of rounds for all, for a round's trouble hits all categories.
+
+``tokens_per_s_ratio`` compares answers as long as the base's. An answer that parts from the base's at a near tie, or
+is sampled, can be much shorter or longer; and since the prompt's time is shared among its tokens, tokens/s as they
+were would tell its length more than the method's speed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +20,8 @@ from vllm_aasd.tuning import statistics
 
 MEAN = "geometric mean"
 
-RATIOS = {"tokens_per_s": ("tokens", "charged_ms"), "tpot": ("decode_tokens", "decode_ms")}
-"""By what is compared: the columns whose ratio of sums is the speed."""
-
+RATIOS = ("tokens_per_s", "tpot")
+"""What methods are compared by."""
 
 REMEMBERS = 1.05
 """How much better the last round's MAL must be than the first's for a method to be called out."""
@@ -142,13 +145,23 @@ def _ratios(
     for category, by_label in runs.items():
         arrays = {label: _by_prompt_and_round(of, columns) for label, of in by_label.items()}
         prompt_draws = statistics.draws(len(arrays[base]["tokens"]), rng)
-        for name, (top, bottom) in RATIOS.items():
-            speeds = {
-                label: statistics.crossed_ratio(array[top], array[bottom], prompt_draws, round_draws)
-                for label, array in arrays.items()
-            }
-            for label, speed in speeds.items():
-                ratio = speed / speeds[base]
+
+        def mean(array: Mapping[str, np.ndarray], top: str, bottom: str) -> np.ndarray:
+            return statistics.crossed_ratio(array[top], array[bottom], prompt_draws, round_draws)
+
+        length = mean(arrays[base], "decode_tokens", "answers")
+        for name in RATIOS:
+            times = {}
+            for label, array in arrays.items():
+                if name == "tpot":
+                    times[label] = mean(array, "decode_ms", "decode_tokens")
+                else:
+                    per_token = mean(array, "charged_decode_ms", "decode_tokens")
+                    # Where no answer has a second token there is nothing to multiply.
+                    decoding = np.where(length > 0, length * per_token, 0.0)
+                    times[label] = mean(array, "charged_prefill_ms", "answers") + decoding
+            for label, time in times.items():
+                ratio = times[base] / time
                 found[name][category, label] = statistics.with_interval(ratio)
                 if np.isfinite(ratio[0]):
                     logs.setdefault((name, label), []).append(np.log(ratio))
@@ -158,14 +171,22 @@ def _ratios(
 
 
 def _by_prompt_and_round(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Each column that `RATIOS` needs as ``[num_prompts, num_rounds]``."""
+    """What the ratios need, as ``[num_prompts, num_rounds]``."""
     rounds = sorted(runs, key=lambda run: run["round"])
     ordered = [sorted(run["rows"], key=lambda row: row[columns.index("prompt")]) for run in rounds]
     arrays = {
         name: np.array([[row[columns.index(name)] for row in rows] for rows in ordered], float).T
-        for name in ("tokens", "charged_ms", "decode_ms")
+        for name in ("tokens", "charged_ms", "ttft_ms", "decode_ms")
     }
-    return arrays | {"decode_tokens": arrays["tokens"] - 1}
+    charged = arrays["charged_ms"] / (arrays["ttft_ms"] + arrays["decode_ms"])
+    return {
+        "answers": np.ones_like(charged),
+        "tokens": arrays["tokens"],
+        "decode_tokens": arrays["tokens"] - 1,
+        "decode_ms": arrays["decode_ms"],
+        "charged_prefill_ms": charged * arrays["ttft_ms"],
+        "charged_decode_ms": charged * arrays["decode_ms"],
+    }
 
 
 def _means(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,8 @@
 
 One engine process per method lives through the whole run, and the methods take turns over the same prompts,
 in rounds; the others sleep meanwhile. With one request at a time the turns change with every request, else
-with every category, all of whose prompts are sent, so many in flight. Before every round and concurrency the
+with every category, all of whose prompts are sent, so many in flight, and the first of them get fewer tokens so
+that answers don't keep step (`benchmarks.rounds.staggered`). Before every round and concurrency the
 engines forget what they learnt from earlier answers, for the same prompts come again. Speed needs a quiet
 core.
 

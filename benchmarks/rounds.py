@@ -134,13 +134,33 @@ def measure_pass(
         engine.forget()
     for unit in members:
         for label in rotated(list(engines), unit):
-            wanted = [requests[unit.category][index] for index in unit.prompts]
+            wanted = staggered([requests[unit.category][index] for index in unit.prompts], unit.concurrency)
             answers, seconds = engines[label].run(wanted, unit.concurrency)
             place = label, unit.category, unit.concurrency, unit.round
             earlier = found.get(place, Measurement([], 0.0, [], [], []))
             found[place] = joined(earlier, measurement(answers, seconds, unit.prompts))
         done(len(unit.prompts), True)
     return found
+
+
+def staggered(requests: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
+    """The requests of a batch run, those that begin together cut to different lengths.
+
+    Answers of one length that begin together end together, wave after wave, if every step brings each a token: then
+    no answer ever waits while another's prompt is read. With speculation they drift apart, and some do. A server sees
+    no such waves, and a method isn't to be charged for breaking them. So of the first ``concurrency`` answers the
+    ``i``-th may have the ``i / concurrency``-th part of its tokens, by every method.
+
+    Args:
+        requests: see `Engine.run`.
+        concurrency: so many of them are in flight.
+    """
+    cut = []
+    for number, request in enumerate(requests, 1):
+        longest = request["sampling"]["max_tokens"]
+        allowed = max(1, longest * number // concurrency) if number < concurrency else longest
+        cut.append(request | {"sampling": request["sampling"] | {"max_tokens": allowed}})
+    return cut
 
 
 def measurement(answers: Sequence[dict[str, Any]], seconds: float, prompts: Sequence[int]) -> Measurement:

@@ -210,11 +210,15 @@ class FakeEngine:
         self.log.append(("forget", self.name))
 
     def run(self, requests, concurrency):
-        self.log.append((self.name, concurrency, tuple(requests)))
+        self.log.append((self.name, concurrency, tuple(request["prompt_token_ids"] for request in requests)))
         answers = [
             answered([7] * (i + 1), sent=0.5 * i, first=1.0 + i, last=2.0 + i) for i in range(len(requests))
         ]
         return answers, 4.0
+
+
+def asked(prompt):
+    return {"prompt_token_ids": prompt, "sampling": {"max_tokens": 96}}
 
 
 def answered(token_ids, sent=0.0, first=1.0, last=2.0, drafted=(), accepted=()):
@@ -234,7 +238,7 @@ def answered(token_ids, sent=0.0, first=1.0, last=2.0, drafted=(), accepted=()):
 def test_methods_take_turns_over_the_same_prompts():
     log = []
     engines = {name: FakeEngine(name, log) for name in "ABC"}
-    requests = {"x": ["x0", "x1", "x2"], "y": ["y0", "y1", "y2"]}
+    requests = {category: [asked(f"{category}{i}") for i in range(3)] for category in "xy"}
     sizes = {1: {"x": 2, "y": 1}, 4: {"x": 3, "y": 3}}
     counted = []
     found, saved = {}, []
@@ -271,12 +275,35 @@ def test_methods_take_turns_over_the_same_prompts():
     assert found["A", "x", 1, 1].seconds == 8.0
 
 
+def test_answers_that_begin_together_do_not_end_together():
+    requests = [asked(f"x{i}") for i in range(6)]
+
+    def lengths(concurrency):
+        cut = rounds.staggered(requests, concurrency)
+        assert [one["prompt_token_ids"] for one in cut] == [one["prompt_token_ids"] for one in requests]
+        return [one["sampling"]["max_tokens"] for one in cut]
+
+    assert lengths(1) == [96] * 6
+    assert lengths(4) == [24, 48, 72, 96, 96, 96]
+    assert lengths(200)[0] == 1
+    assert requests == [asked(f"x{i}") for i in range(6)]
+
+    class Sent(FakeEngine):
+        def run(self, requests, concurrency):
+            self.lengths = [request["sampling"]["max_tokens"] for request in requests]
+            return super().run(requests, concurrency)
+
+    engines = {name: Sent(name, []) for name in "AB"}
+    rounds.measure(engines, {"x": requests}, {2: {"x": 3}}, 1, {}, lambda *_: None, lambda _: None)
+    assert [engine.lengths for engine in engines.values()] == [[48, 96, 96]] * 2
+
+
 def kept(store):
     return {place: rounds.Measurement(*measured) for place, measured in store.load().items()}
 
 
 def test_a_run_goes_on_behind_its_last_whole_pass(tmp_path):
-    log, sizes, requests = [], {1: {"x": 1}, 2: {"x": 2}}, {"x": ["x0", "x1"]}
+    log, sizes, requests = [], {1: {"x": 1}, 2: {"x": 2}}, {"x": [asked("x0"), asked("x1")]}
     engines = {name: FakeEngine(name, log) for name in "AB"}
     store = resume.Store(tmp_path / "r.unfinished", [sizes, "settings"])
     assert store.load() == {}
@@ -569,6 +596,19 @@ def test_the_first_token_does_not_count_for_tpot():
         run["rows"][0][1] = tokens
     # In the same time 10 tokens behind the first, and 5.
     assert comparison.figures(result)["1"]["a"]["short"]["tpot_ratio"]["value"] == pytest.approx(0.5)
+
+
+def test_tokens_a_second_are_compared_at_the_same_length_of_answers():
+    result = made_up({"none": {"a": 50.0}, "short": {"a": 50.0}}, num_prompts=1, num_rounds=1)
+    for run, tokens in zip(result["runs"], (41, 11), strict=True):
+        # 2 s of prefill, then 0.1 s a token, which is all the same by both.
+        decode = 100.0 * (tokens - 1)
+        run["rows"][0][1] = tokens
+        run["rows"][0][5:8] = [2000.0, decode, 2000.0 + decode]
+        run["seconds"] = (2000.0 + decode) / 1000
+    found = comparison.figures(result)["1"]["a"]
+    assert found["short"]["tokens_per_s"] < 0.6 * found["none"]["tokens_per_s"]
+    assert found["short"]["tokens_per_s_ratio"]["value"] == pytest.approx(1.0)
 
 
 def test_ratios_can_be_to_another_method():
