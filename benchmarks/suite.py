@@ -80,7 +80,7 @@ PROGRAMS = (
             ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 26),
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, True, takes_dtype=True),
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "16", "32", "64",
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "12", "20", "40",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "4", "8", "32",
