@@ -61,6 +61,7 @@ def speculated(demo_model, tmp_path_factory):
         aasd={**STRICT, "aasd_alignment": True},
         record_store=True,
         max_num_batched_tokens=48,
+        per_request_spec_decode_metrics="summary",
     )
 
 
@@ -190,7 +191,15 @@ def loose(demo_model, tmp_path_factory):
     # A draft for every step that can have one.
     aasd = {**bar, "aasd_min_survival": 0.0, "num_speculative_tokens": 4}
     sampled = greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
-    result = run_engine(demo_model, [greedy(PROMPTS[:2], 20) + sampled], out, v2=True, aasd=aasd, record_verification=True)
+    result = run_engine(
+        demo_model,
+        [greedy(PROMPTS[:2], 20) + sampled],
+        out,
+        v2=True,
+        aasd=aasd,
+        record_verification=True,
+        per_request_spec_decode_metrics="summary",
+    )
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
@@ -211,5 +220,10 @@ def test_conditional_accepts_exactly_what_the_twin_says(loose):
             is_greedy = call["temperature"][call["idx_mapping"][row]] == 0
             relaxed += int((emitted != argmax).sum()) if is_greedy else 0
     assert len(calls) > 4 and relaxed > 0, "the bar must let something by"
+    told = [output["drafts"]["aasd_relaxed_tokens"] for output in result["rounds"][0]]
+    assert sum(told[:2]) == relaxed, "each answer tells of its own"
+    regrets = [output["drafts"]["aasd_regret_nats"] for output in result["rounds"][0]]
+    assert sum(regrets) == pytest.approx(result["metrics"]["aasd:regret_nats"], rel=1e-5)
+    assert sum(told) == result["metrics"]["aasd:relaxed_tokens"]
     drafted, accepted = drafted_and_accepted(result)
     assert accepted == sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in calls)

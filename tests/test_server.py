@@ -191,9 +191,32 @@ def test_the_log_has_a_line_now_and_then(client, server):
     assert line in log.read_text(), log.read_text()[-2000:]
 
 
-def test_vllms_figures_of_each_request_come_with_the_answer(client):
-    answer = ask(client, PROMPTS[0])
-    assert answer.metrics["speculative_decoding"]["num_accepted_draft_tokens"] > 0
+def test_figures_of_each_request_come_with_the_answer(client, server):
+    def relaxed_and_regret():
+        time.sleep(2)
+        samples = scraped(server[0])
+        return [samples[name, *LABELS] for name in ("aasd:relaxed_tokens_total", "aasd:regret_nats_total")]
+
+    before = relaxed_and_regret()
+    jobs = [(prompt, xargs) for prompt in PROMPTS[:3] for xargs in (STRICT, {})]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda job: ask(client, *job), jobs))
+    found = [answer.metrics["speculative_decoding"] for answer in answers]
+    assert all(one["num_accepted_draft_tokens"] > 0 for one in found)
+    for one in found[::2]:
+        assert (one["aasd_relaxed_tokens"], one["aasd_regret_nats"]) == (0, 0.0)
+    for one in found[1::2]:
+        assert one["num_accepted_draft_tokens"] >= one["aasd_relaxed_tokens"] > 0 and one["aasd_regret_nats"] > 0
+    grown = [after - earlier for after, earlier in zip(relaxed_and_regret(), before, strict=True)]
+    keys = "aasd_relaxed_tokens", "aasd_regret_nats"
+    assert [sum(one[key] for one in found) for key in keys] == pytest.approx(grown, rel=1e-4)
+    assert not any("kv_transfer_params" in answer.model_dump(exclude_none=True) for answer in answers)
+
+
+def test_a_streamed_answer_ends_with_its_figures(client):
+    *_, last = ask(client, PROMPTS[0], {}, stream=True, stream_options={"include_usage": True})
+    found = last.metrics["speculative_decoding"]
+    assert found["num_accepted_draft_tokens"] >= found["aasd_relaxed_tokens"] > 0
 
 
 def test_requests_at_once_get_what_each_asked_for(client, demo_model, tmp_path):

@@ -12,9 +12,10 @@ def register() -> None:
     end every vLLM command, so what goes wrong is logged and leaves vLLM as it was.
     """
     try:
-        from vllm_aasd.engine import configuration, request_options
+        from vllm_aasd.engine import configuration, request_options, request_totals
 
         configuration.install()
         request_options.install()
+        request_totals.install()
     except Exception:
         logger.exception("vllm-aasd could not register itself; method 'aasd' isn't available")

@@ -63,6 +63,7 @@ class FakeRunner:
                 aasd=Settings(**{"prior": False, "alignment": True, **settings}), num_speculative_tokens=WIDTH
             ),
             model_config=model,
+            observability_config=SimpleNamespace(per_request_spec_decode_metrics="none"),
             scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs, max_num_batched_tokens=64),
             device_config=SimpleNamespace(device=self.device),
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),

@@ -111,6 +111,8 @@ def _create(
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
         ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
+    if args.per_request_spec_decode_metrics != "none" and args.scheduler_cls is None:
+        args.scheduler_cls = refusals.SCHEDULER
     target_parallel_config.worker_cls = (
         refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
     )

@@ -11,6 +11,7 @@ from vllm_aasd.fields import PREFIX
 
 CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
 GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
+SCHEDULER = "vllm_aasd.engine.scheduler.AASDScheduler"
 
 
 class Refusal(NamedTuple):

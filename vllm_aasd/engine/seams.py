@@ -43,6 +43,9 @@ VERIFY_SAMPLING_PARAMS = Seam(
     "SamplingParams.verify",
     ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
 )
+PROCESS_OUTPUTS = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", ("self", "engine_core_outputs")
+)
 REJECTION_SAMPLE = Seam(
     "vllm.v1.sample.rejection_sampler",
     "rejection_sample",

@@ -68,8 +68,9 @@ class AASDProposer:
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
         self.counters = Counters("cpu", self.faults.counts)
         self._requests = V1Requests(self._settings, self.faults)
+        self.step_totals = start_up.step_totals(vllm_config, self.faults)
         self.counting = V1Counting(
-            self.counters, self.faults, scheduler_config.max_num_seqs, self._max_draft_tokens
+            self.counters, self.faults, scheduler_config.max_num_seqs, self._max_draft_tokens, self.step_totals
         )
         self._verifier = V1Verifier(
             self._requests,

@@ -14,6 +14,7 @@ import torch
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.kernels.count import UNPROMISED
 from vllm_aasd.kernels.count_cpu import count_arrays
 from vllm_aasd.kernels.verify import VerifyOutput
@@ -29,13 +30,22 @@ class V1Counting:
         faults: of the worker.
         max_num_reqs: the most requests of a batch.
         max_draft_tokens: the longest draft.
+        step_totals: told by request too; None where nobody asks for that.
 
     Attributes:
         drafter: has what was promised of each request's last draft; None where nothing is promised.
     """
 
-    def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
+    def __init__(
+        self,
+        counters: Counters,
+        faults: Faults,
+        max_num_reqs: int,
+        max_draft_tokens: int,
+        step_totals: StepTotals | None = None,
+    ) -> None:
         self.drafter: Drafter | None = None
+        self._step_totals = step_totals
         self._counters = counters
         self._faults = faults
         self._contained = faults.contained("metrics")
@@ -80,6 +90,9 @@ class V1Counting:
                     result.exhausted.numpy(),
                     result.guarded.numpy(),
                 )
+                if self._step_totals is not None:
+                    cu_num_rows = torch.from_numpy(self._cu_num_rows[: len(req_ids) + 1])
+                    self._step_totals.add(cu_num_rows, result.num_accepted + 1, result.relaxed, result.regret)
 
     def verified_by_vllm(
         self,

@@ -12,6 +12,7 @@ import torch
 
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.kernels.count import UNPROMISED, count_drafts
 
 
@@ -79,14 +80,22 @@ class V2Counting:
         max_num_reqs: slots.
         max_draft_tokens: the longest draft.
         device: that of the batch.
+        step_totals: told by request too; None where nobody asks for that.
 
     Attributes:
         drafter, verifier: time these parts of a step.
     """
 
     def __init__(
-        self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int, device: torch.device
+        self,
+        counters: Counters,
+        faults: Faults,
+        max_num_reqs: int,
+        max_draft_tokens: int,
+        device: torch.device,
+        step_totals: StepTotals | None = None,
     ) -> None:
+        self._step_totals = step_totals
         self._counters = counters
         self._faults = faults
         self._contained = faults.contained("metrics")
@@ -149,3 +158,5 @@ class V2Counting:
                 exhausted,
                 guarded,
             )
+            if result is not None and self._step_totals is not None:
+                self._step_totals.add(cu_num_logits, num_sampled, relaxed, regret)

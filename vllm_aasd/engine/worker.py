@@ -122,7 +122,8 @@ class AASDWorker(Worker):
             output = super().sample_tokens(grammar_output)
         if self._publisher is not None:
             self._publisher.stepped()
-        return output
+        totals = self._adapter.step_totals
+        return output if totals is None else totals.beside(output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """As vLLM's, less what isn't a draft."""

@@ -15,6 +15,7 @@ SEAMS = {
         "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
         "vllm_aasd.engine.v1_counting:count_arrays": "metrics",
         "vllm_aasd.drafting.drafter:Drafter.promised": "metrics",
+        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
     },
     "V2": {
         "vllm_aasd.engine.v2_requests:settings_of": "requests",
@@ -23,6 +24,7 @@ SEAMS = {
         "vllm_aasd.engine.v2_verifier:verify_seeded": "verify",
         "vllm_aasd.kernels.draft_triton:draft_batch": "draft",
         "vllm_aasd.engine.v2_counting:count_drafts": "metrics",
+        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
     },
 }
 
