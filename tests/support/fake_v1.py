@@ -12,6 +12,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import v1, v1_verifier
+from vllm_aasd.engine.refusals import SCHEDULER
 
 MAX_LEN = 256
 PREFILL = 5
@@ -63,8 +64,10 @@ class FakeRunner:
                 aasd=Settings(**{"prior": False, "alignment": True, **settings}), num_speculative_tokens=WIDTH
             ),
             model_config=model,
-            observability_config=SimpleNamespace(per_request_spec_decode_metrics="none"),
-            scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs, max_num_batched_tokens=64),
+            observability_config=SimpleNamespace(per_request_spec_decode_metrics="summary"),
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=max_num_reqs, max_num_batched_tokens=64, scheduler_cls=SCHEDULER
+            ),
             device_config=SimpleNamespace(device=self.device),
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )

@@ -27,7 +27,13 @@ class Limits(NamedTuple):
 
 _LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4, "aasd_allow_request_override": "any"}
 _EVENTS = {"faults", "clear_memory", "reset_prefix_cache"}
-_ENGINE = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "scheduling_policy": "priority"}
+_ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "block_size": 32,
+    "scheduling_policy": "priority",
+    "per_request_spec_decode_metrics": "summary",
+}
 
 PROFILES = {
     # 8 requests want up to 64 blocks.
