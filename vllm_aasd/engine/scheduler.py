@@ -13,6 +13,7 @@ from vllm_aasd.engine import request_totals
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.request_totals import Totals
 
+
 class _WithTotals:
     """What stands before either of vLLM's schedulers among the base classes."""
 
