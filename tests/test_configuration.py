@@ -7,6 +7,7 @@ import types
 import pytest
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_aasd import plugin
 from vllm_aasd.config import Settings
@@ -80,6 +81,53 @@ def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatc
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     assert create({"method": "aasd", **keys}, **options).speculative_config.num_speculative_tokens == 8
+
+
+@pytest.fixture
+def on_v2(monkeypatch):
+    """The V2 model runner as on a GPU, where scheduling is asynchronous; what it is on this machine else."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setattr(refusals, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+
+
+def scheduled_lengths(config):
+    """By the number of requests, as vLLM's scheduler reads it."""
+    of = config.speculative_config
+    return build_dynamic_sd_schedule_lookup(of.num_speculative_tokens_per_batch_size, 200, of.num_speculative_tokens)
+
+
+def test_where_a_step_is_as_wide_as_the_longest_draft_the_width_goes_by_the_number_of_requests(create, on_v2):
+    config = create({"method": "aasd"})
+    lengths = scheduled_lengths(config)
+    assert [lengths[n] for n in (1, 4, 5, 16, 17, 48, 49, 128, 129, 200)] == [8, 8, 4, 4, 2, 2, 1, 1, 0, 0]
+    assert "by requests [(1, 4, 8), (5, 16, 4)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "longest"),
+    [
+        ({}, {"async_scheduling": False}, 8),
+        ({}, {"data_parallel_size": 2}, 2),
+        ({"num_speculative_tokens": 5}, {}, 5),
+        ({"aasd_draft_length": 3}, {}, 3),
+        ({"aasd_draft_length": 3}, {"data_parallel_size": 2}, 3),
+    ],
+)
+def test_one_width_where_the_server_says_so_or_vllm_takes_no_other(create, on_v2, keys, options, longest):
+    found = create({"method": "aasd", **keys}, **options).speculative_config
+    assert (found.num_speculative_tokens, found.num_speculative_tokens_per_batch_size) == (longest, None)
+
+
+def test_a_schedule_of_the_users_own_stays(create, on_v2):
+    config = create({"method": "aasd", "num_speculative_tokens_per_batch_size": [[1, 9, 6], [10, 99, 3]]})
+    assert [scheduled_lengths(config)[n] for n in (1, 9, 10, 200)] == [6, 6, 3, 3]
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_fixed_length_is_as_long_as_it_says(create, length):
+    found = create({"method": "aasd", "aasd_draft_length": length}).speculative_config
+    assert found.num_speculative_tokens == length
 
 
 def test_vllms_own_methods_are_untouched(create):

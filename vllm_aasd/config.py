@@ -18,9 +18,20 @@ NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """`num_speculative_tokens` where nobody sets it, in general, and for the mixture on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose: 16 let answers that copy emit 4 % more tokens a step than 8 do
-(`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 every step drafts that many, and with
-adapters vLLM wants room for so many tokens of every request in a batch.
+(`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
+and with adapters vLLM wants room for so many tokens of every request in a batch.
 """
+
+DRAFT_SCHEDULE = ((4, 8), (16, 4), (48, 2), (128, 1))
+"""Up to how many requests at once the longest draft is how long, and none beyond, where a step takes the time of the
+longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling.
+
+By the projection of fixed lengths (`benchmarks.projection`): of the four accelerators' and models' pairs none is slower
+than without speculation, and the length is within 2 % of the best one in the mean.
+"""
+
+NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
+"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
 
 
 def parameter_key(policy: str, parameter: str) -> str:
@@ -55,8 +66,8 @@ class Settings:
     draft_length: int | str = setting(
         "adaptive",
         "How many tokens are drafted, within `num_speculative_tokens`: `adaptive` drafts a token while it is "
-        "worth its share of the next step's time, over the whole batch; a number is the most that each request "
-        "gets, whatever the load.",
+        "worth its share of the next step's time, over the whole batch (on the V2 model runner by the number of "
+        "requests, see the limits); a number is the most that each request gets, whatever the load.",
         choices=("adaptive",),
         within=(1, 128),
     )

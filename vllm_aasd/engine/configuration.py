@@ -17,7 +17,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_aasd.config import NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1, PREFIX, Settings
+from vllm_aasd.config import (
+    DRAFT_SCHEDULE,
+    NUM_SPECULATIVE_TOKENS,
+    NUM_SPECULATIVE_TOKENS_UNSCHEDULED,
+    NUM_SPECULATIVE_TOKENS_V1,
+    PREFIX,
+    Settings,
+)
 from vllm_aasd.engine import metrics, refusals, seams
 
 METHOD = "aasd"
@@ -47,8 +54,10 @@ class AASDSpeculativeConfig(SpeculativeConfig):
 
     def __repr__(self) -> str:
         settings = self.aasd.describe() if self.aasd is not None else ""
+        schedule = self.num_speculative_tokens_per_batch_size
+        by_requests = f" by requests {schedule}" if schedule is not None else ""
         return (
-            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, {settings})"
+            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}{by_requests}, {settings})"
         )
 
 
@@ -88,9 +97,8 @@ def _create(
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
     carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
     if args.spec_tokens is None:
-        is_long = carrier == V1_CARRIER and settings.draft == "mixture" and not args.enable_lora
-        longest = NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS
-        carried.setdefault("num_speculative_tokens", longest)
+        if "num_speculative_tokens" not in carried:
+            carried = _default_lengths(args, settings, runner) | carried
         _check_num_speculative_tokens(carried["num_speculative_tokens"])
     else:
         _check_num_speculative_tokens(args.spec_tokens)
@@ -117,6 +125,33 @@ def _create(
         refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
     )
     return ours
+
+
+def _default_lengths(args: EngineArgs, settings: Settings, runner: str) -> dict[str, Any]:
+    """vLLM's own keys that say how long drafts may be, where nobody gave `num_speculative_tokens`."""
+    if settings.draft_length != "adaptive":
+        return {"num_speculative_tokens": settings.draft_length}
+    if runner == "V1":
+        is_long = settings.draft == "mixture" and not args.enable_lora
+        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS}
+    if refusals.is_synchronous(args):
+        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
+    if args.data_parallel_size > 1:
+        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
+    return {
+        "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+        "num_speculative_tokens_per_batch_size": _vllm_schedule(),
+    }
+
+
+def _vllm_schedule() -> list[tuple[int, int, int]]:
+    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens."""
+    first, entries = 1, []
+    for last, length in DRAFT_SCHEDULE:
+        entries.append((first, last, length))
+        first = last + 1
+    # vLLM goes on with the last entry.
+    return [*entries, (first, first, 0)]
 
 
 def pick_carrier(args: EngineArgs) -> str:

@@ -32,7 +32,8 @@ class Refusal(NamedTuple):
     holds: Callable[[EngineArgs], bool] = lambda args: True
 
 
-def _is_synchronous(args: EngineArgs) -> bool:
+def is_synchronous(args: EngineArgs) -> bool:
+    """Whether vLLM waits for a step's tokens before it schedules the next."""
     # vLLM schedules asynchronously by default, but for its CPU platform, which turns it off in whatever is built.
     return args.async_scheduling is False or current_platform.is_cpu()
 
@@ -113,7 +114,7 @@ BY_RUNNER = {
             "with synchronous scheduling, which CPUs always have, vLLM 0.32 schedules a stage's next drafts before the "
             "token that they follow, and its V2 model runner fails, whatever the method; allowed is 1, or asynchronous "
             "scheduling",
-            holds=_is_synchronous,
+            holds=is_synchronous,
         ),
     ),
 }
