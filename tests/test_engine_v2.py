@@ -130,6 +130,23 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
         assert {place for place, count in after["faults"].items() if count} == {place}, seam
 
 
+def test_widths_by_the_number_of_requests_change_no_token(plain, demo_model, tmp_path):
+    # Two end together, so that neither is alone in a step that could still use a draft.
+    lengths = ((MAX_TOKENS,) * 3, (4, 5), (MAX_TOKENS,))
+    rounds = [[greedy([prompt], length)[0] for prompt, length in zip(PROMPTS, of, strict=False)] for of in lengths]
+    aasd = STRICT | {
+        "aasd_min_survival": 0.0,
+        "num_speculative_tokens_per_batch_size": [[1, 1, 4], [2, 2, 0], [3, 3, 2]],
+    }
+    options = {"per_request_spec_decode_metrics": "detailed", "max_num_seqs": 3}
+    found = run_engine(demo_model, rounds, tmp_path / "out", v2=True, aasd=aasd, **options)["rounds"]
+    wanted = token_ids(plain["rounds"][0])
+    for of, outputs in zip(lengths, found, strict=True):
+        assert token_ids(outputs) == [tokens[:length] for tokens, length in zip(wanted, of, strict=False)]
+    three, two, (one,) = ([output["drafts"].get("per_step_drafted", []) for output in outputs] for outputs in found)
+    assert [drafted[0] for drafted in three] == [2, 2, 2] and two == [[], []] and max(one) > 2
+
+
 @pytest.mark.long
 def test_preemption(demo_model, tmp_path):
     prompts = real_prompts(4, max_chars=250)

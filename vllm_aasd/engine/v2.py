@@ -268,7 +268,7 @@ class AASDSpeculator(BaseSpeculator):
         longest = self._max_draft_tokens
         if num_speculative_tokens is not None:
             longest = min(longest, num_speculative_tokens)
-        if not self.faults.is_off("draft"):
+        if longest > 0 and not self.faults.is_off("draft"):
             with self.faults.contained("draft", shared=True), self._counting.drafter.measured():
                 # No draft token past what the request may still emit: one token comes without a draft.
                 limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
