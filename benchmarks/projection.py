@@ -8,8 +8,10 @@ No GPU has run this. Two halves are put together:
   (`benchmarks.roofline`), at stated efficiencies. The model is first held against the step times that were
   measured on a CPU (`benchmarks.measured_curve`), and its error printed;
 - acceptance: answers of the small demo model, recorded here and replayed by the served drafter in batches of 1 to
-  256, with draft lengths chosen by the served `draft_lengths` on the computed step times. That a large model's
-  answers lean on their input as these do is an assumption too.
+  256. As the V2 model runner serves it, a step is as wide for every request as the longest draft may be, which goes by
+  the number of requests (`DRAFT_SCHEDULE`); what other widths would do shows how it was chosen. Beside it stand lengths
+  chosen by `draft_lengths` on the computed step times, as the V1 model runner chooses them on those that it measures.
+  That a large model's answers lean on their input as these do is an assumption too.
 
 Every assumption stands in the result's ``assumptions``, and is printed.
 """
@@ -34,7 +36,7 @@ from benchmarks.roofline import (
     prompt_alignment_time,
     step_time,
 )
-from vllm_aasd.config import NUM_SPECULATIVE_TOKENS
+from vllm_aasd.config import DRAFT_SCHEDULE, NUM_SPECULATIVE_TOKENS
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.tuning.json_lines import DataError
@@ -63,6 +65,12 @@ ALIGNED_LOGIT_PASSES = 4
 PAYS = 1.05
 """Speed-up below which a method is said to pay no more."""
 
+NGRAM, SERVED, ALIGNED, BY_TIME = "ngram", "aasd", "aasd, prompt positions", "aasd, lengths by step time"
+"""The methods. The last is not served on GPUs: what there is to gain by it."""
+
+FIXED_LENGTHS = (0, 1, 2, 3, 4, 6, 8)
+"""Draft lengths of which the schedule is made."""
+
 LEANING = ("summarization", "rag", "hotpotqa", "code_infile", "code_crossfile", "quote", "edit")
 """Categories whose answers lean on their input."""
 
@@ -80,7 +88,10 @@ ASSUMPTIONS = (
     f"decode figures; 'with prefill' is a prompt of {CONTEXT} tokens and an answer of {ANSWER}",
     "acceptance is that of SmolLM2-135M-Instruct's greedy answers of up to 96 tokens, verified strictly, with its "
     "prior; a larger model's answers may repeat their input more or less",
-    "draft lengths are chosen on the computed step times, as if the server had learnt them exactly",
+    "'aasd' is what is served: with asynchronous scheduling every request takes as many positions of a step as the "
+    "longest draft, which goes by the number of requests; drafts end earlier by their survival",
+    f"'{BY_TIME}' is not served on GPUs: drafts take only their own positions, and lengths are chosen on the computed "
+    "step times, as if they were known exactly; 'ngram' drafts take only their own positions too",
     "every batch is full; the mix of categories is the same at every batch",
 )
 
@@ -128,6 +139,7 @@ def main() -> None:
         },
         "targets": [alignment_cost(target, name) for target in TARGETS for name in PEAKS],
         "rows": rows(recordings, prior, arguments.batches),
+        "fixed_lengths": fixed_lengths(recordings, prior),
     }
     results.write(arguments.out, result)
     print(projection_report.report(result))
@@ -180,18 +192,77 @@ def rows(recordings: list[replay.Trace], prior: Prior, batches: list[int]) -> li
         for batch in batches
         if mixes[mix]
     ]
-    ngram: dict[tuple[str, int], list[replay.Step]] = {}
+    whole: dict[tuple[str, int], dict[str, list[replay.Step]]] = {}
     found = []
     began = time.monotonic()
     for number, (mode, target, name, mix, batch) in enumerate(cases):
         left = (time.monotonic() - began) / max(number, 1) * (len(cases) - number)
         progress_line(f"case {number + 1} of {len(cases)}, about {left / 60:.0f} min left")
-        if (mix, batch) not in ngram:
-            ngram[mix, batch] = replay_ngram(mixes[mix], batch)
+        if (mix, batch) not in whole:
+            whole[mix, batch] = steps_of_whole_drafts(mixes[mix], prior, batch)
         row = {"mode": mode.name, "target": target.name, "machine": name, "traffic": mix, "batch": batch}
-        found.append(row | project(target, machine(name, mode), mixes[mix], prior, batch, ngram[mix, batch]))
+        found.append(row | project(target, machine(name, mode), mixes[mix], prior, batch, whole[mix, batch]))
     progress_line("")
     return found
+
+
+def scheduled_length(batch: int) -> int:
+    """The longest draft that is served in a batch of so many requests."""
+    return next((length for last, length in DRAFT_SCHEDULE if batch <= last), 0)
+
+
+def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str, Any]]:
+    """What longest drafts would do, at both ends of each range of the schedule.
+
+    Returns:
+        A row per batch and length: whether it is ``served``, and ``speed_up`` of decoding by target and machine.
+    """
+    members = [replay.generated_only(trace) for trace in recordings]
+    ends = [end for last, _ in DRAFT_SCHEDULE for end in (last, last + 1)]
+    found = []
+    for batch in sorted({1, *ends, 2 * ends[-2]}):
+        for length in FIXED_LENGTHS:
+            progress_line(f"drafts of at most {length} tokens in batches of {batch}")
+            steps = replay_whole(members, batch, Drafter(len(prior.ids), max(length, 1), MIN_SURVIVAL, prior), length)
+            speeds = {
+                f"{target.name}, {name}": speed_up_of_width(steps, target, machine(name, MODES[0]), batch, length)
+                for target in TARGETS
+                for name in PEAKS
+            }
+            served = length == scheduled_length(batch)
+            found.append({"batch": batch, "length": length, "served": served, "speed_up": speeds})
+    progress_line("")
+    return found
+
+
+def steps_of_whole_drafts(members: list[replay.Trace], prior: Prior, batch: int) -> dict[str, list[replay.Step]]:
+    """Batches of the methods whose drafts don't depend on step times."""
+    longest = scheduled_length(batch)
+
+    def drafter() -> Drafter:
+        return Drafter(len(prior.ids), max(longest, 1), MIN_SURVIVAL, prior)
+
+    ngram = NgramDrafter(max(len(trace.token_ids) for trace in members))
+    return {
+        NGRAM: replay_whole(members, batch, ngram, ngram.num_draft_tokens),
+        SERVED: replay_whole([replay.generated_only(trace) for trace in members], batch, drafter(), longest),
+        ALIGNED: replay_whole(members, batch, drafter(), longest),
+    }
+
+
+def step_times_of_width(target: Target, device: Machine, batch: int, length: int) -> tuple[float, float]:
+    """Seconds of a step in which every request takes ``length`` positions of drafts, and of one without speculation."""
+    plain = float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
+    wide = float(step_time(target, device, batch, batch * (length + 1), CONTEXT, ALIGNED_LOGIT_PASSES))
+    return wide + (DRAFTING if length else 0.0), plain
+
+
+def speed_up_of_width(
+    steps: list[replay.Step], target: Target, device: Machine, batch: int, length: int
+) -> float:
+    """Of decoding, over no speculation, which emits one token a request and step."""
+    wide, plain = step_times_of_width(target, device, batch, length)
+    return sum(step.emitted for step in steps) * plain / (batch * len(steps) * wide)
 
 
 def project(
@@ -200,30 +271,31 @@ def project(
     members: list[replay.Trace],
     prior: Prior,
     batch: int,
-    ngram: list[replay.Step],
+    whole: dict[str, list[replay.Step]],
 ) -> dict[str, Any]:
     """The figures of one batch: by method the speed-up of decoding, and with prefill; MAL and drafts."""
     counts = np.arange(batch * (NUM_SPECULATIVE_TOKENS + 1) + 1)
-    plain = float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
+    wide, plain = step_times_of_width(target, device, batch, scheduled_length(batch))
     with_ngram = step_time(target, device, batch, counts, CONTEXT, PLAIN_LOGIT_PASSES) + DRAFTING
     with_aasd = step_time(target, device, batch, counts, CONTEXT, ALIGNED_LOGIT_PASSES) + DRAFTING
-    aasd = {
-        "aasd": [replay.generated_only(trace) for trace in members],
-        "aasd, prompt positions": members,
-    }
-    steps = {"ngram": (ngram, with_ngram)} | {
-        label: (replay_aasd(of, prior, batch, with_aasd), with_aasd) for label, of in aasd.items()
+    by_time = replay_by_time([replay.generated_only(trace) for trace in members], prior, batch, with_aasd)
+    steps = {
+        NGRAM: (whole[NGRAM], with_ngram),
+        SERVED: (whole[SERVED], np.full(len(counts), wide)),
+        ALIGNED: (whole[ALIGNED], np.full(len(counts), wide)),
+        BY_TIME: (by_time, with_aasd),
     }
     prefill = prefill_time(target, device, CONTEXT)
-    extra = {"aasd, prompt positions": prompt_alignment_time(target, device, CONTEXT)}
-    whole = prefill + ANSWER * plain / batch
+    extra = {ALIGNED: prompt_alignment_time(target, device, CONTEXT)}
+    alone = prefill + ANSWER * plain / batch
     return {
         "fits": batch <= most_requests(target, device, CONTEXT),
         "plain_step_ms": plain * 1e3,
+        "longest_draft": scheduled_length(batch),
         "methods": {
             label: figures(of, times, batch, plain)
             | {
-                "with_prefill": whole
+                "with_prefill": alone
                 / (prefill + extra.get(label, 0.0) + ANSWER * seconds_per_token(of, times, batch))
             }
             for label, (of, times) in steps.items()
@@ -250,21 +322,19 @@ def seconds_per_token(steps: list[replay.Step], times: np.ndarray, batch: int) -
     return float(sum(times[batch + step.drafted] for step in steps) / sum(step.emitted for step in steps))
 
 
-def replay_ngram(members: list[replay.Trace], batch: int) -> list[replay.Step]:
-    """Batches with vLLM's `ngram`; they don't depend on step times."""
-    drafter = NgramDrafter(max(len(trace.token_ids) for trace in members))
-    untimed = np.ones(batch * (drafter.num_draft_tokens + 1) + 1)
+def replay_whole(
+    members: list[replay.Trace], batch: int, drafter: replay.Drafts, length: int
+) -> list[replay.Step]:
+    """Batches in which drafts are verified as they are, of so many tokens at most."""
+    untimed = np.ones(batch * (length + 1) + 1)
     rng, traffic = _traffic(members, batch)
-    found = replay.closed_loop(
-        traffic, drafter, drafter.num_draft_tokens, untimed, batch, replay.whole_drafts, rng
-    )
-    return found.batches
+    return replay.closed_loop(traffic, drafter, length, untimed, batch, replay.whole_drafts, rng).batches
 
 
-def replay_aasd(
+def replay_by_time(
     members: list[replay.Trace], prior: Prior, batch: int, times: np.ndarray
 ) -> list[replay.Step]:
-    """Batches with the served drafter and the served draft lengths."""
+    """Batches with the served drafter and draft lengths that follow the time of a step."""
     drafter = Drafter(len(prior.ids), NUM_SPECULATIVE_TOKENS, MIN_SURVIVAL, prior)
     rng, traffic = _traffic(members, batch)
     return replay.closed_loop(traffic, drafter, NUM_SPECULATIVE_TOKENS, times, batch, draft_lengths, rng).batches

@@ -1,5 +1,6 @@
 """The tables of a projection, its assumptions first."""
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,10 @@ def report(result: Mapping[str, Any]) -> str:
         f"From which batch on a method speeds decoding up by less than {pays(result):g}:\n" + end_table(result)
     )
     parts.append("The same where the assumptions differ, all traffic:\n" + sensitivity_table(result))
+    parts.append(
+        "By the longest draft, which every request takes the positions of: speed-up, geometric mean of the targets and "
+        "machines, and the lowest:\n" + width_table(result)
+    )
     return "\n\n".join(parts)
 
 
@@ -52,13 +57,13 @@ def speed_table(result: Mapping[str, Any], target: str, machine: str) -> str:
         aasd = methods["aasd"]
         rows.append(
             [f"{row['batch']}" + ("" if row["fits"] else " (too many for its memory)")]
-            + [f"{row['plain_step_ms']:.1f}"]
+            + [f"{row['plain_step_ms']:.1f}", str(row["longest_draft"])]
             + [results.number(methods[label]["speed_up"]) for label in labels]
             + [results.number(methods[label]["with_prefill"]) for label in labels]
             + [results.number(aasd["mal"]), results.number(aasd["drafted_per_step"])]
             + [results.number(aasd["drafting_may_take_ms"], 1)]
         )
-    header = ["requests", "step, ms", *(f"{label}: decode" for label in labels)]
+    header = ["requests", "step, ms", "longest draft", *(f"{label}: decode" for label in labels)]
     header += [f"{label}: with prefill" for label in labels]
     return results.table([*header, "aasd: MAL", "drafted/step", "drafting may take, ms"], rows)
 
@@ -92,6 +97,28 @@ def sensitivity_table(result: Mapping[str, Any]) -> str:
                             + [results.number(row["methods"][label]["speed_up"]) for row in chosen])  # fmt: skip
     batches = [str(row["batch"]) for row in select(result, target=target, machine=machine)]
     return results.table(["target", "machine", "step times", "method", *batches], rows)
+
+
+def width_table(result: Mapping[str, Any]) -> str:
+    """Speed-ups by batch and longest draft; that of the schedule is marked."""
+    rows = result["fixed_lengths"]
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    cells = [[f"{found['mean']:.2f} [{found['lowest']:.2f}]" + (" *" if found["served"] else "")
+              for found in widths(result, batch)] for batch in dict.fromkeys(row["batch"] for row in rows)]  # fmt: skip
+    batches = dict.fromkeys(str(row["batch"]) for row in rows)
+    header = ["requests (*: as served)", *(f"{length} tokens" for length in lengths)]
+    return results.table(header, [[batch, *row] for batch, row in zip(batches, cells, strict=True)])
+
+
+def widths(result: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
+    """Of a batch, by longest draft: ``length``, whether it is ``served``, geometric ``mean`` and ``lowest`` speed-up."""
+    found = []
+    for row in result["fixed_lengths"]:
+        if row["batch"] == batch:
+            speeds = row["speed_up"].values()
+            entry = {"length": row["length"], "served": row["served"], "lowest": min(speeds)}
+            found.append(entry | {"mean": statistics.geometric_mean(speeds)})
+    return found
 
 
 def check_table(result: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from benchmarks import (
     projection,
     projection_report,
     replay,
+    results,
     roofline,
     traces,
 )
@@ -154,6 +155,7 @@ def test_traces_come_back_as_they_were_saved(tmp_path):
 
 def projected(monkeypatch, batches=(1, 4)):
     monkeypatch.setattr(projection, "MODES", projection.MODES[:2])
+    monkeypatch.setattr(projection, "DRAFT_SCHEDULE", ((2, 4), (3, 2)))
     members = [copying()] * 3 + [trace([2, 3, 4, 2], [3, 7, 8, 9], "qa")] * 3
     rows = projection.rows(members, NO_SUCCESSORS, list(batches))
     return {
@@ -165,6 +167,7 @@ def projected(monkeypatch, batches=(1, 4)):
         "check": {"no overlap": measured_curve.check(overlap=False)},
         "targets": [projection.alignment_cost(target, name) for target in projection.TARGETS for name in projection.PEAKS],
         "rows": rows,
+        "fixed_lengths": projection.fixed_lengths(members, NO_SUCCESSORS),
     }  # fmt: skip
 
 
@@ -185,6 +188,30 @@ def test_speed_up_is_tokens_by_time_over_plain_decoding():
     found = projection.figures(steps, times, batch=4, plain=2.0)
     assert found["speed_up"] == 1.0 and found["mal"] == 1.5 and found["drafted_per_step"] == 0.5
     assert found["drafting_may_take_ms"] == pytest.approx(projection.DRAFTING * 1e3)
+
+
+def test_what_is_served_pays_for_the_longest_draft_of_every_request(monkeypatch):
+    rows = projected(monkeypatch)["rows"]
+    first = next(row for row in rows if row["batch"] == 1 and row["traffic"] == "all")
+    device = projection.machine(first["machine"], projection.MODES[0])
+    wide = roofline.step_time(projection.TARGETS[0], device, 1, 5, projection.CONTEXT, projection.ALIGNED_LOGIT_PASSES)
+    served = first["methods"][projection.SERVED]
+    assert first["longest_draft"] == 4 and served["drafted_per_step"] < 4
+    assert served["step_ms"] == pytest.approx(1e3 * (wide + projection.DRAFTING))
+    # None is drafted at four requests: one token a request and step, and the predictions that are kept all the same.
+    none = next(row for row in rows if row["batch"] == 4 and row["traffic"] == "all")
+    of_none = none["methods"][projection.SERVED]
+    assert (of_none["mal"], of_none["drafted_per_step"]) == (1.0, 0.0)
+    assert 0.99 < of_none["speed_up"] < 1
+
+
+def test_widths_that_were_not_chosen_stand_beside_the_one_that_was(monkeypatch):
+    result = projected(monkeypatch)
+    assert [row["batch"] for row in result["fixed_lengths"][:: len(projection.FIXED_LENGTHS)]] == [1, 2, 3, 4, 6]
+    found = projection_report.widths(result, 1)
+    assert [one["length"] for one in found if one["served"]] == [4]
+    assert found[0]["lowest"] < found[0]["mean"] < 1 < found[4]["lowest"]
+    assert f"{found[4]['mean']:.2f} [{found[4]['lowest']:.2f}] *" in projection_report.report(result)
 
 
 def test_a_method_stops_paying_behind_the_last_batch_that_pays():
