@@ -130,6 +130,19 @@ def test_a_fixed_length_is_as_long_as_it_says(create, length):
     assert found.num_speculative_tokens == length
 
 
+@pytest.mark.parametrize(
+    ("options", "scheduler"),
+    [
+        ({}, None),
+        ({"per_request_spec_decode_metrics": "summary"}, refusals.SCHEDULER),
+        ({"per_request_spec_decode_metrics": "detailed"}, refusals.SCHEDULER),
+        ({"per_request_spec_decode_metrics": "summary", "scheduler_cls": "my.Scheduler"}, "my.Scheduler"),
+    ],
+)
+def test_vllms_scheduler_is_left_alone_unless_answers_tell_of_their_drafts(create, options, scheduler):
+    assert create({"method": "aasd"}, **options).scheduler_config.scheduler_cls == scheduler
+
+
 def test_vllms_own_methods_are_untouched(create):
     stock = create({"method": "ngram", "num_speculative_tokens": 3})
     assert stock.speculative_config.method == "ngram"
