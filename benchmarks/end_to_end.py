@@ -19,6 +19,8 @@ and where they part beyond a near tie (see `benchmarks.exactness`) no figure is 
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks import methods, results
 from benchmarks.end_to_end_report import report
@@ -79,9 +81,11 @@ def _arguments() -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        action=_Listed,
+        type=_listed(_method),
         default=list(METHODS),
-        help="the first is the one compared with",
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}; the first is the one compared with (default: all)",
     )
     add(
         "--aasd",
@@ -91,11 +95,21 @@ def _arguments() -> argparse.Namespace:
         metavar="JSON",
         help="also aasd with these settings",
     )
-    add("--concurrency", type=_positive, nargs="+", default=[1, 8, 32], help="default 1 8 32")
+    add(
+        "--concurrency",
+        nargs="+",
+        action=_Listed,
+        type=_listed(_positive),
+        metavar="N",
+        default=[1, 8, 32],
+        help="requests at once (default 1 8 32)",
+    )
     add(
         "--limit",
-        type=_positive,
         nargs="+",
+        action=_Listed,
+        type=_listed(_positive),
+        metavar="N",
         default=[8],
         help="prompts per category, for each concurrency (default 8)",
     )
@@ -114,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     add("--prefix-caching", action="store_true", help="keep prefixes within a round")
     add("--eager", action="store_true", help="don't compile; for a quick look, not for figures")
     add("--quick", action="store_true", help="a few minutes, to see that it works; for no figures")
-    add("--out", type=pathlib.Path, default=results.RESULTS / "end_to_end.json", help="result file")
+    add("--out", "--json", type=pathlib.Path, default=results.RESULTS / "end_to_end.json", help="result file")
     add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     add("--draw", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file")
     add("--against", metavar="METHOD", help="with --draw: ratios to this method instead of the first")
@@ -124,8 +138,25 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+class _Listed(argparse.Action):
+    """Of an option whose values stand apart by spaces or by commas."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [value for listed in values for value in listed])
+
+
+def _listed(of_one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [of_one(one) for one in text.split(",")]
+
+
+def _method(text: str) -> str:
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it takes {', '.join(METHODS)}")
+    return text
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: it takes an integer of at least 1")
     return value

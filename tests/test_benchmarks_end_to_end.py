@@ -702,6 +702,31 @@ def test_losing_rows_stay_and_the_tables_say_what_is_compared(tmp_path, monkeypa
     assert "1 thread(s) on core 0" in text and "2 of 18 part, 0 beyond a near tie; gaps of up to 0.25" in text
 
 
+@pytest.mark.parametrize(
+    "line", ["--methods none ngram aasd --concurrency 1 8 --out o", "--methods none,ngram,aasd --concurrency 1,8 --json o"]
+)
+def test_lists_stand_apart_by_spaces_or_commas(line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *line.split()])
+    found = end_to_end._arguments()
+    assert (found.methods, found.concurrency, found.limit) == (["none", "ngram", "aasd"], [1, 8], [8])
+    assert found.out == pathlib.Path("o")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("--methods none,ngra", "argument --methods: 'ngra' is not allowed: it takes none, ngram, suffix, aasd"),
+        ("--concurrency 1,x", "argument --concurrency: x is not allowed: it takes an integer of at least 1"),
+        ("--limit 0", "argument --limit: 0 is not allowed"),
+    ],
+)
+def test_a_value_in_a_list_is_named_that_cannot_be(line, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *line.split()])
+    with pytest.raises(SystemExit):
+        end_to_end._arguments()
+    assert complaint in capsys.readouterr().err
+
+
 def test_sampled_answers_are_not_said_to_be_exact():
     result = reported()
     result["metadata"]["conditions"] = CONDITIONS | {"temperature": 0.7}
