@@ -215,7 +215,8 @@ def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str
     """What longest drafts would do, at both ends of each range of the schedule.
 
     Returns:
-        A row per batch and length: whether it is ``served``, and ``speed_up`` of decoding by target and machine.
+        A row per batch and length: whether it is ``served``, and ``speed_up`` of decoding by mode, for each target and
+        machine.
     """
     members = [replay.generated_only(trace) for trace in recordings]
     ends = [end for last, _ in DRAFT_SCHEDULE for end in (last, last + 1)]
@@ -225,9 +226,12 @@ def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str
             progress_line(f"drafts of at most {length} tokens in batches of {batch}")
             steps = replay_whole(members, batch, Drafter(len(prior.ids), max(length, 1), MIN_SURVIVAL, prior), length)
             speeds = {
-                f"{target.name}, {name}": speed_up_of_width(steps, target, machine(name, MODES[0]), batch, length)
-                for target in TARGETS
-                for name in PEAKS
+                mode.name: [
+                    speed_up_of_width(steps, target, machine(name, mode), batch, length)
+                    for target in TARGETS
+                    for name in PEAKS
+                ]
+                for mode in MODES
             }
             served = length == scheduled_length(batch)
             found.append({"batch": batch, "length": length, "served": served, "speed_up": speeds})
