@@ -214,6 +214,19 @@ def test_widths_that_were_not_chosen_stand_beside_the_one_that_was(monkeypatch):
     assert f"{found[4]['mean']:.2f} [{found[4]['lowest']:.2f}] *" in projection_report.report(result)
 
 
+def test_no_longest_draft_of_the_schedule_is_projected_to_cost_speed():
+    result = results.read(results.RESULTS / "projection.json")
+    batches = list(dict.fromkeys(row["batch"] for row in result["fixed_lengths"]))
+    for batch in batches:
+        found = projection_report.widths(result, batch)
+        (served,) = (one for one in found if one["served"])
+        assert served["length"] == projection.scheduled_length(batch)
+        assert served["lowest"] > 0.985, batch
+        if served["length"]:
+            assert served["mean"] > 0.97 * max(one["mean"] for one in found), batch
+    assert served["length"] == 0 and all(one["lowest"] < 0.98 for one in found if one["length"]), batch
+
+
 def test_a_method_stops_paying_behind_the_last_batch_that_pays():
     rows = [{"batch": b, "methods": {"m": {"speed_up": s}}} for b, s in ((1, 1.5), (2, 1.0), (4, 1.2), (8, 1.01))]
     assert projection_report.stops(rows, "m", 1.05) == "8"
