@@ -346,10 +346,13 @@ def test_fewer_draft_tokens_in_a_step_than_configured():
     runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
     prompt = [1, 2, *target_alone([1, 2], 18)]
     runner.add(0, prompt, 30, SamplingParams(temperature=0.0, max_tokens=30))
+    propose, launches = runner.speculator._propose, []
+    runner.speculator._propose = lambda **given: launches.append(propose(**given))
     for width in (2, 0, WIDTH):
         runner.width = width
         runner.step([0])
         assert runner.counts[0] == width
+    assert len(launches) == 2, "none where nothing is drafted"
     tokens = runner.tokens[0, len(prompt) : int(runner.total_len[0])].tolist()
     assert tokens == target_alone(prompt, len(tokens))
 
