@@ -20,6 +20,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "tokens_per_step": ("end_to_end.json", readme_tables.tokens_per_step),
     "speed": ("end_to_end.json", readme_tables.speed),
     "speed_sampled": ("end_to_end_sampled.json", readme_tables.speed),
+    "speed_float32": ("end_to_end_float32.json", readme_tables.speed),
+    "speed_float32_sampled": ("end_to_end_float32_sampled.json", readme_tables.speed),
     "serving": ("serving.json", readme_tables.serving),
     "load": ("load.json", readme_tables.load),
     "frontier": ("frontier.json", report.table),
