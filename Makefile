@@ -6,8 +6,8 @@ PYTEST = .venv/bin/python -m pytest
 AASD_TEST_MODEL ?= $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
 export FLAVOUR MODEL PORT ARGS AASD_TEST_MODEL
 ifeq ($(strip $(MODEL)),)
-VLLM_AASD_CACHE_ROOT ?= $(CURDIR)/.venv/cache
-export VLLM_AASD_CACHE_ROOT
+AASD_CACHE_ROOT ?= $(CURDIR)/.venv/cache
+export AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help

@@ -23,7 +23,7 @@ def demo_model() -> str:
 def _no_priors_of_this_machine(tmp_path_factory):
     """Engines under test must not find what somebody has made on this machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

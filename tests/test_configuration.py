@@ -67,6 +67,13 @@ def test_the_same_arguments_can_be_built_twice(demo_model):
     assert first.speculative_config.aasd == second.speculative_config.aasd == Settings(floor=0.5)
 
 
+def test_a_server_that_takes_no_unknown_variable_of_vllms_takes_ours(create, monkeypatch, tmp_path):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    # The second one finds what the first has set.
+    for _ in range(2):
+        assert create({"method": "aasd"}, fail_on_environ_validation=True).speculative_config.aasd_metrics_folder
+
+
 def test_the_method_may_come_beside_the_json(create):
     config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
     assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3

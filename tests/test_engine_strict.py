@@ -98,7 +98,7 @@ def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
 
 @pytest.mark.long
 def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     rng = np.random.default_rng(0)
     key, vocab_size = model_key(demo_model), 49152
     nonsense = Prior(

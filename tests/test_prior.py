@@ -106,7 +106,7 @@ def test_a_type_that_numpy_does_not_know_is_refused(tmp_path, dtype):
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"foreign"])
 def test_a_bad_file_costs_one_warning_and_the_server_starts_without(tmp_path, monkeypatch, caplog, content):
-    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(start_up, "_key_of", lambda model: "m")
     model = types.SimpleNamespace(model="m", get_vocab_size=lambda: VOCAB_SIZE)
     for kind in ("prior", "memory"):
@@ -182,9 +182,9 @@ def test_a_memory_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("VLLM_AASD_CACHE_ROOT", raising=False)
+    monkeypatch.delenv("AASD_CACHE_ROOT", raising=False)
     assert prior_file.cache_path("k") == tmp_path / "vllm_aasd" / "prior-k.safetensors"
-    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path / "shared"))
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "shared"))
     assert prior_file.cache_path("k") == tmp_path / "shared" / "prior-k.safetensors"
 
 
@@ -288,7 +288,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
     path, model = tiny_model
     environment = {
         **os.environ,
-        "VLLM_AASD_CACHE_ROOT": str(tmp_path),
+        "AASD_CACHE_ROOT": str(tmp_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",

@@ -91,7 +91,7 @@ def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
 
 
 def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("VLLM_AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     key = start_up.model_key(str(tmp_path / "model"))

@@ -5,7 +5,7 @@
 
 Runs the model once over its vocabulary and keeps the result in a cache folder under a name that stands for the
 model's content; a server with method ``aasd`` finds it there. On a cluster, run it on each node, or put
-``VLLM_AASD_CACHE_ROOT`` on a file system that they share.
+``AASD_CACHE_ROOT`` on a file system that they share.
 """
 
 import argparse

@@ -19,13 +19,13 @@ class TensorFileError(ValueError):
 
 
 def cache_path(kind: str, model_key: str) -> Path:
-    """Where a file is kept: in ``VLLM_AASD_CACHE_ROOT``, by default ``~/.cache/vllm_aasd``.
+    """Where a file is kept: in ``AASD_CACHE_ROOT``, by default ``~/.cache/vllm_aasd``.
 
     Args:
         kind: what it holds, such as ``prior``.
         model_key: what names the model's content.
     """
-    root = os.environ.get("VLLM_AASD_CACHE_ROOT") or cache_folder()
+    root = os.environ.get("AASD_CACHE_ROOT") or cache_folder()
     return Path(root) / f"{kind}-{model_key}.safetensors"
 
 

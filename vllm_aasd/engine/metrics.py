@@ -48,7 +48,7 @@ WRITE_SECONDS = 1.0
 
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
 # "<pid of the process that owns it>:<folder>", for API servers that vLLM starts as children of that process.
-_OURS = "VLLM_AASD_METRICS_FOLDER"
+_OURS = "AASD_METRICS_FOLDER"
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _numbers = itertools.count()
 
