@@ -15,7 +15,10 @@ from vllm_aasd.kernels.policies import VerifyPolicies
 pytestmark = pytest.mark.engine
 
 STRICT = {"aasd_verification": "strict", "num_speculative_tokens": 4}
+# None where two run at once.
+WIDTHS = {"num_speculative_tokens_per_batch_size": [[1, 1, 4], [2, 2, 0], [3, 3, 4]]}
 PROMPTS = real_prompts(3, max_chars=140)
+PAIR = ["one two one two one two", "red green red green red"]
 MAX_TOKENS = 10
 PROCESSED = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2, "logprobs": 2}
 BAD_WORDS = [" the", "The", " of"]
@@ -36,13 +39,13 @@ def plain(demo_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "out.json"
     requests = greedy(PROMPTS[:1], MAX_TOKENS, prompt_logprobs=4) + greedy(PROMPTS[1:], MAX_TOKENS)
     processed = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
-    return run_engine(demo_model, [requests, processed], out, max_num_seqs=3, block_size=32)
+    return run_engine(demo_model, [requests, processed, greedy(PAIR, 5)], out, max_num_seqs=3, block_size=32)
 
 
 @pytest.fixture(scope="module")
 def speculated(demo_model, tmp_path_factory):
     """Three prompts at once, in chunks of 48; one again from the prefix cache, and a JSON object; one that wants no
-    speculation; and then, with faults."""
+    speculation; two at once; and then, with faults."""
     out = tmp_path_factory.mktemp("v2") / "out.json"
     constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
     again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1)
@@ -53,12 +56,13 @@ def speculated(demo_model, tmp_path_factory):
             greedy(PROMPTS, MAX_TOKENS),
             again + constrained + processed,
             greedy(PROMPTS[:1], MAX_TOKENS, extra_args={"aasd_enabled": False}),
+            greedy(PAIR, 5),
             *(greedy(PROMPTS[:1], MAX_TOKENS) for _ in FAULTS),
         ],
         out,
         v2=True,
-        faults=[None, None, None, *FAULTS],
-        aasd={**STRICT, "aasd_alignment": True},
+        faults=[None] * 4 + [*FAULTS],
+        aasd={**STRICT, **WIDTHS, "aasd_alignment": True},
         record_store=True,
         max_num_batched_tokens=48,
         per_request_spec_decode_metrics="summary",
@@ -122,29 +126,18 @@ def test_a_request_that_wants_no_speculation_has_nothing_drafted(plain, speculat
     assert speculated["rounds"][2][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
 
 
+def test_the_number_of_requests_says_how_much_is_drafted(plain, speculated):
+    before, after = (speculated["after"][at]["metrics"] for at in (2, 3))
+    assert after["vllm:spec_decode_num_draft_tokens"] == before["vllm:spec_decode_num_draft_tokens"], "two at once"
+    assert token_ids(speculated["rounds"][3]) == token_ids(plain["rounds"][2])
+
+
 def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
     wanted = plain["rounds"][0][0]["token_ids"]
-    rounds = zip(FAULTS.items(), speculated["rounds"][3:], speculated["after"][3:], strict=True)
+    rounds = zip(FAULTS.items(), speculated["rounds"][4:], speculated["after"][4:], strict=True)
     for (seam, place), (output,), after in rounds:
         assert output["token_ids"] == wanted, seam
         assert {place for place, count in after["faults"].items() if count} == {place}, seam
-
-
-def test_widths_by_the_number_of_requests_change_no_token(plain, demo_model, tmp_path):
-    # Two end together, so that neither is alone in a step that could still use a draft.
-    lengths = ((MAX_TOKENS,) * 3, (4, 5), (MAX_TOKENS,))
-    rounds = [[greedy([prompt], length)[0] for prompt, length in zip(PROMPTS, of, strict=False)] for of in lengths]
-    aasd = STRICT | {
-        "aasd_min_survival": 0.0,
-        "num_speculative_tokens_per_batch_size": [[1, 1, 4], [2, 2, 0], [3, 3, 2]],
-    }
-    options = {"per_request_spec_decode_metrics": "detailed", "max_num_seqs": 3}
-    found = run_engine(demo_model, rounds, tmp_path / "out", v2=True, aasd=aasd, **options)["rounds"]
-    wanted = token_ids(plain["rounds"][0])
-    for of, outputs in zip(lengths, found, strict=True):
-        assert token_ids(outputs) == [tokens[:length] for tokens, length in zip(wanted, of, strict=False)]
-    three, two, (one,) = ([output["drafts"].get("per_step_drafted", []) for output in outputs] for outputs in found)
-    assert [drafted[0] for drafted in three] == [2, 2, 2] and two == [[], []] and max(one) > 2
 
 
 @pytest.mark.long

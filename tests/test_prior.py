@@ -294,7 +294,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32"]
+    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32", "--enforce-eager"]
     run = types.SimpleNamespace(args=command, env=environment, text=True, capture_output=True, timeout=300)
     first = subprocess.run(**vars(run))
     assert first.returncode == 0, first.stderr[-3000:]
