@@ -133,7 +133,8 @@ FAULTS = {
 
 
 def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path):
-    rounds = [greedy(PROMPTS[:4], MAX_TOKENS) for _ in range(len(FAULTS) + 1)]
+    num_tokens = 12
+    rounds = [greedy(PROMPTS[:4], num_tokens) for _ in range(len(FAULTS) + 1)]
     result = run_engine(
         demo_model,
         rounds,
@@ -141,7 +142,7 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path
         aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "file"},
         faults=[*FAULTS, None],
     )
-    wanted = token_ids(plain["rounds"][0])[:4]
+    wanted = [tokens[:num_tokens] for tokens in token_ids(plain["rounds"][0])[:4]]
     for seam, outputs, after in zip([*FAULTS, None], result["rounds"], result["after"], strict=True):
         assert token_ids(outputs) == wanted, seam
         assert {place for place, count in after["faults"].items() if count} == ({FAULTS[seam]} if seam else set()), seam
