@@ -17,6 +17,7 @@ Every assumption stands in the result's ``assumptions``, and is printed.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from typing import Any, NamedTuple
@@ -224,15 +225,12 @@ def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str
     for batch in sorted({1, *ends, 2 * ends[-2]}):
         for length in FIXED_LENGTHS:
             progress_line(f"drafts of at most {length} tokens in batches of {batch}")
-            steps = replay_whole(members, batch, Drafter(len(prior.ids), max(length, 1), MIN_SURVIVAL, prior), length)
-            speeds = {
-                mode.name: [
-                    speed_up_of_width(steps, target, machine(name, mode), batch, length)
-                    for target in TARGETS
-                    for name in PEAKS
-                ]
-                for mode in MODES
-            }
+            steps = replay_served(members, prior, batch, length)
+            speeds: dict[str, list[float]] = {mode.name: [] for mode in MODES}
+            for mode, target, name in itertools.product(MODES, TARGETS, PEAKS):
+                device = machine(name, mode)
+                times, plain = wide_step_times(target, device, batch, length), plain_step_time(target, device, batch)
+                speeds[mode.name].append(figures(steps, times, batch, plain)["speed_up"])
             served = length == scheduled_length(batch)
             found.append({"batch": batch, "length": length, "served": served, "speed_up": speeds})
     progress_line("")
@@ -242,31 +240,28 @@ def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str
 def steps_of_whole_drafts(members: list[replay.Trace], prior: Prior, batch: int) -> dict[str, list[replay.Step]]:
     """Batches of the methods whose drafts don't depend on step times."""
     longest = scheduled_length(batch)
-
-    def drafter() -> Drafter:
-        return Drafter(len(prior.ids), max(longest, 1), MIN_SURVIVAL, prior)
-
     ngram = NgramDrafter(max(len(trace.token_ids) for trace in members))
     return {
         NGRAM: replay_whole(members, batch, ngram, ngram.num_draft_tokens),
-        SERVED: replay_whole([replay.generated_only(trace) for trace in members], batch, drafter(), longest),
-        ALIGNED: replay_whole(members, batch, drafter(), longest),
+        SERVED: replay_served([replay.generated_only(trace) for trace in members], prior, batch, longest),
+        ALIGNED: replay_served(members, prior, batch, longest),
     }
 
 
-def step_times_of_width(target: Target, device: Machine, batch: int, length: int) -> tuple[float, float]:
-    """Seconds of a step in which every request takes ``length`` positions of drafts, and of one without speculation."""
-    plain = float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
-    wide = float(step_time(target, device, batch, batch * (length + 1), CONTEXT, ALIGNED_LOGIT_PASSES))
-    return wide + (DRAFTING if length else 0.0), plain
+def plain_step_time(target: Target, device: Machine, batch: int) -> float:
+    """Seconds of a step without speculation."""
+    return float(step_time(target, device, batch, batch, CONTEXT, PLAIN_LOGIT_PASSES))
 
 
-def speed_up_of_width(
-    steps: list[replay.Step], target: Target, device: Machine, batch: int, length: int
-) -> float:
-    """Of decoding, over no speculation, which emits one token a request and step."""
-    wide, plain = step_times_of_width(target, device, batch, length)
-    return sum(step.emitted for step in steps) * plain / (batch * len(steps) * wide)
+def wide_step_times(target: Target, device: Machine, batch: int, length: int) -> np.ndarray:
+    """Seconds of steps in which every request takes ``length`` positions of drafts: the same whatever is drafted.
+
+    Returns:
+        ``[batch * (length + 1) + 1]`` float64, by the tokens that are real.
+    """
+    width = batch * (length + 1)
+    seconds = step_time(target, device, batch, width, CONTEXT, ALIGNED_LOGIT_PASSES) + (DRAFTING if length else 0.0)
+    return np.full(width + 1, seconds)
 
 
 def project(
@@ -279,14 +274,15 @@ def project(
 ) -> dict[str, Any]:
     """The figures of one batch: by method the speed-up of decoding, and with prefill; MAL and drafts."""
     counts = np.arange(batch * (NUM_SPECULATIVE_TOKENS + 1) + 1)
-    wide, plain = step_times_of_width(target, device, batch, scheduled_length(batch))
+    plain = plain_step_time(target, device, batch)
+    as_served = wide_step_times(target, device, batch, scheduled_length(batch))
     with_ngram = step_time(target, device, batch, counts, CONTEXT, PLAIN_LOGIT_PASSES) + DRAFTING
     with_aasd = step_time(target, device, batch, counts, CONTEXT, ALIGNED_LOGIT_PASSES) + DRAFTING
     by_time = replay_by_time([replay.generated_only(trace) for trace in members], prior, batch, with_aasd)
     steps = {
         NGRAM: (whole[NGRAM], with_ngram),
-        SERVED: (whole[SERVED], np.full(len(counts), wide)),
-        ALIGNED: (whole[ALIGNED], np.full(len(counts), wide)),
+        SERVED: (whole[SERVED], as_served),
+        ALIGNED: (whole[ALIGNED], as_served),
         BY_TIME: (by_time, with_aasd),
     }
     prefill = prefill_time(target, device, CONTEXT)
@@ -333,6 +329,13 @@ def replay_whole(
     untimed = np.ones(batch * (length + 1) + 1)
     rng, traffic = _traffic(members, batch)
     return replay.closed_loop(traffic, drafter, length, untimed, batch, replay.whole_drafts, rng).batches
+
+
+def replay_served(members: list[replay.Trace], prior: Prior, batch: int, length: int) -> list[replay.Step]:
+    """Batches with the served drafter, whose drafts have so many tokens at most."""
+    # A drafter has room for one token at least.
+    drafter = Drafter(len(prior.ids), max(length, 1), MIN_SURVIVAL, prior)
+    return replay_whole(members, batch, drafter, length)
 
 
 def replay_by_time(

@@ -101,13 +101,12 @@ def sensitivity_table(result: Mapping[str, Any]) -> str:
 
 def width_table(result: Mapping[str, Any]) -> str:
     """Speed-ups by batch and longest draft; that of the schedule is marked."""
-    rows = result["fixed_lengths"]
-    lengths = list(dict.fromkeys(row["length"] for row in rows))
-    cells = [[f"{found['mean']:.2f} [{found['lowest']:.2f}]" + (" *" if found["served"] else "")
-              for found in widths(result, batch)] for batch in dict.fromkeys(row["batch"] for row in rows)]  # fmt: skip
-    batches = dict.fromkeys(str(row["batch"]) for row in rows)
-    header = ["requests (*: as served)", *(f"{length} tokens" for length in lengths)]
-    return results.table(header, [[batch, *row] for batch, row in zip(batches, cells, strict=True)])
+    rows = []
+    for batch in dict.fromkeys(row["batch"] for row in result["fixed_lengths"]):
+        found = widths(result, batch)
+        cells = [f"{one['mean']:.2f} [{one['lowest']:.2f}]" + (" *" if one["served"] else "") for one in found]
+        rows.append([str(batch), *cells])
+    return results.table(["requests (*: as served)", *(f"{one['length']} tokens" for one in found)], rows)
 
 
 def widths(result: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
@@ -117,9 +116,9 @@ def widths(result: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
     found = []
     for row in result["fixed_lengths"]:
         if row["batch"] == batch:
-            first, *others = row["speed_up"].values()
-            entry = {"length": row["length"], "served": row["served"], "mean": statistics.geometric_mean(first)}
-            found.append(entry | {"lowest": min(min(speeds) for speeds in (first, *others))})
+            speeds = list(row["speed_up"].values())
+            mean, lowest = statistics.geometric_mean(speeds[0]), min(map(min, speeds))
+            found.append({"length": row["length"], "served": row["served"], "mean": mean, "lowest": lowest})
     return found
 
 
