@@ -111,12 +111,41 @@ def test_where_a_step_is_as_wide_as_the_longest_draft_the_width_goes_by_the_numb
     assert "by requests [(1, 4, 8), (5, 16, 4)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
 
 
+@pytest.mark.parametrize(("longest", "lengths"), [(16, [16, 4, 2, 1, 0]), (5, [5, 4, 2, 1, 0]), (1, [1, 1, 1, 1, 0])])
+@pytest.mark.parametrize("is_flag", [False, True])
+def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, lengths, is_flag):
+    keys, options = ({}, {"spec_tokens": longest}) if is_flag else ({"num_speculative_tokens": longest}, {})
+    config = create({"method": "aasd", **keys}, **options)
+    assert config.speculative_config.num_speculative_tokens == longest
+    assert [scheduled_lengths(config)[n] for n in (4, 16, 48, 128, 200)] == lengths
+    assert config.speculative_config.aasd_learns_widths
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "scheduler", "learns"),
+    [
+        ({}, {}, refusals.SCHEDULER, True),
+        ({}, {"scheduler_cls": "my.Scheduler"}, "my.Scheduler", False),
+        ({"num_speculative_tokens_per_batch_size": [[1, 9, 6]]}, {}, None, False),
+        ({"aasd_draft_length": 3}, {}, None, False),
+        ({}, {"async_scheduling": False}, None, False),
+        ({}, {"data_parallel_size": 2}, None, False),
+    ],
+)
+def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, keys, options, scheduler, learns):
+    config = create({"method": "aasd", **keys}, **options)
+    assert config.scheduler_config.scheduler_cls == scheduler
+    found = pickle.loads(pickle.dumps(config)).speculative_config
+    assert found.aasd_learns_widths is learns and ("as learnt" in repr(found)) is learns
+
+
 @pytest.mark.parametrize(
     ("keys", "options", "longest"),
     [
         ({}, {"async_scheduling": False}, 8),
         ({}, {"data_parallel_size": 2}, 2),
-        ({"num_speculative_tokens": 5}, {}, 5),
+        ({"num_speculative_tokens": 5}, {"async_scheduling": False}, 5),
+        ({"num_speculative_tokens": 5}, {"data_parallel_size": 2}, 5),
         ({"aasd_draft_length": 3}, {}, 3),
         ({"aasd_draft_length": 3}, {"data_parallel_size": 2}, 3),
     ],

@@ -34,6 +34,7 @@ V2_CARRIER = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
+_LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
 _NGRAM_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
 _NGRAM_DEFAULT = 5
 
@@ -52,10 +53,15 @@ class AASDSpeculativeConfig(SpeculativeConfig):
     aasd_metrics_folder: str = ""
     """Where workers write their figures, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
 
+    aasd_learns_widths: bool = False
+    """Whether `num_speculative_tokens_per_batch_size` is ours, and only what the scheduler begins from."""
+
     def __repr__(self) -> str:
         settings = self.aasd.describe() if self.aasd is not None else ""
         schedule = self.num_speculative_tokens_per_batch_size
         by_requests = f" by requests {schedule}" if schedule is not None else ""
+        if self.aasd_learns_widths:
+            by_requests += " at first, then as learnt"
         return (
             f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}{by_requests}, {settings})"
         )
@@ -96,12 +102,11 @@ def _create(
 
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
     carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
-    if args.spec_tokens is None:
-        if "num_speculative_tokens" not in carried:
-            carried = _default_lengths(args, settings, runner) | carried
-        _check_num_speculative_tokens(carried["num_speculative_tokens"])
-    else:
-        _check_num_speculative_tokens(args.spec_tokens)
+    lengths = _lengths(args, settings, runner, _given_length(args, carried))
+    if args.spec_tokens is not None:
+        # vLLM takes it from there by itself.
+        del lengths[_LONGEST]
+    carried = lengths | carried
     args.speculative_config = carried
     spec_method, args.spec_method = args.spec_method, None
     try:
@@ -119,36 +124,54 @@ def _create(
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
         ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
-    if args.per_request_spec_decode_metrics != "none" and args.scheduler_cls is None:
+    has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
+    if (args.per_request_spec_decode_metrics != "none" or has_schedule_of_ours) and args.scheduler_cls is None:
         args.scheduler_cls = refusals.SCHEDULER
+    ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == refusals.SCHEDULER
     target_parallel_config.worker_cls = (
         refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
     )
     return ours
 
 
-def _default_lengths(args: EngineArgs, settings: Settings, runner: str) -> dict[str, Any]:
-    """vLLM's own keys that say how long drafts may be, where nobody gave `num_speculative_tokens`."""
+def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
+    """The `num_speculative_tokens` that somebody set, checked; None if nobody did."""
+    if args.spec_tokens is None and _LONGEST not in vllm_keys:
+        return None
+    given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
+    if type(given) is not int or not 1 <= given <= MAX_SPECULATIVE_TOKENS:
+        raise ValueError(
+            f"{_LONGEST}={given!r} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
+        )
+    return given
+
+
+def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | None) -> dict[str, Any]:
+    """vLLM's own keys that say how long drafts may be.
+
+    Args:
+        given: the `num_speculative_tokens` that somebody set.
+    """
     if settings.draft_length != "adaptive":
-        return {"num_speculative_tokens": settings.draft_length}
+        return {_LONGEST: given or settings.draft_length}
     if runner == "V1":
         is_long = settings.draft == "mixture" and not args.enable_lora
-        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS}
+        return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS)}
     if refusals.is_synchronous(args):
-        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
+        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS}
     if args.data_parallel_size > 1:
-        return {"num_speculative_tokens": NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
-    return {
-        "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
-        "num_speculative_tokens_per_batch_size": _vllm_schedule(),
-    }
+        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
+    longest = given or NUM_SPECULATIVE_TOKENS
+    return {_LONGEST: longest, _SCHEDULE: _vllm_schedule(longest)}
 
 
-def _vllm_schedule() -> list[tuple[int, int, int]]:
-    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens."""
+def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
+    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, of which none has more than
+    the first.
+    """
     first, entries = 1, []
     for last, length in DRAFT_SCHEDULE:
-        entries.append((first, last, length))
+        entries.append((first, last, min(length, longest) if entries else longest))
         first = last + 1
     # vLLM goes on with the last entry.
     return [*entries, (first, first, 0)]
@@ -201,11 +224,3 @@ def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]
     if low > high:
         raise ValueError(f"prompt_lookup_min={low} is not allowed: it takes at most prompt_lookup_max={high}.")
     return {"prompt_lookup_min": low, "prompt_lookup_max": high}
-
-
-def _check_num_speculative_tokens(value: Any) -> None:
-    if type(value) is not int or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
-        raise ValueError(
-            f"num_speculative_tokens={value!r} is not allowed: it takes an integer from 1 to "
-            f"{MAX_SPECULATIVE_TOKENS}."
-        )

@@ -1,4 +1,7 @@
-"""vLLM's scheduler, which adds up by request what the workers tell; in force only where answers are to carry it."""
+"""vLLM's scheduler, which learns how many tokens to draft, and adds up by request what the workers tell.
+
+In force only where one of the two is wanted.
+"""
 
 from typing import Any
 
@@ -12,10 +15,38 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm_aasd.engine import request_totals
 from vllm_aasd.engine.containment import Faults
 from vllm_aasd.engine.request_totals import Totals
+from vllm_aasd.engine.width_schedule import WidthSchedule
+
+
+class _WithWidths:
+    """Stands before either of vLLM's schedulers among the base classes: it learns the widths of drafts."""
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        self._widths: WidthSchedule | None = None
+        # vLLM has dropped the schedule where it can't follow one.
+        if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
+            max_step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self._widths = self.dynamic_sd_lookup = WidthSchedule(self.dynamic_sd_lookup, max_step_tokens)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Also: look at the clock."""
+        step = super().schedule(*args, **kwargs)
+        if self._widths is not None:
+            self._widths.scheduled(step)
+        return step
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Also: learn from it."""
+        if self._widths is not None:
+            self._widths.done(scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
 
 
 class _WithTotals:
-    """What stands before either of vLLM's schedulers among the base classes."""
+    """Stands there too: it sends a request's totals with its last output."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,7 +56,7 @@ class _WithTotals:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Also: send a request's totals with its last output."""
+        """Also: add up the step, and send what has ended."""
         with self._totals_contained:
             self._add_totals(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -49,11 +80,11 @@ class _WithTotals:
             self._totals[req_id] = self._totals.get(req_id, Totals()).plus(totals)
 
 
-class _Scheduler(_WithTotals, Scheduler):
+class _Scheduler(_WithWidths, _WithTotals, Scheduler):
     pass
 
 
-class _AsyncScheduler(_WithTotals, AsyncScheduler):
+class _AsyncScheduler(_WithWidths, _WithTotals, AsyncScheduler):
     pass
 
 

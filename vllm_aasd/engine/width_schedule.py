@@ -1,0 +1,76 @@
+"""The widths of drafts that vLLM's scheduler asks for, learnt from what it is told of each step."""
+
+import collections
+import logging
+import time
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_aasd.drafting.widths import WidthsByLoad
+from vllm_aasd.engine.containment import Faults
+
+logger = logging.getLogger("vllm.aasd")
+
+# Steps that vLLM has under way at once: one a pipeline stage, and one more.
+_MAX_UNDER_WAY = 64
+
+
+class WidthSchedule:
+    """In the place of the scheduler's ``dynamic_sd_lookup``, of which it is asked for the number of requests' entry.
+
+    Args:
+        lookup: vLLM's, see `vllm_aasd.drafting.widths.WidthsByLoad`; it goes on where learning fails.
+        max_step_tokens: the most tokens of a step.
+    """
+
+    def __init__(self, lookup: list[int], max_step_tokens: int) -> None:
+        self._lookup = lookup
+        self._widths = WidthsByLoad(lookup, max_step_tokens)
+        self._faults = Faults()
+        self._contained = self._faults.contained("step_time")
+        # Steps that aren't done yet, oldest first, and when they were scheduled.
+        self._under_way: collections.deque[tuple[SchedulerOutput, float]] = collections.deque(maxlen=_MAX_UNDER_WAY)
+        self._last_done = 0.0
+        logger.info("aasd is live: the scheduler learns how many tokens to draft from what its steps emit and take")
+
+    def __getitem__(self, num_requests: int) -> int:
+        if not self._faults.is_off("step_time"):
+            with self._contained:
+                return self._widths.choose(num_requests)
+        return self._lookup[num_requests]
+
+    def scheduled(self, step: SchedulerOutput) -> None:
+        """Take in that a step is on its way to the workers."""
+        self._under_way.append((step, time.perf_counter()))
+
+    def done(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Learn from a step what it emitted and took."""
+        now = time.perf_counter()
+        if not self._faults.is_off("step_time"):
+            with self._contained:
+                self._learn(step, output, now)
+        self._last_done = now
+
+    def _learn(self, step: SchedulerOutput, output: ModelRunnerOutput, now: float) -> None:
+        began = None
+        while self._under_way and began is None:
+            other, scheduled = self._under_way.popleft()
+            if other is step:
+                # The device begins it when it is there, and the one before is done.
+                began = max(scheduled, self._last_done)
+        drafts = step.scheduled_spec_decode_tokens
+        num_requests = len(step.num_scheduled_tokens)
+        if num_requests == 0:
+            return
+        emitted = [len(output.sampled_token_ids[output.req_id_to_index[req_id]]) for req_id in drafts]
+        is_decode = all(
+            num_tokens == 1 + len(drafts.get(req_id, ())) for req_id, num_tokens in step.num_scheduled_tokens.items()
+        )
+        self._widths.observe(
+            num_requests,
+            len(step.scheduled_new_reqs),
+            max(map(len, drafts.values()), default=0),
+            [count - 1 for count in emitted if count],
+            now - began if is_decode and began is not None else None,
+        )
