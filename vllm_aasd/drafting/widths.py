@@ -6,10 +6,10 @@ width emits, and what it takes.
 """
 
 import bisect
+import itertools
 import math
+import operator
 from collections.abc import Sequence
-
-import numpy as np
 
 # Of draft tokens whose predecessors were all accepted, by position, the share accepted of the default drafter's, fillers
 # counted as rejected (`benchmarks/results/end_to_end.json`, greedy, one request at a time); the last goes on.
@@ -17,6 +17,8 @@ _ACCEPTED_AT_FIRST = (0.34, 0.6, 0.75, 0.8)
 # Drafts that this counts for where nothing else is known; and that the usual counts for when a request begins.
 _WEIGHT_AT_FIRST = 64.0
 _WEIGHT_OF_USUAL = 8.0
+# What counts where a position is hardly ever come to.
+_LEAST_WEIGHT = 0.5
 # Drafts after which one counts for 1/e, of what is accepted now and of what usually is; and steps at least.
 _MEMORY_NOW = 64
 _MEMORY_USUAL = 4096
@@ -40,10 +42,10 @@ class WidthsByLoad:
     A step of R requests and width w emits R (1 + s_1 + ... + s_w) tokens in expectation, s_i being the share of drafts that
     are accepted up to their i-th token, and takes a time T_R(w). The width chosen is the one whose rate is highest among
     those whose time is known. Of T_R only the ratios of neighbouring widths matter; they are learnt, at powers of two of
-    requests and interpolated between, from neighbouring steps of which one is a *look*: now and then a step has the next smaller or
-    next larger width, one step in 33 at most in the long run, and fewer where they cost much. So no device has to be described, and nothing is timed at
-    start-up. The s_i are learnt from all requests together; requests that begin bring with them what is usual, in proportion to
-    their number.
+    requests and interpolated between, from neighbouring steps of which one is a *look*: now and then a step has the next
+    smaller or next larger width, one step in 33 at most in the long run, and fewer where they cost much. So no device has to
+    be described, and nothing is timed at start-up. The s_i are learnt from all requests together; requests that begin bring
+    with them what is usual, in proportion to their number.
 
     Args:
         by_requests: ``[max_num_reqs + 1]``, the width to begin from by the number of requests; entry 0 is unused. The
@@ -54,12 +56,13 @@ class WidthsByLoad:
     def __init__(self, by_requests: Sequence[int], max_tokens: int) -> None:
         self._first = [0, *by_requests[1:]]
         self._widths = sorted(set(self._first))
+        self._max_tokens = max_tokens
         self._usual = _Acceptance(self._widths[-1])
         self._now = _Acceptance(self._widths[-1])
         self._now.move_towards(self._usual, 1.0)
-        self._costs = _Costs(len(by_requests), len(self._widths))
-        self._looks = [_Looks(len(self._widths)) for _ in range(len(by_requests).bit_length() + 1)]
-        self._max_tokens = max_tokens
+        num_knots = len(by_requests).bit_length() + 1
+        self._costs = _Costs(num_knots, len(self._widths))
+        self._looks = [_Looks(len(self._widths)) for _ in range(num_knots)]
         self._before: tuple[int, int, float] | None = None
 
     def choose(self, num_requests: int) -> int:
@@ -68,32 +71,20 @@ class WidthsByLoad:
         Args:
             num_requests: of the step, 1 to ``max_num_reqs``.
         """
-        rates = self._rates(num_requests)
-        best = int(np.nanargmax(rates))
+        # How many of the widths leave room for every request; one at least.
+        num_fitting = max(1, bisect.bisect_right(self._widths, self._max_tokens // num_requests - 1))
+        rates = self._rates(num_requests, num_fitting)
+        best = max(rates, key=rates.__getitem__)
         looks = self._looks_at(num_requests)
         for near in (best - 1, best + 1):
-            if 0 <= near < len(rates) and looks.is_due(near, rates[best] / rates[near]):
+            if 0 <= near < num_fitting and looks.is_due(near, rates[best] / rates.get(near, math.inf)):
                 looks.begin(near)
                 return self._widths[near]
         return self._widths[best]
 
-    def _looks_at(self, num_requests: int) -> "_Looks":
-        return self._looks[round(math.log2(num_requests))]
-
-    def _rates(self, num_requests: int) -> np.ndarray:
-        """Tokens by time of each width that fits, in any unit; NaN where the time isn't known."""
-        # How many of the widths leave room for every request; one at least.
-        fitting = max(1, bisect.bisect_right(self._widths, self._max_tokens // num_requests - 1))
-        first = min(self._widths.index(self._first[num_requests]), fitting - 1)
-        # Known are those that an unbroken row of pairs joins to the first.
-        costs = self._costs.of(num_requests)
-        seconds = np.exp(np.concatenate((-np.cumsum(costs[:first][::-1])[::-1], [0.0], np.cumsum(costs[first:]))))
-        emitted = np.concatenate(([1.0], 1.0 + np.cumsum(self.survival())))
-        return (emitted[self._widths] / seconds)[:fitting]
-
-    def survival(self) -> np.ndarray:
-        """``[longest width]`` float64, the share of drafts that are accepted up to and including each position."""
-        return np.cumprod(self._now.shares(self._usual.shares()))
+    def survival(self) -> list[float]:
+        """By position, the share of drafts that are accepted up to and including it."""
+        return list(itertools.accumulate(self._now.shares(self._usual.shares()), operator.mul))
 
     def observe(self, num_requests: int, num_new: int, width: int, num_accepted: Sequence[int], seconds: float | None) -> None:
         """Learn from one step.
@@ -103,24 +94,44 @@ class WidthsByLoad:
             num_new: how many of them it was the first step of.
             width: draft positions of each request that had any, up to the longest; those not chosen from teach no time.
             num_accepted: by request that had any, draft tokens accepted, 0 to ``width``.
-            seconds: what the step took, > 0; None if it read prompts or its time isn't known.
+            seconds: what the step took; None if it read prompts or its time isn't known.
         """
         if num_new:
             self._now.move_towards(self._usual, min(num_new / num_requests, 1.0))
-        if width and len(num_accepted):
-            counts = np.bincount(np.minimum(num_accepted, width), minlength=width + 1)
+        if num_accepted:
+            counts = [0] * (width + 1)
+            for count in num_accepted:
+                counts[count] += 1
             # How many drafts were accepted up to each position, from none on.
-            up_to = counts[::-1].cumsum()[::-1]
+            up_to = list(itertools.accumulate(reversed(counts)))[::-1]
             self._now.learn(up_to, _MEMORY_NOW)
             self._usual.learn(up_to, _MEMORY_USUAL)
-        if not seconds or seconds < 0 or width not in self._widths:
+        if seconds is None or seconds <= 0 or width not in self._widths:
             self._before = None
             return
-        self._looks_at(num_requests).steps_since += 1
-        found = num_requests, self._widths.index(width), math.log(seconds)
-        if self._before is not None:
-            self._learn_cost(self._before, found)
-        self._before = found
+        self._looks_at(num_requests).pass_by()
+        before, self._before = self._before, (num_requests, self._widths.index(width), math.log(seconds))
+        if before is not None:
+            self._learn_cost(before, self._before)
+
+    def _looks_at(self, num_requests: int) -> "_Looks":
+        return self._looks[round(math.log2(num_requests))]
+
+    def _rates(self, num_requests: int, num_fitting: int) -> dict[int, float]:
+        """Tokens by time, in any unit, of each width that fits and whose time is known: joined to the first by pairs."""
+        emitted = list(itertools.accumulate(self.survival(), initial=1.0))
+        costs = self._costs.of(num_requests)
+        first = min(self._widths.index(self._first[num_requests]), num_fitting - 1)
+        rates = {first: emitted[self._widths[first]]}
+        for direction, ends in ((-1, range(first - 1, -1, -1)), (1, range(first + 1, num_fitting))):
+            nats = 0.0
+            for at in ends:
+                step = costs[min(at, at - direction)]
+                if step is None:
+                    break
+                nats += direction * step
+                rates[at] = emitted[self._widths[at]] * math.exp(-nats)
+        return rates
 
     def _learn_cost(self, one: tuple[int, int, float], other: tuple[int, int, float]) -> None:
         narrow, wide = sorted((one, other), key=lambda step: step[1])
@@ -129,36 +140,81 @@ class WidthsByLoad:
             self._costs.learn(one[0], narrow[1], wide[2] - narrow[2])
 
 
+class _Acceptance:
+    """Drafts that were accepted up to each position, older ones counting less; at first, those of the average drafter.
+
+    Args:
+        longest: draft positions there are.
+    """
+
+    def __init__(self, longest: int) -> None:
+        last = len(_ACCEPTED_AT_FIRST) - 1
+        self._at_first = [_ACCEPTED_AT_FIRST[min(at, last)] for at in range(longest)]
+        up_to = list(itertools.accumulate(self._at_first, operator.mul, initial=_WEIGHT_AT_FIRST))
+        self._reached, self._accepted = up_to[:-1], up_to[1:]
+
+    def learn(self, up_to: Sequence[int], memory: int) -> None:
+        """Take in drafts of one step.
+
+        Args:
+            up_to: ``[width + 1]``, how many were accepted up to each position at least, from none on.
+            memory: drafts after which one counts for 1/e.
+        """
+        keep = 1 - 1 / max(_MEMORY_STEPS, memory / up_to[0])
+        for at, (reached, accepted) in enumerate(itertools.pairwise(up_to)):
+            self._reached[at] = keep * self._reached[at] + reached
+            self._accepted[at] = keep * self._accepted[at] + accepted
+
+    def move_towards(self, usual: "_Acceptance", share: float) -> None:
+        """Replace so much of it by what is usual."""
+        usual_share = share * _WEIGHT_OF_USUAL / max(usual._reached[0], _WEIGHT_OF_USUAL)
+        for ours, theirs in ((self._reached, usual._reached), (self._accepted, usual._accepted)):
+            ours[:] = [(1 - share) * one + usual_share * other for one, other in zip(ours, theirs, strict=True)]
+
+    def shares(self, expected: Sequence[float] | None = None) -> list[float]:
+        """By position: of drafts that were accepted up to the one before, those accepted there too.
+
+        Args:
+            expected: the same where nothing is known; by default that of the average drafter.
+        """
+        return [
+            (accepted + _LEAST_WEIGHT * share) / (reached + _LEAST_WEIGHT)
+            for accepted, reached, share in zip(self._accepted, self._reached, expected or self._at_first, strict=True)
+        ]
+
+
 class _Costs:
     """Nats of time by which the next width takes longer, at powers of two of requests.
 
     Args:
-        max_requests: the most that will be asked about.
+        num_knots: powers of two, from 1 on.
         num_widths: widths that there are.
     """
 
-    def __init__(self, max_requests: int, num_widths: int) -> None:
-        shape = max_requests.bit_length() + 1, num_widths - 1
-        self._nats = np.zeros(shape)
-        self._num_pairs = np.zeros(shape)
+    def __init__(self, num_knots: int, num_widths: int) -> None:
+        self._nats = [[0.0] * (num_widths - 1) for _ in range(num_knots)]
+        self._num_pairs = [[0.0] * (num_widths - 1) for _ in range(num_knots)]
 
-    def of(self, num_requests: int) -> np.ndarray:
-        """``[widths - 1]`` float64; NaN where nothing is known about so many requests."""
+    def of(self, num_requests: int) -> list[float | None]:
+        """By width but the last; None where nothing is known about so many requests."""
         low, share = _power_of_two(num_requests)
-        weights = np.minimum(self._num_pairs[low : low + 2], 1.0) * np.array([[1 - share], [share]])
-        known = weights.sum(axis=0)
-        with np.errstate(invalid="ignore"):
-            return np.where(known >= 0.5, (weights * self._nats[low : low + 2]).sum(axis=0) / known, np.nan)
+        found: list[float | None] = []
+        for at in range(len(self._nats[low])):
+            below = (1 - share) * min(self._num_pairs[low][at], 1.0)
+            above = share * min(self._num_pairs[low + 1][at], 1.0)
+            nats = below * self._nats[low][at] + above * self._nats[low + 1][at]
+            found.append(nats / (below + above) if below + above >= 0.5 else None)
+        return found
 
     def learn(self, num_requests: int, at: int, nats: float) -> None:
         """Take in what a step of the width behind ``at`` took longer than its neighbour of width ``at``."""
         low, share = _power_of_two(num_requests)
         for knot, part in ((low, 1 - share), (low + 1, share)):
             if part > 0:
-                self._num_pairs[knot, at] += part
-                error = min(max(nats - self._nats[knot, at], -_MAX_ERROR), _MAX_ERROR)
-                rate = max(_COST_RATE * part, part / self._num_pairs[knot, at])
-                self._nats[knot, at] = max(self._nats[knot, at] + rate * error, 0.0)
+                self._num_pairs[knot][at] += part
+                error = min(max(nats - self._nats[knot][at], -_MAX_ERROR), _MAX_ERROR)
+                rate = max(_COST_RATE * part, part / self._num_pairs[knot][at])
+                self._nats[knot][at] = max(self._nats[knot][at] + rate * error, 0.0)
 
 
 def _power_of_two(count: int) -> tuple[int, float]:
@@ -168,68 +224,31 @@ def _power_of_two(count: int) -> tuple[int, float]:
 
 
 class _Looks:
-    """Looks at widths that aren't the best, with about so many requests.
+    """When widths that aren't the best are looked at, with about so many requests.
 
-    Attributes:
-        steps_since: ``[widths]``, by the width that was looked at.
+    Args:
+        num_widths: widths that there are.
     """
 
     def __init__(self, num_widths: int) -> None:
-        self.steps_since = np.zeros(num_widths, np.int64)
+        self._steps_since = [0] * num_widths
         self._num_looks = 0
+
+    def pass_by(self) -> None:
+        """Take in that a step has passed whose time is known."""
+        self._steps_since = [steps + 1 for steps in self._steps_since]
 
     def is_due(self, at: int, slowdown: float) -> bool:
         """Whether a width should be looked at.
 
         Args:
             at: which.
-            slowdown: how many times as slow as the best it is, as far as is known; NaN if it isn't.
+            slowdown: how many times as slow as the best it is; 0 if that isn't known.
         """
         steps = min(_FIRST_LOOKS * (1 + self._num_looks), _STEPS_BETWEEN_LOOKS)
-        if not math.isnan(slowdown):
-            steps = max(steps, (slowdown - 1) / _LOOKING_SHARE)
-        return self.steps_since[at] >= steps
+        return self._steps_since[at] >= max(steps, (slowdown - 1) / _LOOKING_SHARE)
 
     def begin(self, at: int) -> None:
         """Take in that a width is looked at."""
-        self.steps_since[at] = 0
+        self._steps_since[at] = 0
         self._num_looks += 1
-
-
-class _Acceptance:
-    """Drafts that were accepted up to each position, older ones counting less.
-
-    Args:
-        longest: draft positions there are.
-    """
-
-    def __init__(self, longest: int) -> None:
-        self._shares_at_first = np.array(_ACCEPTED_AT_FIRST)[np.minimum(np.arange(longest), len(_ACCEPTED_AT_FIRST) - 1)]
-        self._reached = _WEIGHT_AT_FIRST * np.cumprod(np.concatenate(([1.0], self._shares_at_first)))[:longest]
-        self._accepted = self._reached * self._shares_at_first
-
-    def learn(self, up_to: np.ndarray, memory: int) -> None:
-        """Take in drafts of one step.
-
-        Args:
-            up_to: ``[width + 1]``, how many were accepted up to each position at least, from none on.
-            memory: drafts after which one counts for 1/e.
-        """
-        width = len(up_to) - 1
-        keep = 1 - 1 / max(_MEMORY_STEPS, memory / up_to[0])
-        self._reached[:width] = keep * self._reached[:width] + up_to[:-1]
-        self._accepted[:width] = keep * self._accepted[:width] + up_to[1:]
-
-    def move_towards(self, usual: "_Acceptance", share: float) -> None:
-        """Replace so much of it by what is usual."""
-        scale = _WEIGHT_OF_USUAL / max(usual._reached[0], _WEIGHT_OF_USUAL)
-        self._reached += share * (scale * usual._reached - self._reached)
-        self._accepted += share * (scale * usual._accepted - self._accepted)
-
-    def shares(self, expected: np.ndarray | None = None) -> np.ndarray:
-        """``[longest]`` float64: of drafts that were accepted up to a position's predecessor, those accepted there too.
-
-        Args:
-            expected: the same where nothing is known, which counts for half a draft; by default that of the average drafter.
-        """
-        return (self._accepted + 0.5 * (self._shares_at_first if expected is None else expected)) / (self._reached + 0.5)
