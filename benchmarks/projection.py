@@ -8,8 +8,9 @@ No GPU has run this. Two halves are put together:
   (`benchmarks.roofline`), at stated efficiencies. The model is first held against the step times that were
   measured on a CPU (`benchmarks.measured_curve`), and its error printed;
 - acceptance: answers of the small demo model, recorded here and replayed by the served drafter in batches of 1 to
-  256. As the V2 model runner serves it, a step is as wide for every request as the longest draft may be, which goes by
-  the number of requests (`DRAFT_SCHEDULE`); what other widths would do shows how it was chosen. Beside it stand lengths
+  256. As the V2 model runner serves it, a step is as wide for every request as the longest draft may be, which the
+  scheduler learns (`vllm_aasd.drafting.widths`): here the best there is. It begins by the number of requests
+  (`DRAFT_SCHEDULE`); what other widths would do shows how that was chosen. Beside it stand lengths
   chosen by `draft_lengths` on the computed step times, as the V1 model runner chooses them on those that it measures.
   That a large model's answers lean on their input as these do is an assumption too.
 
@@ -70,7 +71,7 @@ NGRAM, SERVED, ALIGNED, BY_TIME = "ngram", "aasd", "aasd, prompt positions", "aa
 """The methods. The last is not served on GPUs: what there is to gain by it."""
 
 FIXED_LENGTHS = (0, 1, 2, 3, 4, 6, 8)
-"""Draft lengths of which the schedule is made."""
+"""Draft lengths of which the schedule to begin with was chosen."""
 
 LEANING = ("summarization", "rag", "hotpotqa", "code_infile", "code_crossfile", "quote", "edit")
 """Categories whose answers lean on their input."""
@@ -90,7 +91,8 @@ ASSUMPTIONS = (
     "acceptance is that of SmolLM2-135M-Instruct's greedy answers of up to 96 tokens, verified strictly, with its "
     "prior; a larger model's answers may repeat their input more or less",
     "'aasd' is what is served: with asynchronous scheduling every request takes as many positions of a step as the "
-    "longest draft, which goes by the number of requests; drafts end earlier by their survival",
+    "longest draft, which is the best of 0, 1, 2, 4 and 8, as if the scheduler had learnt that exactly and looked at no "
+    "other; drafts end earlier by their survival",
     f"'{BY_TIME}' is not served on GPUs: drafts take only their own positions, and lengths are chosen on the computed "
     "step times, as if they were known exactly; 'ngram' drafts take only their own positions too",
     "every batch is full; the mix of categories is the same at every batch",
@@ -103,6 +105,18 @@ class Mode(NamedTuple):
     name: str
     overlap: bool
     arithmetic: float
+
+
+class WholeDrafts(NamedTuple):
+    """Batches in which drafts are verified as they are.
+
+    Attributes:
+        ngram: of vLLM's n-grams.
+        served: of ours, by method and longest draft.
+    """
+
+    ngram: list[replay.Step]
+    served: dict[str, dict[int, list[replay.Step]]]
 
 
 MODES = (
@@ -193,7 +207,7 @@ def rows(recordings: list[replay.Trace], prior: Prior, batches: list[int]) -> li
         for batch in batches
         if mixes[mix]
     ]
-    whole: dict[tuple[str, int], dict[str, list[replay.Step]]] = {}
+    whole: dict[tuple[str, int], WholeDrafts] = {}
     found = []
     began = time.monotonic()
     for number, (mode, target, name, mix, batch) in enumerate(cases):
@@ -207,16 +221,21 @@ def rows(recordings: list[replay.Trace], prior: Prior, batches: list[int]) -> li
     return found
 
 
-def scheduled_length(batch: int) -> int:
-    """The longest draft that is served in a batch of so many requests."""
+def first_length(batch: int) -> int:
+    """The longest draft that a batch of so many requests begins with."""
     return next((length for last, length in DRAFT_SCHEDULE if batch <= last), 0)
+
+
+def served_lengths() -> list[int]:
+    """The longest drafts among which the scheduler learns to choose."""
+    return sorted({0, *(length for _, length in DRAFT_SCHEDULE)})
 
 
 def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str, Any]]:
     """What longest drafts would do, at both ends of each range of the schedule.
 
     Returns:
-        A row per batch and length: whether it is ``served``, and ``speed_up`` of decoding by mode, for each target and
+        A row per batch and length: whether it is the ``first``, and ``speed_up`` of decoding by mode, for each target and
         machine.
     """
     members = [replay.generated_only(trace) for trace in recordings]
@@ -231,21 +250,23 @@ def fixed_lengths(recordings: list[replay.Trace], prior: Prior) -> list[dict[str
                 device = machine(name, mode)
                 times, plain = wide_step_times(target, device, batch, length), plain_step_time(target, device, batch)
                 speeds[mode.name].append(figures(steps, times, batch, plain)["speed_up"])
-            served = length == scheduled_length(batch)
-            found.append({"batch": batch, "length": length, "served": served, "speed_up": speeds})
+            first = length == first_length(batch)
+            found.append({"batch": batch, "length": length, "first": first, "speed_up": speeds})
     progress_line("")
     return found
 
 
-def steps_of_whole_drafts(members: list[replay.Trace], prior: Prior, batch: int) -> dict[str, list[replay.Step]]:
+def steps_of_whole_drafts(members: list[replay.Trace], prior: Prior, batch: int) -> WholeDrafts:
     """Batches of the methods whose drafts don't depend on step times."""
-    longest = scheduled_length(batch)
     ngram = NgramDrafter(max(len(trace.token_ids) for trace in members))
-    return {
-        NGRAM: replay_whole(members, batch, ngram, ngram.num_draft_tokens),
-        SERVED: replay_served([replay.generated_only(trace) for trace in members], prior, batch, longest),
-        ALIGNED: replay_served(members, prior, batch, longest),
-    }
+    as_kept = {SERVED: [replay.generated_only(trace) for trace in members], ALIGNED: members}
+    return WholeDrafts(
+        replay_whole(members, batch, ngram, ngram.num_draft_tokens),
+        {
+            label: {length: replay_served(traces, prior, batch, length) for length in served_lengths()}
+            for label, traces in as_kept.items()
+        },
+    )
 
 
 def plain_step_time(target: Target, device: Machine, batch: int) -> float:
@@ -270,19 +291,22 @@ def project(
     members: list[replay.Trace],
     prior: Prior,
     batch: int,
-    whole: dict[str, list[replay.Step]],
+    whole: WholeDrafts,
 ) -> dict[str, Any]:
     """The figures of one batch: by method the speed-up of decoding, and with prefill; MAL and drafts."""
     counts = np.arange(batch * (NUM_SPECULATIVE_TOKENS + 1) + 1)
     plain = plain_step_time(target, device, batch)
-    as_served = wide_step_times(target, device, batch, scheduled_length(batch))
     with_ngram = step_time(target, device, batch, counts, CONTEXT, PLAIN_LOGIT_PASSES) + DRAFTING
     with_aasd = step_time(target, device, batch, counts, CONTEXT, ALIGNED_LOGIT_PASSES) + DRAFTING
     by_time = replay_by_time([replay.generated_only(trace) for trace in members], prior, batch, with_aasd)
+    widths = {length: wide_step_times(target, device, batch, length) for length in served_lengths()}
+    best = {
+        label: min(widths, key=lambda length, of=of: seconds_per_token(of[length], widths[length], batch))
+        for label, of in whole.served.items()
+    }
     steps = {
-        NGRAM: (whole[NGRAM], with_ngram),
-        SERVED: (whole[SERVED], as_served),
-        ALIGNED: (whole[ALIGNED], as_served),
+        NGRAM: (whole.ngram, with_ngram),
+        **{label: (whole.served[label][length], widths[length]) for label, length in best.items()},
         BY_TIME: (by_time, with_aasd),
     }
     prefill = prefill_time(target, device, CONTEXT)
@@ -291,7 +315,7 @@ def project(
     return {
         "fits": batch <= most_requests(target, device, CONTEXT),
         "plain_step_ms": plain * 1e3,
-        "longest_draft": scheduled_length(batch),
+        "longest_draft": best[SERVED],
         "methods": {
             label: figures(of, times, batch, plain)
             | {

@@ -104,13 +104,13 @@ def width_table(result: Mapping[str, Any]) -> str:
     rows = []
     for batch in dict.fromkeys(row["batch"] for row in result["fixed_lengths"]):
         found = widths(result, batch)
-        cells = [f"{one['mean']:.2f} [{one['lowest']:.2f}]" + (" *" if one["served"] else "") for one in found]
+        cells = [f"{one['mean']:.2f} [{one['lowest']:.2f}]" + (" *" if one["first"] else "") for one in found]
         rows.append([str(batch), *cells])
-    return results.table(["requests (*: as served)", *(f"{one['length']} tokens" for one in found)], rows)
+    return results.table(["requests (*: at first)", *(f"{one['length']} tokens" for one in found)], rows)
 
 
 def widths(result: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
-    """Of a batch, by longest draft: ``length``, whether it is ``served``, the geometric ``mean`` of speed-ups in the first
+    """Of a batch, by longest draft: ``length``, whether it is the ``first``, the geometric ``mean`` of speed-ups in the first
     mode, and the ``lowest`` in any.
     """
     found = []
@@ -118,7 +118,7 @@ def widths(result: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
         if row["batch"] == batch:
             speeds = list(row["speed_up"].values())
             mean, lowest = statistics.geometric_mean(speeds[0]), min(map(min, speeds))
-            found.append({"length": row["length"], "served": row["served"], "mean": mean, "lowest": lowest})
+            found.append({"length": row["length"], "first": row["first"], "mean": mean, "lowest": lowest})
     return found
 
 

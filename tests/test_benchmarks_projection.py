@@ -198,18 +198,27 @@ def test_what_is_served_pays_for_the_longest_draft_of_every_request(monkeypatch)
     served = first["methods"][projection.SERVED]
     assert first["longest_draft"] == 4 and served["drafted_per_step"] < 4
     assert served["step_ms"] == pytest.approx(1e3 * (wide + projection.DRAFTING))
-    # None is drafted at four requests: one token a request and step, and the predictions that are kept all the same.
-    none = next(row for row in rows if row["batch"] == 4 and row["traffic"] == "all")
-    of_none = none["methods"][projection.SERVED]
-    assert (of_none["mal"], of_none["drafted_per_step"]) == (1.0, 0.0)
-    assert 0.99 < of_none["speed_up"] < 1
+
+
+def test_what_is_served_is_the_best_of_the_widths_that_the_scheduler_has(monkeypatch):
+    result = projected(monkeypatch, batches=(4,))
+    widths = {row["length"]: row["speed_up"] for row in result["fixed_lengths"] if row["batch"] == 4}
+    rows = [row for row in result["rows"] if row["traffic"] == "all"]
+    for mode in projection.MODES:
+        found = [row["methods"][projection.SERVED]["speed_up"] for row in rows if row["mode"] == mode.name]
+        best = [max(speeds) for speeds in zip(*(widths[length][mode.name] for length in (0, 2, 4)), strict=True)]
+        assert found == pytest.approx(best)
+    # Where a position costs a step there is none.
+    monkeypatch.setattr(projection, "wide_step_times", lambda target, device, batch, length: np.full(99, 1.0 + 9 * length))
+    (row, *_) = projected(monkeypatch, batches=(4,))["rows"]
+    assert row["longest_draft"] == 0 and row["methods"][projection.SERVED]["mal"] == 1.0
 
 
 def test_widths_that_were_not_chosen_stand_beside_the_one_that_was(monkeypatch):
     result = projected(monkeypatch)
     assert [row["batch"] for row in result["fixed_lengths"][:: len(projection.FIXED_LENGTHS)]] == [1, 2, 3, 4, 6]
     found = projection_report.widths(result, 1)
-    assert [one["length"] for one in found if one["served"]] == [4]
+    assert [one["length"] for one in found if one["first"]] == [4]
     assert found[0]["lowest"] < found[0]["mean"] < 1 < found[4]["lowest"]
     assert f"{found[4]['mean']:.2f} [{found[4]['lowest']:.2f}] *" in projection_report.report(result)
 
@@ -219,12 +228,12 @@ def test_no_longest_draft_of_the_schedule_is_projected_to_cost_speed():
     batches = list(dict.fromkeys(row["batch"] for row in result["fixed_lengths"]))
     for batch in batches:
         found = projection_report.widths(result, batch)
-        (served,) = (one for one in found if one["served"])
-        assert served["length"] == projection.scheduled_length(batch)
-        assert served["lowest"] > 0.985, batch
-        if served["length"]:
-            assert served["mean"] > 0.97 * max(one["mean"] for one in found), batch
-    assert served["length"] == 0 and all(one["lowest"] < 0.98 for one in found if one["length"]), batch
+        (first,) = (one for one in found if one["first"])
+        assert first["length"] == projection.first_length(batch)
+        assert first["lowest"] > 0.985, batch
+        if first["length"]:
+            assert first["mean"] > 0.97 * max(one["mean"] for one in found), batch
+    assert first["length"] == 0 and all(one["lowest"] < 0.98 for one in found if one["length"]), batch
 
 
 def test_a_method_stops_paying_behind_the_last_batch_that_pays():
