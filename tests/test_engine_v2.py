@@ -132,6 +132,26 @@ def test_the_number_of_requests_says_how_much_is_drafted(plain, speculated):
     assert token_ids(speculated["rounds"][3]) == token_ids(plain["rounds"][2])
 
 
+def test_scheduled_ahead_with_widths_that_are_learnt(plain, demo_model, tmp_path):
+    """Every step takes as many positions as the longest draft may have, before it is known what was drafted."""
+    result = run_engine(
+        demo_model,
+        [greedy(PAIR, 5), greedy(PROMPTS[:1], MAX_TOKENS)],
+        tmp_path / "out.json",
+        v2=True,
+        ahead=True,
+        aasd={"aasd_verification": "strict", "num_speculative_tokens": 2},
+    )
+    assert "is live: the scheduler learns" in result["log"]
+    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][2])
+    assert result["rounds"][1][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
+    drafted, accepted = drafted_and_accepted(result)
+    ours = result["metrics"]
+    assert 0 < accepted == ours["aasd:accepted_tokens"]
+    assert ours["aasd:draft_tokens"] < drafted, "fillers are no drafts"
+    assert "aasd: a fault" not in result["log"]
+
+
 def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
     wanted = plain["rounds"][0][0]["token_ids"]
     rounds = zip(FAULTS.items(), speculated["rounds"][4:], speculated["after"][4:], strict=True)

@@ -23,8 +23,9 @@ and with adapters vLLM wants room for so many tokens of every request in a batch
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (48, 2), (128, 1))
-"""Up to how many requests at once the longest draft is how long, and none beyond, where a step takes the time of the
-longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling.
+"""Up to how many requests at once the longest draft is how long at first, and none beyond, where a step takes the time of the
+longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling. What is best is learnt from there, among
+these lengths and none (`vllm_aasd.drafting.widths`).
 
 By the projection of fixed lengths (`benchmarks.projection`): none of them is slower than no speculation on any accelerator
 and model under any of its assumptions, and up to 128 requests each is within 3 % of the best length's speed in the mean.
@@ -66,8 +67,8 @@ class Settings:
     draft_length: int | str = setting(
         "adaptive",
         "How many tokens are drafted, within `num_speculative_tokens`: `adaptive` drafts a token while it is "
-        "worth its share of the next step's time, over the whole batch (on the V2 model runner by the number of "
-        "requests, see the limits); a number is the most that each request gets, whatever the load.",
+        "worth its share of the next step's time, over the whole batch (on the V2 model runner one number for "
+        "all requests, see the limits); a number is the most that each request gets, whatever the load.",
         choices=("adaptive",),
         within=(1, 128),
     )

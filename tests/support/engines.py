@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 _RUNNER = pathlib.Path(__file__).parent / "run_engine.py"
+_SWITCHES = {"gloo": "GLOO", "ahead": "ASYNC"}
 
 
 def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **options: Any) -> dict:
@@ -22,8 +23,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
             ``lora`` (path of an adapter for all requests),
             ``faults`` (a list with, for each round, the function of ours that fails in it, "module:Class.method", or None),
-            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` (V2 only: see
-            `v2_on_cpu.gather_by_gloo`), and whatever `vllm.LLM` takes.
+            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and ``ahead`` (V2
+            only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
 
     Returns:
         ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
@@ -31,7 +32,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     """
     recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification")}
     faults = options.pop("faults", [None] * len(rounds))
-    aasd, v2, gloo = options.pop("aasd", None), options.pop("v2", False), options.pop("gloo", False)
+    aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
+    switches = {f"AASD_TEST_{name}": str(int(options.pop(key, False))) for key, name in _SWITCHES.items()}
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
         options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
@@ -58,7 +60,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         capture_output=True,
         text=True,
         timeout=1800,
-        env={**os.environ, "AASD_TEST_V2": str(int(v2)), "AASD_TEST_GLOO": str(int(gloo))},
+        env={**os.environ, "AASD_TEST_V2": str(int(v2)), **switches},
     )
     log = process.stdout + process.stderr
     assert process.returncode == 0, log[-30000:]

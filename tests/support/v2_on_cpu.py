@@ -1,7 +1,7 @@
 """Lets vLLM's V2 model runner serve on a CPU, its Triton kernels and ours interpreted. For tests only.
 
-What it shows is the runner's logic with its real kernels' semantics: no asynchronous scheduling, no CUDA graphs,
-no compiled kernel, no speed.
+What it shows is the runner's logic with its real kernels' semantics: no CUDA graphs, no compiled kernel, no speed, and
+asynchronous scheduling only where `schedule_ahead` is called.
 """
 
 import os
@@ -31,3 +31,20 @@ def gather_by_gloo() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def schedule_ahead() -> None:
+    """Have vLLM schedule asynchronously, as on GPUs: each step before the tokens of the last are known."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    from vllm_aasd.engine import refusals
+
+    stock = CpuPlatform.check_and_update_config
+
+    def asynchronous(cls, vllm_config):
+        stock(vllm_config)
+        # What it has just turned off.
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(asynchronous)
+    refusals.is_synchronous = lambda args: False

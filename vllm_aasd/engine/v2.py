@@ -161,7 +161,7 @@ class AASDSpeculator(BaseSpeculator):
         )
 
     def profile(self) -> None:
-        """Nothing to time: what a draft costs is the device's to know, and it isn't asked."""
+        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Learn what stands for images in new requests, and drop what the verifier remembers of ended ones."""
