@@ -3,7 +3,6 @@
     python -m benchmarks.suite --data question.jsonl hotpotqa.jsonl
     python -m benchmarks.suite --list
     python -m benchmarks.suite --data question.jsonl --only ablation projection
-    python -m benchmarks.suite --data question.jsonl --dtype float32
     python -m benchmarks.suite --quick
 
 The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
@@ -28,6 +27,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks import methods, plot, readme, results
+from vllm_aasd.host import emulates_bfloat16
 
 BUDGET_MINUTES = 180
 
@@ -193,10 +193,12 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=_file, nargs="+", default=[], metavar="FILE", help="the first in Spec-Bench's format")
     add("--only", nargs="+", choices=[program.name for program in PROGRAMS], help="these programs")
     add("--list", action="store_true", help="only print the commands that would run")
-    add("--dtype", choices=tuple(methods.NEAR_TIE), help="default bfloat16; float32 for CPUs that don't compute in it")
+    add("--dtype", choices=tuple(methods.NEAR_TIE), help="default bfloat16, or float32 on a CPU that would emulate it")
     add("--quick", action="store_true", help="small runs, to see that it works; for no figures")
     add("--results", type=pathlib.Path, help="folder of the results (default: benchmarks/results; quick: .bench/quick)")
     arguments = parser.parse_args()
+    if arguments.dtype is None and emulates_bfloat16():
+        arguments.dtype = "float32"
     if arguments.results is None:
         arguments.results = results.ROOT / ".bench/quick" if arguments.quick else results.RESULTS
     arguments.results = arguments.results.absolute()

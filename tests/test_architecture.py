@@ -14,6 +14,7 @@ PACKAGE = "vllm_aasd"
 LEVELS = {
     "kernels": 0,
     "fields": 0,
+    "host": 0,
     "drafting": 1,
     "verification": 1,
     "alignment": 1,

@@ -166,6 +166,16 @@ def test_every_program_knows_what_the_suite_tells_it(program, dtype, tmp_path, m
             importlib.import_module(module).main()
 
 
+@pytest.mark.parametrize(
+    ("given", "emulates", "dtype"),
+    [([], True, "float32"), ([], False, None), (["--dtype", "bfloat16"], True, "bfloat16")],
+)
+def test_a_cpu_that_emulates_bfloat16_is_measured_in_float32(monkeypatch, given, emulates, dtype):
+    monkeypatch.setattr("sys.argv", ["suite", *given])
+    monkeypatch.setattr(suite, "emulates_bfloat16", lambda: emulates)
+    assert suite._arguments().dtype == dtype
+
+
 def test_a_program_with_a_dtype_gets_the_one_of_the_suite():
     for program in suite.PROGRAMS:
         source = (results.ROOT / "benchmarks" / f"{program.module}.py").read_text()

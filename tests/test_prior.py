@@ -16,7 +16,7 @@ from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
-from vllm_aasd.engine import start_up
+from vllm_aasd.engine import start_up, successors
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
 from vllm_aasd.kernels.mixture import Prior
@@ -294,7 +294,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32", "--enforce-eager"]
+    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32"]
     run = types.SimpleNamespace(args=command, env=environment, text=True, capture_output=True, timeout=300)
     first = subprocess.run(**vars(run))
     assert first.returncode == 0, first.stderr[-3000:]
@@ -309,6 +309,14 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
 
     second = subprocess.run(**vars(run))
     assert second.returncode == 0 and "there already" in second.stdout
+
+
+@pytest.mark.parametrize(("is_cpu", "emulates", "dtype"), [(True, True, "float32"), (True, False, "auto"), (False, True, "auto")])
+def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is_cpu, emulates, dtype):
+    monkeypatch.setattr(successors, "current_platform", types.SimpleNamespace(is_cpu=lambda: is_cpu))
+    monkeypatch.setattr(successors, "emulates_bfloat16", lambda: emulates)
+    assert successors.engine_arguments("model", [], 8).dtype == dtype
+    assert successors.engine_arguments("model", ["--dtype", "float16"], 8).dtype == "float16"
 
 
 def test_the_command_refuses_what_it_can_not_do(capsys):

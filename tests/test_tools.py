@@ -365,17 +365,3 @@ def test_make_serve_refuses_a_bad_port_before_it_sets_anything_up():
     assert done.returncode == 2
     assert done.stderr.startswith("[aasd] error: PORT='x': must be")
     assert done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("cpu_info", "arguments"),
-    [
-        ("processor : 0\nflags\t\t: fpu sse2 avx2 fma\n", ["--dtype", "float32"]),
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", []),
-        ("flags\t\t: fpu amx_bf16\n", []),
-        ("Features\t: fp asimd bf16\n", []),
-        ("", []),
-    ],
-)
-def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(cpu_info, arguments):
-    assert demo_prior.dtype_arguments(cpu_info) == arguments

@@ -15,24 +15,6 @@ from environment import ROOT, VENV, only_one_at_a_time
 KV_CACHE_GIB = "1"
 BEFORE_SERVING = "--before-serving"
 PATIENCE_MINUTES = "15"
-# What arithmetic in bfloat16 needs on x86; elsewhere PyTorch emulates it, several times slower than float32.
-BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
-
-
-def cpu_info() -> str:
-    """What Linux says of the CPU; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def dtype_arguments(described: str) -> list[str]:
-    """In what the prior is computed on a CPU that `described` is the `cpu_info` of.
-
-    The model's own dtype, but float32 on an x86 CPU that would emulate bfloat16.
-    """
-    flags = next((line.split() for line in described.splitlines() if line.startswith("flags")), BFLOAT16_FLAGS)
-    return [] if set(flags) & set(BFLOAT16_FLAGS) else ["--dtype", "float32"]
-
 
 def is_there() -> bool:
     """Whether the prior of the demo model, as it is on disk, lies where the server will look for it."""
@@ -49,7 +31,7 @@ def main() -> None:
             return
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH), *dtype_arguments(cpu_info())]
+        command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH)]
         if BEFORE_SERVING in sys.argv[1:]:
             command += ["--give-up-beyond", PATIENCE_MINUTES]
         run_logged("making the demo model's prior (a few minutes, once)", command, VENV / "aasd-prior.log")
