@@ -10,6 +10,12 @@ from interpreter import Interpreter
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with engines come first: of two workers, none is then left alone with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> str:
     """Path of the small chat model that `make model` makes."""

@@ -59,7 +59,6 @@ class WidthsByLoad:
         self._max_tokens = max_tokens
         self._usual = _Acceptance(self._widths[-1])
         self._now = _Acceptance(self._widths[-1])
-        self._now.move_towards(self._usual, 1.0)
         num_knots = len(by_requests).bit_length() + 1
         self._costs = _Costs(num_knots, len(self._widths))
         self._looks = [_Looks(len(self._widths)) for _ in range(num_knots)]
