@@ -161,15 +161,25 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
 
 
 @pytest.mark.long
-def test_preemption(demo_model, tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption(demo_model, tmp_path, ahead):
     prompts = real_prompts(4, max_chars=250)
     plain = run_engine(demo_model, [greedy(prompts, 40)], tmp_path / "plain", max_num_seqs=3, block_size=32)
     # Eight blocks of 32 tokens beside the null block: the prompts of the first two requests fill them.
     few_blocks = {"num_gpu_blocks_override": 9, "max_model_len": 256}
-    result = run_engine(demo_model, [greedy(prompts, 40)], tmp_path / "v2", v2=True, aasd=STRICT, **few_blocks)
+    result = run_engine(demo_model, [greedy(prompts, 40)], tmp_path / "v2", v2=True, ahead=ahead, aasd=STRICT, **few_blocks)
     assert result["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
     assert drafted_and_accepted(result)[1] > 0
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
+
+
+@pytest.mark.long
+def test_two_pipeline_stages_scheduled_ahead(plain, demo_model, tmp_path):
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    aasd = {"aasd_verification": "strict", "num_speculative_tokens": 2}
+    result = run_engine(demo_model, [greedy(PAIR, 5)], tmp_path / "v2", v2=True, ahead=True, aasd=aasd, **stages)
+    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][2])
+    assert drafted_and_accepted(result)[1] > 0
 
 
 @pytest.mark.long

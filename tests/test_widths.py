@@ -70,14 +70,16 @@ def test_what_it_begins_with_costs_little_where_drafts_are_of_no_use():
         assert Run(learner(), num_requests).speed_up(Device(0.0, 0.0, 0.035), 300) > 0.9
 
 
-def test_another_kind_of_answers_is_noticed():
+@pytest.mark.parametrize(("answer", "num_steps"), [(200, 600), (10**6, 1500)])
+def test_another_kind_of_answers_is_noticed(answer, num_steps):
+    """By what begins, and in what goes on."""
     rejecting, copying = Device(0.02, 0.1, 0.02), Device(0.9, 0.95, 0.02)
-    run = Run(learner(), 8)
-    run.speed_up(rejecting, 600)
+    run = Run(learner(), 8, answer)
+    run.speed_up(rejecting, num_steps)
     assert np.mean(run.chosen[-100:]) < 0.5
-    run.speed_up(copying, 600)
+    run.speed_up(copying, num_steps)
     assert np.mean(run.chosen[-100:]) > 7
-    run.speed_up(rejecting, 600)
+    run.speed_up(rejecting, num_steps)
     assert np.mean(run.chosen[-100:]) < 0.5
 
 
