@@ -149,8 +149,8 @@ def test_a_fault_costs_no_step(vllm_config, monkeypatch, failing):
 
 def test_the_time_of_a_step_is_the_devices(vllm_config, monkeypatch):
     """It waits behind the one before, which isn't its own time; and for requests, which is nobody's."""
-    times = []
-    monkeypatch.setattr(WidthsByLoad, "observe", lambda self, *args: times.append(args[-1]))
+    steps = []
+    monkeypatch.setattr(WidthsByLoad, "observe", lambda self, *args: steps.append(args))
     device = Device(0.0, 0.0, 0.0)
     device.seconds = lambda num_requests, width: 0.02
     served = Served(vllm_config(), device, monkeypatch)
@@ -159,6 +159,7 @@ def test_the_time_of_a_step_is_the_devices(vllm_config, monkeypatch):
         served._finish(served._under_way.popleft())
     served.now += 5.0
     served.run(2, 10)
-    known = [seconds for seconds in times if seconds is not None]
-    assert len(times) - len(known) == 1, "the prompts'"
+    assert [(num_requests, num_new) for num_requests, num_new, *_ in steps] == [(2, 2)] + [(2, 0)] * (len(steps) - 1)
+    known = [seconds for *_, seconds in steps if seconds is not None]
+    assert len(steps) - len(known) == 1, "the prompts'"
     assert known == pytest.approx([0.02] * len(known)) and len(known) > 15

@@ -137,7 +137,7 @@ def test_a_price_is_learnt_from_neighbours_alone():
 
 def test_no_single_step_says_much():
     widths = learner([0] + [1] * MAX_REQUESTS)
-    for width in (0, 1) * 8:
+    for width in (0, 1) * 8 + (0,):
         step(widths, width, 0.01)
     step(widths, 1, 10.0)
     assert settled(widths) == 1

@@ -35,6 +35,8 @@ def gather_by_gloo() -> None:
 
 def schedule_ahead() -> None:
     """Have vLLM schedule asynchronously, as on GPUs: each step before the tokens of the last are known."""
+    from types import SimpleNamespace
+
     from vllm.platforms.cpu import CpuPlatform
 
     from vllm_aasd.engine import refusals
@@ -47,4 +49,4 @@ def schedule_ahead() -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     CpuPlatform.check_and_update_config = classmethod(asynchronous)
-    refusals.is_synchronous = lambda args: False
+    refusals.current_platform = SimpleNamespace(is_cpu=lambda: False)
