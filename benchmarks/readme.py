@@ -23,6 +23,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "speed_float32": ("end_to_end_float32.json", readme_tables.speed),
     "speed_float32_sampled": ("end_to_end_float32_sampled.json", readme_tables.speed),
     "speed_float32_repeated": ("end_to_end_float32_repeated.json", readme_tables.speed),
+    "speed_float32_qa": ("end_to_end_float32_qa.json", readme_tables.speed),
     "serving": ("serving.json", readme_tables.serving),
     "load": ("load.json", readme_tables.load),
     "frontier": ("frontier.json", report.table),
