@@ -7,7 +7,9 @@ import numpy as np
 from vllm_aasd.drafting.lengths import lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.step_time import StepTimeModel
 
-# Drafts expected to gain less than this might not gain at all: what they cost is then looked at now and then, by a
+# Drafts expected to gain less than this lose as often as not, for survival and times are estimates: there are none then.
+_LEAST_GAIN = 1.03
+# Those expected to gain less than this might not gain at all: what they cost is then looked at now and then, by a
 # step without them. At worst that takes a 160th of the time.
 _CONTESTED_GAIN = 1.2
 _STEPS_BETWEEN_LOOKS = 32
@@ -60,7 +62,9 @@ class LengthsByLoad:
         lengths, gain = lengths_and_gain(by_load, self._step_time.relative(), self._step_time.overhead())
         if is_seeded.any():
             lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
-        elif 1 < gain < _CONTESTED_GAIN and self._is_look_due():
+        elif gain < _LEAST_GAIN:
+            return np.zeros_like(lengths)
+        elif gain < _CONTESTED_GAIN and self._is_look_due():
             self._num_looks += 1
             return np.zeros_like(lengths)
         return lengths
