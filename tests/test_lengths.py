@@ -253,3 +253,11 @@ def test_survival_under_trust_is_still_a_survival():
     trust = Trust()
     trust.factor = 1.1
     assert trust.apply(np.array([1.0, 0.99, 0.5], np.float32)).tolist() == pytest.approx([1.0, 1.0, 0.5 / 0.99 * 1.1])
+
+
+@pytest.mark.parametrize(("survival", "length"), [(0.09, 0), (0.12, 0), (0.14, 1), (0.5, 1)])
+def test_drafts_that_pay_by_a_hair_are_not_made(survival, length):
+    """One more token takes a tenth longer."""
+    lengths = LengthsByLoad(8)
+    lengths.warm_start([(n, 0.9 + 0.1 * n) for n in range(1, 9)])
+    assert lengths.choose(np.array([[survival]]), np.zeros(1, bool)).tolist() == [length]
