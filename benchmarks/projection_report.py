@@ -100,7 +100,7 @@ def sensitivity_table(result: Mapping[str, Any]) -> str:
 
 
 def width_table(result: Mapping[str, Any]) -> str:
-    """Speed-ups by batch and longest draft; that of the schedule is marked."""
+    """Speed-ups by batch and longest draft; the one that it begins with is marked."""
     rows = []
     for batch in dict.fromkeys(row["batch"] for row in result["fixed_lengths"]):
         found = widths(result, batch)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,14 @@ def _no_priors_of_this_machine(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def on_v2(monkeypatch):
+    """The V2 model runner as on a GPU, where scheduling is asynchronous; what it is on this machine else."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setattr("vllm_aasd.engine.refusals.current_platform", types.SimpleNamespace(is_cpu=lambda: False))
 
 
 @pytest.fixture(scope="session")

@@ -90,14 +90,6 @@ def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatc
     assert create({"method": "aasd", **keys}, **options).speculative_config.num_speculative_tokens == 8
 
 
-@pytest.fixture
-def on_v2(monkeypatch):
-    """The V2 model runner as on a GPU, where scheduling is asynchronous; what it is on this machine else."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setattr(refusals, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
-
-
 def scheduled_lengths(config):
     """By the number of requests, as vLLM's scheduler reads it."""
     of = config.speculative_config

@@ -13,7 +13,6 @@ import zipfile
 
 import console
 import demo_model
-import demo_prior
 import environment
 import pytest
 import serve

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_aasd.drafting.widths import WidthsByLoad
-from vllm_aasd.engine import configuration, refusals, width_schedule
+from vllm_aasd.engine import configuration, width_schedule
 from vllm_aasd.engine.containment import MAX_FAULTS
 from vllm_aasd.engine.scheduler import AASDScheduler
 
@@ -25,11 +25,8 @@ PROMPT, ANSWERS = 40, (50, 250)
 
 
 @pytest.fixture
-def vllm_config(demo_model, monkeypatch):
-    """As on a GPU, where scheduling is asynchronous; what it is on this machine else."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setattr(refusals, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+def vllm_config(demo_model, on_v2):
+    """Builds the configuration of an engine that schedules asynchronously."""
     replacements = configuration.install()
 
     def build(**keys):

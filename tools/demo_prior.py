@@ -6,7 +6,6 @@ without: `make prior` makes it all the same.
 
 import os
 import sys
-from pathlib import Path
 
 from console import report_errors, run_logged, say
 from demo_model import MODEL_PATH
@@ -15,6 +14,7 @@ from environment import ROOT, VENV, only_one_at_a_time
 KV_CACHE_GIB = "1"
 BEFORE_SERVING = "--before-serving"
 PATIENCE_MINUTES = "15"
+
 
 def is_there() -> bool:
     """Whether the prior of the demo model, as it is on disk, lies where the server will look for it."""

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 _RUNNER = pathlib.Path(__file__).parent / "run_engine.py"
-_SWITCHES = {"gloo": "GLOO", "ahead": "ASYNC"}
+_SWITCHES = ("gloo", "ahead")
 
 
 def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **options: Any) -> dict:
@@ -33,7 +33,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification")}
     faults = options.pop("faults", [None] * len(rounds))
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
-    switches = {f"AASD_TEST_{name}": str(int(options.pop(key, False))) for key, name in _SWITCHES.items()}
+    switches = {f"AASD_TEST_{name.upper()}": str(int(options.pop(name, False))) for name in _SWITCHES}
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
         options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}

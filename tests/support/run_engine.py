@@ -18,7 +18,7 @@ if os.environ.get("AASD_TEST_V2") == "1":
     v2_on_cpu.prepare()
     if os.environ.get("AASD_TEST_GLOO") == "1":
         v2_on_cpu.gather_by_gloo()
-    if os.environ.get("AASD_TEST_ASYNC") == "1":
+    if os.environ.get("AASD_TEST_AHEAD") == "1":
         v2_on_cpu.schedule_ahead()
 
 

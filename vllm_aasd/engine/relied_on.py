@@ -71,7 +71,7 @@ BOTH: tuple[Seam | Members, ...] = (
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self",)),
-    Members("vllm.v1.core.sched.scheduler", "Scheduler", ("dynamic_sd_lookup",)),
+    Members("vllm.v1.core.sched.scheduler", "Scheduler", ("dynamic_sd_lookup", "max_num_scheduled_tokens")),
     Seam("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", ()),
     Members("vllm.v1.request", "Request", ("is_finished", "num_stale_output_tokens", "drop_stale_output")),
     Members("vllm.v1.engine", "EngineCoreOutput", ("request_id", "kv_transfer_params", "spec_decode_metrics")),

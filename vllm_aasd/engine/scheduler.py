@@ -26,8 +26,8 @@ class _WithWidths:
         self._widths: WidthSchedule | None = None
         # vLLM has dropped the schedule where it can't follow one.
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
-            max_step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            self._widths = self.dynamic_sd_lookup = WidthSchedule(self.dynamic_sd_lookup, max_step_tokens)
+            self._widths = WidthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
+            self.dynamic_sd_lookup = self._widths
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Also: look at the clock."""
