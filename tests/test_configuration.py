@@ -114,6 +114,21 @@ def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, len
 
 
 @pytest.mark.parametrize(
+    ("most", "lengths"), [(1, [8]), (2, [8, 0]), (5, [8, 0]), (64, [8, 4, 2, 1, 0]), (128, [8, 4, 2, 1, 0]), (129, [8, 4, 2, 1, 0])]
+)
+def test_vllm_captures_graphs_of_steps_without_drafts_whatever_the_most_requests(create, on_v2, most, lengths):
+    of = create({"method": "aasd"}, max_num_seqs=most).speculative_config
+    found = build_dynamic_sd_schedule_lookup(of.num_speculative_tokens_per_batch_size, most, of.num_speculative_tokens)
+    assert sorted(set(found[1:]), reverse=True) == lengths
+    assert found[1:most] == scheduled_lengths(create({"method": "aasd"}))[1:most]
+
+
+def test_a_scheduler_that_does_not_learn_drafts_for_the_most_requests_too(create, on_v2):
+    config = create({"method": "aasd"}, max_num_seqs=16, scheduler_cls="my.Scheduler")
+    assert scheduled_lengths(config)[16] == 4
+
+
+@pytest.mark.parametrize(
     ("keys", "options", "scheduler", "learns"),
     [
         ({}, {}, refusals.SCHEDULER, True),

@@ -123,13 +123,47 @@ def test_one_accident_moves_the_curve_by_a_percent_at_most():
     assert np.max(np.abs(model.relative() / before - 1)) < 0.02
 
 
-def test_the_curve_never_falls_whatever_is_observed():
+def rising_and_falling(num_tokens):
+    """Seconds of a step where matrices of three to six rows have the best kernel, as seen on a CPU in bfloat16."""
+    return 0.01 * {1: 1.0, 2: 1.1}.get(num_tokens, 0.85 if num_tokens <= 6 else 1.06 + 0.05 * (num_tokens - 7))
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_more_tokens_may_take_less_time(is_warm):
+    model = StepTimeModel(32)
+    if is_warm:
+        model.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
+    else:
+        rng = np.random.default_rng(0)
+        for _ in range(30000):
+            num_tokens = int(rng.integers(1, 17))
+            model.observe(num_tokens, rising_and_falling(num_tokens) * rng.lognormal(0, 0.1))
+    for num_tokens in range(1, 17):
+        found, expected = model.relative()[num_tokens], rising_and_falling(num_tokens) / rising_and_falling(1)
+        assert found == pytest.approx(expected, rel=0.05 if is_warm is False else 1e-9)
+
+
+def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
+    chooser = LengthsByLoad(32)
+    chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
+    never = np.zeros(1, np.bool_)
+    for conditional, length in ((0.3, 5), (0.6, 5), (0.95, 16)):
+        survival = np.cumprod(np.full((1, 16), conditional, np.float32), axis=1)
+        assert chooser.choose(survival, never).tolist() == [length]
+
+
+def test_a_curve_whose_end_was_timed_too_fast_is_not_drawn_on_downwards():
+    model = StepTimeModel(256)
+    model.warm_start([(1, 0.01), (32, 0.03), (64, 0.02)])
+    assert model.relative()[256] == pytest.approx(2.0)
+
+
+def test_what_can_not_be_a_step_is_passed_over():
     model = warm()
-    for _ in range(2000):
-        model.observe(64, 1e-6)
-    assert np.all(np.diff(model.relative()) >= 0)
-    for num_tokens, seconds in ((0, 1.0), (65, 1.0), (3, 0.0), (3, -1.0)):
+    before = model.relative().copy()
+    for num_tokens, seconds in [(0, 1.0), (65, 1.0), (3, 0.0), (3, -1.0)] * 20:
         model.observe(num_tokens, seconds)
+    assert (model.relative() == before).all()
 
 
 def served(chooser, overhead, survival, steps, seed=0):

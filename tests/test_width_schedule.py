@@ -122,6 +122,13 @@ def test_it_says_that_it_is_live_and_begins_with_the_schedule(vllm_config, monke
     assert served.widths[-1] == 8
 
 
+def test_the_most_requests_begin_with_drafts_too(vllm_config, monkeypatch):
+    config = vllm_config()
+    served = Served(config, Device(0.5, 0.8, 0.0), monkeypatch)
+    most = config.scheduler_config.max_num_seqs
+    assert (served.scheduler.dynamic_sd_lookup[most - 1], served.scheduler.dynamic_sd_lookup[most]) == (1, 1)
+
+
 @pytest.mark.parametrize("keys", [{"num_speculative_tokens_per_batch_size": [[1, 64, 3]]}, {"aasd_draft_length": 3}])
 def test_what_the_user_fixes_stays(vllm_config, monkeypatch, keys):
     served = Served(vllm_config(**keys), Device(0.0, 0.0, 0.5), monkeypatch)

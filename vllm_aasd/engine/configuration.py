@@ -128,6 +128,8 @@ def _create(
     if (args.per_request_spec_decode_metrics != "none" or has_schedule_of_ours) and args.scheduler_cls is None:
         args.scheduler_cls = refusals.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == refusals.SCHEDULER
+    if ours.aasd_learns_widths:
+        ours.num_speculative_tokens_per_batch_size = _holding_none(ours.num_speculative_tokens_per_batch_size, args.max_num_seqs)
     target_parallel_config.worker_cls = (
         refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
     )
@@ -175,6 +177,23 @@ def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
         first = last + 1
     # vLLM goes on with the last entry.
     return [*entries, (first, first, 0)]
+
+
+def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> list[tuple[int, int, int]]:
+    """The same schedule, without drafts for the most requests, so that vLLM captures CUDA graphs of steps without drafts.
+
+    It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for any number
+    of requests, begins as if this weren't there (`vllm_aasd.engine.width_schedule`).
+
+    Args:
+        schedule: ours; see `_vllm_schedule`.
+        most: requests that a step may have; None for vLLM's default, which is beyond what drafts are scheduled for.
+    """
+    last_drafted = schedule[-1][0] - 1
+    if most is None or not 2 <= most <= last_drafted:
+        return schedule
+    below = [(first, min(last, most - 1), length) for first, last, length in schedule if first < most]
+    return [*below, (most, most, 0)]
 
 
 def pick_carrier(args: EngineArgs) -> str:

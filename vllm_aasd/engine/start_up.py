@@ -35,7 +35,7 @@ MAX_ALIGNMENT_SHARE = 0.03
 """Of a prompt's time, what storing predictions at its positions may take for ``aasd_alignment: auto`` to do it."""
 
 # Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
-_REPETITIONS = 3
+_REPETITIONS = 4
 # From here on the curve is drawn on as straight as it came.
 _MOST_TOKENS = 128
 

@@ -149,7 +149,7 @@ class AASDProposer:
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
-            " ".join(f"{count}:{self._lengths_by_load.relative()[count]:.2f}" for count, _ in profile.samples[:12]),
+            " ".join(f"{count}:{self._lengths_by_load.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
             100 * alignment_share,
             "stored" if is_stored else "not stored",
         )

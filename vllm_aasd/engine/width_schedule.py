@@ -25,8 +25,9 @@ class WidthSchedule:
     """
 
     def __init__(self, lookup: list[int], max_step_tokens: int) -> None:
-        self._lookup = lookup
-        self._widths = WidthsByLoad(lookup, max_step_tokens)
+        # With the most requests nothing is scheduled only for the sake of CUDA graphs.
+        self._lookup = [*lookup[:-1], lookup[max(len(lookup) - 2, 1)]]
+        self._widths = WidthsByLoad(self._lookup, max_step_tokens)
         self._faults = Faults()
         self._contained = self._faults.contained("step_time")
         # Steps that aren't done yet, oldest first, and when they were scheduled.
