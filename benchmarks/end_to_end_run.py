@@ -125,16 +125,18 @@ def start(label: str, speculative_config: dict[str, Any] | None, arguments: argp
 def warm_up(
     engines: Mapping[str, Engine], requests: Mapping[str, list], arguments: argparse.Namespace
 ) -> None:
-    """Let each engine pay for what is compiled or allocated on first use, at every concurrency."""
+    """Let each engine pay for what is compiled or allocated on first use, with any number of requests up to the most."""
     longest = max((request for members in requests.values() for request in members), key=_length)
     # Reversed, so that nobody learns an answer.
     words = longest["prompt_token_ids"][::-1]
     for label, engine in engines.items():
         progress_line(f"{label}: warming up")
-        for concurrency in arguments.concurrency:
-            sampling = longest["sampling"] | {"max_tokens": 16, "ignore_eos": True}
-            lengths = [len(words), *[len(words) // 4 + 1] * (concurrency - 1)]
-            engine.run([{"prompt_token_ids": words[:n], "sampling": sampling} for n in lengths], concurrency)
+        most = max(arguments.concurrency)
+        sampling = longest["sampling"] | {"max_tokens": max(most, 16), "ignore_eos": True}
+        lengths = [len(words), *[len(words) // 4 + 1] * (most - 1)]
+        prompts = [{"prompt_token_ids": words[:n], "sampling": sampling} for n in lengths]
+        # They end one by one.
+        engine.run(rounds.staggered(prompts, most), most)
 
 
 def check(

@@ -67,12 +67,12 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "12", "20", "40",
-            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, True, True,
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "12", "16", "32",
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 76, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
-    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "4", "12", "32",
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "4", "8", "32",
             "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
-            40, True, True),
+            42, True, True),
     Program("kernels", "kernels", (), 3),
     Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 1, quick=("--lengths", "1024", "--steps", "10")),
     Program("worst_case", "worst_case",
@@ -86,7 +86,7 @@ PROGRAMS = (
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, True, takes_dtype=True),
     Program("frontier", "frontier",
-            ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 26),
+            ("--data", "DATA", "--limit", "6", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 20),
 )  # fmt: skip
 """In their order: the comparison itself comes first, so that a run that is cut short has it."""
 
