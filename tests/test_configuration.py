@@ -114,7 +114,8 @@ def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, len
 
 
 @pytest.mark.parametrize(
-    ("most", "lengths"), [(1, [8]), (2, [8, 0]), (5, [8, 0]), (64, [8, 4, 2, 1, 0]), (128, [8, 4, 2, 1, 0]), (129, [8, 4, 2, 1, 0])]
+    ("most", "lengths"),
+    [(1, [8]), (2, [8, 0]), (5, [8, 0]), (64, [8, 4, 2, 1, 0]), (128, [8, 4, 2, 1, 0]), (129, [8, 4, 2, 1, 0])],
 )
 def test_vllm_captures_graphs_of_steps_without_drafts_whatever_the_most_requests(create, on_v2, most, lengths):
     of = create({"method": "aasd"}, max_num_seqs=most).speculative_config
