@@ -12,7 +12,7 @@ and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs tw
 own.
 
 Left out: `benchmarks.load`, whose three servers would not fit in the budget, for a result about what is lost under
-overload (nothing) more than about speed; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
+overload (nothing) more than about speed; `end_to_end_one`, a part of `end_to_end` run again; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
 CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`, whose
 result is the constants that are shipped. They are run by hand.
 """
