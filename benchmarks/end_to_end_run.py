@@ -129,14 +129,14 @@ def warm_up(
     longest = max((request for members in requests.values() for request in members), key=_length)
     # Reversed, so that nobody learns an answer.
     words = longest["prompt_token_ids"][::-1]
+    most = max(arguments.concurrency)
+    sampling = longest["sampling"] | {"max_tokens": max(most, 16), "ignore_eos": True}
+    lengths = [len(words), *[len(words) // 4 + 1] * (most - 1)]
+    # They end one by one.
+    wanted = rounds.staggered([{"prompt_token_ids": words[:n], "sampling": sampling} for n in lengths], most)
     for label, engine in engines.items():
         progress_line(f"{label}: warming up")
-        most = max(arguments.concurrency)
-        sampling = longest["sampling"] | {"max_tokens": max(most, 16), "ignore_eos": True}
-        lengths = [len(words), *[len(words) // 4 + 1] * (most - 1)]
-        prompts = [{"prompt_token_ids": words[:n], "sampling": sampling} for n in lengths]
-        # They end one by one.
-        engine.run(rounds.staggered(prompts, most), most)
+        engine.run(wanted, most)
 
 
 def check(

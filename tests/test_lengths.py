@@ -140,7 +140,7 @@ def test_more_tokens_may_take_less_time(is_warm):
             model.observe(num_tokens, rising_and_falling(num_tokens) * rng.lognormal(0, 0.1))
     for num_tokens in range(1, 17):
         found, expected = model.relative()[num_tokens], rising_and_falling(num_tokens) / rising_and_falling(1)
-        assert found == pytest.approx(expected, rel=0.05 if is_warm is False else 1e-9)
+        assert found == pytest.approx(expected, rel=1e-9 if is_warm else 0.05)
 
 
 def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():

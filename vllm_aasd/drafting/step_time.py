@@ -26,7 +26,7 @@ class StepTimeModel:
     fast, and takes with it whatever slows all steps alike (a busy machine, longer contexts); the shape follows
     slowly from what is left. It is linear between knots, which are all counts at first and then lie ever farther
     apart. It need not rise: kernels for matrices of one row can take longer than those for several (on a CPU in
-    bfloat16, 4 to 6 tokens were seen to take 0.85 of the time of 1, and 7 tokens 1.25 times as long as 6). One step
+    bfloat16, 3 to 6 tokens were seen to take 0.85 of the time of 1, and 7 tokens 1.25 times as long as 6). One step
     moves level or shape by a bounded amount.
 
     Drafts also cost what doesn't depend on how many there are: their step samples by another way, which copies
