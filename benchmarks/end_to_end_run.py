@@ -48,6 +48,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     metadata = results.metadata(
         **results.conditions(arguments, "draw", "against", "resume", "quick"),
         near_tie_nats=NEAR_TIE[arguments.dtype],
+        has_prior=methods.has_prior(arguments.model, chosen),
         num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
     )
     settings = [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, prompts]

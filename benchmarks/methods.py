@@ -4,8 +4,11 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.engine.model_key import model_key
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "none": None,
@@ -76,6 +79,23 @@ def label(settings: dict[str, Any]) -> str:
     """How a variant of aasd is called: its settings, without their prefix."""
     words = [f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items() if key != "method"]
     return " ".join(["aasd", *words])
+
+
+def has_prior(model: str, chosen: Mapping[str, dict[str, Any] | None]) -> bool:
+    """Whether there is a prior of the model; said where there is none and a method would draft from it.
+
+    Args:
+        model: a folder, or a name.
+        chosen: the methods' speculative configs.
+    """
+    key = model_key(model)
+    path = key and prior_file.cache_path(key)
+    if path and path.exists():
+        return True
+    if any(config and config["method"] == "aasd" and config.get("aasd_prior", True) for config in chosen.values()):
+        where = path or "no files of the model here"
+        print(f"aasd runs without a prior ({where}): python -m vllm_aasd.prior makes it", file=sys.stderr, flush=True)
+    return False
 
 
 def is_exact(speculative_config: dict[str, Any] | None) -> bool:

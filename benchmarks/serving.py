@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **results.conditions(arguments, "resume"),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         sampling="greedy",
+        has_prior=methods.has_prior(arguments.model, chosen),
     )
     settings = [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, batches]
     store = resume.Store(arguments.out.with_suffix(".unfinished"), settings)

@@ -8,8 +8,9 @@
 The first file of ``--data`` is in Spec-Bench's format; without one, the programs that need it are left out, and said
 so. A result that was made by the same command on the same sources (``vllm_aasd/``, ``kernels/``, ``benchmarks/``) isn't
 made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
-and the README's tables are drawn. It needs a quiet machine. ``--quick`` runs two programs small, into a folder of its
-own.
+and the README's tables are drawn. It needs a quiet machine of two cores. Two lanes of programs run at once, each pinned to
+one core, where every ratio is of runs that took turns on that core; what uses both cores, or times microseconds, has the
+machine to itself after them. ``--quick`` runs two programs small, into a folder of its own.
 
 Left out: `benchmarks.load`, whose three servers would not fit in the budget, for a result about what is lost under
 overload (nothing) more than about speed; `end_to_end_one`, a part of `end_to_end` run again; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
@@ -18,6 +19,8 @@ result is the constants that are shipped. They are run by hand.
 """
 
 import argparse
+import concurrent.futures
+import os
 import pathlib
 import shlex
 import subprocess
@@ -41,7 +44,8 @@ class Program(NamedTuple):
         name: of its result.
         module: of `benchmarks`.
         arguments: of the full run; ``DATA`` stands for all data files, ``QUESTIONS`` for the first.
-        minutes: its share of `BUDGET_MINUTES`.
+        minutes: how long it may take.
+        core: the core that it is pinned to, beside programs on the other; None for one that has the machine to itself.
         resumes: whether it knows ``--resume``.
         takes_dtype: whether it computes in the ``--dtype`` of the suite. Those that stay in float32 whatever it is are
             those that judge answers token by token.
@@ -52,6 +56,7 @@ class Program(NamedTuple):
     module: str
     arguments: tuple[str, ...]
     minutes: int
+    core: int | None = None
     resumes: bool = False
     takes_dtype: bool = False
     quick: tuple[str, ...] | None = None
@@ -67,24 +72,24 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "12", "16", "32",
-            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 76, True, True,
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "10", "16", "32",
+            *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, 0, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
-    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "4", "8", "32",
-            "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "8", "32"),
-            42, True, True),
-    Program("kernels", "kernels", (), 3),
+    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 10, 0, takes_dtype=True),
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "4", "4", "8", "16",
+            "32", "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "4", "8",
+            "16", "32"), 72, 1, True, True),
+    Program("kernels", "kernels", (), 3, 1),
+    Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, 1, takes_dtype=True),
+    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "12"), 1, 1, takes_dtype=True),
+    Program("projection", "projection", (*_TASKS, "--limit", "12", "--batches", "1", "4", "16", "64", "256"), 4, 1,
+            takes_dtype=True),
     Program("drafter_time", "drafter_time", ("--data", "QUESTIONS"), 1, quick=("--lengths", "1024", "--steps", "10")),
     Program("worst_case", "worst_case",
             ("--data", "QUESTIONS", "--lengths", "1024", "32768", "--steps", "100", "--repeats", "6", "--requests", "500"), 2),
     Program("verifier_time", "verifier_time", ("--steps", "60"), 2),
-    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 10, takes_dtype=True),
-    Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, takes_dtype=True),
-    Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "12"), 1, takes_dtype=True),
-    Program("projection", "projection", (*_TASKS, "--limit", "12", "--batches", "1", "4", "16", "64", "256"), 4,
-            takes_dtype=True),
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
-            "--requests", "30"), 8, True, takes_dtype=True),
+            "--requests", "30"), 8, resumes=True, takes_dtype=True),
     Program("frontier", "frontier",
             ("--data", "DATA", "--limit", "6", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 20),
 )  # fmt: skip
@@ -96,7 +101,7 @@ def main() -> None:
     arguments = _arguments()
     chosen = [program for program in PROGRAMS if arguments.only is None or program.name in arguments.only]
     if arguments.quick:
-        chosen = [program for program in chosen if program.quick is not None]
+        chosen = [program._replace(core=None) for program in chosen if program.quick is not None]
     folder = arguments.results
     left = []
     for program in chosen:
@@ -107,10 +112,13 @@ def main() -> None:
             print(f"{program.name} is there, made by this command on these sources")
         else:
             left.append((program, command))
-    minutes = sum(program.minutes for program, _ in left)
+    minutes = minutes_of([program for program, _ in left])
     if arguments.list:
         print("\n".join(f"{program.minutes:3} min  {shlex.join(command)}" for program, command in left))
         return
+    missing = {program.core for program, _ in left} - {None, *os.sched_getaffinity(0)}
+    if missing:
+        sys.exit(f"core {min(missing)} isn't among those that this process may use: {sorted(os.sched_getaffinity(0))}")
     print(f"{len(left)} programs to run" + ("" if arguments.quick else f", about {minutes} minutes"), flush=True)
     failed = run_all(left)
     draw(folder, arguments.quick)
@@ -118,19 +126,40 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(failed)}; start it again to go on")
 
 
+def minutes_of(programs: Sequence[Program]) -> int:
+    """How long programs may take, those of the two lanes at once."""
+    by_lane = {core: sum(program.minutes for program in programs if program.core == core) for core in (0, 1, None)}
+    return max(by_lane[0], by_lane[1]) + by_lane[None]
+
+
 def run_all(left: Sequence[tuple[Program, list[str]]]) -> list[str]:
-    """Run commands in order; one that fails doesn't keep the others from running.
+    """Run commands, each lane's in order; one that fails doesn't keep the others from running.
 
     Returns:
         The names of those that failed.
     """
+    with concurrent.futures.ThreadPoolExecutor(2) as lanes:
+        of_lanes = [lanes.submit(_run_lane, core, [pair for pair in left if pair[0].core == core]) for core in (0, 1)]
+    failed = [name for lane in of_lanes for name in lane.result()]
+    return failed + _run_lane(None, [pair for pair in left if pair[0].core is None])
+
+
+def _run_lane(core: int | None, left: Sequence[tuple[Program, list[str]]]) -> list[str]:
+    environment = dict(os.environ)
+    if core is not None:
+        # Of this thread, which what it starts inherits.
+        os.sched_setaffinity(0, {core})
+        # Engines that compile the same model at once would write the same files.
+        environment["VLLM_CACHE_ROOT"] = str(results.ROOT / f".bench/core{core}")
     failed = []
     for number, (program, command) in enumerate(left):
         remaining = sum(other.minutes for other, _ in left[number:])
-        print(f"[{number + 1} of {len(left)}, {remaining} min budgeted] {shlex.join(command)}", flush=True)
+        where = "" if core is None else f" on core {core}"
+        print(f"[{number + 1} of {len(left)}{where}, {remaining} min budgeted] {shlex.join(command)}", flush=True)
         began = time.monotonic()
         more = ["--resume"] if program.resumes else []
-        code = subprocess.run([sys.executable, *command[1:], *more], cwd=results.ROOT, check=False).returncode
+        command = [sys.executable, *command[1:], *more]
+        code = subprocess.run(command, cwd=results.ROOT, env=environment, check=False).returncode
         took = (time.monotonic() - began) / 60
         print(f"{program.name}: {'done' if code == 0 else f'FAILED with {code}'} in {took:.1f} min "
               f"(budget {program.minutes})", flush=True)  # fmt: skip

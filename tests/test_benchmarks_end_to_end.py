@@ -23,6 +23,8 @@ from benchmarks import (  # noqa: E402
     resume,
     rounds,
 )
+from vllm_aasd.drafting import prior as prior_file  # noqa: E402
+from vllm_aasd.engine.model_key import model_key  # noqa: E402
 from vllm_aasd.tuning import prompts, scores, statistics, tasks  # noqa: E402
 
 sys.path.remove(str(ROOT))
@@ -438,6 +440,24 @@ def test_a_missing_package_stops_with_the_command_that_installs_it(monkeypatch):
     methods.require(["none", "ngram", "aasd"])
     with pytest.raises(methods.MissingPackage, match="pip install --no-deps arctic-inference==0.1.1"):
         methods.require(["none", "suffix"])
+
+
+@pytest.mark.parametrize(
+    ("config", "is_said"),
+    [({"method": "aasd"}, True), ({"method": "aasd", "aasd_prior": False}, False), ({"method": "ngram"}, False), (None, False)],
+)
+def test_a_prior_that_is_missing_is_said_where_it_would_be_drafted_from(config, is_said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "cache"))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    chosen = {"some": config}
+    assert not methods.has_prior(str(tmp_path), chosen)
+    assert ("without a prior" in capsys.readouterr().err) == is_said
+    path = prior_file.cache_path(model_key(str(tmp_path)))
+    path.parent.mkdir()
+    path.touch()
+    assert methods.has_prior(str(tmp_path), chosen)
+    assert not methods.has_prior(str(tmp_path / "nowhere"), {})
+    assert capsys.readouterr().err == ""
 
 
 # Scores

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
 import pathlib
 import shlex
 import subprocess
+import sys
+import threading
 import types
 
 import pytest
@@ -136,7 +139,10 @@ def test_pandas_is_named_where_it_is_missing(monkeypatch):
 
 
 def test_the_budgets_are_three_hours_at_most():
-    assert sum(program.minutes for program in suite.PROGRAMS) <= suite.BUDGET_MINUTES == 180
+    assert suite.minutes_of(suite.PROGRAMS) <= suite.BUDGET_MINUTES == 180
+    lanes = [suite.Program("a", "x", (), 5, 0), suite.Program("b", "x", (), 2, 1), suite.Program("c", "x", (), 4, 1)]
+    assert suite.minutes_of(lanes) == 6
+    assert suite.minutes_of([*lanes, suite.Program("d", "x", (), 3)]) == 9
     assert len({program.name for program in suite.PROGRAMS}) == len(suite.PROGRAMS)
 
 
@@ -239,3 +245,42 @@ def test_a_program_that_fails_is_named_and_the_others_run(monkeypatch, capsys):
     assert ran == [["bad"], ["good", "--resume"]]
     said = capsys.readouterr().out
     assert "[1 of 2, 5 min budgeted]" in said and "one: FAILED with 1" in said
+
+
+def test_the_two_lanes_have_a_core_each_at_once_and_the_rest_comes_after_them(monkeypatch):
+    """Each lane's first program waits for the other's, so lanes that didn't overlap would never end."""
+    both, ran, own = threading.Barrier(2, timeout=30), [], os.sched_getaffinity(0)
+    pinned = {}
+    monkeypatch.setattr(suite.os, "sched_setaffinity", lambda pid, cores: pinned.update({threading.get_ident(): cores}))
+
+    def run(command, env, **_):
+        name = command[1]
+        if name.startswith("first"):
+            both.wait()
+        ran.append((name, pinned.get(threading.get_ident()), env.get("VLLM_CACHE_ROOT", "")[-5:]))
+        return types.SimpleNamespace(returncode=int(name == "second on 1"))
+
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    names = {"alone": None, "first on 0": 0, "first on 1": 1, "second on 1": 1}
+    left = [(suite.Program(name, "x", (), 2, core), ["python", name]) for name, core in names.items()]
+    assert suite.run_all(left) == ["second on 1"]
+    lanes = [("first on 0", {0}, "core0"), ("first on 1", {1}, "core1"), ("second on 1", {1}, "core1")]
+    assert sorted(ran[:3]) == lanes and ran.index(lanes[1]) < ran.index(lanes[2])
+    assert ran[3:] == [("alone", None, "")]
+    assert os.sched_getaffinity(0) == own
+
+
+def test_a_core_that_is_missing_is_said_before_anything_runs(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.suite", "--only", "kernels", "--results", str(tmp_path)]
+    core = min(os.sched_getaffinity(0) - {1}, default=None)
+    if core is None:
+        pytest.skip("core 1 is the only one")
+    done = subprocess.run(["taskset", "-c", str(core), *command], cwd=results.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"core 1 isn't among those that this process may use: [{core}]" in done.stderr
+
+
+def test_a_program_of_a_lane_pins_its_engines_to_the_lanes_core():
+    for program in suite.PROGRAMS:
+        if "--core" in program.arguments:
+            assert program.arguments[program.arguments.index("--core") + 1] == str(program.core)

@@ -84,6 +84,7 @@ V1_SEAMS = {
     "length": ("step_time", load, "lengths_and_gain"),
     "step time": ("step_time", StepTimeModel, "observe"),
     "curve": ("step_time", StepTimeModel, "relative"),
+    "filling": ("step_time", load.LengthsByLoad, "least"),
     "verifier": ("verify", v1_verifier.verify_op, "verify"),
     "policies": ("verify", v1_verifier.PolicyBatch, "fill"),
     "end of requests": ("requests", Drafter, "forget"),

@@ -195,6 +195,28 @@ def test_survival_stops_the_draft():
     assert lengths[0] == 8 and lengths[2] == 0
 
 
+@pytest.mark.parametrize("least", range(6))
+def test_the_least_is_drafted_whatever_its_survival(least):
+    context = np.array([1, 2, 3, 4, 1], np.int32)
+    drafts, survival = Drafter(10, 8, 0.0).draft("a", context, NO_ALIGNMENT, 8)
+    bar = float(survival[1] + survival[2]) / 2
+    drafter = Drafter(10, 8, bar)
+    found, expected = drafter.draft("b", context, NO_ALIGNMENT, 8, least)
+    assert found.tolist() == drafts[: max(least, 2)].tolist()
+    assert expected.tolist() == survival[: max(least, 2)].tolist()
+    # What was promised of them is judged like any other.
+    before = drafter.draft("b", context, NO_ALIGNMENT, 8, least)[1].copy()
+    drafter.verified("b", len(before), 0)
+    after = drafter.draft("b", context, NO_ALIGNMENT, 8, least)[1]
+    assert len(after) >= least and (after[:least] < before[:least]).all()
+
+
+def test_the_least_is_no_more_than_the_limit_and_what_is_known():
+    context = np.array([1, 2, 3, 4, 1], np.int32)
+    assert len(Drafter(10, 8, 0.99).draft("a", context, NO_ALIGNMENT, 3, least=5)[0]) == 3
+    assert len(Drafter(10, 8, 0.99).draft("a", context[:4], NO_ALIGNMENT, 8, least=5)[0]) == 0
+
+
 @pytest.mark.parametrize("limit", [0, 1, 3])
 def test_the_limit_of_a_call_holds(limit):
     context = np.array([1, 2, 3] * 5, np.int32)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import fake_v1
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -150,6 +151,37 @@ def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
     for conditional, length in ((0.3, 5), (0.6, 5), (0.95, 16)):
         survival = np.cumprod(np.full((1, 16), conditional, np.float32), axis=1)
         assert chooser.choose(survival, never).tolist() == [length]
+
+
+@pytest.mark.parametrize(("num_requests", "least"), [(1, 2), (2, 1), (3, 0), (6, 0), (32, 0), (40, 0)])
+def test_drafts_are_filled_up_to_the_fastest_kernel(num_requests, least):
+    chooser = LengthsByLoad(32)
+    assert chooser.least(num_requests) == 0, "nothing is known yet"
+    chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
+    assert chooser.least(num_requests) == least
+
+
+def test_what_fills_a_step_is_shared_by_its_requests():
+    chooser = LengthsByLoad(16)
+    chooser.warm_start([(1, 0.010), (4, 0.010), (5, 0.005), (16, 0.010)])
+    assert [chooser.least(num_requests) for num_requests in range(1, 6)] == [4, 2, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("draft_length", "length"), [("adaptive", 2), (4, 0)])
+def test_v1_fills_drafts_whose_length_follows_the_load(draft_length, length, monkeypatch):
+    monkeypatch.setattr(LengthsByLoad, "least", lambda self, num_requests: 2 if num_requests == 1 else 0)
+    runner = fake_v1.FakeRunner({"a": [1, 2, 3, 1, 2]}, verification="strict", min_survival=1.0, draft_length=draft_length)
+    lengths = []
+    for _ in range(20):
+        runner.step()
+        lengths.append(len(runner.drafts["a"]))
+    assert max(lengths) == length and (length == 0 or runner.num_accepted > 0)
+
+
+def test_filling_up_for_next_to_nothing_is_not_worth_it():
+    chooser = LengthsByLoad(8)
+    chooser.warm_start([(1, 0.0102), (2, 0.0100), (8, 0.0200)])
+    assert chooser.least(1) == 0
 
 
 def test_a_curve_whose_end_was_timed_too_fast_is_not_drawn_on_downwards():

@@ -74,7 +74,8 @@ class Settings:
     )
     min_survival: float = setting(
         0.02,
-        "A draft ends before the token that would make it less likely than this to be accepted as a whole.",
+        "A draft ends before the token that would make it less likely than this to be accepted as a whole; but not "
+        "where more tokens were measured to make a step faster, as some CPU kernels do (V1 model runner).",
         within=(0.0, 1.0),
     )
     prior: bool = setting(

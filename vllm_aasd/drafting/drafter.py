@@ -100,7 +100,12 @@ class Drafter:
         return len(self._requests)
 
     def draft(
-        self, request_id: str, token_ids: np.ndarray, alignment: AlignmentView, max_draft_tokens: int
+        self,
+        request_id: str,
+        token_ids: np.ndarray,
+        alignment: AlignmentView,
+        max_draft_tokens: int,
+        least: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Take in what is new of a request's context, and draft its continuation.
 
@@ -109,6 +114,7 @@ class Drafter:
             token_ids: ``[n]`` int32, the whole context, prompt and output.
             alignment: where the target's stored distributions of this context lie; `NO_ALIGNMENT` for none.
             max_draft_tokens: the longest draft this time; 0 only takes in the context.
+            least: how many tokens are drafted whatever their survival, as far as there are candidates.
 
         Returns:
             ``draft_token_ids [m]`` int32, a view that the next call overwrites, and ``survival [m]`` float32,
@@ -135,7 +141,7 @@ class Drafter:
             *self._prior,
             self._memory,
             MAX_MATCHES,
-            self._min_survival,
+            self._min_survival if least == 0 else np.float32(0.0),
             self._scores,
             self._seen,
             self._starts,
@@ -144,7 +150,7 @@ class Drafter:
             self._lookups,
         )
         survival = request.trust.apply(self._survival[:count])
-        count = np.count_nonzero(survival >= self._min_survival)
+        count = max(np.count_nonzero(survival >= self._min_survival), min(least, count))
         request.promised = survival[:count]
         return self._draft_token_ids[:count], request.promised
 

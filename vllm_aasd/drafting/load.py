@@ -1,5 +1,6 @@
 """Draft lengths by load: what steps take, learnt while serving, and what drafts are worth by it."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -34,6 +35,21 @@ class LengthsByLoad:
     def relative(self) -> np.ndarray:
         """The step-time curve: see `StepTimeModel.relative`."""
         return self._step_time.relative()
+
+    def least(self, num_requests: int) -> int:
+        """How many draft tokens a request should have, however unlikely, because that makes its step faster.
+
+        Args:
+            num_requests: that decode in the step, >= 1.
+
+        Returns:
+            0 but where steps of more tokens were seen to take less time.
+        """
+        times = self._step_time.relative()[num_requests:]
+        fastest = int(np.argmin(times)) if len(times) else 0
+        if fastest == 0 or times[0] < _LEAST_GAIN * times[fastest]:
+            return 0
+        return math.ceil(fastest / num_requests)
 
     def observe(self, num_tokens: int | None, seconds: float, has_drafts: bool) -> None:
         """Learn from one step.

@@ -264,6 +264,7 @@ class AASDProposer:
                 )
             return drafts
         survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
+        least = self._least(len(drafts))
         for row, sampled in enumerate(sampled_token_ids):
             req_id = req_ids[row]
             if not sampled or not self._requests.is_drafted(req_id):
@@ -273,7 +274,7 @@ class AASDProposer:
                 limit = self._draft_limit(req_id, len(context))
                 stored = NO_ALIGNMENT if self._alignment is None else self._alignment.view(row)
                 self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-                draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit)
+                draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit, least)
                 drafts[row] = self._placeholders.before_first(draft_token_ids.tolist())
                 survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
                 continue
@@ -283,6 +284,12 @@ class AASDProposer:
             return drafts
         lengths = self._lengths(survival, req_ids)
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
+
+    def _least(self, num_requests: int) -> int:
+        if self._is_adaptive and not self.faults.is_off("step_time"):
+            with self.faults.contained("step_time"):
+                return self._lengths_by_load.least(num_requests)
+        return 0
 
     def _lengths(self, survival: np.ndarray, req_ids: list[str]) -> np.ndarray:
         if not self.faults.is_off("step_time"):
