@@ -10,7 +10,8 @@ so. A result that was made by the same command on the same sources (``vllm_aasd/
 made again, and the programs that can are resumed, so an interrupted run is just started again. At the end the figures
 and the README's tables are drawn. It needs a quiet machine of two cores. Two lanes of programs run at once, each pinned to
 one core, where every ratio is of runs that took turns on that core; what uses both cores, or times microseconds, has the
-machine to itself after them. ``--quick`` runs two programs small, into a folder of its own.
+machine to itself after them. In float32, or with less memory than two comparisons need, one lane follows the other, and it
+takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
 Left out: `benchmarks.load`, whose three servers would not fit in the budget, for a result about what is lost under
 overload (nothing) more than about speed; `end_to_end_one`, a part of `end_to_end` run again; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
@@ -26,13 +27,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks import methods, plot, readme, results
 from vllm_aasd.host import emulates_bfloat16
 
 BUDGET_MINUTES = 180
+
+# Eight engines of 2.5 GiB: a vLLM process of 1.5, and a KV cache for 32 requests in bfloat16.
+_GIB_OF_TWO_LANES = 22
+_GIB_OF_KV_CACHE = 1
 
 _STRICT = '{"aasd_verification": "strict"}'
 
@@ -72,11 +77,11 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "6", "8", "10", "16", "32",
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "5", "6", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, 0, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 10, 0, takes_dtype=True),
-    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "4", "4", "8", "16",
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "3", "4", "6", "16",
             "32", "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "4", "8",
             "16", "32"), 72, 1, True, True),
     Program("kernels", "kernels", (), 3, 1),
@@ -91,7 +96,7 @@ PROGRAMS = (
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
             "--requests", "30"), 8, resumes=True, takes_dtype=True),
     Program("frontier", "frontier",
-            ("--data", "DATA", "--limit", "6", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 20),
+            ("--data", "DATA", "--limit", "4", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 16),
 )  # fmt: skip
 """In their order: the comparison itself comes first, so that a run that is cut short has it."""
 
@@ -120,7 +125,7 @@ def main() -> None:
     if missing:
         sys.exit(f"core {min(missing)} isn't among those that this process may use: {sorted(os.sched_getaffinity(0))}")
     print(f"{len(left)} programs to run" + ("" if arguments.quick else f", about {minutes} minutes"), flush=True)
-    failed = run_all(left)
+    failed = run_all(left, _fits_two_lanes(arguments.dtype))
     draw(folder, arguments.quick)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; start it again to go on")
@@ -132,25 +137,41 @@ def minutes_of(programs: Sequence[Program]) -> int:
     return max(by_lane[0], by_lane[1]) + by_lane[None]
 
 
-def run_all(left: Sequence[tuple[Program, list[str]]]) -> list[str]:
+def run_all(left: Sequence[tuple[Program, list[str]]], at_once: bool) -> list[str]:
     """Run commands, each lane's in order; one that fails doesn't keep the others from running.
+
+    Args:
+        left: what is to be run.
+        at_once: whether the lanes run beside each other.
 
     Returns:
         The names of those that failed.
     """
-    with concurrent.futures.ThreadPoolExecutor(2) as lanes:
-        of_lanes = [lanes.submit(_run_lane, core, [pair for pair in left if pair[0].core == core]) for core in (0, 1)]
-    failed = [name for lane in of_lanes for name in lane.result()]
-    return failed + _run_lane(None, [pair for pair in left if pair[0].core is None])
-
-
-def _run_lane(core: int | None, left: Sequence[tuple[Program, list[str]]]) -> list[str]:
     environment = dict(os.environ)
+    if at_once:
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_GIB_OF_KV_CACHE))
+    with concurrent.futures.ThreadPoolExecutor(1 + at_once) as lanes:
+        of_lanes = [
+            lanes.submit(_run_lane, core, [pair for pair in left if pair[0].core == core], environment)
+            for core in (0, 1)
+        ]
+    failed = [name for lane in of_lanes for name in lane.result()]
+    return failed + _run_lane(None, [pair for pair in left if pair[0].core is None], dict(os.environ))
+
+
+def _fits_two_lanes(dtype: str | None) -> bool:
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return dtype != "float32" and gib >= _GIB_OF_TWO_LANES
+
+
+def _run_lane(
+    core: int | None, left: Sequence[tuple[Program, list[str]]], environment: Mapping[str, str]
+) -> list[str]:
     if core is not None:
         # Of this thread, which what it starts inherits.
         os.sched_setaffinity(0, {core})
         # Engines that compile the same model at once would write the same files.
-        environment["VLLM_CACHE_ROOT"] = str(results.ROOT / f".bench/core{core}")
+        environment = {**environment, "VLLM_CACHE_ROOT": str(results.ROOT / f".bench/core{core}")}
     failed = []
     for number, (program, command) in enumerate(left):
         remaining = sum(other.minutes for other, _ in left[number:])

@@ -241,34 +241,44 @@ def test_a_program_that_fails_is_named_and_the_others_run(monkeypatch, capsys):
         (suite.Program("one", "x", (), 2), ["python", "bad"]),
         (suite.Program("two", "y", (), 3, resumes=True), ["python", "good"]),
     ]
-    assert suite.run_all(left) == ["one"]
+    assert suite.run_all(left, at_once=False) == ["one"]
     assert ran == [["bad"], ["good", "--resume"]]
     said = capsys.readouterr().out
     assert "[1 of 2, 5 min budgeted]" in said and "one: FAILED with 1" in said
 
 
-def test_the_two_lanes_have_a_core_each_at_once_and_the_rest_comes_after_them(monkeypatch):
-    """Each lane's first program waits for the other's, so lanes that didn't overlap would never end."""
-    both, ran, own = threading.Barrier(2, timeout=30), [], os.sched_getaffinity(0)
-    pinned = {}
-    monkeypatch.setattr(suite.os, "sched_setaffinity", lambda pid, cores: pinned.update({threading.get_ident(): cores}))
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_two_lanes_have_a_core_each_and_the_rest_comes_after_them(at_once, monkeypatch):
+    """Where they run at once, each lane's first program waits for the other's: lanes in turn would break the barrier."""
+    both, ran, pinned = threading.Barrier(2, timeout=30), [], {}
 
     def run(command, env, **_):
         name = command[1]
-        if name.startswith("first"):
+        if at_once and name.startswith("first"):
             both.wait()
-        ran.append((name, pinned.get(threading.get_ident()), env.get("VLLM_CACHE_ROOT", "")[-5:]))
+        ran.append((name, env.get("VLLM_CACHE_ROOT", "")[-5:], env.get("VLLM_CPU_KVCACHE_SPACE")))
+        pinned.setdefault(name, cores.get(threading.get_ident()))
         return types.SimpleNamespace(returncode=int(name == "second on 1"))
 
+    cores = {}
+    monkeypatch.setattr(suite.os, "sched_setaffinity", lambda pid, of: cores.update({threading.get_ident(): of}))
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setattr(suite.subprocess, "run", run)
     names = {"alone": None, "first on 0": 0, "first on 1": 1, "second on 1": 1}
     left = [(suite.Program(name, "x", (), 2, core), ["python", name]) for name, core in names.items()]
-    assert suite.run_all(left) == ["second on 1"]
-    lanes = [("first on 0", {0}, "core0"), ("first on 1", {1}, "core1"), ("second on 1", {1}, "core1")]
+    assert suite.run_all(left, at_once) == ["second on 1"]
+    space = "1" if at_once else None
+    lanes = [("first on 0", "core0", space), ("first on 1", "core1", space), ("second on 1", "core1", space)]
     assert sorted(ran[:3]) == lanes and ran.index(lanes[1]) < ran.index(lanes[2])
-    assert ran[3:] == [("alone", None, "")]
-    assert os.sched_getaffinity(0) == own
+    assert ran[3:] == [("alone", "", None)]
+    assert pinned == {"first on 0": {0}, "first on 1": {1}, "second on 1": {1}, "alone": None}
+
+
+@pytest.mark.parametrize(("dtype", "pages", "fits"), [(None, 6, True), ("float32", 6, False), (None, 4, False)])
+def test_two_lanes_need_memory(dtype, pages, fits, monkeypatch):
+    monkeypatch.setattr(suite.os, "sysconf", {"SC_PAGE_SIZE": 4 << 30, "SC_PHYS_PAGES": pages}.get)
+    assert suite._fits_two_lanes(dtype) is fits
 
 
 def test_a_core_that_is_missing_is_said_before_anything_runs(tmp_path):
