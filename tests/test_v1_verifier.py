@@ -2,6 +2,7 @@
 
 import types
 
+import fake_v1
 import numpy as np
 import pytest
 import torch
@@ -174,3 +175,34 @@ def test_a_step_without_drafts_survives_top_k(installed):
     empty = torch.empty(0, 8)
     result = rejection_sampler.apply_sampling_constraints(empty, torch.zeros(1, dtype=torch.int32), metadata)
     assert result.shape == (0, 8)
+
+
+@pytest.mark.parametrize(("settings", "is_async", "may_be_plain"), [
+    ({"verification": "strict"}, False, True),
+    ({"verification": "conditional"}, False, False),
+    ({"verification": "strict"}, True, False),
+])  # fmt: skip
+def test_strict_steps_without_drafts_are_sampled_as_without_speculation(settings, is_async, may_be_plain):
+    """Relaxed policies watch all tokens; with asynchronous scheduling vLLM's own path counts what was scheduled."""
+    runner = fake_v1.FakeRunner({"a": [1, 2, 3, 1, 2], "b": [4, 5, 6]}, **settings)
+    runner.use_async_scheduling = is_async
+    plain = drafted = 0
+    for _ in range(30):
+        has_drafts = any(runner.drafts.values())
+        runner.step()
+        assert runner.is_plain is (may_be_plain and not has_drafts)
+        plain, drafted = plain + runner.is_plain, drafted + has_drafts
+    assert drafted and bool(plain) is may_be_plain
+    assert set(runner.proposer.faults.counts.values()) == {0}
+
+
+def test_one_relaxed_request_keeps_the_whole_batch_with_the_verifier():
+    """The server's rule is relaxed; only the first request asks for strict verification."""
+    runner = fake_v1.FakeRunner({}, max_num_reqs=2)
+    runner.add("a", [1, 2, 3], extra_args={"aasd_verification": "strict"})
+    runner.step()
+    assert runner.is_plain
+    runner.add("b", [4, 5, 6])
+    runner.drafts = {"a": [], "b": []}
+    runner.step()
+    assert not runner.is_plain

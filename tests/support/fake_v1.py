@@ -1,7 +1,7 @@
 """A fake of the V1 model runner around our proposer and verifier; the target is that of `fake_v2`."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ PREFILL = 5
 """Prompt tokens that are read in one step, so that some positions aren't sampled from."""
 
 
+class _State(NamedTuple):
+    scheduler_output: SimpleNamespace
+    spec_decode_metadata: SimpleNamespace | None
+    hidden_states: torch.Tensor
+    logits: torch.Tensor
+
+
 class FakeRunner:
     """Serves requests greedily, all of the batch at once, by our proposer.
 
@@ -29,6 +36,7 @@ class FakeRunner:
         **settings: the server's.
 
     Attributes:
+        is_plain: whether the last step was sampled as without speculation.
         masks: whether each step's logits are spoilt in place once they have been sampled from, as a grammar's mask does.
     """
 
@@ -38,6 +46,7 @@ class FakeRunner:
         max_num_reqs = max_num_reqs or len(prompts)
         self.device = torch.device("cpu")
         self.lora_config = None
+        self.use_async_scheduling = False
         self.kv_caches: list[torch.Tensor] = []
         self.tokens: dict[str, list[int]] = {}
         self.num_computed: dict[str, int] = {}
@@ -45,6 +54,7 @@ class FakeRunner:
         self.requests: dict[str, SimpleNamespace] = {}
         self.num_accepted = 0
         self.masks = False
+        self.is_plain = False
         self.num_logits_calls = 0
         self._ended: set[str] = set()
         blocks = np.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=np.int32).reshape(max_num_reqs, -1)
@@ -134,7 +144,7 @@ class FakeRunner:
         self.input_ids.gpu = torch.tensor(ids, dtype=torch.int32)
         self._blocks.slot_mapping.gpu = torch.tensor(slots)
         logits = _logits(hidden_states[sampled_rows])
-        self.execute_model_state = SimpleNamespace(
+        self.execute_model_state = _State(
             scheduler_output=SimpleNamespace(
                 total_num_scheduled_tokens=len(ids),
                 scheduled_spec_decode_tokens={req_id: self.drafts[req_id] for req_id in counts if self.drafts[req_id]},
@@ -147,7 +157,11 @@ class FakeRunner:
             logits=logits,
         )
         with self.proposer.sampling():
-            sampled = self._sample(logits, counts)
+            self.is_plain = self.execute_model_state.spec_decode_metadata is None
+            if self.is_plain:
+                sampled = self._rows(counts, logits.argmax(-1, keepdim=True))
+            else:
+                sampled = self._sample(logits, counts)
             if self.masks:
                 logits.zero_()
             self._emit(sampled)
@@ -177,6 +191,9 @@ class FakeRunner:
             logits[bonus_rows].argmax(-1, keepdim=True),
             SimpleNamespace(all_greedy=True, all_random=False, temperature=None, generators={}),
         )
+        return self._rows(counts, output)
+
+    def _rows(self, counts: dict[str, int], output: torch.Tensor) -> list[list[int]]:
         rows = [[token for token in row if token >= 0] for row in output.tolist()]
         is_done = [self.num_computed[req_id] >= len(self.tokens[req_id]) for req_id in counts]
         return [row if done else [] for row, done in zip(rows, is_done, strict=True)]

@@ -110,6 +110,7 @@ V1: tuple[Seam | Members, ...] = (
             "kv_caches",
             "requests",
             "discard_request_mask",
+            "use_async_scheduling",
             "_dummy_run",
         ),
     ),

@@ -26,6 +26,11 @@ class V1Request(NamedTuple):
     stop_token_ids: list[int]
     is_seeded: bool
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether its output is exactly the target's."""
+        return isinstance(self.policy, StrictVerification)
+
 
 class V1Requests:
     """The requests that a worker serves, from the first step that holds them until they end.
