@@ -14,7 +14,7 @@ machine to itself after them. In float32, or with less memory than two compariso
 takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
 Left out: `benchmarks.load`, whose three servers would not fit in the budget, for a result about what is lost under
-overload (nothing) more than about speed; `end_to_end_one`, a part of `end_to_end` run again; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
+overload (nothing) more than about speed; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
 CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`, whose
 result is the constants that are shipped. They are run by hand.
 """
@@ -35,8 +35,8 @@ from vllm_aasd.host import emulates_bfloat16
 
 BUDGET_MINUTES = 180
 
-# Eight engines of 2.5 GiB: a vLLM process of 1.5, and a KV cache for 32 requests in bfloat16.
-_GIB_OF_TWO_LANES = 22
+# Eight engines of up to 2.8 GiB: a vLLM process of 1.8, and a KV cache for 32 requests in bfloat16.
+_GIB_OF_TWO_LANES = 23
 _GIB_OF_KV_CACHE = 1
 
 _STRICT = '{"aasd_verification": "strict"}'
@@ -80,7 +80,7 @@ PROGRAMS = (
     Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "5", "6", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, 0, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
-    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 10, 0, takes_dtype=True),
+    Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 20, 0, takes_dtype=True),
     Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "3", "4", "6", "16",
             "32", "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "4", "8",
             "16", "32"), 72, 1, True, True),
