@@ -94,9 +94,9 @@ PROGRAMS = (
             ("--data", "QUESTIONS", "--lengths", "1024", "32768", "--steps", "100", "--repeats", "6", "--requests", "500"), 2),
     Program("verifier_time", "verifier_time", ("--steps", "60"), 2),
     Program("serving", "serving", (*_TASKS, "--limit", "8", "--methods", "none", "ngram", "aasd", "--rates", "1", "3",
-            "--requests", "30"), 8, resumes=True, takes_dtype=True),
+            "--requests", "30"), 11, resumes=True, takes_dtype=True),
     Program("frontier", "frontier",
-            ("--data", "DATA", "--limit", "4", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 16),
+            ("--data", "DATA", "--limit", "8", "--rounds", "1", "--gpu-memory-utilization", "0.5"), 28),
 )  # fmt: skip
 """In their order: the comparison itself comes first, so that a run that is cut short has it."""
 
