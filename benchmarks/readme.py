@@ -20,6 +20,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "tokens_per_step": ("end_to_end.json", readme_tables.tokens_per_step),
     "speed": ("end_to_end.json", readme_tables.speed),
     "speed_sampled": ("end_to_end_sampled.json", readme_tables.speed),
+    "speed_repeated": ("end_to_end_repeated.json", readme_tables.speed),
     "speed_float32": ("end_to_end_float32.json", readme_tables.speed),
     "speed_float32_sampled": ("end_to_end_float32_sampled.json", readme_tables.speed),
     "speed_float32_repeated": ("end_to_end_float32_repeated.json", readme_tables.speed),

@@ -13,10 +13,10 @@ one core, where every ratio is of runs that took turns on that core; what uses b
 machine to itself after them. In float32, or with less memory than two comparisons need, one lane follows the other, and it
 takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
-Left out: `benchmarks.load`, whose three servers would not fit in the budget, for a result about what is lost under
-overload (nothing) more than about speed; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a
-CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`, whose
-result is the constants that are shipped. They are run by hand.
+Left out: `benchmarks.load`, a result about what is lost under overload (nothing) more than about speed;
+`end_to_end_repeated`, the lowest categories in several rounds; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the
+same comparison on a CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`,
+whose result is the constants that are shipped. They are run by hand.
 """
 
 import argparse
