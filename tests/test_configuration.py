@@ -99,7 +99,7 @@ def scheduled_lengths(config):
 def test_where_a_step_is_as_wide_as_the_longest_draft_the_width_goes_by_the_number_of_requests(create, on_v2):
     config = create({"method": "aasd"})
     lengths = scheduled_lengths(config)
-    assert [lengths[n] for n in (1, 4, 5, 16, 17, 48, 49, 128, 129, 200)] == [8, 8, 4, 4, 2, 2, 1, 1, 0, 0]
+    assert [lengths[n] for n in (1, 4, 5, 16, 17, 49, 50, 128, 129, 200)] == [8, 8, 4, 4, 2, 2, 1, 1, 0, 0]
     assert "by requests [(1, 4, 8), (5, 16, 4)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
 
 
@@ -109,7 +109,7 @@ def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, len
     keys, options = ({}, {"spec_tokens": longest}) if is_flag else ({"num_speculative_tokens": longest}, {})
     config = create({"method": "aasd", **keys}, **options)
     assert config.speculative_config.num_speculative_tokens == longest
-    assert [scheduled_lengths(config)[n] for n in (4, 16, 48, 128, 200)] == lengths
+    assert [scheduled_lengths(config)[n] for n in (4, 16, 49, 128, 200)] == lengths
     assert config.speculative_config.aasd_learns_widths
 
 

@@ -8,7 +8,7 @@ from vllm_aasd.drafting.widths import WidthsByLoad
 
 MAX_REQUESTS = 256
 WIDTHS = (0, 1, 2, 4, 8)
-BY_REQUESTS = [0] + [next((w for last, w in ((4, 8), (16, 4), (48, 2), (128, 1)) if n <= last), 0) for n in range(1, 257)]
+BY_REQUESTS = [0] + [next((w for last, w in ((4, 8), (16, 4), (49, 2), (128, 1)) if n <= last), 0) for n in range(1, 257)]
 MANY_TOKENS = 1 << 20
 
 
@@ -46,7 +46,7 @@ class Run:
         return tokens / seconds / (self._num_requests / plain)
 
 
-@pytest.mark.parametrize("num_requests", [1, 4, 5, 16, 17, 48, 49, 128, 129, 256])
+@pytest.mark.parametrize("num_requests", [1, 4, 5, 16, 17, 49, 50, 128, 129, 256])
 def test_begins_with_what_it_is_given(num_requests):
     assert learner().choose(num_requests) == BY_REQUESTS[num_requests]
 
@@ -66,7 +66,7 @@ def test_near_the_best_width_and_never_worse_than_none(num_requests, accepts, co
 
 def test_what_it_begins_with_costs_little_where_drafts_are_of_no_use():
     # Everything is rejected, and the first widths would take 1.4 to 3.2 times as long for ever.
-    for num_requests in (4, 16, 64):
+    for num_requests in (4, 16, 49, 64, 128):
         assert Run(learner(), num_requests).speed_up(Device(0.0, 0.0, 0.035), 300) > 0.9
 
 
