@@ -33,7 +33,7 @@ from vllm_aasd.drafting.drafter import (
 )
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.mixture import no_memory, no_prior
+from vllm_aasd.kernels.mixture import no_prior
 from vllm_aasd.kernels import draft_reference
 
 BLOCK_SIZE = 128
@@ -171,7 +171,7 @@ def check_against_twin(tokens: np.ndarray, view: AlignmentView, vocab_size: int)
         index.extend(tokens[:length])
         drafts, survival = np.empty(NUM_DRAFT_TOKENS, np.int32), np.empty(NUM_DRAFT_TOKENS, np.float32)
         lookups = np.zeros(3, np.int64)
-        constants = *DEFAULT_WEIGHTS, *no_prior(), no_memory(), MAX_MATCHES, np.float32(MIN_SURVIVAL)
+        constants = *DEFAULT_WEIGHTS, *no_prior(), MAX_MATCHES, np.float32(MIN_SURVIVAL)
         request = index.tokens, index.prev, index.head, index.length
         count = draft_reference.draft(*request, *view, *constants, scores, seen, starts, drafts, survival, lookups)
         want = drafts[:count].tolist()

@@ -18,7 +18,7 @@ def _cache_dir() -> str:
     file or the way it is compiled does; without this an update of those would leave the old machine code in use.
     """
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*_cpu.py")), here / "policies.py", Path(__file__)]
+    files = [*sorted(here.glob("*_cpu.py")), here / "mixture.py", here / "policies.py", Path(__file__)]
     sources = b"".join(path.read_bytes() for path in files)
     name = f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:

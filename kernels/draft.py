@@ -52,7 +52,7 @@ the mixture and `memory_cpu` for the memory.
 import numpy as np
 
 from vllm_aasd.kernels import draft_cpu, memory_cpu, suffixes_cpu
-from vllm_aasd.kernels.mixture import MixtureWeights, no_memory, no_prior
+from vllm_aasd.kernels.mixture import LONGEST_REMEMBERED, SHORTEST_REMEMBERED, MixtureWeights, no_memory, no_prior
 
 extend_index = suffixes_cpu.extend_index
 draft = draft_cpu.draft
@@ -68,7 +68,7 @@ def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_succes
         num_remembered: predictions of a row of the memory.
         num_successors: of a token in the prior.
     """
-    runs = memory_cpu.LONGEST_REMEMBERED - memory_cpu.SHORTEST_REMEMBERED + 1
+    runs = LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1
     return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
 
 
@@ -87,9 +87,8 @@ def warm_up(num_orders: int, top_k: int) -> None:
     weights = MixtureWeights(
         np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
     )
-    memory = no_memory()
     out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
     scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
     store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
-    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), memory, 4, 0.1, *scratch, *out)
-    remember(tokens, 3, 3, *store, memory)
+    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), 4, 0.1, *scratch, *out)
+    remember(tokens, 3, 3, *store, no_memory())

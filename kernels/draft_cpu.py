@@ -4,8 +4,8 @@ import numpy as np
 
 from vllm_aasd.kernels.align_cpu import aligned_slot
 from vllm_aasd.kernels.compiled import compiled
-from vllm_aasd.kernels.memory_cpu import LONGEST_REMEMBERED, SHORTEST_REMEMBERED, memory_slot
-from vllm_aasd.kernels.mixture import HIT, MISS, STALE
+from vllm_aasd.kernels.memory_cpu import memory_slot
+from vllm_aasd.kernels.mixture import HIT, LONGEST_REMEMBERED, MISS, SHORTEST_REMEMBERED, STALE
 from vllm_aasd.kernels.suffixes_cpu import find, hash_with
 
 ORDERS_USED = 4

@@ -7,8 +7,15 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
-from vllm_aasd.kernels.memory_cpu import LONGEST_REMEMBERED, MOST_REMEMBERED, SHORTEST_REMEMBERED
-from vllm_aasd.kernels.mixture import HIT, MISS, STALE, no_memory
+from vllm_aasd.kernels.mixture import (
+    HIT,
+    LONGEST_REMEMBERED,
+    MISS,
+    MOST_REMEMBERED,
+    SHORTEST_REMEMBERED,
+    STALE,
+    no_memory,
+)
 from vllm_aasd.kernels.suffixes_cpu import MULTIPLIER
 
 

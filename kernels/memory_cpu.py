@@ -4,13 +4,8 @@ import numpy as np
 
 from vllm_aasd.kernels.align_cpu import aligned_slot
 from vllm_aasd.kernels.compiled import compiled
+from vllm_aasd.kernels.mixture import LONGEST_REMEMBERED, MOST_REMEMBERED, SHORTEST_REMEMBERED
 from vllm_aasd.kernels.suffixes_cpu import hash_with
-
-SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
-"""Runs of tokens that the memory is asked for; of one token the prior knows more."""
-
-MOST_REMEMBERED = 5
-"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
 
 
 @compiled

@@ -7,6 +7,12 @@ import numpy as np
 MAX_TOP_K = 8
 """Most predictions stored per context position, all of which vote."""
 
+SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
+"""Runs of tokens that a memory is asked for; of one token the prior knows more."""
+
+MOST_REMEMBERED = 5
+"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
+
 HIT, MISS, STALE = range(3)
 """What a look-up in the alignment store finds: the position's predictions; nothing; what an older owner left."""
 
@@ -28,23 +34,26 @@ class MixtureWeights(NamedTuple):
     memory: np.ndarray
 
 
+def no_memory() -> np.ndarray:
+    """A memory that holds nothing and learns nothing."""
+    return np.empty((0, 4), np.int32)
+
+
 class Prior(NamedTuple):
-    """The target's likeliest successors of each token, outside any context.
+    """What the target says outside of any request's context.
 
     Attributes:
-        ids: ``[vocab_size, k]`` int32; -1 where there are fewer than k.
+        ids: ``[vocab_size, k]`` int32, the likeliest successors of each token; -1 where there are fewer than k.
         probs: ``[vocab_size, k]`` float32.
+        runs: ``[S, 2 + 2k]`` int32, the same of runs of tokens, in the format of a memory (`vllm_aasd.kernels.draft`);
+            `no_memory` for none.
     """
 
     ids: np.ndarray
     probs: np.ndarray
+    runs: np.ndarray = no_memory()
 
 
 def no_prior() -> Prior:
     """An empty prior: the mixture then starts from nothing."""
     return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
-
-
-def no_memory() -> np.ndarray:
-    """A memory that holds nothing and learns nothing."""
-    return np.empty((0, 4), np.int32)

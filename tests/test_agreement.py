@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.engine import agreement
 from vllm_aasd.kernels.mixture import Prior
 
@@ -14,6 +15,7 @@ ONE = Prior(np.array([[1, 2], [0, -1]], np.int32), np.array([[0.5, 0.25], [0.5, 
 SAME = Prior(ONE.ids.copy(), ONE.probs.copy())
 OTHER_IDS = Prior(np.array([[1, 2], [1, -1]], np.int32), ONE.probs)
 OTHER_PROBS = Prior(ONE.ids, np.array([[0.5, 0.25], [0.25, 0]], np.float32))
+OTHER_RUNS = ONE._replace(runs=empty_memory(4, 1))
 OTHER_SHAPE = Prior(ONE.ids.reshape(4, 1), ONE.probs.reshape(4, 1))
 
 
@@ -66,9 +68,10 @@ def test_ranks_that_agree_go_on_as_they_were(on_all_ranks, caplog, priors):
         ((ONE, SAME, None), 2, 1),
         ((ONE, OTHER_IDS), 2, 2),
         ((OTHER_PROBS, ONE), 2, 2),
+        ((ONE, OTHER_RUNS), 2, 2),
         ((ONE, OTHER_SHAPE), 2, 2),
     ],
-    ids=["not the first", "not the last", "other tokens", "other probabilities", "other shape"],
+    ids=["not the first", "not the last", "other tokens", "other probabilities", "other runs", "other shape"],
 )
 def test_ranks_that_differ_go_on_without_and_one_says_so(on_all_ranks, caplog, priors, held, kinds):
     with caplog.at_level(logging.INFO, "vllm.aasd"):

@@ -56,7 +56,7 @@ def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
     starts = np.empty(NUM_ORDERS, np.int32)
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
-    constants = *DEFAULT_WEIGHTS, *prior, memory, max_matches, np.float32(min_survival)
+    constants = *DEFAULT_WEIGHTS, *prior._replace(runs=memory), max_matches, np.float32(min_survival)
     lookups = np.full(3, 100, np.int64)
     count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival, lookups)
     assert not scores.any(), "the scratch must be left clean"

@@ -19,24 +19,31 @@ from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.engine import start_up, successors
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
+from vllm_aasd.kernels.memory_cpu import memory_slot
 from vllm_aasd.kernels.mixture import Prior
 
 VOCAB_SIZE = 7
-FORMAT = {"format": "vllm-aasd prior, version 1", "model": "m"}
+FORMAT = {"format": "vllm-aasd prior, version 2", "model": "m"}
+
+
+def learnt_memory():
+    memory = memory_file.empty_memory()
+    memory[3] = [17, 2, 1, 4, -1, -1, *np.array([0.5, 0.25, 0, 0], np.float32).view(np.int32)]
+    return memory
 
 
 def small_prior():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB_SIZE, (VOCAB_SIZE, 2)).astype(np.int32)
-    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32))
+    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), learnt_memory())
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / "folder" / "prior.safetensors"
     prior_file.save(path, small_prior(), "m")
     loaded = prior_file.load(path, "m", VOCAB_SIZE)
-    np.testing.assert_array_equal(loaded.ids, small_prior().ids)
-    np.testing.assert_array_equal(loaded.probs, small_prior().probs)
+    for found, saved in zip(loaded, small_prior(), strict=True):
+        np.testing.assert_array_equal(found, saved)
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no leftovers"
 
 
@@ -62,6 +69,7 @@ def damaged(**changes):
         (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "is no file of the format"),
         (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
         ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
+        ({name: of for name, of in damaged().items() if name != "runs"}, FORMAT, "is no file of the format"),
         (damaged(ids=small_prior().ids[:5]), FORMAT, "holds shapes"),
         (damaged(ids=small_prior().ids[0]), FORMAT, "holds shapes"),
         (damaged(ids=np.array(3, np.int32)), FORMAT, "holds shapes"),
@@ -72,6 +80,9 @@ def damaged(**changes):
         (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
+        (damaged(runs=learnt_memory()[:8]), FORMAT, "of shape"),
+        (damaged(runs=np.empty((0, 4), np.int64)), FORMAT, "int64"),
+        (damaged(runs=np.where(np.arange(10) == 2, 7, learnt_memory()).astype(np.int32)), FORMAT, "outside of the voc"),
     ],
 )
 def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
@@ -98,7 +109,7 @@ def test_a_truncated_or_unreadable_file_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_a_type_that_numpy_does_not_know_is_refused(tmp_path, dtype):
     path = tmp_path / "prior.safetensors"
-    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in ("ids", "probs")}
+    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in Prior._fields}
     safetensors.torch.save_file(tensors, path, FORMAT)
     with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
         prior_file.load(path, "m", VOCAB_SIZE)
@@ -112,7 +123,7 @@ def test_a_bad_file_costs_one_warning_and_the_server_starts_without(tmp_path, mo
     for kind in ("prior", "memory"):
         tensor_file.cache_path(kind, "m").write_bytes(content)
     assert start_up.load_prior(model) is None
-    memory, file = start_up.load_memory("file", model)
+    memory, file = start_up.load_memory("file", model, None)
     np.testing.assert_array_equal(memory, memory_file.empty_memory())
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     file.save()
@@ -126,12 +137,6 @@ def test_a_full_disk_costs_the_memory_a_warning_and_leaves_no_rest(tmp_path, mon
     monkeypatch.setattr(tensor_file, "save_file", full)
     memory_file.MemoryFile(tmp_path / "memory.safetensors", "m", learnt_memory()).save()
     assert "the memory was not written to" in caplog.text and list(tmp_path.iterdir()) == []
-
-
-def learnt_memory():
-    memory = memory_file.empty_memory()
-    memory[3] = [17, 2, 1, 4, -1, -1, *np.array([0.5, 0.25, 0, 0], np.float32).view(np.int32)]
-    return memory
 
 
 def test_a_memory_survives_its_process(tmp_path):
@@ -271,7 +276,7 @@ def tiny_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=128, **shape))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=512, **shape))
     # A fresh model's logits are all alike; these differ enough for an order that rounding does not change.
     model.lm_head.weight.data *= 40
     model.save_pretrained(path)
@@ -281,11 +286,9 @@ def tiny_model(tmp_path_factory):
     return path, model
 
 
-@pytest.mark.engine
-def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path):
-    import torch
-
-    path, model = tiny_model
+@pytest.fixture
+def command(tiny_model, tmp_path):
+    """Runs the command on the tiny model, with more arguments."""
     environment = {
         **os.environ,
         "AASD_CACHE_ROOT": str(tmp_path),
@@ -294,10 +297,20 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-c", COMMAND, str(path), "--top-k", "3", "--dtype", "float32"]
-    run = types.SimpleNamespace(args=command, env=environment, text=True, capture_output=True, timeout=300)
-    first = subprocess.run(**vars(run))
-    assert first.returncode == 0, first.stderr[-3000:]
+
+    def run(*arguments):
+        line = [sys.executable, "-c", COMMAND, str(tiny_model[0]), "--top-k", "3", "--dtype", "float32", *arguments]
+        done = subprocess.run(line, env=environment, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.engine
+def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path, command):
+    path, model = tiny_model
+    command("--conversations", "0")
     key = model_key(str(path))
     loaded = prior_file.load(tmp_path / f"prior-{key}.safetensors", key, 300)
 
@@ -306,9 +319,29 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path)
         want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
     np.testing.assert_array_equal(loaded.ids, want.indices)
     np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
+    assert loaded.runs.size == 0
 
-    second = subprocess.run(**vars(run))
-    assert second.returncode == 0 and "there already" in second.stdout
+    assert "there already" in command()
+
+
+@pytest.mark.engine
+def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_model, tmp_path, command):
+    path, model = tiny_model
+    output = command("--conversations", "40", "--output", str(tmp_path / "prior.safetensors"))
+    assert "written" in output
+    prior = prior_file.load(tmp_path / "prior.safetensors", model_key(str(path)), 300)
+    # A text of this model, which has no chat template, begins with token 1.
+    num_checked = 0
+    for second in range(300):
+        tokens = np.array([1, second], np.int32)
+        row, tag = memory_slot(tokens, 2, 1, prior.runs)
+        if prior.runs[row, 0] != tag or prior.runs[row, 1] != 1:
+            continue
+        with torch.inference_mode():
+            want = torch.softmax(model(torch.tensor([[1, second]])).logits[0, 1].float(), dim=-1).topk(3)
+        found = dict(zip(prior.runs[row, 2:6].tolist(), prior.runs[row, 6:].view(np.float32).tolist(), strict=True))
+        num_checked += found == pytest.approx({**dict(zip(want.indices.tolist(), want.values.tolist(), strict=True)), -1: 0}, rel=1e-3)
+    assert num_checked > 10
 
 
 @pytest.mark.parametrize(("is_cpu", "emulates", "dtype"), [(True, True, "float32"), (True, False, "auto"), (False, True, "auto")])
@@ -332,7 +365,7 @@ def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
 
     now = 0.0
     monkeypatch.setattr(prior.time, "monotonic", lambda: now)
-    progress = prior._Progress(most_seconds=100.0)
+    progress = prior._Progress("tokens", most_seconds=100.0)
     now = 1.0
     progress(10, 1000)
     now = 2.1

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NO_ALIGNMENT, NUM_ORDERS, Drafter
 from vllm_aasd.kernels import draft_reference, suffixes_cpu
-from vllm_aasd.kernels.mixture import no_memory, no_prior
+from vllm_aasd.kernels.mixture import no_prior
 
 K = 4
 VOCAB = 12
@@ -53,7 +53,7 @@ def chain(index, order):
 def twins_draft(context, limit):
     """What the plain twin drafts, which scans, and its survival."""
     ids, survival = np.empty(limit, np.int32), np.empty(limit, np.float32)
-    constants = *DEFAULT_WEIGHTS, *no_prior(), no_memory(), MAX_MATCHES, np.float32(0)
+    constants = *DEFAULT_WEIGHTS, *no_prior(), MAX_MATCHES, np.float32(0)
     scratch = np.zeros(VOCAB, np.float32), None, None
     tokens = np.array(context, np.int32)
     count = draft_reference.draft(

@@ -1,9 +1,10 @@
-"""Make the prior of a model: what it would say after each token of its vocabulary, for drafts to begin from.
+"""Make the prior of a model: what it would say outside of any context, for drafts to begin from.
 
-    python -m vllm_aasd.prior MODEL [--top-k 8] [--output FILE] [--force] [--give-up-beyond MINUTES]
-                              [arguments of vLLM's engine]
+    python -m vllm_aasd.prior MODEL [--top-k 8] [--conversations 1024] [--output FILE] [--force]
+                              [--give-up-beyond MINUTES] [arguments of vLLM's engine]
 
-Runs the model once over its vocabulary and keeps the result in a cache folder under a name that stands for the
+Runs the model once over its vocabulary, then lets it make up conversations and keeps what it predicted behind the runs of
+tokens in them, not the text. The result lies in a cache folder under a name that stands for the
 model's content; a server with method ``aasd`` finds it there. On a cluster, run it on each node, or put
 ``AASD_CACHE_ROOT`` on a file system that they share.
 """
@@ -14,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from vllm_aasd.drafting import own_text
 from vllm_aasd.drafting import prior as prior_file
 
 DEFAULT_TOP_K = 8
+DEFAULT_CONVERSATIONS = 1024
 _REPORT_SECONDS = 5.0
 
 
@@ -34,6 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("model", help="path or name of the target model")
     parser.add_argument("--top-k", type=_top_k, default=DEFAULT_TOP_K, help="successors kept of each token")
+    parser.add_argument(
+        "--conversations",
+        type=_count,
+        default=DEFAULT_CONVERSATIONS,
+        metavar="N",
+        help="questions that the model makes up and answers, to learn from; 0 for the vocabulary alone",
+    )
     parser.add_argument("--output", type=Path, help="file to write (default: where the server looks for it)")
     parser.add_argument("--force", action="store_true", help="make it again where there is one")
     parser.add_argument(
@@ -41,12 +51,15 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=math.inf,
         metavar="MINUTES",
-        help="don't make it where that would take longer (default: however long)",
+        help="don't make it where the vocabulary would take longer, and without conversations where they would "
+        "(default: however long)",
     )
     ours, engine_arguments = parser.parse_known_args(arguments)
 
     # Here, so that --help doesn't wait for vLLM.
-    from vllm_aasd.engine import successors
+    from vllm import LLM
+
+    from vllm_aasd.engine import conversations, successors
 
     engine = successors.engine_arguments(ours.model, engine_arguments, ours.top_k)
     key = successors.key_of(engine)
@@ -56,30 +69,40 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists() and not ours.force:
         print(f"there already: {path}")
         return
+    llm = LLM.from_engine_args(engine)
+    began = time.monotonic()
     try:
-        prior = successors.successors(engine, ours.top_k, _Progress(60 * ours.give_up_beyond))
+        prior = successors.successors(llm, ours.top_k, _Progress("tokens", 60 * ours.give_up_beyond))
     except _TooSlow as too_slow:
         print(f"not made: it would take {too_slow.args[0] / 60:.0f} minutes here")
         return
+    left = 60 * ours.give_up_beyond - (time.monotonic() - began)
+    try:
+        texts = conversations.conversations(llm, ours.conversations, ours.top_k, _Progress("conversations", left))
+        prior = own_text.with_texts(prior, texts)
+    except _TooSlow as too_slow:
+        print(f"without conversations: they would take {too_slow.args[0] / 60:.0f} minutes more")
     prior_file.save(path, prior, key)
     print(f"written: {path}")
 
 
 class _TooSlow(Exception):
-    """Making the prior would take longer than it may; holds the seconds."""
+    """What is being made would take longer than it may; holds the seconds."""
 
 
 class _Progress:
     """Says every few seconds how far it is, one line each: it ends in log files as often as on a terminal.
 
     Args:
+        of_what: what is counted.
         most_seconds: what all of it may take, judged by what is done.
 
     Raises:
         _TooSlow: when called, where it would take longer.
     """
 
-    def __init__(self, most_seconds: float) -> None:
+    def __init__(self, of_what: str, most_seconds: float) -> None:
+        self._of_what = of_what
         self._began = self._said = time.monotonic()
         self._most_seconds = most_seconds
 
@@ -90,7 +113,7 @@ class _Progress:
         if now - self._said >= _REPORT_SECONDS:
             self._said = now
             left = (now - self._began) * (of - done) / done
-            print(f"{done} of {of} tokens, {left:.0f} s left", flush=True)
+            print(f"{done} of {of} {self._of_what}, {left:.0f} s left", flush=True)
 
 
 def _top_k(text: str) -> int:
@@ -100,6 +123,12 @@ def _top_k(text: str) -> int:
             f"{text} is not allowed: it takes an integer from 1 to {prior_file.MAX_SUCCESSORS}"
         )
     return value
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: it takes an integer from 0")
+    return int(text)
 
 
 if __name__ == "__main__":

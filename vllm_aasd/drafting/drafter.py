@@ -64,8 +64,9 @@ class Drafter:
         vocab_size: token ids are below it; others never become a draft token.
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
-        prior: the target's successors of each token outside any context; none by default.
-        memory: what other requests taught, read and written here; none by default. See `vllm_aasd.kernels.draft`.
+        prior: what the target says outside of any context; none by default.
+        memory: what other requests taught, read and written here in the place of the prior's runs, from which it may have
+            begun; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
         lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft_cpu`.
     """
@@ -82,12 +83,15 @@ class Drafter:
     ) -> None:
         self._requests: dict[str, _Request] = {}
         self._min_survival = np.float32(min_survival)
-        self._prior = prior if prior is not None else no_prior()
         self._memory = memory if memory is not None else no_memory()
+        self._prior = prior if prior is not None else no_prior()
+        self._runs = self._prior.runs
+        if memory is not None:
+            self._prior = self._prior._replace(runs=memory)
         self._weights = weights
         self._lookups = lookups if lookups is not None else np.zeros(3, np.int64)
         self._scores = np.zeros(vocab_size, np.float32)
-        num_remembered, num_successors = (self._memory.shape[1] - 2) // 2, self._prior.ids.shape[1]
+        num_remembered, num_successors = (self._prior.runs.shape[1] - 2) // 2, self._prior.ids.shape[1]
         most = draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
         self._seen = np.empty(most, np.int32)
         self._starts = np.empty(NUM_ORDERS, np.int32)
@@ -139,7 +143,6 @@ class Drafter:
             *alignment,
             *self._weights,
             *self._prior,
-            self._memory,
             MAX_MATCHES,
             self._min_survival if least == 0 else np.float32(0.0),
             self._scores,
@@ -177,8 +180,11 @@ class Drafter:
         self._scores.fill(0)
 
     def clear_memory(self) -> None:
-        """Unlearn what other requests taught."""
-        self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
+        """Unlearn what other requests taught; the prior's runs are not theirs."""
+        if self._memory.shape == self._runs.shape:
+            self._memory[...] = self._runs
+        else:
+            self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is held for requests that have ended; unknown ones are passed over."""

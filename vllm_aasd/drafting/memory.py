@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.memory_cpu import MOST_REMEMBERED
+from vllm_aasd.kernels.mixture import MOST_REMEMBERED
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -52,6 +52,21 @@ def load(path: Path, model_key: str, vocab_size: int) -> np.ndarray:
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
     memory = tensor_file.load(path, _FORMAT, model_key, {"memory"})["memory"]
+    check(path, memory, vocab_size)
+    return memory
+
+
+def check(path: Path, memory: np.ndarray, vocab_size: int) -> None:
+    """Check that a table is a memory on which drafting may rely.
+
+    Args:
+        path: where it comes from, for the message.
+        memory: the table.
+        vocab_size: of the model.
+
+    Raises:
+        TensorFileError: it isn't.
+    """
     shape = (NUM_ROWS, 2 + 2 * TOP_K)
     if memory.shape != shape or memory.dtype != np.int32:
         raise TensorFileError(f"{path} holds {memory.dtype} of shape {memory.shape}, expected int32 of {shape}")
@@ -59,7 +74,6 @@ def load(path: Path, model_key: str, vocab_size: int) -> np.ndarray:
         raise TensorFileError(f"{path} holds counts outside of 0 to {MOST_REMEMBERED}")
     probs = memory[:, 2 + TOP_K :].view(np.float32)
     tensor_file.check_predictions(path, memory[:, 2 : 2 + TOP_K], probs, vocab_size)
-    return memory
 
 
 class MemoryFile:

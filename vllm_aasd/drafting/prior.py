@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_aasd.drafting import tensor_file
+from vllm_aasd.drafting import memory, tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.kernels.mixture import Prior
 
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: the bound on what a file may hold."""
 
-_FORMAT = "vllm-aasd prior, version 1"
+_FORMAT = "vllm-aasd prior, version 2"
 
 
 def cache_path(model_key: str) -> Path:
@@ -37,7 +37,7 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
     prior = Prior(**tensor_file.load(path, _FORMAT, model_key, set(Prior._fields)))
-    ids, probs = prior
+    ids, probs, runs = prior
     shape = (vocab_size, ids.shape[-1] if ids.ndim else 0)
     if ids.shape != shape or probs.shape != shape or not 1 <= shape[1] <= MAX_SUCCESSORS:
         raise TensorFileError(
@@ -47,4 +47,6 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
     if ids.dtype != np.int32 or probs.dtype != np.float32:
         raise TensorFileError(f"{path} holds {ids.dtype} and {probs.dtype}, expected int32 and float32")
     tensor_file.check_predictions(path, ids, probs, vocab_size)
+    if runs.dtype != np.int32 or runs.size:
+        memory.check(path, runs, vocab_size)
     return prior

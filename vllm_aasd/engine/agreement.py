@@ -53,7 +53,7 @@ def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:
 def _fingerprint(prior: Prior | None) -> str | None:
     if prior is None:
         return None
-    digest = hashlib.sha256(repr((prior.ids.shape, prior.probs.shape)).encode())
+    digest = hashlib.sha256(repr([array.shape for array in prior]).encode())
     for array in prior:
         digest.update(array.tobytes())
     return digest.hexdigest()

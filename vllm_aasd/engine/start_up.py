@@ -147,37 +147,42 @@ def load_prior(model: ModelConfig) -> Prior | None:
     except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
-    logger.info("aasd: prior with %d successors a token from %s", prior.ids.shape[1], path)
+    known = f"{np.count_nonzero(prior.runs[:, 1])} runs of tokens"
+    logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
     return prior
 
 
-def load_memory(setting: str, model: ModelConfig) -> tuple[np.ndarray | None, MemoryFile | None]:
+def load_memory(
+    setting: str, model: ModelConfig, prior: Prior | None
+) -> tuple[np.ndarray | None, MemoryFile | None]:
     """The memory that ``aasd_memory`` asks for, and the file behind it; says in the log what it begins from.
 
     Args:
         setting: ``off``, ``process`` or ``file``.
         model: the served model.
+        prior: whose runs a new memory begins from; None for none.
 
     Returns:
         The table, None for ``off``; and where it is kept, None if only in the process.
     """
     if setting == "off":
         return None, None
+    begun = prior.runs.copy() if prior is not None and len(prior.runs) else empty_memory()
     key = _key_of(model) if setting == "file" else None
     if key is None:
         if setting == "file":
             logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)
-        return empty_memory(), None
+        return begun, None
     path = cache_path("memory", key)
     try:
         memory = memory_file.load(path, key, model.get_vocab_size())
         logger.info("aasd: memory from %s", path)
     except FileNotFoundError:
-        memory = empty_memory()
+        memory = begun
         logger.info("aasd: a new memory, to be kept in %s", path)
     except TensorFileError as error:
-        memory = empty_memory()
-        logger.warning("aasd: beginning with an empty memory: %s", error)
+        memory = begun
+        logger.warning("aasd: beginning with a new memory: %s", error)
     return memory, MemoryFile(path, key, memory)
 
 

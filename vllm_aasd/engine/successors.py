@@ -10,14 +10,17 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_aasd.engine.conversations import turns
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.host import emulates_bfloat16
 from vllm_aasd.kernels.mixture import Prior
 
-# Long enough for every chat template's beginning of an answer, short for the KV cache's sake.
-_CONTEXT_LENGTH = 64
+# Long enough for a chat template around a question and its answer, short for the KV cache's sake.
+_CONTEXT_LENGTH = 512
 # A multiple of what is in a batch at once, and small enough to report on.
 _TOKENS_PER_CALL = 1024
+# What a template says before every answer hardly changes what follows it.
+_LONGEST_PREFIX = 64
 
 
 def engine_arguments(model: str, arguments: list[str], top_k: int) -> EngineArgs:
@@ -51,17 +54,17 @@ def key_of(engine: EngineArgs) -> str | None:
     return model_key(engine.model, engine.revision)
 
 
-def successors(engine: EngineArgs, top_k: int, progress: Callable[[int, int], None]) -> Prior:
+def successors(llm: LLM, top_k: int, progress: Callable[[int, int], None]) -> Prior:
     """Run the target once over its vocabulary, each token where an answer of the assistant begins.
 
     Args:
-        engine: as from `engine_arguments`.
+        llm: started with `engine_arguments`.
         top_k: successors kept of each token, the likeliest at temperature 1.
         progress: is told how many tokens of how many are done.
     """
-    llm = LLM.from_engine_args(engine)
-    prefix = assistant_prefix(llm.get_tokenizer())[-(_CONTEXT_LENGTH - 2) :]
-    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    model_config = llm.llm_engine.model_config
+    prefix = assistant_prefix(llm.get_tokenizer())[-(min(model_config.max_model_len, _LONGEST_PREFIX) - 2) :]
+    vocab_size = model_config.get_vocab_size()
     ids = np.full((vocab_size, top_k), -1, np.int32)
     probs = np.zeros((vocab_size, top_k), np.float32)
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=top_k, detokenize=False)
@@ -80,13 +83,7 @@ def successors(engine: EngineArgs, top_k: int, progress: Callable[[int, int], No
 
 def assistant_prefix(tokenizer: Any) -> list[int]:
     """What a chat template puts before an answer of the assistant; without a template, what begins a text."""
-    question = [{"role": "user", "content": "?"}]
-    try:
-        asked = tokenizer.apply_chat_template(question, tokenize=False)
-        answering = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    # transformers raises ValueError without a template; a template may raise whatever it likes.
-    except Exception:
-        asked = answering = ""
-    if len(answering) > len(asked) and answering.startswith(asked):
-        return tokenizer.encode(answering[len(asked) :], add_special_tokens=False)
+    around = turns(tokenizer)
+    if around is not None:
+        return tokenizer.encode(around.answering, add_special_tokens=False)
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

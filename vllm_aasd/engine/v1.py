@@ -96,13 +96,14 @@ class AASDProposer:
         self.counting.warm_up()
         if self._ngram is not None:
             return
-        memory, self._memory_file = start_up.load_memory(self._settings.memory, self._model_config)
+        prior = agreement.load_prior(self._model_config) if self._settings.prior else None
+        memory, self._memory_file = start_up.load_memory(self._settings.memory, self._model_config, prior)
         draft.warm_up(NUM_ORDERS, self._settings.top_k)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             self._settings.min_survival,
-            agreement.load_prior(self._model_config) if self._settings.prior else None,
+            prior,
             memory,
             lookups=self.counters.lookups.numpy(),
         )

@@ -1,0 +1,87 @@
+"""What the target predicts in text of its own making: the prior of runs of tokens, and a better one of single tokens.
+
+A request's own context says little about the plain words between what is copied. Other requests would (`aasd_memory`), but
+their contents are somebody's. What the target writes unasked is nobody's, and like what it will write. This is the datastore
+of REST (He et al., 2023, arXiv 2311.08252) without a corpus: the model is the corpus, and what is kept of it are the
+target's own distributions, not the text.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.kernels.mixture import Prior
+
+
+class Text(NamedTuple):
+    """A text, and what the target predicted in it.
+
+    Attributes:
+        token_ids: ``[n]`` int32.
+        table: ``[n, 1 + 2k]`` int32, an alignment store of it: by position its token, and the ids and probabilities (float32
+            bits) of the likeliest next ones; -1 where nothing was predicted.
+    """
+
+    token_ids: np.ndarray
+    table: np.ndarray
+
+
+def with_texts(prior: Prior, texts: Sequence[Text]) -> Prior:
+    """A prior that knows what was predicted in texts.
+
+    Args:
+        prior: of single tokens, of whose distributions each counts as one more observation.
+        texts: all with predictions of the same number, at least one position of each.
+
+    Returns:
+        The successors of a token averaged over where it was seen, the likeliest k kept; and runs.
+    """
+    if not texts:
+        return prior
+    return Prior(*_successors(prior, np.concatenate([text.table for text in texts])), _runs(texts))
+
+
+def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    table = table[table[:, 0] >= 0]
+    vocab_size, kept = prior.ids.shape
+    top_k = (table.shape[1] - 1) // 2
+    tokens = table[:, 0].astype(np.int64)
+    seen = np.unique(tokens)
+    times = 1 + np.bincount(tokens, minlength=vocab_size)
+    # A pair of token and successor is one number, so that equal ones can be added up.
+    pairs = np.concatenate(
+        [
+            (tokens[:, None] * vocab_size + table[:, 1 : 1 + top_k])[table[:, 1 : 1 + top_k] >= 0],
+            (seen[:, None] * vocab_size + prior.ids[seen])[prior.ids[seen] >= 0],
+        ]
+    )
+    probs = np.concatenate(
+        [
+            np.ascontiguousarray(table[:, 1 + top_k :]).view(np.float32)[table[:, 1 : 1 + top_k] >= 0],
+            prior.probs[seen][prior.ids[seen] >= 0],
+        ]
+    )
+    pairs, places = np.unique(pairs, return_inverse=True)
+    token, successor = np.divmod(pairs, vocab_size)
+    mean = np.bincount(places, probs) / times[token]
+    order = np.lexsort((-mean, token))
+    token, successor, mean = token[order], successor[order], mean[order]
+    rank = np.arange(len(token)) - np.searchsorted(token, token)
+    found_ids, found_probs = prior.ids.copy(), prior.probs.copy()
+    found_ids[seen], found_probs[seen] = -1, 0
+    is_kept = rank < kept
+    found_ids[token[is_kept], rank[is_kept]] = successor[is_kept]
+    found_probs[token[is_kept], rank[is_kept]] = mean[is_kept]
+    return found_ids, found_probs
+
+
+def _runs(texts: Sequence[Text]) -> np.ndarray:
+    # Here, for numba must not be there before vLLM has started: vLLM looks through all modules, and stumbles over llvmlite's.
+    from vllm_aasd.kernels.draft import remember
+
+    runs = empty_memory()
+    for token_ids, table in texts:
+        remember(token_ids, 0, len(token_ids) - 1, table, np.zeros(1, np.int32), len(token_ids), runs)
+    return runs
