@@ -11,12 +11,14 @@ from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.engine import agreement
 from vllm_aasd.kernels.mixture import Prior
 
-ONE = Prior(np.array([[1, 2], [0, -1]], np.int32), np.array([[0.5, 0.25], [0.5, 0]], np.float32))
-SAME = Prior(ONE.ids.copy(), ONE.probs.copy())
-OTHER_IDS = Prior(np.array([[1, 2], [1, -1]], np.int32), ONE.probs)
-OTHER_PROBS = Prior(ONE.ids, np.array([[0.5, 0.25], [0.25, 0]], np.float32))
-OTHER_RUNS = ONE._replace(runs=empty_memory(4, 1))
-OTHER_SHAPE = Prior(ONE.ids.reshape(4, 1), ONE.probs.reshape(4, 1))
+ONE = Prior(
+    np.array([[1, 2], [0, -1]], np.int32), np.array([[0.5, 0.25], [0.5, 0]], np.float32), empty_memory(num_rows=4, top_k=1)
+)
+SAME = Prior(*(array.copy() for array in ONE))
+OTHER_IDS = ONE._replace(ids=np.array([[1, 2], [1, -1]], np.int32))
+OTHER_PROBS = ONE._replace(probs=np.array([[0.5, 0.25], [0.25, 0]], np.float32))
+OTHER_RUNS = ONE._replace(runs=np.zeros_like(ONE.runs))
+OTHER_SHAPE = ONE._replace(ids=ONE.ids.reshape(4, 1), probs=ONE.probs.reshape(4, 1))
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
     token, successor, mean = token[order], successor[order], mean[order]
     rank = np.arange(len(token)) - np.searchsorted(token, token)
     found_ids, found_probs = prior.ids.copy(), prior.probs.copy()
-    found_ids[seen], found_probs[seen] = -1, 0
+    # A token that was seen has as many successors as before at least.
     is_kept = rank < kept
     found_ids[token[is_kept], rank[is_kept]] = successor[is_kept]
     found_probs[token[is_kept], rank[is_kept]] = mean[is_kept]
