@@ -28,6 +28,7 @@ VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
 TOP_K = 4
 NUM_SLOTS = 1024
+NUM_RUNS = 1 << 18
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
 # Narrow blocks, for which partial results weigh most; the interpreter takes some seconds a job.
@@ -158,8 +159,10 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
-def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with what a position and the prior predict."""
+def draft(
+    top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4
+) -> Callable:
+    """`draft_batch` over contexts of up to 32k tokens, with what a position, and the prior of runs and tokens, predict."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels import draft_triton
@@ -178,13 +181,15 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
             theta=torch.empty(num_orders),
             alignment=torch.empty(num_orders),
             doubt=torch.empty(1),
+            memory_weights=torch.empty(4),
             prior_ids=torch.empty(prior_shape, **int32),
             prior_probs=torch.empty(prior_shape),
+            runs=torch.empty((NUM_RUNS if remembered else 0, 2 + 2 * remembered), **int32),
             vocab_size=inputs.vocab_size,
             max_matches=max_matches,
             min_survival=0.02,
             draft_limits=torch.empty(num_reqs, **int32),
-            workspace=draft_workspace(num_reqs, num_orders, max_matches, top_k, prior_top_k, "cpu"),
+            workspace=draft_workspace(num_reqs, num_orders, max_matches, top_k, prior_top_k, remembered, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),
             survival=torch.empty((num_reqs, num_spec_tokens)),

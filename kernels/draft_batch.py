@@ -1,7 +1,7 @@
 """Draft batch: draft tokens of many requests whose contexts lie on the device, without asking the host.
 
 What is computed
-    The mixture of `vllm_aasd.kernels.draft`, without its memory, for each request of a batch: the same votes of the same
+    The mixture of `vllm_aasd.kernels.draft`, with a memory that doesn't learn, for each request of a batch: the same votes of the same
     positions, each token's added in the same order in float32, so ids and survival equal the plain twin's to
     the bit. The compiled CPU drafter adds up a position's votes first, and may fuse a vote's product with its
     sum: a score then differs by at most 2^-23 of itself for each vote in it, and ids only where two tokens
@@ -19,7 +19,7 @@ How
        A position that matches m + 1 tokens matches m, so lists fill in the order of m, and a tile without a
        position for an open list costs no more than the comparison;
     2. writes down the votes in the order in which they are to be added: longest order first, latest position
-       first, its stored predictions after its successor, the prior at the end;
+       first, its stored predictions after its successor, the prior at the end, of runs before that of the last token;
     3. lets each vote stand for its token, add up the votes for that token one after the other, and takes the
        largest sum, of equals the earliest vote: this is the tie rule of the mixture.
 
@@ -60,6 +60,7 @@ import torch
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.checks import check_dtype, check_shape
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
+from vllm_aasd.kernels.mixture import LONGEST_REMEMBERED, SHORTEST_REMEMBERED
 
 __all__ = ["draft_batch", "draft_workspace"]
 
@@ -70,6 +71,7 @@ def draft_workspace(
     max_matches: int,
     top_k: int,
     prior_top_k: int,
+    remembered: int,
     device: torch.device | str,
 ) -> torch.Tensor:
     """Allocate scratch for batches of up to ``max_num_reqs`` requests.
@@ -80,12 +82,13 @@ def draft_workspace(
         max_matches: how many of the most recent matches of each order vote, >= 1.
         top_k: predictions that the alignment table stores of a position; 0 without one.
         prior_top_k: successors that the prior gives of a token; 0 without one.
+        remembered: predictions that it gives of a run; 0 without.
         device: that of the batch.
 
     Returns:
         [max_num_reqs, words] int32. What it holds between calls has no meaning.
     """
-    words = _workspace_words(num_orders, max_matches, top_k, prior_top_k)
+    words = _workspace_words(num_orders, max_matches, top_k, prior_top_k, remembered)
     return torch.empty((max_num_reqs, words), dtype=torch.int32, device=device)
 
 
@@ -99,8 +102,10 @@ def draft_batch(
     theta: torch.Tensor,
     alignment: torch.Tensor,
     doubt: torch.Tensor,
+    memory_weights: torch.Tensor,
     prior_ids: torch.Tensor,
     prior_probs: torch.Tensor,
+    runs: torch.Tensor,
     vocab_size: int,
     max_matches: int,
     min_survival: float,
@@ -129,8 +134,10 @@ def draft_batch(
         block_size: slots per KV block, >= 1.
         theta, alignment: [M] float32, see `vllm_aasd.kernels.mixture.MixtureWeights`.
         doubt: [1] float32, see there.
+        memory_weights: [LONGEST_REMEMBERED + 1] float32, see there: of the runs.
         prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.mixture.Prior`;
             [0, 0] for none.
+        runs: [S, 2 + 2kr] int32, S a power of two, see there; [0, 2] for none.
         vocab_size: ids from it on never become a draft token, >= 1.
         max_matches: how many of the most recent matches of each order vote, >= 1.
         min_survival: stop before a token whose survival (a probability) would be lower.
@@ -176,13 +183,17 @@ def draft_batch(
     check_dtype("prior_ids", prior_ids, torch.int32)
     check_shape("prior_probs", prior_probs, tuple(prior_ids.shape))
     check_dtype("prior_probs", prior_probs, torch.float32)
+    _check_vector("memory_weights", memory_weights, LONGEST_REMEMBERED + 1, torch.float32)
+    if runs.ndim != 2 or runs.shape[1] % 2 or not runs.is_contiguous() or not _is_table(*runs.shape):
+        raise ValueError(f"runs has shape {tuple(runs.shape)}, expected contiguous (a power of two, 2 + 2k), or (0, 2)")
+    check_dtype("runs", runs, torch.int32)
     _check_vector("draft_limits", draft_limits, num_reqs, torch.int32)
     _check_rows("draft_token_ids", draft_token_ids, num_reqs, torch.int64)
     _check_vector("num_drafts", num_drafts, num_reqs, torch.int32)
     _check_rows("survival", survival, num_reqs, torch.float32)
     check_shape("survival", survival, tuple(draft_token_ids.shape))
     _check_vector("lookups", lookups, 3, torch.int64)
-    words = _workspace_words(num_orders, max_matches, top_k, prior_ids.shape[1])
+    words = _workspace_words(num_orders, max_matches, top_k, prior_ids.shape[1], _remembered(runs))
     _check_rows("workspace", workspace, workspace.shape[0], torch.int32)
     if workspace.shape[0] < num_reqs or workspace.shape[1] != words:
         shape = tuple(workspace.shape)
@@ -197,8 +208,10 @@ def draft_batch(
         theta,
         alignment,
         doubt,
+        memory_weights,
         prior_ids,
         prior_probs,
+        runs,
         vocab_size,
         max_matches,
         min_survival,
@@ -211,9 +224,19 @@ def draft_batch(
     )
 
 
-def _workspace_words(num_orders: int, max_matches: int, top_k: int, prior_top_k: int) -> int:
+def _workspace_words(num_orders: int, max_matches: int, top_k: int, prior_top_k: int, remembered: int) -> int:
     # The lists of matches, then the votes, each a token id and the bits of a weight.
-    return num_orders * max_matches + 2 * (ORDERS_USED * max_matches * (1 + top_k) + prior_top_k)
+    num_votes = ORDERS_USED * max_matches * (1 + top_k) + prior_top_k
+    num_votes += (LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1) * remembered
+    return num_orders * max_matches + 2 * num_votes
+
+
+def _remembered(runs: torch.Tensor) -> int:
+    return (runs.shape[1] - 2) // 2
+
+
+def _is_table(num_rows: int, words: int) -> bool:
+    return num_rows & (num_rows - 1) == 0 if num_rows else words == 2
 
 
 def _check_vector(name: str, tensor: torch.Tensor, length: int, *dtypes: torch.dtype) -> None:

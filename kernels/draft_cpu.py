@@ -99,7 +99,7 @@ def draft(
         doubt: float32, see `MixtureWeights`.
         memory_weights: ``[LONGEST_REMEMBERED + 1]`` float32, see `MixtureWeights`.
         prior_ids, prior_probs: ``[vocab_size, k]`` int32 and float32, see `Prior`; ``[0, 0]`` for none.
-        memory: ``[S, 2 + 2k]`` int32, as `remember` fills it; ``[0, 4]`` for none.
+        memory: ``[S, 2 + 2k]`` int32, as `remember` fills it; ``[0, 2]`` for none.
         max_matches: how many of the most recent matches of each order vote.
         min_survival: stop before a token whose survival (a probability) would be lower.
         scores: ``[vocab_size]`` float32 scratch, all zero, left all zero.

@@ -14,7 +14,6 @@ from vllm_aasd.kernels.mixture import (
     MOST_REMEMBERED,
     SHORTEST_REMEMBERED,
     STALE,
-    no_memory,
 )
 from vllm_aasd.kernels.suffixes_cpu import MULTIPLIER
 
@@ -187,8 +186,10 @@ def draft_batch(
     theta,
     alignment,
     doubt,
+    memory_weights,
     prior_ids,
     prior_probs,
+    runs,
     vocab_size,
     max_matches,
     min_survival,
@@ -205,9 +206,9 @@ def draft_batch(
     nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
     entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
     constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
-    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs)]
+    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs, runs)]
     found = np.zeros(3, np.int64)
-    weights = *constants, np.float32(doubt.item()), np.zeros(4, np.float32)
+    weights = *constants, np.float32(doubt.item()), memory_weights.cpu().numpy()
     width = draft_token_ids.shape[1]
     for row, slot in enumerate(idx_mapping.tolist()):
         length = int(total_len[slot]) if slot >= 0 else 0
@@ -225,7 +226,6 @@ def draft_batch(
             block_size,
             *weights,
             *prior,
-            no_memory(),
             max_matches,
             np.float32(min_survival),
             np.zeros(vocab_size, np.float32),

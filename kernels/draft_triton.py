@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.draft_cpu import ORDERS_USED
-from vllm_aasd.kernels.mixture import HIT, MISS, STALE
+from vllm_aasd.kernels.mixture import HIT, LONGEST_REMEMBERED, MISS, SHORTEST_REMEMBERED, STALE
+from vllm_aasd.kernels.suffixes_cpu import MULTIPLIER
 from vllm_aasd.kernels.votes_triton import cast_votes, elect
 
 TILE = 1024
@@ -79,9 +80,12 @@ def draft_kernel(
     theta_ptr,  # [NUM_ORDERS]
     alignment_ptr,  # [NUM_ORDERS]
     doubt_ptr,  # [1]
+    memory_weights_ptr,  # [LONGEST_REMEMBERED + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
+    runs_ptr,  # [num_rows, 2 + 2 REMEMBERED]
+    num_rows,
     vocab_size,
     min_survival,
     workspace_ptr,  # [max_num_reqs, workspace_stride]
@@ -98,6 +102,10 @@ def draft_kernel(
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
+    REMEMBERED: tl.constexpr,
+    SHORTEST_REMEMBERED: tl.constexpr,
+    LONGEST_REMEMBERED: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
     HIT: tl.constexpr,
     MISS: tl.constexpr,
     STALE: tl.constexpr,
@@ -134,7 +142,8 @@ def draft_kernel(
         tl.debug_barrier()
         num_votes, num_fresh, num_stale, num_positions = cast_votes(
             tokens_ptr,
-            suffix[0],
+            suffix,
+            length + num_drafts,
             counts,
             matches_ptr,
             table_ptr,
@@ -144,15 +153,22 @@ def draft_kernel(
             theta_ptr,
             alignment_ptr,
             doubt_ptr,
+            memory_weights_ptr,
             prior_ids_ptr,
             prior_probs_ptr,
             prior_vocab_size,
+            runs_ptr,
+            num_rows,
             vocab_size,
             votes_ptr,
             ORDERS_USED,
             MAX_MATCHES,
             TOP_K,
             PRIOR_TOP_K,
+            REMEMBERED,
+            SHORTEST_REMEMBERED,
+            LONGEST_REMEMBERED,
+            MULTIPLIER,
         )
         num_hits += num_fresh
         num_misses += num_positions - num_fresh - num_stale
@@ -188,8 +204,10 @@ def draft_batch(
     theta: torch.Tensor,
     alignment: torch.Tensor,
     doubt: torch.Tensor,
+    memory_weights: torch.Tensor,
     prior_ids: torch.Tensor,
     prior_probs: torch.Tensor,
+    runs: torch.Tensor,
     vocab_size: int,
     max_matches: int,
     min_survival: float,
@@ -218,9 +236,12 @@ def draft_batch(
         theta,
         alignment,
         doubt,
+        memory_weights,
         prior_ids,
         prior_probs,
         prior_ids.shape[0],
+        runs,
+        runs.shape[0],
         vocab_size,
         min_survival,
         workspace,
@@ -237,6 +258,10 @@ def draft_batch(
         MAX_MATCHES=max_matches,
         TOP_K=(table.shape[1] - 1) // 2,
         PRIOR_TOP_K=prior_ids.shape[1],
+        REMEMBERED=(runs.shape[1] - 2) // 2,
+        SHORTEST_REMEMBERED=SHORTEST_REMEMBERED,
+        LONGEST_REMEMBERED=LONGEST_REMEMBERED,
+        MULTIPLIER=MULTIPLIER,
         HIT=HIT,
         MISS=MISS,
         STALE=STALE,

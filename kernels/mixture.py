@@ -36,7 +36,7 @@ class MixtureWeights(NamedTuple):
 
 def no_memory() -> np.ndarray:
     """A memory that holds nothing and learns nothing."""
-    return np.empty((0, 4), np.int32)
+    return np.empty((0, 2), np.int32)
 
 
 class Prior(NamedTuple):

@@ -14,9 +14,19 @@ def _put_votes(votes_ptr, places, ids, weights, vocab_size, mask):
 
 
 @triton.jit
+def _hashed(suffix, ORDER: tl.constexpr, MULTIPLIER: tl.constexpr):
+    """The hash of the run of the last tokens: as the memory's on the CPU."""
+    hashed = tl.full([], ORDER, tl.uint64)
+    for back in tl.static_range(ORDER):
+        hashed = (hashed ^ suffix[back].to(tl.uint32, bitcast=True).to(tl.uint64)) * MULTIPLIER
+    return hashed
+
+
+@triton.jit
 def cast_votes(
     tokens_ptr,  # [length] of all_token_ids
-    last_token,
+    suffix,  # at least LONGEST_REMEMBERED tokens, the last of context plus draft first
+    num_tokens,  # of context plus draft
     counts,  # [orders, padded to a power of two]
     matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
@@ -26,15 +36,22 @@ def cast_votes(
     theta_ptr,  # [NUM_ORDERS]
     alignment_ptr,  # [NUM_ORDERS]
     doubt_ptr,  # [1]
+    memory_weights_ptr,  # [LONGEST_REMEMBERED + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
+    runs_ptr,  # [num_rows, 2 + 2 REMEMBERED]
+    num_rows,
     vocab_size,
     votes_ptr,  # [max_votes, 2]: token id, bits of the weight
     ORDERS_USED: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
+    REMEMBERED: tl.constexpr,
+    SHORTEST_REMEMBERED: tl.constexpr,
+    LONGEST_REMEMBERED: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
 ):
     """Write the votes of a step in the order in which the twin adds them.
 
@@ -105,7 +122,28 @@ def cast_votes(
         )
     _put_votes(votes_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present)
 
+    if REMEMBERED > 0:
+        run_ks = tl.arange(0, triton.next_power_of_2(REMEMBERED))
+        for drop in tl.static_range(LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1):
+            hashed = _hashed(suffix, LONGEST_REMEMBERED - drop, MULTIPLIER)
+            place = (hashed >> 32).to(tl.int64) & (num_rows - 1)
+            run_ptr = runs_ptr + place * (2 + 2 * REMEMBERED)
+            is_run = num_tokens >= LONGEST_REMEMBERED - drop
+            # The low half tells runs apart that share a place.
+            tag = (hashed & 0x7FFFFFFF).to(tl.int32)
+            is_held = is_run & (tl.load(run_ptr, mask=is_run, other=-1) == tag)
+            observed = tl.load(run_ptr + 1, mask=is_held, other=0).to(tl.float32)
+            weight = tl.load(memory_weights_ptr + LONGEST_REMEMBERED - drop) * observed
+            weight = tl.div_rn(weight, observed + 1.0)
+            num_held = tl.where(observed > 0, REMEMBERED, 0)
+            held = run_ks < num_held
+            run_ids = tl.load(run_ptr + 2 + run_ks, mask=held, other=-1)
+            run_probs = tl.load(run_ptr + 2 + REMEMBERED + run_ks, mask=held, other=0).to(tl.float32, bitcast=True)
+            _put_votes(votes_ptr, num_votes + run_ks, run_ids, left * weight * run_probs, vocab_size, held)
+            left = left * (1.0 - weight)
+            num_votes += num_held
     if PRIOR_TOP_K > 0:
+        last_token = suffix[0]
         num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)
         prior_ks = tl.arange(0, triton.next_power_of_2(PRIOR_TOP_K))
         known = prior_ks < num_known

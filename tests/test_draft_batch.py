@@ -25,11 +25,12 @@ from vllm_aasd.drafting.drafter import (
     AlignmentView,
     Drafter,
 )
+from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.kernels import draft_reference, draft_triton
 from vllm_aasd.kernels.backends import backend
 from vllm_aasd.kernels.draft_batch import draft_batch, draft_workspace
 from vllm_aasd.kernels.draft_triton import TILE
-from vllm_aasd.kernels.mixture import MixtureWeights, Prior
+from vllm_aasd.kernels.mixture import MixtureWeights, Prior, no_memory
 
 # For scores worked out by hand.
 ROUND = MixtureWeights(
@@ -54,8 +55,10 @@ class Batch:
     theta: torch.Tensor
     alignment: torch.Tensor
     doubt: torch.Tensor
+    memory_weights: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
+    runs: torch.Tensor
     vocab_size: int
     max_matches: int
     min_survival: float
@@ -71,7 +74,7 @@ class Batch:
     def workspace(self):
         """A workspace full of nonsense."""
         top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
+        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1], (self.runs.shape[1] - 2) // 2
         return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
 
     def drafts(self, op, workspace=None, lookups=None):
@@ -100,6 +103,7 @@ def batch_of(
     block_size=4,
     seed=0,
     weights=DEFAULT_WEIGHTS,
+    remembered=0,
 ):
     """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
     rng = np.random.default_rng(seed)
@@ -132,14 +136,33 @@ def batch_of(
         torch.from_numpy(weights.theta),
         torch.from_numpy(weights.alignment),
         torch.tensor([weights.doubt]),
+        torch.from_numpy(weights.memory),
         torch.from_numpy(prior_ids),
         torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
+        torch.from_numpy(random_runs(rng, contexts, vocab_size, remembered)),
         vocab_size,
         max_matches,
         min_survival,
         torch.full((num_reqs,), num_spec_tokens, dtype=torch.int32),
         num_spec_tokens,
     )
+
+
+def random_runs(rng, contexts, vocab_size, remembered):
+    """What was predicted behind every second run of the contexts, and behind some that aren't in them."""
+    if not remembered:
+        return no_memory()
+    runs = empty_memory(256, remembered)
+    for context in (*contexts, *random_contexts((20, 20), vocab_size, seed=99)):
+        length = len(context)
+        table = np.full((length, 1 + 2 * remembered), -1, np.int32)
+        table[::2, 0] = context[::2]
+        table[:, 1 : 1 + remembered] = rng.integers(-1, vocab_size + 1, (length, remembered))
+        probs = rng.dirichlet(np.ones(remembered + 1), length)[:, :remembered].astype(np.float32)
+        table[:, 1 + remembered :] = probs.view(np.int32)
+        if length:
+            draft_reference.remember(np.asarray(context), 0, length - 1, table, np.zeros(1, np.int32), length, runs)
+    return runs
 
 
 def random_contexts(lengths, vocab_size, seed=0):
@@ -190,7 +213,8 @@ GRID = [
 @pytest.mark.parametrize(("num_spec_tokens", "top_k", "prior_top_k", "max_matches"), GRID)
 def test_kernel_drafts_what_the_twin_drafts(interpreter, num_spec_tokens, top_k, prior_top_k, max_matches):
     contexts = random_contexts((0, 1, 2, 60), 3) + random_contexts((90,), 9)
-    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches)
+    remembered = (0, 3)[(num_spec_tokens + max_matches) % 2]
+    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches, remembered=remembered)
     _, num_drafts, _ = check(interpreter, batch)
     assert num_drafts[0] == 0 and num_drafts.max() == num_spec_tokens
 
@@ -226,11 +250,13 @@ def test_lists_go_on_from_tile_to_tile(interpreter, length):
     seed=st.integers(0, 2**31),
     top_k=st.integers(0, 3),
     prior_top_k=st.integers(0, 5),
+    remembered=st.integers(0, 4),
     max_matches=st.integers(1, 7),
     min_survival=st.sampled_from([0.0, 0.05, 0.3]),
 )
-def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, max_matches, min_survival):
-    check(interpreter, batch_of(contexts, 10, 3, top_k, prior_top_k, max_matches, min_survival, seed=seed))
+def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, remembered, max_matches, min_survival):
+    sizes = 3, top_k, prior_top_k, max_matches, min_survival
+    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed, remembered=remembered))
 
 
 def test_rows_do_not_affect_each_other(interpreter):
@@ -392,7 +418,8 @@ def texts(demo_model):
 def real_batch(contexts, min_survival):
     """A batch whose stored predictions are right about every second time, as a model's are."""
     vocab_size, top_k = 49152, 4
-    batch = batch_of(contexts, vocab_size, 8, top_k, 8, MAX_MATCHES, min_survival, block_size=16)
+    sizes = 8, top_k, 8, MAX_MATCHES, min_survival
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, remembered=4)
     rng = np.random.default_rng(1)
     for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
         positions = np.arange(len(context) - 1)
@@ -417,7 +444,7 @@ def cpu_drafts(drafter, batch, row):
 def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_survival):
     """Against the CPU drafter, which keeps an index; the workspace is never cleared."""
     batch = real_batch(texts[first : first + 3], min_survival)
-    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy())
+    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy(), batch.runs.numpy())
     drafter = Drafter(batch.vocab_size, batch.num_spec_tokens, min_survival, prior)
     workspace = batch.workspace()
     full_len = batch.total_len.clone()
@@ -485,6 +512,11 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("theta", torch.zeros(0), "theta has no entries"),
         ("alignment", torch.zeros(2), r"alignment has shape \(2,\), expected \(6,\)"),
         ("prior_probs", torch.zeros(3, 3), "prior_probs has shape"),
+        ("memory_weights", torch.zeros(3), r"memory_weights has shape \(3,\), expected \(4,\)"),
+        ("runs", torch.zeros((3, 4), dtype=torch.int32), r"runs has shape \(3, 4\)"),
+        ("runs", torch.zeros((4, 5), dtype=torch.int32), r"runs has shape \(4, 5\)"),
+        ("runs", torch.zeros((0, 4), dtype=torch.int32), r"runs has shape \(0, 4\)"),
+        ("runs", torch.zeros((4, 4)), "runs has dtype torch.float32"),
         ("vocab_size", 0, "vocab_size is 0, must be at least 1"),
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
         ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),

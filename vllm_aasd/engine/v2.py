@@ -144,8 +144,10 @@ class AASDSpeculator(BaseSpeculator):
             theta=to_device(DEFAULT_WEIGHTS.theta),
             alignment=to_device(DEFAULT_WEIGHTS.alignment),
             doubt=to_device(DEFAULT_WEIGHTS.doubt).reshape(1),
+            memory_weights=to_device(DEFAULT_WEIGHTS.memory),
             prior_ids=to_device(prior.ids),
             prior_probs=to_device(prior.probs),
+            runs=to_device(prior.runs),
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=self._settings.min_survival,
@@ -156,6 +158,7 @@ class AASDSpeculator(BaseSpeculator):
                 MAX_MATCHES,
                 top_k,
                 prior.ids.shape[1],
+                (prior.runs.shape[1] - 2) // 2,
                 self._device,
             ),
         )
