@@ -1,14 +1,17 @@
 """What a prior learns from text of the target's own making, and how that text is made up."""
 
+import itertools
 import types
 
+import fake_v1
+import fake_v2
 import numpy as np
 import pytest
 
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
-from vllm_aasd.engine import conversations, start_up
+from vllm_aasd.engine import agreement, conversations, start_up
 from vllm_aasd.engine.conversations import Turns, turns
 from vllm_aasd.kernels.mixture import Prior
 
@@ -144,6 +147,37 @@ def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
 def test_without_a_prior_a_memory_begins_empty():
     memory, _ = start_up.load_memory("process", types.SimpleNamespace(model="m"), None)
     np.testing.assert_array_equal(memory, empty_memory())
+
+
+NEW = [5, 6]
+"""A prompt in which nothing comes again."""
+
+
+@pytest.fixture
+def all_knowing(monkeypatch):
+    """The adapters find a prior that knows what the fake target says behind any two tokens."""
+    pairs = itertools.product(range(fake_v2.VOCAB), repeat=2)
+    texts = [text_of([*pair, 0], {1: {fake_v2.next_token(*pair): 1.0}}) for pair in pairs]
+    nothing = Prior(np.full((fake_v2.VOCAB, 1), -1, np.int32), np.zeros((fake_v2.VOCAB, 1), np.float32))
+    monkeypatch.setattr(agreement, "load_prior", lambda model: with_texts(nothing, texts)._replace(ids=nothing.ids))
+
+
+@pytest.mark.parametrize("has_prior", [True, False])
+def test_v1_drafts_from_runs(all_knowing, has_prior):
+    runner = fake_v1.FakeRunner({"a": NEW}, verification="strict", draft_length=fake_v2.WIDTH, prior=has_prior)
+    for _ in range(2):
+        runner.step()
+    assert runner.num_accepted == (fake_v2.WIDTH if has_prior else 0)
+    assert runner.tokens["a"] == NEW + fake_v2.target_alone(NEW)[: len(runner.tokens["a"]) - len(NEW)]
+
+
+@pytest.mark.parametrize("has_prior", [True, False])
+def test_v2_drafts_from_runs(all_knowing, monkeypatch, has_prior):
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
+    runner = fake_v2.FakeRunner(fillers=False, verification="strict", prior=has_prior)
+    assert fake_v2.serve(runner, [NEW], fake_v2.MAX_LEN) == [fake_v2.target_alone(NEW)]
+    # The first step reads the prompt.
+    assert runner.accepted[1] == (fake_v2.WIDTH if has_prior else 0)
 
 
 class Tokenizer:

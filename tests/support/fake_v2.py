@@ -88,7 +88,7 @@ class FakeRunner:
             total_len=SimpleNamespace(gpu=self.total_len),
         )
         config = SimpleNamespace(
-            speculative_config=SimpleNamespace(aasd=Settings(prior=False, **settings), num_speculative_tokens=WIDTH),
+            speculative_config=SimpleNamespace(aasd=Settings(**{"prior": False, **settings}), num_speculative_tokens=WIDTH),
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
             observability_config=SimpleNamespace(per_request_spec_decode_metrics="none"),
             scheduler_config=SimpleNamespace(async_scheduling=fillers),
