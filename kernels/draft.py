@@ -42,7 +42,8 @@ Memory
     the newest has a fifth of the weight), k ids and k probabilities as float32 bits. It stands between the
     request's own matches and the prior: ``P_0`` is the prior mixed with the memory of 2 tokens, then of 3, with
     ``w_m = memory_m c / (c + 1)`` for c averaged distributions. A run that loses its row to another is
-    forgotten, so its size is fixed.
+    forgotten, so its size is fixed. The runs of a prior (`vllm_aasd.drafting.own_text`) are such a table too: it is read in the
+    memory's place and never written, or a memory begins as its copy.
 
 The sum is evaluated from ``L`` downwards with the weight that is left. The twin is
 `vllm_aasd.kernels.draft_reference`; the compiled path is `vllm_aasd.kernels.suffixes_cpu` for the index, `draft_cpu` for
