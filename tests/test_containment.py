@@ -226,6 +226,38 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
     assert drawn[0] == drawn[1] and faults.counts["verify"] == 1
 
 
+def test_v1_gives_a_step_that_it_can_not_verify_to_vllm_at_once(monkeypatch):
+    faults, calls, counted = Faults(), [], []
+    verifier = v1_verifier.V1Verifier({}, 1, torch.device("cpu"), faults, None)
+    monkeypatch.setattr(verifier, "count_vllms", lambda *step: counted.append(step))
+
+    def broken(*args):
+        calls.append(args)
+        raise RuntimeError
+
+    monkeypatch.setattr(verifier, "rejection_sample", broken)
+    monkeypatch.setattr(v1_verifier, "_is_argmax", lambda metadata: True)
+    sample = v1_verifier._dispatching(lambda *args: "vLLM's")
+    nothing = types.SimpleNamespace(generators={})
+    forward = v1_verifier._sparing_copies(lambda *args: sample(None, [1], 1, None, None, None, None, nothing))
+    rows = types.SimpleNamespace(
+        draft_token_ids=None, num_draft_tokens=[1], max_spec_len=1, cu_num_draft_tokens=None,
+        target_logits_indices=torch.tensor([0]), bonus_logits_indices=torch.tensor([1]),
+    )  # fmt: skip
+    for step in (1, 2):
+        verifier.begin_step(["a"])
+        with verifier.active():
+            assert forward(None, rows, None, torch.zeros(2, 8), nothing) == "vLLM's"
+        assert len(calls) == len(counted) == faults.counts["verify"] == step
+    assert forward(None, rows, None, torch.zeros(2, 8), nothing) == "vLLM's"
+    assert len(calls) == 2, "another engine's step isn't ours"
+    monkeypatch.setattr(v1_verifier, "_is_argmax", lambda metadata: False)
+    verifier.begin_step(["a"])
+    with verifier.active():
+        forward(None, rows, None, torch.zeros(2, 8), nothing)
+    assert len(calls) == 3, "the next step is tried again"
+
+
 def greedy_v2(
     target_logits,
     draft_logits,

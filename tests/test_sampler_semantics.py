@@ -6,6 +6,7 @@ a draft was rejected and the bonus one where none was; placeholders fill the row
 emitted token; a seed decides everything that is random; and nothing depends on what else is in the batch.
 """
 
+import dataclasses
 import itertools
 import types
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import pytest
 import torch
 from seeded_batches import batch
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
@@ -124,6 +125,73 @@ class V1:
         of_requests.admit(states, states)
         made.begin_step(list(states))
         return made
+
+
+def greedy_requests(seed, dtype):
+    return [
+        request._replace(logits=request.logits.to(dtype), temperature=0.0) for request in some_requests(seed)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(5))
+def test_v1_verifies_the_lm_heads_rows_as_it_does_vllms_copies(v1, monkeypatch, dtype, seed):
+    requests = greedy_requests(seed, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(v1_verifier, "_is_argmax", lambda metadata: False)
+        wanted = v1(requests)
+    before = [request.logits.clone() for request in requests]
+    # Nothing of vLLM's sampler is asked.
+    monkeypatch.setattr(RejectionSampler, "apply_logits_processors", None)
+    monkeypatch.setattr(Sampler, "forward", None)
+    assert v1(requests) == wanted
+    assert all(torch.equal(request.logits, was) for request, was in zip(requests, before, strict=True))
+    assert any(len(request.drafts) > sum(token >= 0 for token in row) - 1 for request, row in zip(requests, wanted, strict=True))
+
+
+def min_tokens(min_toks):
+    processor = MinTokensLogitsProcessor.__new__(MinTokensLogitsProcessor)
+    processor.min_toks = min_toks
+    return LogitsProcessors([processor])
+
+
+class Foreign(LogitsProcessor):
+    """One that isn't vLLM's."""
+
+    def __init__(self):
+        pass
+
+    def apply(self, logits):
+        return logits
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_argmax"),
+    [
+        ({}, True),
+        ({"logitsprocs": min_tokens({})}, True),
+        ({"logprob_token_ids": {}}, True),
+        ({"thinking_budget_state_holder": types.SimpleNamespace(has_tracked_requests=lambda: False)}, True),
+        ({"all_greedy": False}, False),
+        ({"max_num_logprobs": 0}, False),
+        ({"logprob_token_ids": {0: [3]}}, False),
+        ({"no_penalties": False}, False),
+        ({"allowed_token_ids_mask": torch.zeros(1, VOCAB, dtype=torch.bool)}, False),
+        ({"bad_words_token_ids": {0: [[3]]}}, False),
+        ({"logitsprocs": min_tokens({0: (5, [], {3}, False)})}, False),
+        ({"logitsprocs": LogitsProcessors([Foreign()])}, False),
+        ({"thinking_budget_state_holder": types.SimpleNamespace(has_tracked_requests=lambda: True)}, False),
+    ],
+)
+def test_v1_leaves_to_vllm_what_changes_logits_or_keeps_them(changes, is_argmax):
+    plain = of_sampling(greedy_requests(0, torch.float32), None)
+    assert v1_verifier._is_argmax(dataclasses.replace(plain, **changes)) is is_argmax
 
 
 def of_sampling(requests, logprobs):

@@ -57,8 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
     ours, engine_arguments = parser.parse_known_args(arguments)
 
     # Here, so that --help doesn't wait for vLLM.
-    from vllm import LLM
-
     from vllm_aasd.engine import conversations, successors
 
     engine = successors.engine_arguments(ours.model, engine_arguments, ours.top_k)
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists() and not ours.force:
         print(f"there already: {path}")
         return
-    llm = LLM.from_engine_args(engine)
+    llm = successors.start(engine)
     began = time.monotonic()
     try:
         prior = successors.successors(llm, ours.top_k, _Progress("tokens", 60 * ours.give_up_beyond))

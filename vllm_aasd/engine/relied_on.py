@@ -91,6 +91,7 @@ BOTH: tuple[Seam | Members, ...] = (
 
 V1: tuple[Seam | Members, ...] = (
     seams.REJECTION_SAMPLE,
+    seams.REJECTION_SAMPLER_FORWARD,
     seams.EXPAND_BATCH_TO_TOKENS,
     seams.APPLY_SAMPLING_CONSTRAINTS,
     Seam("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
@@ -125,9 +126,38 @@ V1: tuple[Seam | Members, ...] = (
         "ExecuteModelState",
         ("scheduler_output", "logits", "spec_decode_metadata", "hidden_states"),
     ),
-    Members("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("logits_indices", "num_draft_tokens")),
+    Members(
+        "vllm.v1.spec_decode.metadata",
+        "SpecDecodeMetadata",
+        (
+            "logits_indices",
+            "num_draft_tokens",
+            "draft_token_ids",
+            "max_spec_len",
+            "cu_num_draft_tokens",
+            "target_logits_indices",
+            "bonus_logits_indices",
+        ),
+    ),
     Members("vllm.v1.core.sched.output", "SchedulerOutput", ("has_structured_output_requests",)),
-    Members("vllm.v1.sample.metadata", "SamplingMetadata", ("all_greedy", "temperature", "generators")),
+    Members(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        (
+            "all_greedy",
+            "temperature",
+            "generators",
+            "max_num_logprobs",
+            "logprob_token_ids",
+            "no_penalties",
+            "allowed_token_ids_mask",
+            "bad_words_token_ids",
+            "logitsprocs",
+            "thinking_budget_state_holder",
+        ),
+    ),
+    Members("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor", ("min_toks",)),
+    Members("vllm.v1.outputs", "SamplerOutput", ("sampled_token_ids", "logprobs_tensors")),
     Members(f"{_V1}.block_table", "BlockTable", ("block_table", "slot_mapping", "block_size")),
 )
 

@@ -60,6 +60,12 @@ REJECTION_SAMPLE = Seam(
         "sampling_metadata",
     ),
 )
+REJECTION_SAMPLER_FORWARD = Seam(
+    "vllm.v1.sample.rejection_sampler",
+    "RejectionSampler.forward",
+    ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+    further=(),
+)
 EXPAND_BATCH_TO_TOKENS = Seam(
     "vllm.v1.sample.rejection_sampler",
     "expand_batch_to_tokens",

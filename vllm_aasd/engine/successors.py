@@ -54,6 +54,11 @@ def key_of(engine: EngineArgs) -> str | None:
     return model_key(engine.model, engine.revision)
 
 
+def start(engine: EngineArgs) -> LLM:
+    """Start the engine."""
+    return LLM.from_engine_args(engine)
+
+
 def successors(llm: LLM, top_k: int, progress: Callable[[int, int], None]) -> Prior:
     """Run the target once over its vocabulary, each token where an answer of the assistant begins.
 

@@ -90,8 +90,9 @@ class AASDProposer:
         """Set up the alignment store beside the KV cache that has just been laid out."""
         self._runner = runner
         # Compiled, or loaded from the cache on disk, before a request waits for it. vLLM's rejection sampler
-        # hands over float32, whatever the model's dtype.
-        verify.warm_up(runner.device, torch.float32)
+        # hands over float32, whatever the model's dtype; without it they are as the lm_head made them.
+        for dtype in {torch.float32, self._model_config.dtype}:
+            verify.warm_up(runner.device, dtype)
         redraw.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
         if self._ngram is not None:
