@@ -3,7 +3,7 @@
     python -m benchmarks.ablation --data question.jsonl hotpotqa.jsonl --builtin
 
 Parts are added one after the other: retrieval alone; the stored predictions at generated positions, where they are
-free, then at the prompt's too; the prior; the memory; the adaptive length. Up to that drafts have the fixed length of
+free, then at the prompt's too; the prior of single tokens, then of runs; the memory; the adaptive length. Up to that drafts have the fixed length of
 `aasd_draft_length: 8`, then up to the 16 tokens that may be drafted by default. Replaying is exact for acceptance (strict verification gives the same greedy answer
 whatever is drafted). Speed is in tokens per unit of time at three prices of a draft token, those measured on this
 machine at one request, in between, and at sixteen; it leaves out what the parts themselves take (the lm_head at prompt
@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.kernels.mixture import Prior, no_memory
 
 from benchmarks import replay, results, traces
 from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, PRICES, load_prior
 from benchmarks.engine import EngineError
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
-from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.tuning import statistics
 from vllm_aasd.tuning.json_lines import DataError
 
@@ -35,12 +35,13 @@ class Stage(NamedTuple):
     Attributes:
         name: what was added to the stage before.
         seen: what it sees of a trace.
-        prior, memory, adaptive: whether it has them.
+        prior, runs, memory, adaptive: whether it has them.
     """
 
     name: str
     seen: Callable[[replay.Trace], replay.Trace]
     prior: bool = False
+    runs: bool = False
     memory: bool = False
     adaptive: bool = False
 
@@ -49,9 +50,10 @@ STAGES = (
     Stage("retrieval only", replay.without_predictions),
     Stage("+ alignment, generated positions", replay.generated_only),
     Stage("+ alignment, prompt positions", lambda trace: trace),
-    Stage("+ prior", lambda trace: trace, prior=True),
-    Stage("+ memory", lambda trace: trace, prior=True, memory=True),
-    Stage("+ adaptive length", lambda trace: trace, prior=True, memory=True, adaptive=True),
+    Stage("+ prior of tokens", lambda trace: trace, prior=True),
+    Stage("+ prior of runs", lambda trace: trace, prior=True, runs=True),
+    Stage("+ memory", lambda trace: trace, prior=True, runs=True, memory=True),
+    Stage("+ adaptive length", lambda trace: trace, prior=True, runs=True, memory=True, adaptive=True),
 )
 
 
@@ -103,9 +105,10 @@ def ablate(members: Sequence[replay.Trace], prior: Prior) -> dict[str, dict[str,
 
 def run(stage: Stage, members: Sequence[replay.Trace], prior: Prior, price: float) -> list[replay.Replay]:
     """What a stage does on each trace; one drafter for all, so that a memory learns."""
-    memory = empty_memory() if stage.memory else None
+    memory = new_memory(prior) if stage.memory else None
+    known = prior if stage.runs else prior._replace(runs=no_memory())
     longest = NUM_DRAFT_TOKENS if stage.adaptive else FIXED_DRAFT_LENGTH
-    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if stage.prior else None, memory)
+    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if stage.prior else None, memory)
     times = replay.priced(longest, price)
     lengths = draft_lengths if stage.adaptive else replay.whole_drafts
     return [

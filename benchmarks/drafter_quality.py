@@ -23,7 +23,7 @@ from benchmarks.traces import add_arguments, measured_tasks, recorded
 from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1, Settings
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
-from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.tuning.json_lines import DataError
 
@@ -169,7 +169,7 @@ def calibration(traces: list[replay.Trace], prior: Prior) -> dict[str, Any]:
         np.concatenate([entry.accepted for entry in first.values()]),
     )
     # One memory for all: it learns from each request for those behind it, whatever their category.
-    memories = {price: empty_memory() for price in PRICES}
+    memories = {price: new_memory(prior) for price in PRICES}
     return {
         "reliability": reliabilities,
         "parts": {

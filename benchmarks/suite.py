@@ -77,11 +77,11 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "5", "6", "8", "16", "32",
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "7", "6", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, 0, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
     Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 20, 0, takes_dtype=True),
-    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "3", "4", "6", "16",
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "4", "4", "6", "16",
             "32", "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "4", "8",
             "16", "32"), 72, 1, True, True),
     Program("kernels", "kernels", (), 3, 1),

@@ -34,7 +34,7 @@ def main() -> None:
         command = [sys.executable, "-m", "vllm_aasd.prior", str(MODEL_PATH)]
         if BEFORE_SERVING in sys.argv[1:]:
             command += ["--give-up-beyond", PATIENCE_MINUTES]
-        run_logged("making the demo model's prior (a few minutes, once)", command, VENV / "aasd-prior.log")
+        run_logged("making the demo model's prior (about ten minutes, once)", command, VENV / "aasd-prior.log")
         say("the prior is ready" if is_there() else "this machine is too slow to make the prior now: serving without")
 
 

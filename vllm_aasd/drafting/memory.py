@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.mixture import MOST_REMEMBERED
+from vllm_aasd.kernels.mixture import MOST_REMEMBERED, Prior
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -37,6 +37,11 @@ def empty_memory(num_rows: int = NUM_ROWS, top_k: int = TOP_K) -> np.ndarray:
     memory[:, 1] = 0
     memory[:, 2 + top_k :] = 0
     return memory
+
+
+def new_memory(prior: Prior | None) -> np.ndarray:
+    """A memory that no request has taught: a copy of the prior's runs, or empty where there are none."""
+    return prior.runs.copy() if prior is not None and len(prior.runs) else empty_memory()
 
 
 def load(path: Path, model_key: str, vocab_size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings, parameter_key
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
-from vllm_aasd.drafting.memory import MemoryFile, empty_memory
+from vllm_aasd.drafting.memory import MemoryFile, new_memory
 from vllm_aasd.drafting.step_time import knots
 from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
 from vllm_aasd.engine.containment import Faults
@@ -167,21 +167,20 @@ def load_memory(
     """
     if setting == "off":
         return None, None
-    begun = prior.runs.copy() if prior is not None and len(prior.runs) else empty_memory()
     key = _key_of(model) if setting == "file" else None
     if key is None:
         if setting == "file":
             logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)
-        return begun, None
+        return new_memory(prior), None
     path = cache_path("memory", key)
     try:
         memory = memory_file.load(path, key, model.get_vocab_size())
         logger.info("aasd: memory from %s", path)
     except FileNotFoundError:
-        memory = begun
+        memory = new_memory(prior)
         logger.info("aasd: a new memory, to be kept in %s", path)
     except TensorFileError as error:
-        memory = begun
+        memory = new_memory(prior)
         logger.warning("aasd: beginning with a new memory: %s", error)
     return memory, MemoryFile(path, key, memory)
 
