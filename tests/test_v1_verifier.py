@@ -196,6 +196,17 @@ def test_strict_steps_without_drafts_are_sampled_as_without_speculation(settings
     assert set(runner.proposer.faults.counts.values()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("settings", "temperature", "is_plain"),
+    [({}, 0.7, True), ({}, 0.0, False), ({"relax_sampling": True}, 0.7, False)],
+)
+def test_a_sampled_request_is_strict_unless_sampling_is_relaxed(settings, temperature, is_plain):
+    runner = fake_v1.FakeRunner({}, max_num_reqs=1, **settings)
+    runner.add("a", [1, 2, 3], temperature=temperature)
+    runner.step()
+    assert runner.is_plain is is_plain
+
+
 def test_one_relaxed_request_keeps_the_whole_batch_with_the_verifier():
     """The server's rule is relaxed; only the first request asks for strict verification."""
     runner = fake_v1.FakeRunner({}, max_num_reqs=2)

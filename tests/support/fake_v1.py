@@ -96,7 +96,7 @@ class FakeRunner:
     def add(self, req_id: str, prompt: list[int], **params: Any) -> None:
         """A request arrives; it takes the first row that is free."""
         self.tokens[req_id] = list(prompt)
-        params = SamplingParams(temperature=0.0, max_tokens=MAX_LEN, **params)
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": MAX_LEN, **params})
         self.requests[req_id] = SimpleNamespace(sampling_params=params, num_prompt_tokens=len(prompt))
         self.resume(req_id)
 

@@ -58,7 +58,7 @@ BOTH: tuple[Seam | Members, ...] = (
     Members(
         "vllm.sampling_params",
         "SamplingParams",
-        ("all_stop_token_ids", "extra_args", "max_tokens", "num_logprobs", "structured_outputs", "temperature"),
+        ("all_stop_token_ids", "extra_args", "max_tokens", "num_logprobs", "sampling_type", "structured_outputs", "temperature"),
     ),
     Members(
         "vllm.engine.arg_utils",

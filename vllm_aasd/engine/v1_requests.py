@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.containment import Faults
@@ -20,16 +20,13 @@ class V1Request(NamedTuple):
         policy: by which its draft tokens are accepted.
         stop_token_ids: the distinct ids that end it.
         is_seeded: whether it samples by a seed of its own.
+        is_strict: whether its output is exactly the target's, as that of sampled requests is under most policies.
     """
 
     policy: Policy
     stop_token_ids: list[int]
     is_seeded: bool
-
-    @property
-    def is_strict(self) -> bool:
-        """Whether its output is exactly the target's."""
-        return isinstance(self.policy, StrictVerification)
+    is_strict: bool
 
 
 class V1Requests:
@@ -66,13 +63,15 @@ class V1Requests:
                 with self._faults.contained("requests", shared=True):
                     self._admit(req_id, requests[req_id].sampling_params)
                     continue
-            self._requests[req_id] = V1Request(StrictVerification(), [], False)
+            self._requests[req_id] = V1Request(StrictVerification(), [], is_seeded=False, is_strict=True)
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> None:
         settings = settings_of(params, self._settings)
         stop_token_ids = sorted(params.all_stop_token_ids) if params else []
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
-        self._requests[req_id] = V1Request(policy_of(settings, params), stop_token_ids, is_seeded)
+        policy = policy_of(settings, params)
+        is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
+        self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
         if settings.enabled:
             self._drafted.add(req_id)
 
