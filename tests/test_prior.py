@@ -331,17 +331,19 @@ def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_mode
     assert "written" in output
     prior = prior_file.load(tmp_path / "prior.safetensors", model_key(str(path)), 300)
     # A text of this model, which has no chat template, begins with token 1.
-    num_checked = 0
+    is_right = []
     for second in range(300):
         tokens = np.array([1, second], np.int32)
         row, tag = memory_slot(tokens, 2, 1, prior.runs)
-        if prior.runs[row, 0] != tag or prior.runs[row, 1] != 1:
+        if prior.runs[row, 0] != tag:
             continue
         with torch.inference_mode():
-            want = torch.softmax(model(torch.tensor([[1, second]])).logits[0, 1].float(), dim=-1).topk(3)
+            want = torch.softmax(model(torch.from_numpy(tokens)[None].long()).logits[0, 1].float(), dim=-1).topk(3)
         found = dict(zip(prior.runs[row, 2:6].tolist(), prior.runs[row, 6:].view(np.float32).tolist(), strict=True))
-        num_checked += found == pytest.approx({**dict(zip(want.indices.tolist(), want.values.tolist(), strict=True)), -1: 0}, rel=1e-3)
-    assert num_checked > 10
+        wanted = dict(zip(want.indices.tolist(), want.values.tolist(), strict=True))
+        is_right.append(found == pytest.approx({**wanted, -1: 0}, rel=1e-3))
+    # Where it also stands later in a text, others are averaged in.
+    assert len(is_right) > 5 and np.mean(is_right) > 0.6, is_right
 
 
 @pytest.mark.parametrize(("is_cpu", "emulates", "dtype"), [(True, True, "float32"), (True, False, "auto"), (False, True, "auto")])
