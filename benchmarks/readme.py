@@ -17,10 +17,13 @@ README = results.ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- (\w+): drawn by benchmarks\.plot -->\n).*?(<!-- end -->)", re.DOTALL)
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "tokens_per_step": ("end_to_end.json", readme_tables.tokens_per_step),
+    "tokens_per_step": ("end_to_end_one.json", readme_tables.tokens_per_step),
+    "speed_one": ("end_to_end_one.json", readme_tables.speed),
+    "speed_sampled_one": ("end_to_end_sampled_one.json", readme_tables.speed),
+    "speed_many": ("end_to_end_many.json", readme_tables.speed),
+    "speed_sampled_many": ("end_to_end_sampled_many.json", readme_tables.speed),
     "speed": ("end_to_end.json", readme_tables.speed),
     "speed_sampled": ("end_to_end_sampled.json", readme_tables.speed),
-    "speed_repeated": ("end_to_end_repeated.json", readme_tables.speed),
     "speed_float32": ("end_to_end_float32.json", readme_tables.speed),
     "speed_float32_sampled": ("end_to_end_float32_sampled.json", readme_tables.speed),
     "speed_float32_repeated": ("end_to_end_float32_repeated.json", readme_tables.speed),

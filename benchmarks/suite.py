@@ -14,7 +14,8 @@ machine to itself after them. In float32, or with less memory than two compariso
 takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
 Left out: `benchmarks.load`, a result about what is lost under overload (nothing) more than about speed;
-`end_to_end_repeated`, the lowest categories in several rounds; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the
+`end_to_end_one`, `end_to_end_many` and the same of `_sampled`, one request at a time with more prompts and several at once, made since the
+last run of all; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the
 same comparison on a CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`,
 whose result is the constants that are shipped. They are run by hand.
 """

@@ -8,6 +8,7 @@ import fake_v2
 import numpy as np
 import pytest
 
+from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
@@ -248,10 +249,10 @@ def predicted_in(text):
 
 
 def test_questions_are_made_up_and_answered():
-    target, told = Target(Tokenizer(chat)), []
-    texts = conversations.conversations(target, 300, 2, lambda done, of: told.append((done, of)))
-    assert told == [(256, 300), (300, 300)]
-    assert len(texts) == 600
+    target = Target(Tokenizer(chat))
+    (first, texts), (last, rest) = conversations.conversations(target, 300, 2)
+    assert (first, last) == (256, 300)
+    assert len(texts) == 512 and len(rest) == 88
     assert set(target.prompts) == {"S?U:", "S?U:ab.\nA:"} and len(target.prompts) == 600
     assert {(params.temperature, params.logprobs) for params in target.params} == {(1.0, 2)}
     question, answer = texts[0], texts[256]
@@ -264,7 +265,7 @@ def test_questions_are_made_up_and_answered():
 
 def test_a_question_that_is_cut_off_is_answered_as_it_is():
     target = Target(Tokenizer(chat), max_model_len=6)
-    conversations.conversations(target, 1, 2, lambda *_: None)
+    list(conversations.conversations(target, 1, 2))
     # Two tokens are left for the question, and the answer sees the end of it.
     assert [params.max_tokens for params in target.params] == [2, 1]
     assert target.prompts[1] == "b.\nA:"
@@ -275,14 +276,30 @@ def test_without_a_template_texts_begin_where_texts_begin(bos, eos, beginning):
     tokenizer = Tokenizer(lambda *_: 1 / 0)
     tokenizer.bos_token_id, tokenizer.eos_token_id = bos, eos
     target = Target(tokenizer)
-    (text,) = conversations.conversations(target, 1, 2, lambda *_: None)
+    ((_, (text,)),) = conversations.conversations(target, 1, 2)
     assert target.prompts == [chr(beginning)]
     assert text.token_ids.tolist() == [beginning, ord("a"), ord("b")]
 
 
-def test_what_takes_too_long_ends_it():
-    def progress(done, of):
-        raise TimeoutError
+@pytest.mark.parametrize(
+    ("deadline", "texts", "said"),
+    [
+        (1000.0, ["a", "b", "c"], ["2 of 6", "4 of 6", "6 of 6"]),
+        # Two batches of ten seconds end in time, a third would not.
+        (25.0, ["a", "b"], ["2 of 6", "4 of 6 conversations, for there is no time for more"]),
+        (5.0, ["a"], ["2 of 6 conversations, for there is no time for more"]),
+        (0.0, [], []),
+    ],
+)
+def test_there_are_as_many_conversations_as_there_is_time_for(monkeypatch, capsys, deadline, texts, said):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prior.time, "monotonic", lambda: clock.now)
 
-    with pytest.raises(TimeoutError):
-        conversations.conversations(Target(Tokenizer(chat)), 1000, 2, progress)
+    def batches():
+        for done, text in ((2, "a"), (4, "b"), (6, "c")):
+            clock.now += 10.0
+            yield done, [text]
+
+    assert prior._in_time(batches(), 6, deadline) == texts
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said) and all(line.startswith(one) for line, one in zip(lines, said, strict=True))

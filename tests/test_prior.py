@@ -367,7 +367,7 @@ def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
 
     now = 0.0
     monkeypatch.setattr(prior.time, "monotonic", lambda: now)
-    progress = prior._Progress("tokens", most_seconds=100.0)
+    progress = prior._Progress(most_seconds=100.0)
     now = 1.0
     progress(10, 1000)
     now = 2.1

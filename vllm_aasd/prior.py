@@ -13,10 +13,12 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_aasd.drafting import own_text
 from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.own_text import Text
 
 DEFAULT_TOP_K = 8
 DEFAULT_CONVERSATIONS = 1024
@@ -51,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=math.inf,
         metavar="MINUTES",
-        help="don't make it where the vocabulary would take longer, and without conversations where they would "
-        "(default: however long)",
+        help="don't make it where the vocabulary would take longer, and stop conversations then (default: however long)",
     )
     ours, engine_arguments = parser.parse_known_args(arguments)
 
@@ -70,37 +71,53 @@ def main(arguments: list[str] | None = None) -> None:
     llm = successors.start(engine)
     began = time.monotonic()
     try:
-        prior = successors.successors(llm, ours.top_k, _Progress("tokens", 60 * ours.give_up_beyond))
+        prior = successors.successors(llm, ours.top_k, _Progress(60 * ours.give_up_beyond))
     except _TooSlow as too_slow:
         print(f"not made: it would take {too_slow.args[0] / 60:.0f} minutes here")
         return
-    left = 60 * ours.give_up_beyond - (time.monotonic() - began)
-    try:
-        texts = conversations.conversations(llm, ours.conversations, ours.top_k, _Progress("conversations", left))
-        prior = own_text.with_texts(prior, texts)
-    except _TooSlow as too_slow:
-        print(f"without conversations: they would take {too_slow.args[0] / 60:.0f} minutes more")
-    prior_file.save(path, prior, key)
+    made_up = conversations.conversations(llm, ours.conversations, ours.top_k)
+    texts = _in_time(made_up, ours.conversations, began + 60 * ours.give_up_beyond)
+    prior_file.save(path, own_text.with_texts(prior, texts), key)
     print(f"written: {path}")
 
 
+def _in_time(made_up: Iterator[tuple[int, list[Text]]], count: int, deadline: float) -> list[Text]:
+    """The texts of as many conversations as there is time for, judged by the batch before; says how far it is.
+
+    Args:
+        made_up: how many there are, and their texts, by batch.
+        count: how many there are to be.
+        deadline: by `time.monotonic`.
+    """
+    texts: list[Text] = []
+    before = time.monotonic()
+    while before < deadline and (batch := next(made_up, None)) is not None:
+        done, new = batch
+        texts += new
+        now = time.monotonic()
+        took, before = now - before, now
+        is_last = now + took > deadline and done < count
+        print(f"{done} of {count} conversations" + (", for there is no time for more" if is_last else ""), flush=True)
+        if is_last:
+            break
+    return texts
+
+
 class _TooSlow(Exception):
-    """What is being made would take longer than it may; holds the seconds."""
+    """Making the prior would take longer than it may; holds the seconds."""
 
 
 class _Progress:
     """Says every few seconds how far it is, one line each: it ends in log files as often as on a terminal.
 
     Args:
-        of_what: what is counted.
         most_seconds: what all of it may take, judged by what is done.
 
     Raises:
         _TooSlow: when called, where it would take longer.
     """
 
-    def __init__(self, of_what: str, most_seconds: float) -> None:
-        self._of_what = of_what
+    def __init__(self, most_seconds: float) -> None:
         self._began = self._said = time.monotonic()
         self._most_seconds = most_seconds
 
@@ -111,7 +128,7 @@ class _Progress:
         if now - self._said >= _REPORT_SECONDS:
             self._said = now
             left = (now - self._began) * (of - done) / done
-            print(f"{done} of {of} {self._of_what}, {left:.0f} s left", flush=True)
+            print(f"{done} of {of} tokens, {left:.0f} s left", flush=True)
 
 
 def _top_k(text: str) -> int:

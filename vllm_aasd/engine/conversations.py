@@ -4,7 +4,7 @@ After Magpie (Xu et al., 2024, arXiv 2406.08464): a chat model that sees where t
 users ask them, and then answers it. A model without a chat template writes texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from vllm_aasd.drafting.own_text import Text
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96
 """The longest that are made up."""
 
-# As many as are in a batch at once, and few enough to report on.
+# As many as are in a batch at once, and few enough to report on and to stop behind.
 _AT_ONCE = 256
 _MARK = "Why?"
 
@@ -49,26 +49,26 @@ def turns(tokenizer: Any) -> Turns | None:
     return Turns(before, after, answering[len(asked) :])
 
 
-def conversations(llm: LLM, count: int, top_k: int, progress: Callable[[int, int], None]) -> list[Text]:
-    """Sample questions and answers at temperature 1, and keep what the target predicted in them.
+def conversations(llm: LLM, count: int, top_k: int) -> Iterator[tuple[int, list[Text]]]:
+    """Sample questions and answers at temperature 1, and keep what the target predicted in them; a batch at a time.
 
     Args:
         llm: of the target; where it takes shorter texts, they are shorter.
         count: how many questions.
         top_k: predictions kept of each position, the likeliest.
-        progress: is told how many of how many are done; what it raises ends it.
+
+    Yields:
+        How many questions there are now, and the texts that are new.
     """
     tokenizer = llm.get_tokenizer()
     around = turns(tokenizer)
-    found = []
     for start in range(0, count, _AT_ONCE):
         num = min(_AT_ONCE, count - start)
         if around is None:
-            found += _continued(llm, [_beginning(tokenizer)] * num, ANSWER_TOKENS, top_k)
+            texts = _continued(llm, [_beginning(tokenizer)] * num, ANSWER_TOKENS, top_k)
         else:
-            found += _asked_and_answered(llm, tokenizer, around, num, top_k)
-        progress(start + num, count)
-    return found
+            texts = _asked_and_answered(llm, tokenizer, around, num, top_k)
+        yield start + num, texts
 
 
 def _beginning(tokenizer: Any) -> list[int]:
