@@ -22,7 +22,7 @@ help:
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
 	@echo 'make test-long  run the tests that take long'
 	@echo 'make soak       send a real server random requests, events and faults for an hour (ARGS="--minutes 5 --seed 3")'
-	@echo 'make bench      make every figure (two hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
+	@echo 'make bench      make every figure (two and a half hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
 	@echo 'make clean      remove .venv and all that was built'
 
 setup:

@@ -13,11 +13,10 @@ one core, where every ratio is of runs that took turns on that core; what uses b
 machine to itself after them. In float32, or with less memory than two comparisons need, one lane follows the other, and it
 takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
-Left out: `benchmarks.load`, a result about what is lost under overload (nothing) more than about speed;
-`end_to_end_one`, `end_to_end_many` and the same of `_sampled`, one request at a time with more prompts and several at once, made since the
-last run of all; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the
-same comparison on a CPU without arithmetic in bfloat16, which another machine can't make; and `benchmarks.drafter_quality fit`,
-whose result is the constants that are shipped. They are run by hand.
+Left out: `benchmarks.load`, a result about what is lost under overload (nothing) more than about speed; `end_to_end_many` and
+`end_to_end_sampled_many`, several at once, made since the last run of all, which has the same with vLLM's own methods;
+`end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a CPU without arithmetic in bfloat16, which another
+machine can't make; and `benchmarks.drafter_quality fit`, whose result is the constants that are shipped. They are run by hand.
 """
 
 import argparse
@@ -78,13 +77,17 @@ _TASKS = ("--data", "DATA", "--builtin")
 _METHODS = ("--methods", "none", "ngram", "suffix", "--aasd", _STRICT)
 
 PROGRAMS = (
-    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "7", "6", "8", "16", "32",
+    Program("end_to_end", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "5", "6", "8", "16", "32",
             *_METHODS, "--concurrency", "1", "4", "8", "16", "32"), 80, 0, True, True,
             ("--quick", "--methods", "none", "--aasd", _STRICT)),
+    Program("end_to_end_one", "end_to_end", (*_TASKS, "--core", "0", "--rounds", "1", "--limit", "10", *_METHODS,
+            "--concurrency", "1"), 30, 0, True, True),
     Program("prefill", "prefill", ("--core", "0", "--methods", "none", "aasd", "--prompts", "8"), 20, 0, takes_dtype=True),
-    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "4", "4", "6", "16",
+    Program("end_to_end_sampled", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "3", "4", "6", "16",
             "32", "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1", "4", "8",
             "16", "32"), 72, 1, True, True),
+    Program("end_to_end_sampled_one", "end_to_end", (*_TASKS, "--core", "1", "--rounds", "1", "--limit", "8",
+            "--temperature", "0.7", "--methods", "none", "ngram", "suffix", "aasd", "--concurrency", "1"), 28, 1, True, True),
     Program("kernels", "kernels", (), 3, 1),
     Program("ablation", "ablation", (*_TASKS, "--limit", "12"), 3, 1, takes_dtype=True),
     Program("calibration", "drafter_quality", ("calibration", *_TASKS, "--limit", "12"), 1, 1, takes_dtype=True),
