@@ -15,7 +15,7 @@ takes longer. ``--quick`` runs two programs small, into a folder of its own.
 
 Left out: `benchmarks.load`, a result about what is lost under overload (nothing) more than about speed; `end_to_end_many` and
 `end_to_end_sampled_many`, several at once, made since the last run of all, which has the same with vLLM's own methods;
-`end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a CPU without arithmetic in bfloat16, which another
+`end_to_end_sampled_repeated`, its lowest category in three rounds; `end_to_end_float32`, `…_sampled`, `…_repeated` and `…_qa`, the same comparison on a CPU without arithmetic in bfloat16, which another
 machine can't make; and `benchmarks.drafter_quality fit`, whose result is the constants that are shipped. They are run by hand.
 """
 
