@@ -40,7 +40,7 @@ Cost
     An estimate for an H100 at 1.7 GHz from the compiled code (sm_90, k = 2, prior 8); no GPU was at hand. A
     tile of 1024 positions takes 240 instructions of each of 8 warps, 0.3 us on the four schedulers of a
     multiprocessor. A vote takes 9, so 130 votes (one full list and a few longer matches) 1.4 us, and the most
-    there can be, 392, 8 us. Latencies of dependent reads and barriers are about 2 us a token. A draft of 8
+    there can be, 400, 8 us. Latencies of dependent reads and barriers are about 2 us a token. A draft of 8
     tokens so takes, with the launch,
 
         context     1k       8k       32k      128k

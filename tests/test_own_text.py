@@ -7,6 +7,7 @@ import fake_v1
 import fake_v2
 import numpy as np
 import pytest
+from chat_tokenizer import Tokenizer
 
 from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
@@ -179,22 +180,6 @@ def test_v2_drafts_from_runs(all_knowing, monkeypatch, has_prior):
     assert fake_v2.serve(runner, [NEW], fake_v2.MAX_LEN) == [fake_v2.target_alone(NEW)]
     # The first step reads the prompt.
     assert runner.accepted[1] == (fake_v2.WIDTH if has_prior else 0)
-
-
-class Tokenizer:
-    """Letters are tokens; "." ends a turn."""
-
-    bos_token_id, eos_token_id = 1, ord(".")
-
-    def __init__(self, template):
-        self._template = template
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return self._template(messages[0]["content"], add_generation_prompt)
-
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(letter) for letter in text]
 
 
 def chat(text, answering):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from chat_tokenizer import Tokenizer
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -220,20 +221,6 @@ def test_a_model_that_is_not_here_has_no_key(tmp_path, monkeypatch):
     assert model_key("s3://bucket/model") is None
     (tmp_path / "empty").mkdir()
     assert model_key(str(tmp_path / "empty")) is None
-
-
-class Tokenizer:
-    bos_token_id = 1
-
-    def __init__(self, template):
-        self.template = template
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return self.template(messages[0]["content"], add_generation_prompt)
-
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(letter) for letter in text]
 
 
 def test_the_prefix_is_what_the_template_puts_before_an_answer():

@@ -48,24 +48,16 @@ def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
     vocab_size, kept = prior.ids.shape
     top_k = (table.shape[1] - 1) // 2
     tokens = table[:, 0].astype(np.int64)
+    ids, probs = table[:, 1 : 1 + top_k], np.ascontiguousarray(table[:, 1 + top_k :]).view(np.float32)
     seen = np.unique(tokens)
     times = 1 + np.bincount(tokens, minlength=vocab_size)
     # A pair of token and successor is one number, so that equal ones can be added up.
-    pairs = np.concatenate(
-        [
-            (tokens[:, None] * vocab_size + table[:, 1 : 1 + top_k])[table[:, 1 : 1 + top_k] >= 0],
-            (seen[:, None] * vocab_size + prior.ids[seen])[prior.ids[seen] >= 0],
-        ]
-    )
-    probs = np.concatenate(
-        [
-            np.ascontiguousarray(table[:, 1 + top_k :]).view(np.float32)[table[:, 1 : 1 + top_k] >= 0],
-            prior.probs[seen][prior.ids[seen] >= 0],
-        ]
-    )
+    sources = ((tokens, ids, probs), (seen, prior.ids[seen], prior.probs[seen]))
+    pairs = np.concatenate([(of[:, None] * vocab_size + after)[after >= 0] for of, after, _ in sources])
+    weights = np.concatenate([share[after >= 0] for _, after, share in sources])
     pairs, places = np.unique(pairs, return_inverse=True)
     token, successor = np.divmod(pairs, vocab_size)
-    mean = np.bincount(places, probs) / times[token]
+    mean = np.bincount(places, weights) / times[token]
     order = np.lexsort((-mean, token))
     token, successor, mean = token[order], successor[order], mean[order]
     rank = np.arange(len(token)) - np.searchsorted(token, token)

@@ -4,11 +4,12 @@ After Magpie (Xu et al., 2024, arXiv 2406.08464): a chat model that sees where t
 users ask them, and then answers it. A model without a chat template writes texts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from vllm import LLM, SamplingParams
+from vllm.logprobs import Logprob
 
 from vllm_aasd.drafting.own_text import Text
 
@@ -106,9 +107,14 @@ def _text(prompt: list[int], output: Any, top_k: int) -> Text:
     table = np.full((len(token_ids), 1 + 2 * top_k), -1, np.int32)
     table[:, 1 + top_k :] = 0
     for position, predicted in enumerate(output.logprobs, len(prompt) - 1):
-        likeliest = sorted(predicted.items(), key=lambda entry: -entry[1].logprob)[:top_k]
+        ids, probs = likeliest(predicted, top_k)
         table[position, 0] = token_ids[position]
-        table[position, 1 : 1 + len(likeliest)] = [token_id for token_id, _ in likeliest]
-        probs = np.exp(np.array([entry.logprob for _, entry in likeliest], np.float32))
-        table[position, 1 + top_k : 1 + top_k + len(probs)] = probs.view(np.int32)
+        table[position, 1 : 1 + len(ids)] = ids
+        table[position, 1 + top_k : 1 + top_k + len(ids)] = probs.view(np.int32)
     return Text(token_ids, table)
+
+
+def likeliest(predicted: Mapping[int, Logprob], top_k: int) -> tuple[list[int], np.ndarray]:
+    """The likeliest tokens of what vLLM reports of a position, at most so many, and their probabilities in float32."""
+    best = sorted(predicted.items(), key=lambda entry: -entry[1].logprob)[:top_k]
+    return [token_id for token_id, _ in best], np.exp([entry.logprob for _, entry in best]).astype(np.float32)

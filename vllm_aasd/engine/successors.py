@@ -1,6 +1,5 @@
 """Ask the target model, through vLLM, what it would say after each token of its vocabulary."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_aasd.engine.conversations import turns
+from vllm_aasd.engine.conversations import likeliest, turns
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.host import emulates_bfloat16
 from vllm_aasd.kernels.mixture import Prior
@@ -77,11 +76,9 @@ def successors(llm: LLM, top_k: int, progress: Callable[[int, int], None]) -> Pr
         token_ids = range(start, min(start + _TOKENS_PER_CALL, vocab_size))
         prompts = [{"prompt_token_ids": [*prefix, token_id]} for token_id in token_ids]
         for token_id, output in zip(token_ids, llm.generate(prompts, params, use_tqdm=False), strict=True):
-            entries = output.outputs[0].logprobs[0].items()
-            likeliest = sorted(entries, key=lambda entry: -entry[1].logprob)[:top_k]
-            for rank, (successor, entry) in enumerate(likeliest):
-                ids[token_id, rank] = successor
-                probs[token_id, rank] = math.exp(entry.logprob)
+            found_ids, found_probs = likeliest(output.outputs[0].logprobs[0], top_k)
+            ids[token_id, : len(found_ids)] = found_ids
+            probs[token_id, : len(found_ids)] = found_probs
         progress(token_ids.stop, vocab_size)
     return Prior(ids, probs)
 
