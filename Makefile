@@ -56,7 +56,7 @@ test-long: model
 	@$(PYTEST) -m long $(ARGS)
 
 soak: model
-	@PYTHONPATH=tests/support .venv/bin/python -m fuzz.soak $(ARGS)
+	@PYTHONPATH=tests/support .venv/bin/python -m aasd_testing.fuzz.soak $(ARGS)
 
 clean:
 	rm -rf .venv .bench build dist *.egg-info .pytest_cache .hypothesis

@@ -15,14 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vllm_aasd.kernels.mixture import Prior, no_memory
-
 from benchmarks import replay, results, traces
 from benchmarks.drafter_quality import MIN_SURVIVAL, NUM_DRAFT_TOKENS, PRICES, load_prior
 from benchmarks.engine import EngineError
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.drafting.memory import new_memory
+from vllm_aasd.kernels.common.mixture import Prior, no_memory
 from vllm_aasd.tuning import statistics
 from vllm_aasd.tuning.json_lines import DataError
 
@@ -111,15 +110,10 @@ def run(stage: Stage, members: Sequence[replay.Trace], prior: Prior, price: floa
     drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if stage.prior else None, memory)
     times = replay.priced(longest, price)
     lengths = draft_lengths if stage.adaptive else replay.whole_drafts
-    return [
-        replay.closed_loop([stage.seen(trace)], drafter, longest, times, 1, lengths)
-        for trace in members
-    ]
+    return [replay.closed_loop([stage.seen(trace)], drafter, longest, times, 1, lengths) for trace in members]
 
 
-def figures(
-    runs: Sequence[replay.Replay], before: Sequence[replay.Replay], groups: Sequence[str]
-) -> dict[str, Any]:
+def figures(runs: Sequence[replay.Replay], before: Sequence[replay.Replay], groups: Sequence[str]) -> dict[str, Any]:
     """Figures of a stage, each pooled by category and averaged over them.
 
     Args:
@@ -131,9 +125,7 @@ def figures(
         ``mal``, ``speed`` (1 is plain decoding) and ``gain`` (speed by that of the stage before, on the same
         traces) with intervals; ``drafted_per_step``, ``acceptance_rate``.
     """
-    columns = {
-        key: [getattr(one, key) for one in runs] for key in ("emitted", "steps", "seconds", "drafted")
-    }
+    columns = {key: [getattr(one, key) for one in runs] for key in ("emitted", "steps", "seconds", "drafted")}
     accepted = [int(one.accepted.sum()) for one in runs]
     earlier = [one.emitted for one in before], [one.seconds for one in before]
     return {

@@ -131,9 +131,7 @@ def _definition(source: pathlib.Path, name: str) -> str | None:
 def _is_worth_guessing(line: str) -> bool:
     """Code of some length, not a comment, a quoted text or the like."""
     bare = line.strip()
-    return (
-        len(bare) >= 15 and bare[0].isalpha() and bare.isascii() and re.search(r"[=(\[.]", bare) is not None
-    )
+    return len(bare) >= 15 and bare[0].isalpha() and bare.isascii() and re.search(r"[=(\[.]", bare) is not None
 
 
 def _last(text: str, chars: int) -> str:

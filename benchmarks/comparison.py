@@ -44,9 +44,7 @@ def figures(result: Mapping[str, Any], base: str | None = None) -> dict[str, dic
     for concurrency in dict.fromkeys(place[0] for place in tables):
         categories = list(dict.fromkeys(place[1] for place in tables if place[0] == concurrency))
         runs = {c: {label: tables[concurrency, c, label] for label in labels} for c in categories}
-        by_category = {
-            c: {label: category_figures(runs[c][label], columns) for label in labels} for c in categories
-        }
+        by_category = {c: {label: category_figures(runs[c][label], columns) for label in labels} for c in categories}
         by_category[MEAN] = {label: {} for label in labels}
         for name, ratios in _ratios(runs, columns, base or labels[0]).items():
             for place, figure in ratios.items():
@@ -71,10 +69,7 @@ def category_figures(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
         with a prompt's rounds taken together; ``drafted_at`` and ``accepted_at`` (draft tokens by their
         position); ``equal`` and ``common_prefix`` with the first method's answers, and ``score``.
     """
-    column = {
-        name: np.array([row[i] for run in runs for row in run["rows"]], float)
-        for i, name in enumerate(columns)
-    }
+    column = {name: np.array([row[i] for run in runs for row in run["rows"]], float) for i, name in enumerate(columns)}
     prompts = column["prompt"].astype(int)
     counts = []
     for prompt in np.unique(prompts):
@@ -203,9 +198,7 @@ def _means(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return float(np.exp(np.mean(np.log(known(key))))) if known(key) else None
 
     # MAL has an interval elsewhere; the others' scales differ too much for one to tell anything.
-    return {
-        key: geometric(key) for key in ("tokens_per_s", "ttft_ms", "tpot_ms", "mal", "mal_per_question")
-    } | {
+    return {key: geometric(key) for key in ("tokens_per_s", "ttft_ms", "tpot_ms", "mal", "mal_per_question")} | {
         key: mean(key)
         for key in (
             "in_flight",

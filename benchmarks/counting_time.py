@@ -15,9 +15,9 @@ from benchmarks import results
 from benchmarks.timing import microseconds
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
-from vllm_aasd.engine.containment import Faults
-from vllm_aasd.engine.v1_counting import V1Counting
-from vllm_aasd.kernels import count_reference
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.v1.counting import V1Counting
+from vllm_aasd.kernels.count import reference as count_reference
 from vllm_aasd.kernels.verify import VerifyOutput
 
 NUM_DRAFT_TOKENS = 8
@@ -82,7 +82,9 @@ def time_counting(batch_size: int, num_steps: int) -> dict[str, float]:
         nobody,
     )
     if any(faults.counts.values()) or not torch.allclose(totals, counters.totals):
-        sys.exit(f"at {batch_size} requests the counters hold {counters.totals.tolist()}, and the twin {totals.tolist()}")
+        sys.exit(
+            f"at {batch_size} requests the counters hold {counters.totals.tolist()}, and the twin {totals.tolist()}"
+        )
     return microseconds([call] * num_steps)
 
 

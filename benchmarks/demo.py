@@ -72,22 +72,16 @@ class Answer(NamedTuple):
 
 def main() -> None:
     """Run the demonstration; exit code 1 and the end of the server's log if a server fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results.add_model_argument(parser)
-    parser.add_argument(
-        "--max-tokens", type=int, default=128, help="length of an answer (default %(default)s)"
-    )
+    parser.add_argument("--max-tokens", type=int, default=128, help="length of an answer (default %(default)s)")
     parser.add_argument("server_arguments", nargs="*", help="for both servers, behind --")
     arguments = parser.parse_args()
     results.require_model(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C: by an exception, so that the server is stopped.
         signal.signal(number, lambda *_: sys.exit(1))
-    print(
-        f"Model: {arguments.model}. {len(PROMPTS)} questions, greedy, {arguments.max_tokens} tokens at most."
-    )
+    print(f"Model: {arguments.model}. {len(PROMPTS)} questions, greedy, {arguments.max_tokens} tokens at most.")
     try:
         plain = ask("without speculation", arguments, [])
         aasd = ask("with aasd", arguments, ["--speculative-config", json.dumps(AASD)])
@@ -174,9 +168,7 @@ def mark_difference(one: str, other: str) -> tuple[str, str]:
     """Both texts, with ``>>`` before the first word that isn't the same; as they are if they are equal."""
     if one == other:
         return one, other
-    first = next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     # Back to the beginning of the word.
     while first > 0 and not one[first - 1].isspace():
         first -= 1

@@ -14,7 +14,6 @@ import sys
 from typing import Any
 
 import numpy as np
-from vllm_aasd.kernels.mixture import MixtureWeights, Prior
 
 from benchmarks import replay, results
 from benchmarks.engine import EngineError
@@ -25,6 +24,7 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.kernels.common.mixture import MixtureWeights, Prior
 from vllm_aasd.tuning.json_lines import DataError
 
 PRICES = (0.04, 0.12, 0.33)
@@ -161,9 +161,7 @@ def calibration(traces: list[replay.Trace], prior: Prior) -> dict[str, Any]:
     """Reliability of the served drafter per category, and what its parts add, at each price."""
     served = {price: run(traces, prior, price) for price in PRICES}
     first = served[PRICES[0]]
-    reliabilities = {
-        category: replay.reliability(entry.predicted, entry.accepted) for category, entry in first.items()
-    }
+    reliabilities = {category: replay.reliability(entry.predicted, entry.accepted) for category, entry in first.items()}
     reliabilities["all"] = replay.reliability(
         np.concatenate([entry.predicted for entry in first.values()]),
         np.concatenate([entry.accepted for entry in first.values()]),
@@ -214,9 +212,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("fit", "calibration"))
     add_arguments(parser)
     parser.add_argument("--out", type=pathlib.Path, help="result file (default: benchmarks/results/COMMAND.json)")

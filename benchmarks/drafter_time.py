@@ -32,9 +32,8 @@ from vllm_aasd.drafting.drafter import (
     Drafter,
 )
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.mixture import no_prior
-from vllm_aasd.kernels import draft_reference
+from vllm_aasd.kernels.common.mixture import no_prior
+from vllm_aasd.kernels.draft import reference as draft_reference
 
 BLOCK_SIZE = 128
 """Slots of a KV block, as vLLM's CPU platform has it."""
@@ -63,12 +62,8 @@ def main() -> None:
     """Measure, write the result, print its table."""
     parser = results.arguments(__doc__, out="drafter_time.json")
     results.add_model_argument(parser)
-    parser.add_argument(
-        "--data", type=pathlib.Path, help="questions to make contexts of; Python's sources by default"
-    )
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 8192, 32768], help="default %(default)s"
-    )
+    parser.add_argument("--data", type=pathlib.Path, help="questions to make contexts of; Python's sources by default")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768], help="default %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="drafts per context (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.show:
@@ -131,9 +126,7 @@ def real_tokens(arguments: argparse.Namespace, count: int) -> tuple[np.ndarray, 
         source = "sources of Python's standard library"
     tokens = np.concatenate([np.array(tokenizer.encode(text), np.int32) for text in texts])
     if len(tokens) < count:
-        sys.exit(
-            f"error: {source} has {len(tokens)} tokens, and {count} are needed: ask for shorter --lengths"
-        )
+        sys.exit(f"error: {source} has {len(tokens)} tokens, and {count} are needed: ask for shorter --lengths")
     return tokens[:count], len(tokenizer), source
 
 
@@ -144,9 +137,7 @@ def made_up_alignment(tokens: np.ndarray, vocab_size: int) -> AlignmentView:
     ids = rng.integers(0, vocab_size, (num_tokens, TOP_K)).astype(np.int32)
     truth = np.append(tokens[1:], 0)
     ids[np.arange(num_tokens), np.where(rng.random(num_tokens) < 0.5, 0, TOP_K - 1)] = truth
-    probs = -np.sort(
-        -rng.dirichlet(np.full(TOP_K + 1, 0.5), num_tokens).astype(np.float32)[:, :TOP_K], axis=1
-    )
+    probs = -np.sort(-rng.dirichlet(np.full(TOP_K + 1, 0.5), num_tokens).astype(np.float32)[:, :TOP_K], axis=1)
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     block_table = rng.permutation(num_blocks).astype(np.int32)
     table = np.full((num_blocks * BLOCK_SIZE, 1 + 2 * TOP_K), -1, np.int32)

@@ -20,21 +20,15 @@ def report(result: Mapping[str, Any], base: str | None = None) -> str:
     parts = [results.heading(result), conditions(result["metadata"]["conditions"])]
     inexact = failed(result["exactness"])
     if inexact:
-        parts += [
-            f"NO FIGURES: {label} isn't exact. {exactness(result['exactness'][label])}" for label in inexact
-        ]
+        parts += [f"NO FIGURES: {label} isn't exact. {exactness(result['exactness'][label])}" for label in inexact]
         return "\n\n".join(parts)
     for concurrency, figures in comparison.figures(result, base).items():
         parts.append(tables(int(concurrency), figures, list(result["methods"]), base))
     if result["metadata"]["conditions"]["temperature"] > 0:
-        return "\n\n".join(
-            [*parts, "Answers are sampled, so exactness isn't checked.", *comparison.notes(result)]
-        )
+        return "\n\n".join([*parts, "Answers are sampled, so exactness isn't checked.", *comparison.notes(result)])
     parts.append(
         "Answers, compared with the first method's at the same concurrency:\n"
-        + "\n".join(
-            f"- {label}: {exactness(found)}" for label, found in list(result["exactness"].items())[1:]
-        )
+        + "\n".join(f"- {label}: {exactness(found)}" for label, found in list(result["exactness"].items())[1:])
     )
     parts += comparison.notes(result)
     return "\n\n".join(parts)
@@ -111,9 +105,7 @@ def exactness(found: Mapping[str, Any] | None) -> str:
         return f"all {found['num_answers']} are equal"
     gap = found["largest_gap_nats"]
     worst = "one ends where the other goes on" if gap is None else f"gaps of up to {gap:.2g} nats"
-    counts = (
-        f"{found['num_different']} of {found['num_answers']} part, {found['num_wider']} beyond a near tie"
-    )
+    counts = f"{found['num_different']} of {found['num_answers']} part, {found['num_wider']} beyond a near tie"
     return f"{counts}; {worst}"
 
 

@@ -37,8 +37,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     tokenizer = load_tokenizer(arguments.model)
     prompts = {
-        category: tokenise(tokenizer, members, arguments.max_prompt_tokens)
-        for category, members in tasks.items()
+        category: tokenise(tokenizer, members, arguments.max_prompt_tokens) for category, members in tasks.items()
     }
     sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
     requests = {
@@ -123,9 +122,7 @@ def start(label: str, speculative_config: dict[str, Any] | None, arguments: argp
     return Engine(label, engine, arguments.core, arguments.threads, stock and arguments.temperature > 0)
 
 
-def warm_up(
-    engines: Mapping[str, Engine], requests: Mapping[str, list], arguments: argparse.Namespace
-) -> None:
+def warm_up(engines: Mapping[str, Engine], requests: Mapping[str, list], arguments: argparse.Namespace) -> None:
     """Let each engine pay for what is compiled or allocated on first use, with any number of requests up to the most."""
     longest = max((request for members in requests.values() for request in members), key=_length)
     # Reversed, so that nobody learns an answer.
@@ -160,9 +157,7 @@ def check(
             first_difference(prompts[place[1]][int(row[0])], one, other)
             for place, ours in found.items()
             if place[0] == label
-            for row, one, other in zip(
-                ours.rows, found[first, *place[1:]].token_ids, ours.token_ids, strict=True
-            )
+            for row, one, other in zip(ours.rows, found[first, *place[1:]].token_ids, ours.token_ids, strict=True)
         ]
         parted = [one for one in differences if one is not None]
         verdicts[label] = verdict(differences, gaps(judge, parted), NEAR_TIE[arguments.dtype])
@@ -183,9 +178,7 @@ def run_entries(
         for row, ours, theirs in zip(measured.rows, measured.token_ids, plain, strict=True):
             task, prompt = tasks[category][int(row[0])], prompts[category][int(row[0])]
             share = common_prefix(ours, theirs) / max(len(ours), len(theirs), 1)
-            scored = score(
-                task.score, tokenizer, prompt=prompt, token_ids=ours, first=theirs, reference=task.reference
-            )
+            scored = score(task.score, tokenizer, prompt=prompt, token_ids=ours, first=theirs, reference=task.reference)
             rows.append([*row, round(share, 4), scored])
         yield {
             "method": label,

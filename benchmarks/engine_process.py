@@ -91,7 +91,7 @@ def mend_sampling() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_aasd.engine import v1_verifier
+        from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 
         v1_verifier.install()
 
@@ -132,9 +132,7 @@ def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:
         "accepted": list(metrics.per_step_accepted) if metrics else [],
     }
     if completion.logprobs is not None:
-        answer["logprobs"] = [
-            {token: entry.logprob for token, entry in at.items()} for at in completion.logprobs
-        ]
+        answer["logprobs"] = [{token: entry.logprob for token, entry in at.items()} for at in completion.logprobs]
     request = log["request"]
     if output.prompt_logprobs is not None and "score_from" not in request:
         answer["prompt_logprobs"] = [
@@ -143,9 +141,7 @@ def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:
     if "score_from" in request:
         first = request["score_from"]
         scored = zip(request["prompt_token_ids"][first:], output.prompt_logprobs[first:], strict=True)
-        answer["scores"] = [
-            (at[token].logprob, max(entry.logprob for entry in at.values())) for token, at in scored
-        ]
+        answer["scores"] = [(at[token].logprob, max(entry.logprob for entry in at.values())) for token, at in scored]
     return answer
 
 

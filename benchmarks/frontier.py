@@ -32,7 +32,9 @@ def main() -> None:
     """Run every setting, write the result, print its table."""
     parser = results.arguments(__doc__, out="frontier.json")
     results.add_model_argument(parser)
-    parser.add_argument("--data", type=pathlib.Path, nargs="+", metavar="FILE", help="questions, see `vllm_aasd.tuning.tasks`")
+    parser.add_argument(
+        "--data", type=pathlib.Path, nargs="+", metavar="FILE", help="questions, see `vllm_aasd.tuning.tasks`"
+    )
     parser.add_argument("--limit", default="8", help="questions of each category (default %(default)s)")
     parser.add_argument("--max-tokens", default="96", help="per answer (default %(default)s)")
     parser.add_argument("--rounds", default="2", help="how often each is timed (default %(default)s)")
@@ -40,7 +42,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
     parser.add_argument("--max-model-len", default="4096", help="default %(default)s")
     parser.add_argument("--settings", nargs="+", type=candidates.parsed, default=SETTINGS, metavar="JSON")
-    parser.add_argument("--drafting", type=candidates.parsed, default={}, metavar="JSON", help="further keys, for all rows")
+    parser.add_argument(
+        "--drafting", type=candidates.parsed, default={}, metavar="JSON", help="further keys, for all rows"
+    )
     parser.epilog = "All other arguments are those of vLLM's engine, such as --gpu-memory-utilization 0.5."
     arguments, of_vllm = parser.parse_known_args()
     if arguments.show:

@@ -95,8 +95,8 @@ def verify(temperature: float, rule: str, aligned: bool = False) -> Callable[[In
     """`verify_seeded` for requests of one kind, by the policy of a name as it is shipped."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
-        from vllm_aasd.kernels import verify_seeded_triton
-        from vllm_aasd.kernels.verify_seeded import AlignmentRows
+        from vllm_aasd.kernels.verify import triton as verify_seeded_triton
+        from vllm_aasd.kernels.verify.seeded import AlignmentRows
 
         one = torch.ones(inputs.num_reqs)
         policies = policy_tensors(rule, inputs.num_reqs)
@@ -124,7 +124,7 @@ def verify(temperature: float, rule: str, aligned: bool = False) -> Callable[[In
 def policy_tensors(rule: str, num_reqs: int) -> Any:
     """The `VerifyPolicies` of so many requests under the policy of a name, greedy and sampled ones alike."""
     from vllm_aasd.config import Settings
-    from vllm_aasd.engine.start_up import policy_of
+    from vllm_aasd.engine.startup import policy_of
     from vllm_aasd.verification.batch import PolicyBatch
 
     policy = policy_of(Settings(verification=rule, relax_sampling=True))
@@ -135,16 +135,14 @@ def policy_tensors(rule: str, num_reqs: int) -> Any:
 
 def align(inputs: Inputs) -> Callable[[], Any]:
     """`align` of all rows."""
-    from vllm_aasd.kernels import align_triton
+    from vllm_aasd.kernels.align import triton as align_triton
 
-    return lambda: align_triton.align(
-        inputs.logits, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K)
-    )
+    return lambda: align_triton.align(inputs.logits, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
 
 
 def align_shards(inputs: Inputs) -> Callable[[], Any]:
     """`align_shard` on two ranks, and `align_merge`."""
-    from vllm_aasd.kernels import align_shard_triton
+    from vllm_aasd.kernels.align import shard_triton as align_shard_triton
 
     half = inputs.vocab_size // 2
 
@@ -159,14 +157,12 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
-def draft(
-    top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4
-) -> Callable:
+def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4) -> Callable:
     """`draft_batch` over contexts of up to 32k tokens, with what a position, and the prior of runs and tokens, predict."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
-        from vllm_aasd.kernels import draft_triton
-        from vllm_aasd.kernels.draft_batch import draft_workspace
+        from vllm_aasd.kernels.draft import triton as draft_triton
+        from vllm_aasd.kernels.draft.batch import draft_workspace
 
         num_orders, max_matches, num_reqs = 6, 32, inputs.num_reqs
         int32 = {"dtype": torch.int32}
@@ -324,7 +320,10 @@ def tables(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     builds = [
         [("vLLM: " if row["stock"] else "") + row["kernel"], row["sizes"], row["dtype"], row["target"]]
-        + [str(row[field]) for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes", "parked_scalars")]
+        + [
+            str(row[field])
+            for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes", "parked_scalars")
+        ]
         + [f"{row['wide_loads']} / {row['narrow_loads']}"]
         for row in result["builds"]
     ]

@@ -180,7 +180,9 @@ def check(label: str, answers: Sequence[Answer], ended: Mapping[str, int], max_t
     for number, one in enumerate(answers):
         whole = len(one.token_ids) == max_tokens or (one.finish_reason == "stop" and one.token_ids)
         if one.finish_reason not in ("stop", "length") or not whole:
-            raise ServerError(f"{label}: request {number} got {len(one.token_ids)} tokens, ended by {one.finish_reason}")
+            raise ServerError(
+                f"{label}: request {number} got {len(one.token_ids)} tokens, ended by {one.finish_reason}"
+            )
     in_order = {reason: n for reason, n in ended.items() if n}
     if sum(in_order.values()) != len(answers) or set(in_order) - {"stop", "length"}:
         raise ServerError(f"{label}: the server ended {in_order}, and {len(answers)} requests were sent")
@@ -237,7 +239,10 @@ def figures(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{at}": round(float(value), 1) for at, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    return {
+        f"p{at}": round(float(value), 1)
+        for at, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
+    }
 
 
 def report(result: Mapping[str, Any]) -> str:

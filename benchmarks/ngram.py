@@ -48,9 +48,7 @@ class NgramDrafter:
         """See `Drafter.draft`."""
         length = len(token_ids)
         self._batch[0, :length] = token_ids
-        (found,) = self._proposer.propose(
-            self.num_draft_tokens, [[0]], np.array([length], np.int32), self._batch
-        )
+        (found,) = self._proposer.propose(self.num_draft_tokens, [[0]], np.array([length], np.int32), self._batch)
         draft = np.array(found[: max(max_draft_tokens, 0)], np.int32)
         return draft, np.ones(len(draft), np.float32)
 

@@ -30,9 +30,7 @@ FIGURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 
 def main() -> None:
     """Draw what is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", choices=[*FIGURES, []], help="default: all whose result is there")
     parser.add_argument("--results", type=pathlib.Path, default=results.RESULTS, help="their folder")
     parser.add_argument("--readme", action="store_true", help="write the README's tables instead")

@@ -40,7 +40,11 @@ def main() -> None:
     results.require_model(arguments)
     chosen = methods.chosen(arguments.methods, [ALWAYS])
     try:
-        result = {"metadata": results.metadata(**results.conditions(arguments)), "methods": chosen, **run(arguments, chosen)}
+        result = {
+            "metadata": results.metadata(**results.conditions(arguments)),
+            "methods": chosen,
+            **run(arguments, chosen),
+        }
     except (EngineError, ValueError) as error:
         sys.exit(f"error: {error}")
     results.write(arguments.out, result)
@@ -98,9 +102,7 @@ def measure(
     Raises:
         ValueError: see `run`.
     """
-    seconds = {
-        str(length): {label: [[] for _ in members] for label in engines} for length, members in prompts.items()
-    }
+    seconds = {str(length): {label: [[] for _ in members] for label in engines} for length, members in prompts.items()}
     labels = list(engines)
     began, total, done = time.monotonic(), num_rounds * sum(map(len, prompts.values())), 0
     for _ in range(num_rounds):
@@ -116,7 +118,9 @@ def measure(
                     first_tokens[label] = answer["token_ids"][0]
                 wrong = [label for label in labels if first_tokens[label] != first_tokens[labels[0]]]
                 if wrong:
-                    raise ValueError(f"{wrong[0]}: another first token than {labels[0]}'s, on prompt {index} of {length} tokens")
+                    raise ValueError(
+                        f"{wrong[0]}: another first token than {labels[0]}'s, on prompt {index} of {length} tokens"
+                    )
                 done += 1
                 left = (time.monotonic() - began) / done * (total - done)
                 progress_line(f"{done} of {total} prompts, about {left / 60:.0f} min left")

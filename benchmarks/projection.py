@@ -24,7 +24,6 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
-from vllm_aasd.kernels.mixture import Prior
 
 from benchmarks import measured_curve, projection_report, replay, results, traces
 from benchmarks.drafter_quality import MIN_SURVIVAL, load_prior
@@ -41,6 +40,7 @@ from benchmarks.roofline import (
 from vllm_aasd.config import DRAFT_SCHEDULE, NUM_SPECULATIVE_TOKENS
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
+from vllm_aasd.kernels.common.mixture import Prior
 from vllm_aasd.tuning.json_lines import DataError
 
 TARGETS = (
@@ -318,10 +318,7 @@ def project(
         "longest_draft": best[SERVED],
         "methods": {
             label: figures(of, times, batch, plain)
-            | {
-                "with_prefill": alone
-                / (prefill + extra.get(label, 0.0) + ANSWER * seconds_per_token(of, times, batch))
-            }
+            | {"with_prefill": alone / (prefill + extra.get(label, 0.0) + ANSWER * seconds_per_token(of, times, batch))}
             for label, (of, times) in steps.items()
         },
     }
@@ -346,9 +343,7 @@ def seconds_per_token(steps: list[replay.Step], times: np.ndarray, batch: int) -
     return float(sum(times[batch + step.drafted] for step in steps) / sum(step.emitted for step in steps))
 
 
-def replay_whole(
-    members: list[replay.Trace], batch: int, drafter: replay.Drafts, length: int
-) -> list[replay.Step]:
+def replay_whole(members: list[replay.Trace], batch: int, drafter: replay.Drafts, length: int) -> list[replay.Step]:
     """Batches in which drafts are verified as they are, of so many tokens at most."""
     untimed = np.ones(batch * (length + 1) + 1)
     rng, traffic = _traffic(members, batch)
@@ -362,18 +357,14 @@ def replay_served(members: list[replay.Trace], prior: Prior, batch: int, length:
     return replay_whole(members, batch, drafter, length)
 
 
-def replay_by_time(
-    members: list[replay.Trace], prior: Prior, batch: int, times: np.ndarray
-) -> list[replay.Step]:
+def replay_by_time(members: list[replay.Trace], prior: Prior, batch: int, times: np.ndarray) -> list[replay.Step]:
     """Batches with the served drafter and draft lengths that follow the time of a step."""
     drafter = Drafter(len(prior.ids), NUM_SPECULATIVE_TOKENS, MIN_SURVIVAL, prior)
     rng, traffic = _traffic(members, batch)
     return replay.closed_loop(traffic, drafter, NUM_SPECULATIVE_TOKENS, times, batch, draft_lengths, rng).batches
 
 
-def _traffic(
-    members: list[replay.Trace], batch: int
-) -> tuple[np.random.Generator, list[replay.Trace]]:
+def _traffic(members: list[replay.Trace], batch: int) -> tuple[np.random.Generator, list[replay.Trace]]:
     """The same requests in the same order for every method: all of them, and at least three batches."""
     rng = np.random.default_rng(0)
     repeats = -(-3 * batch // len(members))
@@ -383,9 +374,7 @@ def _traffic(
 def _arguments() -> argparse.Namespace:
     parser = results.arguments(__doc__, out="projection.json")
     traces.add_arguments(parser)
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=list(BATCHES), help="default %(default)s"
-    )
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="default %(default)s")
     return parser.parse_args()
 
 

@@ -75,7 +75,9 @@ def end_table(result: Mapping[str, Any]) -> str:
         for traffic in dict.fromkeys(row["traffic"] for row in result["rows"]):
             chosen = select(result, target=target, machine=machine, traffic=traffic)
             if chosen:
-                rows.append([target, machine, traffic, *(stops(chosen, label, pays(result)) for label in chosen[0]["methods"])])
+                rows.append(
+                    [target, machine, traffic, *(stops(chosen, label, pays(result)) for label in chosen[0]["methods"])]
+                )
     return results.table(["target", "machine", "traffic", *result["rows"][0]["methods"]], rows)
 
 
@@ -126,7 +128,9 @@ def check_table(result: Mapping[str, Any]) -> str:
     """How far the model is from the measured curve."""
     rows = []
     for mode, found in result["check"].items():
-        cells = [f"{100 * of[key]:.0f} %" for of in (found, found["predicted"]) for key in ("mean_error", "largest_error")]
+        cells = [
+            f"{100 * of[key]:.0f} %" for of in (found, found["predicted"]) for key in ("mean_error", "largest_error")
+        ]
         rows.append([mode, *cells])
     return results.table(["", "mean", "largest", "unseen: mean", "unseen: largest"], rows)
 

@@ -216,7 +216,9 @@ def _value(figure: Mapping[str, float] | None) -> float | None:
 
 
 def _with_lowest(by_category: Mapping[str, Any], label: str, key: str) -> str:
-    lowest, category = min((of[label][key]["value"], category) for category, of in by_category.items() if category != MEAN)
+    lowest, category = min(
+        (of[label][key]["value"], category) for category, of in by_category.items() if category != MEAN
+    )
     return f"{_spread(by_category[MEAN][label][key])}; {_HEADINGS.get(category, category)} {results.number(lowest)}"
 
 

@@ -29,7 +29,6 @@ class Drafts(Protocol):
     def forget(self, request_ids: Iterable[str]) -> None: ...
 
 
-
 class Trace(NamedTuple):
     """One recorded answer.
 
@@ -98,8 +97,7 @@ def record(
     sampling = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": TOP_K, "prompt_logprobs": TOP_K}
     answers, _ = engine.run([{"prompt_token_ids": prompt, "sampling": sampling} for prompt in prompts])
     return [
-        _trace(category, prompt, answer)
-        for category, prompt, answer in zip(categories, prompts, answers, strict=True)
+        _trace(category, prompt, answer) for category, prompt, answer in zip(categories, prompts, answers, strict=True)
     ]
 
 
@@ -212,9 +210,7 @@ def closed_loop(
         drafter.forget([request.request_id for request in running if not request.left])
         running = [request for request in running if request.left]
     emitted, drafted = (sum(column) for column in zip(*batches, strict=True)) if batches else (0, 0)
-    return Replay(
-        steps, emitted, drafted, seconds, np.concatenate(predicted), np.concatenate(accepted), batches
-    )
+    return Replay(steps, emitted, drafted, seconds, np.concatenate(predicted), np.concatenate(accepted), batches)
 
 
 class _Request:

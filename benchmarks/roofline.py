@@ -91,9 +91,7 @@ def step_time(
         logit_passes: how often the logits go over the memory's bus.
     """
     tokens = np.asarray(num_tokens, np.float64)
-    layers = _combined(
-        machine, BYTES * target.layer_weights + 0 * tokens, 2 * target.layer_weights * tokens
-    )
+    layers = _combined(machine, BYTES * target.layer_weights + 0 * tokens, 2 * target.layer_weights * tokens)
     operations = 4 * target.layers * target.heads * target.head_size * context * tokens
     attention = _combined(machine, num_requests * context * target.kv_bytes + 0 * tokens, operations)
     logits = logit_passes * LOGIT_BYTES * target.vocab * tokens

@@ -97,9 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"metadata": metadata, "methods": chosen, "runs": runs, "figures": figures(runs, list(chosen))}
 
 
-def prompts_by_rate(
-    tasks: Sequence[Task], tokenizer: Any, arguments: argparse.Namespace
-) -> dict[float, list[str]]:
+def prompts_by_rate(tasks: Sequence[Task], tokenizer: Any, arguments: argparse.Namespace) -> dict[float, list[str]]:
     """Prompts for each rate, none of them for two: the categories in turn, too long ones left out.
 
     Raises:
@@ -111,9 +109,7 @@ def prompts_by_rate(
         # What a chat template adds is far less than the slack that the server has.
         if len(tokenizer.encode(text)) <= arguments.max_prompt_tokens:
             by_category.setdefault(task.category, []).append(text)
-    mixed = [
-        text for texts in itertools.zip_longest(*by_category.values()) for text in texts if text is not None
-    ]
+    mixed = [text for texts in itertools.zip_longest(*by_category.values()) for text in texts if text is not None]
     needed = arguments.requests * len(arguments.rates)
     if len(mixed) < needed:
         raise DataError(
@@ -126,9 +122,7 @@ def prompts_by_rate(
     }
 
 
-def measured(
-    server: Server, arguments: argparse.Namespace, prompts: Sequence[str], rate: float
-) -> dict[str, Any]:
+def measured(server: Server, arguments: argparse.Namespace, prompts: Sequence[str], rate: float) -> dict[str, Any]:
     """One run of vLLM's client: its figures that are kept, checked.
 
     Raises:
@@ -174,9 +168,7 @@ def check(report: Mapping[str, Any], num_sent: int, counted: SpecCounters, ended
     in_order = {reason: n for reason, n in ended.items() if n}
     if sum(in_order.values()) != num_sent or set(in_order) - {"stop", "length"}:
         raise ServerError(f"the server ended {in_order}, and {num_sent} requests were sent")
-    client = tuple(
-        report.get(f"spec_decode_{key}", 0) for key in ("num_drafts", "draft_tokens", "accepted_tokens")
-    )
+    client = tuple(report.get(f"spec_decode_{key}", 0) for key in ("num_drafts", "draft_tokens", "accepted_tokens"))
     if client != tuple(counted):
         raise ServerError(f"the client counted {client}, and the server {tuple(counted)}")
 
@@ -255,9 +247,7 @@ def columns(run: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> dict[str, float | None]:
     drawn = statistics.draws(len(top), np.random.default_rng(0))
     one_round = np.ones((statistics.RESAMPLES, 1))
-    return statistics.with_interval(
-        statistics.crossed_ratio(top[:, None], bottom[:, None], drawn, one_round)
-    )
+    return statistics.with_interval(statistics.crossed_ratio(top[:, None], bottom[:, None], drawn, one_round))
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
@@ -270,7 +260,14 @@ def _arguments() -> argparse.Namespace:
     traces.add_arguments(parser)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first is compared with")
-    add("--aasd", action="append", default=[], type=methods.settings, metavar="JSON", help="also aasd with these settings")
+    add(
+        "--aasd",
+        action="append",
+        default=[],
+        type=methods.settings,
+        metavar="JSON",
+        help="also aasd with these settings",
+    )
     add("--rates", type=_rate, nargs="+", default=[0.25, 0.5, 1.0], help="requests a second (default %(default)s)")
     add("--requests", type=int, default=40, help="per rate (default %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run of the same settings")

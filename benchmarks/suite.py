@@ -168,9 +168,7 @@ def _fits_two_lanes(dtype: str | None) -> bool:
     return dtype != "float32" and gib >= _GIB_OF_TWO_LANES
 
 
-def _run_lane(
-    core: int | None, left: Sequence[tuple[Program, list[str]]], environment: Mapping[str, str]
-) -> list[str]:
+def _run_lane(core: int | None, left: Sequence[tuple[Program, list[str]]], environment: Mapping[str, str]) -> list[str]:
     if core is not None:
         # Of this thread, which what it starts inherits.
         os.sched_setaffinity(0, {core})
@@ -240,9 +238,7 @@ def draw(folder: pathlib.Path, quick: bool) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=_file, nargs="+", default=[], metavar="FILE", help="the first in Spec-Bench's format")
     add("--only", nargs="+", choices=[program.name for program in PROGRAMS], help="these programs")

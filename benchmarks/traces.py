@@ -29,9 +29,7 @@ _ANSWERING = ("vllm", "torch", "transformers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `measured_tasks` and `recorded` read."""
     results.add_model_argument(parser)
-    parser.add_argument(
-        "--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="to measure on"
-    )
+    parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="to measure on")
     parser.add_argument("--builtin", action="store_true", help="also the tasks that ship with Python")
     parser.add_argument("--limit", type=int, default=16, help="prompts per category (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
@@ -93,9 +91,7 @@ def load(path: pathlib.Path) -> list[replay.Trace]:
         return [replay.Trace(*part) for part in parts]
 
 
-def _record(
-    categories: Sequence[str], prompts: list[list[int]], arguments: argparse.Namespace
-) -> list[replay.Trace]:
+def _record(categories: Sequence[str], prompts: list[list[int]], arguments: argparse.Namespace) -> list[replay.Trace]:
     engine = {
         "model": arguments.model,
         "dtype": arguments.dtype,

@@ -20,7 +20,7 @@ from benchmarks import results
 from benchmarks.kernels import policy_tensors
 from benchmarks.timing import microseconds
 from vllm_aasd.kernels import verify as verify_op
-from vllm_aasd.kernels import verify_reference
+from vllm_aasd.kernels.verify import reference as verify_reference
 
 NUM_DRAFT_TOKENS = 8
 RING_BYTES = 256 * 2**20
@@ -32,9 +32,7 @@ CASES = ("argmax", "rival")
 def main() -> None:
     """Measure, write the result, print its table."""
     parser = results.arguments(__doc__, out="verifier_time.json")
-    parser.add_argument(
-        "--vocab-sizes", type=int, nargs="+", default=[49152, 151936], help="default %(default)s"
-    )
+    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[49152, 151936], help="default %(default)s")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="default %(default)s")
     parser.add_argument("--steps", type=int, default=100, help="timed per figure (default %(default)s)")
     arguments = parser.parse_args()
@@ -52,9 +50,7 @@ def main() -> None:
                     {"vocab_size": vocab_size, "batch_size": batch_size, "drafts": case}
                     | time_in_turn(ring, stock, arguments.steps)
                 )
-    conditions = results.metadata(
-        num_draft_tokens=NUM_DRAFT_TOKENS, dtype="float32", threads=torch.get_num_threads()
-    )
+    conditions = results.metadata(num_draft_tokens=NUM_DRAFT_TOKENS, dtype="float32", threads=torch.get_num_threads())
     result = {"metadata": conditions, "rows": rows}
     results.write(arguments.out, result)
     print(tables(result))

@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="questions to make real text of; Python's sources by default")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768], help="default %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="drafts per context (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of the same steps, the contexts in turn (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs of the same steps, the contexts in turn (default %(default)s)"
+    )
     parser.add_argument("--requests", type=int, default=2000, help="that come and go (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.show:
@@ -59,7 +61,9 @@ def main() -> None:
         count = length + NEW_TOKENS * arguments.steps
         contexts = {TYPICAL: text[:count]}
         contexts |= {name: make(count, vocab_size) for name, make in adversarial.CONTEXTS.items()}
-        found = {kind: all_step_times(contexts, length, arguments, vocab_size, kind == "cold") for kind in ("warm", "cold")}
+        found = {
+            kind: all_step_times(contexts, length, arguments, vocab_size, kind == "cold") for kind in ("warm", "cold")
+        }
         for name, tokens in contexts.items():
             row = {"context_tokens": length, "context": name}
             for kind, of in found.items():
@@ -72,9 +76,7 @@ def main() -> None:
     view = made_up_alignment(text, vocab_size)
     runs = [step_times(text, SHORTEST, num_steps, view, vocab_size)[0] for _ in range(arguments.repeats)]
     result = {
-        "metadata": metadata(
-            model=arguments.model, text=source, min_survival=MIN_SURVIVAL, repeats=arguments.repeats
-        ),
+        "metadata": metadata(model=arguments.model, text=source, min_survival=MIN_SURVIVAL, repeats=arguments.repeats),
         "rows": rows,
         "growing": {"from": SHORTEST, "to": max(arguments.lengths), **summary(np.min(runs, axis=0))},
         "worst": [worst(rows, length) for length in arguments.lengths],

@@ -6,7 +6,8 @@ import types
 from collections.abc import Iterator
 
 import pytest
-from interpreter import Interpreter
+
+from aasd_testing.interpreter import Interpreter
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def on_v2(monkeypatch):
     """The V2 model runner as on a GPU, where scheduling is asynchronous; what it is on this machine else."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setattr("vllm_aasd.engine.refusals.current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr("vllm_aasd.engine.unsupported.current_platform", types.SimpleNamespace(is_cpu=lambda: False))
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,7 @@ def run_logged(doing: str, command: list[str], log: Path) -> None:
         code = subprocess.run(command).returncode
     else:
         with log.open("w") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
             try:
                 while (code := _wait(process, HEARTBEAT_SECONDS)) is None:
                     say(f"  {time.monotonic() - started:.0f} s  {_last_line(log)}")

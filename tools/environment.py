@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STATE_FILE = "aasd-setup.json"
 FLAVOURS = ("cpu", "cuda")
-EXTRAS = "test"
+EXTRAS = "dev"
 PYTHON_VERSION = "{}.{}".format(*sys.version_info)
 PRINT_PYTHON_VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -142,9 +142,7 @@ class Installer:
             say(f"creating {self.venv}")
             made = subprocess.run([sys.executable, "-m", "venv", "--clear", self.venv])
             if made.returncode:
-                raise SetupError(
-                    f"{sys.executable} -m venv failed (on Debian and Ubuntu: apt install python3-venv)"
-                )
+                raise SetupError(f"{sys.executable} -m venv failed (on Debian and Ubuntu: apt install python3-venv)")
 
     def install(self) -> None:
         """Install the project and what it needs, and mend what the CPU build of vLLM leaves broken."""
@@ -215,9 +213,7 @@ class Installer:
         if present is None or (ours and present != vllm_stub.stub_version(version)):
             with tempfile.TemporaryDirectory() as folder:
                 wheel = vllm_stub.write_wheel(Path(folder), version)
-                self._pip(
-                    "giving the vllm command its metadata", ["install", "--no-deps", "--no-index", str(wheel)]
-                )
+                self._pip("giving the vllm command its metadata", ["install", "--no-deps", "--no-index", str(wheel)])
 
     def _metadata(self, distribution: str, field: str) -> str | None:
         code = "import importlib.metadata as m, sys; print(m.metadata(sys.argv[1])[sys.argv[2]])"
@@ -229,9 +225,7 @@ class Installer:
     def _output(self, *arguments: str) -> str | None:
         """What the environment's Python prints, stripped, or None where it fails or isn't there."""
         try:
-            done = subprocess.run(
-                [self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent
-            )
+            done = subprocess.run([self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

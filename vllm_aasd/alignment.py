@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.align import MAX_TOP_K, align
-from vllm_aasd.kernels.align_shard import align_merge
+from vllm_aasd.kernels.align.shard import align_merge
 
 _NO_TOKEN = -1
 
@@ -89,7 +89,7 @@ class AlignmentStore:
         """Store the top k of each row from logits that were split over the vocabulary.
 
         Args:
-            partials: [num_ranks, num_rows, 1 + 2 top_k] int32, what `vllm_aasd.kernels.align_shard.align_shard` gave
+            partials: [num_ranks, num_rows, 1 + 2 top_k] int32, what `vllm_aasd.kernels.align.shard.align_shard` gave
                 of each part.
             token_ids: [num_rows] int32, as for `write`.
             slot_mapping: [num_rows] int64, as for `write`.
@@ -99,9 +99,7 @@ class AlignmentStore:
         """
         align_merge(partials, token_ids, slot_mapping, self._slots)
 
-    def read(
-        self, token_ids: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def read(self, token_ids: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Look up the entries of context positions.
 
         Args:

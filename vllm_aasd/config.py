@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
-from vllm_aasd.kernels.mixture import MAX_TOP_K
+from vllm_aasd.kernels.common.mixture import MAX_TOP_K
 from vllm_aasd.verification.policy import (
     FLOOR_RANGE,
     GUARD_COOLDOWN_RANGE,
@@ -128,11 +128,17 @@ class Settings:
         "less.",
     )
     fly_threshold: float = _parameter(
-        "fly", "threshold", 0.3, "lower", "nats of entropy, over the three likeliest tokens, from which it is undecided."
+        "fly",
+        "threshold",
+        0.3,
+        "lower",
+        "nats of entropy, over the three likeliest tokens, from which it is undecided.",
     )
     fly_floor: float = _parameter("fly", "floor", 0.01, "lower", _FLOOR)
     budget_cap: float = _parameter("budget", "cap", 0.25, "higher", "the most nats of regret of an accepted token.")
-    budget_per_step: int = _parameter("budget", "per_step", 2, "higher", "the most relaxed tokens of a request in a step.")
+    budget_per_step: int = _parameter(
+        "budget", "per_step", 2, "higher", "the most relaxed tokens of a request in a step."
+    )
     budget_nats: float = _parameter(
         "budget", "nats", 2.0, "higher", "nats that a request may lose in all, of regret or KL divergence; 0 is strict."
     )

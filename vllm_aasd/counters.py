@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels import count
-from vllm_aasd.kernels.mixture import HIT, MISS, STALE
+from vllm_aasd.kernels.common.mixture import HIT, MISS, STALE
 
 PREFIX = "aasd:"
 """What every metric of ours begins with, as vLLM's do with ``vllm:``."""
@@ -106,7 +106,7 @@ class Counters:
 
     Attributes:
         totals: ``[count.SIZE]`` float64, see `vllm_aasd.kernels.count`.
-        lookups: ``[3]`` int64, see `vllm_aasd.kernels.draft_cpu.draft`.
+        lookups: ``[3]`` int64, see `vllm_aasd.kernels.draft.cpu.draft`.
         drafter_time, verifier_time: seconds of each step, by `observe`.
         faults: as given.
     """

@@ -1,9 +1,9 @@
 """The figures of an `LLM` that runs with method ``aasd``, and the dashboard that shows those of a server.
 
-    from vllm_aasd import metrics
-    for metric in metrics.get(llm): ...
+from vllm_aasd import metrics
+for metric in metrics.get(llm): ...
 
-    python -m vllm_aasd.metrics > aasd.json     # the Grafana dashboard, to be imported there
+python -m vllm_aasd.metrics > aasd.json     # the Grafana dashboard, to be imported there
 """
 
 import argparse

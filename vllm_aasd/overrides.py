@@ -41,7 +41,9 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
     for key, value in ours.items():
         rule = _FIELDS[key].metadata["rule"]
         if rule not in (None, asked.verification):
-            raise ValueError(f"{key}={value!r} is not allowed: it takes effect only with {PREFIX}verification={rule!r}.")
+            raise ValueError(
+                f"{key}={value!r} is not allowed: it takes effect only with {PREFIX}verification={rule!r}."
+            )
     looser = None if server.allow_request_override == "any" else looser_than(asked, server)
     if looser is not None:
         raise ValueError(

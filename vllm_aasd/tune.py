@@ -70,16 +70,25 @@ def argument_parser() -> argparse.ArgumentParser:
         help="settings to compare beside strict, as a request would bring them",
     )
     parser.add_argument(
-        "--drafting", type=_options, default={}, metavar="JSON", help="further keys of --speculative-config, for all rows"
+        "--drafting",
+        type=_options,
+        default={},
+        metavar="JSON",
+        help="further keys of --speculative-config, for all rows",
     )
-    parser.add_argument("--temperature", type=_number(float, 0), default=0.7, help="of the row of plain sampling; 0 for none")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0), default=0.7, help="of the row of plain sampling; 0 for none"
+    )
     parser.add_argument("--top-p", type=_number(float, 0, 1), default=0.9, help="of that row")
     parser.add_argument(
         "--min-agreement", type=_number(float, 0, 1), default=0.9, help="bound: least ROUGE-L to no speculation"
     )
     for name, what in (("copied", "tokens copied from the prompt"), ("repeated", "runs repeated")):
         parser.add_argument(
-            f"--max-{name}", type=_number(float, 0, 1), default=0.02, help=f"bound: more {what}, as a share (default: 0.02)"
+            f"--max-{name}",
+            type=_number(float, 0, 1),
+            default=0.02,
+            help=f"bound: more {what}, as a share (default: 0.02)",
         )
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for all figures")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="SVG or PNG file for the plot")
@@ -116,7 +125,8 @@ def compare(ours: argparse.Namespace, engine_arguments: list[str]) -> dict[str, 
     bounds = figures.Bounds(ours.min_agreement, ours.max_copied, ours.max_repeated)
     groups = [task.category for task in tasks]
     found = {
-        name: figures.figures(rows[name], rows[OFF], rows[STRICT], accepted[name] // ours.rounds, groups) for name in rows
+        name: figures.figures(rows[name], rows[OFF], rows[STRICT], accepted[name] // ours.rounds, groups)
+        for name in rows
     }
     over = {name: figures.excess(found[name], found[OFF], bounds) for name in found}
     allowed = [one.name for one in compared if one.is_offered and not over[one.name]]
@@ -178,15 +188,18 @@ def _judged(
 ) -> dict[str, list[dict[str, Any]]]:
     """By name and prompt, what an answer comes to."""
     # Many settings give the same answers.
-    places = dict.fromkeys(
-        (index, *answer.token_ids) for run in answers.values() for index, answer in enumerate(run)
-    )
+    places = dict.fromkeys((index, *answer.token_ids) for run in answers.values() for index, answer in enumerate(run))
     scored = dict(zip(places, engine.score([(prompts[index], list(ids)) for index, *ids in places]), strict=True))
     rows = {}
     for name, run in answers.items():
         rows[name] = []
         for index, (task, prompt, answer, off) in enumerate(zip(tasks, prompts, run, answers[OFF], strict=True)):
-            parts = {"prompt": prompt, "token_ids": answer.token_ids, "first": off.token_ids, "reference": task.reference}
+            parts = {
+                "prompt": prompt,
+                "token_ids": answer.token_ids,
+                "first": off.token_ids,
+                "reference": task.reference,
+            }
             # Without a reference a score holds an answer against the first one, as agreement does.
             task_score = score(task.score if task.reference is not None else None, engine.tokenizer, **parts)
             judged = scored[index, *answer.token_ids]

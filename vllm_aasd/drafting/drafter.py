@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_aasd.drafting.calibration import Trust
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.drafting.trust import Trust
 from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.mixture import MAX_TOP_K, MixtureWeights, Prior, no_memory, no_prior
+from vllm_aasd.kernels.common.mixture import MAX_TOP_K, MixtureWeights, Prior, no_memory, no_prior
 
 NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
@@ -68,7 +68,7 @@ class Drafter:
         memory: what other requests taught, read and written here in the place of the prior's runs, from which it may have
             begun; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
-        lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft_cpu`.
+        lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft.cpu`.
     """
 
     def __init__(

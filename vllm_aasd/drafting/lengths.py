@@ -31,9 +31,7 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float 
     return lengths_and_gain(survival, step_times, overhead)[0]
 
 
-def lengths_and_gain(
-    survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0
-) -> tuple[np.ndarray, float]:
+def lengths_and_gain(survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0) -> tuple[np.ndarray, float]:
     """Choose as `draft_lengths`, and say how many times as many tokens a second that makes as no drafts at all; >= 1."""
     num_requests, width = survival.shape
     flat = survival.ravel()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.kernels.common.mixture import Prior
 
 
 class Text(NamedTuple):

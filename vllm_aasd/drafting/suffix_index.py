@@ -37,15 +37,15 @@ class SuffixIndex:
         self._larger: _Tables | None = None
 
     @property
-    def tokens(self) -> np.ndarray:  # noqa: D102
+    def tokens(self) -> np.ndarray:
         return self._tables.tokens
 
     @property
-    def prev(self) -> np.ndarray:  # noqa: D102
+    def prev(self) -> np.ndarray:
         return self._tables.prev
 
     @property
-    def head(self) -> np.ndarray:  # noqa: D102
+    def head(self) -> np.ndarray:
         return self._tables.head
 
     def extend(self, token_ids: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vllm_aasd.kernels.cache_folder import cache_folder
+from vllm_aasd.kernels.common.cache_folder import cache_folder
 
 # Sums of rounded probabilities may pass 1 by this much.
 _ROUNDING = 1e-3

@@ -85,7 +85,9 @@ class WidthsByLoad:
         """By position, the share of drafts that are accepted up to and including it."""
         return list(itertools.accumulate(self._now.shares(self._usual.shares()), operator.mul))
 
-    def observe(self, num_requests: int, num_new: int, width: int, num_accepted: Sequence[int], seconds: float | None) -> None:
+    def observe(
+        self, num_requests: int, num_new: int, width: int, num_accepted: Sequence[int], seconds: float | None
+    ) -> None:
         """Learn from one step.
 
         Args:

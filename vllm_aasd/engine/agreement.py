@@ -15,15 +15,15 @@ from vllm.config import ModelConfig
 from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import GroupCoordinator
 
-from vllm_aasd.engine import start_up
-from vllm_aasd.kernels.mixture import Prior
+from vllm_aasd.engine import startup
+from vllm_aasd.kernels.common.mixture import Prior
 
 logger = logging.getLogger("vllm.aasd")
 
 
 def load_prior(model: ModelConfig) -> Prior | None:
     """The prior of the served model, if all ranks have it; to be called on every rank that drafts."""
-    return agreed_prior(start_up.load_prior(model), get_tp_group())
+    return agreed_prior(startup.load_prior(model), get_tp_group())
 
 
 def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:

@@ -25,10 +25,10 @@ from vllm_aasd.config import (
     PREFIX,
     Settings,
 )
-from vllm_aasd.engine import metrics, refusals, seams
+from vllm_aasd.engine import metrics, patching, unsupported
 
 METHOD = "aasd"
-PROPOSER = "vllm_aasd.engine.v1.AASDProposer"
+PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
 V1_CARRIER = "custom_class"
 V2_CARRIER = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
@@ -62,14 +62,12 @@ class AASDSpeculativeConfig(SpeculativeConfig):
         by_requests = f" by requests {schedule}" if schedule is not None else ""
         if self.aasd_learns_widths:
             by_requests += " at first, then as learnt"
-        return (
-            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}{by_requests}, {settings})"
-        )
+        return f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}{by_requests}, {settings})"
 
 
-def install() -> list[seams.Replacement]:
+def install() -> list[patching.Replacement]:
     """Teach `EngineArgs` the method; does nothing where it knows it already."""
-    return seams.replace({seams.CREATE_SPECULATIVE_CONFIG: _knowing_aasd})
+    return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _knowing_aasd})
 
 
 def _knowing_aasd(stock: Callable) -> Callable:
@@ -88,7 +86,7 @@ def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
     """Check everything that can't work, then let vLLM build the carrier's config and take it over."""
-    seams.check_version()
+    patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
@@ -97,8 +95,8 @@ def _create(
     runner = "V2" if carrier == V2_CARRIER else "V1"
     refusal = runner_refusal(runner)
     if refusal is not None:
-        refusals.refuse("model_runner", runner, refusal)
-    refusals.check(runner, args, vllm_keys, settings)
+        unsupported.refuse("model_runner", runner, refusal)
+    unsupported.check(runner, args, vllm_keys, settings)
 
     carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
     carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
@@ -126,13 +124,13 @@ def _create(
         ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
     if (args.per_request_spec_decode_metrics != "none" or has_schedule_of_ours) and args.scheduler_cls is None:
-        args.scheduler_cls = refusals.SCHEDULER
-    ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == refusals.SCHEDULER
+        args.scheduler_cls = unsupported.SCHEDULER
+    ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
     if ours.aasd_learns_widths:
-        ours.num_speculative_tokens_per_batch_size = _holding_none(ours.num_speculative_tokens_per_batch_size, args.max_num_seqs)
-    target_parallel_config.worker_cls = (
-        refusals.CPU_WORKER if current_platform.is_cpu() else refusals.GPU_WORKER
-    )
+        ours.num_speculative_tokens_per_batch_size = _holding_none(
+            ours.num_speculative_tokens_per_batch_size, args.max_num_seqs
+        )
+    target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
 
 
@@ -159,7 +157,7 @@ def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | Non
     if runner == "V1":
         is_long = settings.draft == "mixture" and not args.enable_lora
         return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS)}
-    if refusals.is_synchronous(args):
+    if unsupported.is_synchronous(args):
         return {_LONGEST: given or NUM_SPECULATIVE_TOKENS}
     if args.data_parallel_size > 1:
         return {_LONGEST: given or NUM_SPECULATIVE_TOKENS_UNSCHEDULED}

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd import __version__
-from vllm_aasd.engine import refusals, relied_on, seams
+from vllm_aasd.engine import patching, relied_on, unsupported
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
 
 
@@ -23,13 +23,13 @@ def diagnose() -> Diagnosis:
     """Check everything; nothing is raised, served or changed."""
     chosen = "V2" if chooses_v2() else "V1"
     lines = [
-        f"vllm-aasd {__version__}, vLLM {seams.vllm_version()}, platform {current_platform.device_type}, "
+        f"vllm-aasd {__version__}, vLLM {patching.vllm_version()}, platform {current_platform.device_type}, "
         f"Triton {'yes' if HAS_TRITON else 'no'}, VLLM_USE_V2_MODEL_RUNNER {envs.VLLM_USE_V2_MODEL_RUNNER}"
     ]
     reasons = []
     try:
-        seams.check_version()
-    except seams.SeamError as error:
+        patching.check_version()
+    except patching.SeamError as error:
         reasons.append(str(error))
     if not any(point.name == "aasd" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
         reasons.append("vLLM can't find the plugin: the entry point isn't installed (pip install vllm-aasd)")
@@ -41,7 +41,9 @@ def diagnose() -> Diagnosis:
     for runner, needed in relied_on.RUNNERS.items():
         needed = relied_on.BOTH + needed
         found = relied_on.problems(needed)
-        lines.append(f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them")
+        lines.append(
+            f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them"
+        )
         lines += [f"  - {problem}" for problem in found]
         if found and runner == chosen:
             reasons.append(f"vLLM's {runner} model runner isn't as we know it")
@@ -50,6 +52,6 @@ def diagnose() -> Diagnosis:
     lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused there:")
     lines += [
         f"  - {refusal.name} other than {' or '.join(repr(value) for value in refusal.allowed)}: {refusal.reason}"
-        for refusal in refusals.BY_RUNNER[chosen]
+        for refusal in unsupported.BY_RUNNER[chosen]
     ]
     return Diagnosis(lines, works=True)

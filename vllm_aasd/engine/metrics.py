@@ -40,7 +40,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vllm_aasd.counters import METRICS, PREFIX, Counters, Distribution, Figure, summary
-from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -126,9 +126,7 @@ class FigureFiles:
         self._labels = labels
         # The process alone isn't enough: it may hold several engines, and figures of vLLM's own.
         name = f"aasd-{os.getpid()}-{next(_numbers)}.db"
-        self._files = {
-            kind: MmapedDict(os.path.join(folder, f"{kind}_{name}")) for kind in ("counter", "histogram")
-        }
+        self._files = {kind: MmapedDict(os.path.join(folder, f"{kind}_{name}")) for kind in ("counter", "histogram")}
         self._written: dict[tuple[str, str, str], float] = {}
 
     def write(self, figures: Iterable[Figure]) -> None:

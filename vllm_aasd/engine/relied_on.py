@@ -8,8 +8,8 @@ import importlib
 import inspect
 from typing import NamedTuple
 
-from vllm_aasd.engine import seams
-from vllm_aasd.engine.seams import Seam, SeamError
+from vllm_aasd.engine import patching
+from vllm_aasd.engine.patching import Seam, SeamError
 
 
 class Members(NamedTuple):
@@ -30,9 +30,9 @@ _WORKER = "vllm.v1.worker.gpu_worker"
 _V1, _V2 = "vllm.v1.worker", "vllm.v1.worker.gpu"
 
 BOTH: tuple[Seam | Members, ...] = (
-    seams.CREATE_SPECULATIVE_CONFIG,
-    seams.VERIFY_SAMPLING_PARAMS,
-    seams.PROCESS_OUTPUTS,
+    patching.CREATE_SPECULATIVE_CONFIG,
+    patching.VERIFY_SAMPLING_PARAMS,
+    patching.PROCESS_OUTPUTS,
     Seam(_WORKER, "Worker.init_device", ("self",)),
     Seam(_WORKER, "Worker.load_model", ("self",)),
     Seam(_WORKER, "Worker.determine_available_memory", ("self",)),
@@ -58,7 +58,15 @@ BOTH: tuple[Seam | Members, ...] = (
     Members(
         "vllm.sampling_params",
         "SamplingParams",
-        ("all_stop_token_ids", "extra_args", "max_tokens", "num_logprobs", "sampling_type", "structured_outputs", "temperature"),
+        (
+            "all_stop_token_ids",
+            "extra_args",
+            "max_tokens",
+            "num_logprobs",
+            "sampling_type",
+            "structured_outputs",
+            "temperature",
+        ),
     ),
     Members(
         "vllm.engine.arg_utils",
@@ -90,10 +98,10 @@ BOTH: tuple[Seam | Members, ...] = (
 )
 
 V1: tuple[Seam | Members, ...] = (
-    seams.REJECTION_SAMPLE,
-    seams.REJECTION_SAMPLER_FORWARD,
-    seams.EXPAND_BATCH_TO_TOKENS,
-    seams.APPLY_SAMPLING_CONSTRAINTS,
+    patching.REJECTION_SAMPLE,
+    patching.REJECTION_SAMPLER_FORWARD,
+    patching.EXPAND_BATCH_TO_TOKENS,
+    patching.APPLY_SAMPLING_CONSTRAINTS,
     Seam("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
     Seam(
         "vllm.v1.sample.rejection_sampler",
@@ -162,8 +170,8 @@ V1: tuple[Seam | Members, ...] = (
 )
 
 V2: tuple[Seam | Members, ...] = (
-    seams.V2_INIT_SPECULATOR,
-    seams.V2_REJECTION_SAMPLE,
+    patching.V2_INIT_SPECULATOR,
+    patching.V2_REJECTION_SAMPLE,
     Seam(
         f"{_V2}.spec_decode.speculator",
         "BaseSpeculator.propose",
@@ -249,7 +257,7 @@ def problems(needed: tuple[Seam | Members, ...]) -> list[str]:
     found = []
     for one in needed:
         try:
-            seams.check(one) if isinstance(one, Seam) else _check_members(one)
+            patching.check(one) if isinstance(one, Seam) else _check_members(one)
         except SeamError as error:
             found.append(str(error))
     return found
@@ -267,7 +275,7 @@ def check(runner: str) -> None:
     found = problems(BOTH + RUNNERS[runner])
     if found:
         raise SeamError(
-            f"method 'aasd' can't work on vLLM {seams.vllm_version()} ({runner} model runner): " + "; ".join(found)
+            f"method 'aasd' can't work on vLLM {patching.vllm_version()} ({runner} model runner): " + "; ".join(found)
         )
 
 

@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.config import Settings
-from vllm_aasd.engine import seams
+from vllm_aasd.engine import patching
 from vllm_aasd.fields import PREFIX
 from vllm_aasd.overrides import with_overrides
 
@@ -27,7 +27,7 @@ class RequestOptionsError(VLLMValidationError, ValueError):
     """A request asks for what it can't have: status 400 over HTTP, a ValueError from `LLM.generate`."""
 
 
-def install() -> list[seams.Replacement]:
+def install() -> list[patching.Replacement]:
     """Have this process's front end check the options; does nothing where it does already.
 
     Returns:
@@ -36,7 +36,7 @@ def install() -> list[seams.Replacement]:
     Raises:
         SeamError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return seams.replace({seams.VERIFY_SAMPLING_PARAMS: _checking_ours})
+    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _checking_ours})
 
 
 def _checking_ours(stock: Callable) -> Callable:

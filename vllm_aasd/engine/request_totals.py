@@ -19,8 +19,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_aasd.engine import seams
-from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine import patching
+from vllm_aasd.engine.failsafe import Faults
 
 _BESIDE = "aasd_request_totals"
 
@@ -146,7 +146,7 @@ class RequestMetrics(RequestSpecDecodeMetrics):
         }
 
 
-def install() -> list[seams.Replacement]:
+def install() -> list[patching.Replacement]:
     """Have the front end receive the totals; does nothing where it does already.
 
     Returns:
@@ -155,7 +155,7 @@ def install() -> list[seams.Replacement]:
     Raises:
         SeamError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return seams.replace({seams.PROCESS_OUTPUTS: _receiving})
+    return patching.replace({patching.PROCESS_OUTPUTS: _receiving})
 
 
 def _receiving(stock: Callable) -> Callable:

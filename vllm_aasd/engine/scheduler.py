@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_aasd.engine import request_totals
-from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.request_totals import Totals
 from vllm_aasd.engine.width_schedule import WidthSchedule
 

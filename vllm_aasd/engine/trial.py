@@ -112,9 +112,7 @@ class Trial:
         )
         prompts = [{"prompt_token_ids": [*prompt, *answer]} for prompt, answer in places]
         scored = []
-        for (prompt, answer), output in zip(
-            places, self._llm.generate(prompts, params, use_tqdm=False), strict=True
-        ):
+        for (prompt, answer), output in zip(places, self._llm.generate(prompts, params, use_tqdm=False), strict=True):
             rows = output.prompt_logprobs[len(prompt) :]
             scored.append(
                 [

@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_aasd.drafting.widths import WidthsByLoad
-from vllm_aasd.engine.containment import Faults
+from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
 

@@ -1,6 +1,6 @@
 """What the workers of `aasd` share, whatever the platform: vLLM's own worker, with our adapter called around it.
 
-Which adapter it is follows the model runner: `vllm_aasd.engine.v1` or `vllm_aasd.engine.v2`. Only public methods of
+Which adapter it is follows the model runner: `vllm_aasd.engine.v1.proposer` or `vllm_aasd.engine.v2.speculator`. Only public methods of
 vLLM's `Worker` are extended.
 """
 
@@ -17,8 +17,8 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
 from vllm_aasd.counters import Figure
-from vllm_aasd.engine import configuration, metrics, relied_on, seams
-from vllm_aasd.engine.start_up import kv_cache_share
+from vllm_aasd.engine import configuration, metrics, patching, relied_on
+from vllm_aasd.engine.startup import kv_cache_share
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -40,11 +40,11 @@ class AASDWorker(Worker):
         if not self.use_v2_model_runner:
             super().init_device()
             # Before vLLM's first profiling run. The import would load the other runner too where it isn't needed.
-            from vllm_aasd.engine import v1_verifier
+            from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 
             v1_verifier.install()
             return
-        from vllm_aasd.engine import v2
+        from vllm_aasd.engine.v2 import speculator as v2
 
         # The runner is made by super(), and makes the speculator.
         v2.install()
@@ -77,7 +77,7 @@ class AASDWorker(Worker):
         logger.info(
             "aasd %s is live: vLLM %s, %s model runner, backend %s, num_speculative_tokens=%d %s",
             __version__,
-            seams.vllm_version(),
+            patching.vllm_version(),
             "V2" if self.use_v2_model_runner else "V1",
             self.device.type,
             self.speculative_config.num_speculative_tokens,

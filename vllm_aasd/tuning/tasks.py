@@ -132,9 +132,7 @@ def _spec_bench(value: dict[str, Any]) -> Task:
     reference = question.reference if score == "last_number" else None
     if score == "last_number" and reference is None:
         score = None
-    return Task(
-        f"{kind}{question.question_id}", question.group, question.text, score=score, reference=reference
-    )
+    return Task(f"{kind}{question.question_id}", question.group, question.text, score=score, reference=reference)
 
 
 def _hotpotqa(value: dict[str, Any], number: int) -> Task:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from vllm_aasd.kernels.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
 from vllm_aasd.verification.policy import Policy
 from vllm_aasd.verification.states import RequestStates
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_aasd.kernels.policies import BUDGET, CAP, KAPPA, NATS, PER_STEP
+from vllm_aasd.kernels.verify.policies import BUDGET, CAP, KAPPA, NATS, PER_STEP
 from vllm_aasd.verification.policy import RelaxedPolicy
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_aasd.kernels.policies import ALPHA, BETA, CONDITIONAL
+from vllm_aasd.kernels.verify.policies import ALPHA, BETA, CONDITIONAL
 from vllm_aasd.verification.policy import RelaxedPolicy
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_aasd.kernels.policies import FLY, THRESHOLD, WINDOW
+from vllm_aasd.kernels.verify.policies import FLY, THRESHOLD, WINDOW
 from vllm_aasd.verification.policy import RelaxedPolicy
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_aasd.kernels.policies import COOLDOWN, DECAY, FLOOR, LIMIT, NUM_PARAMETERS
+from vllm_aasd.kernels.verify.policies import COOLDOWN, DECAY, FLOOR, LIMIT, NUM_PARAMETERS
 
 # Lowest and highest value that each parameter may take; settings take their ranges from here.
 FLOOR_RANGE = (1e-4, 1.0)
@@ -61,7 +61,7 @@ class Policy:
     name: ClassVar[str]
     """As settings call it."""
     rule: ClassVar[int]
-    """Its number in `vllm_aasd.kernels.policies`."""
+    """Its number in `vllm_aasd.kernels.verify.policies`."""
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     """By parameter, the lowest and the highest value."""
 

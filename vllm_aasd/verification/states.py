@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from vllm_aasd.kernels.policies import NUM_STATES
+from vllm_aasd.kernels.verify.policies import NUM_STATES
 
 
 class RequestStates:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_aasd.kernels.policies import STRICT
+from vllm_aasd.kernels.verify.policies import STRICT
 from vllm_aasd.verification.policy import Policy
 
 

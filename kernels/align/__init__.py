@@ -1,0 +1,84 @@
+"""Align: the target's top-k next-token ids and probabilities of many rows, straight into a paged table.
+
+The entry
+    Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position (the input whose
+    output the entry describes, by which a reader recognises an entry that an older owner of the slot left),
+    then the ids of the k most probable next tokens, descending, the lowest id first among equals, then their
+    probabilities as the bits of float32. A probability is e^(z - m) / s over the full vocabulary, with m the
+    row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN, +inf, or nothing but
+    -inf) is written with ids 0 and probabilities 0: a candidate that weighs nothing.
+
+Memory
+    One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor
+    of its own. The CPU path keeps the top k in order while the online softmax runs
+    (`vllm_aasd.kernels.common.rows_cpu`). The Triton path loads each block of a row once, 16 bytes a thread and
+    instruction, and takes from it in registers the top k and s: 4 + 8k bytes for 4 to 16 KiB of logits. A
+    row's k best are among its blocks' k best, and blocks merge as s = sum s_i e^(m_i - m). Counted
+    (`benchmarks/kernels.py`), all that moves is 1.02 times the logits at k = 4.
+
+Source
+    The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding
+    with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204; the paged table with
+    its tag is ours.
+"""
+
+import torch
+
+from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.mixture import MAX_TOP_K
+
+__all__ = ["MAX_TOP_K", "align", "warm_up"]
+
+
+def check_table(name: str, table: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless a tensor can hold alignment entries over this vocabulary."""
+    check_dtype(name, table, torch.int32)
+    top_k, odd = divmod(table.shape[-1] - 1, 2)
+    if table.ndim != 2 or odd or not 1 <= top_k <= min(MAX_TOP_K, vocab_size):
+        raise ValueError(
+            f"{name} has shape {tuple(table.shape)}, expected (num_slots, 1 + 2k) with k from 1 to "
+            f"min({MAX_TOP_K}, vocab_size {vocab_size})"
+        )
+    if not table.is_contiguous():
+        raise ValueError(f"{name} has strides {table.stride()}, expected a contiguous tensor")
+
+
+def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor, table: torch.Tensor) -> None:
+    """Write the alignment entry of each row to its slot; the module's docstring has the layout.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, bfloat16 or float16, any row stride. Not modified.
+        token_ids: [num_rows] int32, the input token at each row's own position.
+        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row. Of rows with
+            the same slot the last one stays on a CPU; a GPU writes rows in any order, so there slots must
+            differ.
+        table: [num_slots, 1 + 2k] int32 with 1 <= k <= 8 and k <= vocab_size; modified in place.
+
+    Raises:
+        ValueError: an argument has a wrong shape or dtype, or a slot does not exist. In the latter case rows
+            before it have been written. A GPU, which is not waited for, skips such rows instead.
+    """
+    num_rows = slot_mapping.shape[0]
+    check_logits("logits", logits)
+    check_shape("logits", logits, (num_rows, logits.shape[1]))
+    check_shape("token_ids", token_ids, (num_rows,))
+    check_dtype("token_ids", token_ids, torch.int32)
+    check_shape("slot_mapping", slot_mapping, (num_rows,))
+    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_table("table", table, logits.shape[1])
+    backend("align", logits.device.type).align(logits, token_ids, slot_mapping, table)
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what `align` needs for logits of a dtype, or load it from the cache on disk.
+
+    To be called when a worker starts, so that no request waits for the compiler (seconds without a cache).
+
+    Args:
+        device: where the logits will be.
+        dtype: float32, bfloat16 or float16.
+    """
+    logits = torch.tensor([[0.0, 1.0]], dtype=dtype, device=device)
+    slot = torch.zeros(1, dtype=torch.int64, device=device)
+    align(logits, slot.int(), slot, torch.zeros(1, 3, dtype=torch.int32, device=device))

@@ -1,0 +1,237 @@
+"""The plain twins of `vllm_aasd.kernels.draft` and `draft_batch`: the specification, written to be read.
+
+They scan the context.
+"""
+
+import numpy as np
+import torch
+
+from vllm_aasd.kernels.common.mixture import HIT, LONGEST_REMEMBERED, MISS, MOST_REMEMBERED, SHORTEST_REMEMBERED, STALE
+from vllm_aasd.kernels.draft.cpu import ORDERS_USED
+from vllm_aasd.kernels.draft.suffixes_cpu import MULTIPLIER
+
+
+def draft(
+    tokens,
+    prev,
+    head,
+    length,
+    table,
+    block_table,
+    block_size,
+    theta,
+    alignment,
+    doubt,
+    memory_weights,
+    prior_ids,
+    prior_probs,
+    memory,
+    max_matches,
+    min_survival,
+    scores,
+    seen,
+    starts,
+    draft_token_ids,
+    survival,
+    lookups,
+):
+    """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`.
+
+    ``prev``, ``head`` and the scratch are not used: matches are found by comparing every position,
+    and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32, a position's
+    votes order by order; the compiled path adds up what a position has from its orders first, so that token ids may
+    differ where two tokens are within rounding of each other.
+    """
+    context = [int(token) for token in tokens[:length]]
+    vocab_size = len(scores)
+    top_k = (table.shape[1] - 1) // 2
+    alive = np.float32(1)
+    for step in range(len(draft_token_ids)):
+        sequence = context + [int(token) for token in draft_token_ids[:step]]
+        matches = {order: _matches(context, sequence, order, max_matches) for order in range(1, len(theta) + 1)}
+        longest = max((order for order, positions in matches.items() if positions), default=0)
+        votes: dict[int, np.float32] = {}
+
+        def vote(token, weight, votes=votes):
+            if weight > 0 and 0 <= token < vocab_size:
+                votes[token] = votes.get(token, np.float32(0)) + weight
+
+        left = np.float32(1)
+        for order in range(longest, max(longest - ORDERS_USED, 0), -1):
+            entries = [_entry(table, block_table, block_size, position) for position in matches[order]]
+            fresh = [
+                entry is not None and entry[0] == context[position]
+                for position, entry in zip(matches[order], entries, strict=True)
+            ]
+            if len(table):
+                stale = [
+                    not is_fresh and entry is not None and entry[0] >= 0
+                    for entry, is_fresh in zip(entries, fresh, strict=True)
+                ]
+                lookups[HIT] += fresh.count(True)
+                lookups[STALE] += stale.count(True)
+                lookups[MISS] += len(entries) - fresh.count(True) - stale.count(True)
+            count = np.float32(len(entries))
+            share_unaligned = np.float32(fresh.count(False)) / count
+            escape = theta[order - 1] * (np.float32(1) + (doubt - np.float32(1)) * share_unaligned)
+            weight = count / (count + escape)
+            share = left * weight / count
+            for position, entry, is_fresh in zip(matches[order], entries, fresh, strict=True):
+                aligned = alignment[order - 1] if is_fresh else np.float32(0)
+                vote(context[position + 1], share * (np.float32(1) - aligned))
+                if is_fresh:
+                    for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
+                        vote(int(token), share * aligned * prob)
+            left *= np.float32(1) - weight
+        for order in range(min(LONGEST_REMEMBERED, len(sequence)), SHORTEST_REMEMBERED - 1, -1):
+            held = _remembered(memory, sequence[len(sequence) - order :])
+            if held is None:
+                continue
+            count = np.float32(held[1])
+            weight = memory_weights[order] * count / (count + np.float32(1))
+            for token, prob in zip(*_predictions(held), strict=True):
+                vote(int(token), left * weight * prob)
+            left *= np.float32(1) - weight
+        if sequence and 0 <= sequence[-1] < len(prior_ids):
+            for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
+                vote(int(token), left * prob)
+        if not votes:
+            return step
+        best = max(votes, key=votes.get)
+        alive *= votes[best]
+        if alive < min_survival:
+            return step
+        draft_token_ids[step] = best
+        survival[step] = alive
+    return len(draft_token_ids)
+
+
+def remember(tokens, first, last, table, block_table, block_size, memory):
+    """Same arguments and result as `vllm_aasd.kernels.draft.memory_cpu.remember`."""
+    for position in range(first, last + 1):
+        entry = _entry(table, block_table, block_size, position)
+        if entry is None or entry[0] != tokens[position] or not len(memory):
+            continue
+        stored = (len(entry) - 1) // 2
+        for order in range(SHORTEST_REMEMBERED, min(LONGEST_REMEMBERED, position + 1) + 1):
+            row, tag = _place(memory, [int(token) for token in tokens[position - order + 1 : position + 1]])
+            held = memory[row]
+            ids, probs = _predictions(held)
+            if held[0] != tag:
+                held[:2] = tag, 0
+                ids[:], probs[:] = -1, 0
+            held[1] = min(held[1] + 1, MOST_REMEMBERED)
+            share = np.float32(1) / np.float32(held[1])
+            probs *= np.float32(1) - share
+            for token, prob in zip(entry[1 : stored + 1], entry[stored + 1 :].view(np.float32), strict=True):
+                if token in ids:
+                    probs[list(ids).index(token)] += share * prob
+                elif probs.min() < share * prob:
+                    weakest = int(probs.argmin())
+                    ids[weakest], probs[weakest] = token, share * prob
+
+
+def _place(memory, run):
+    """The row of the memory that is a run's, and the tag by which it is known there."""
+    hashed = len(run)
+    for token in reversed(run):
+        hashed = ((hashed ^ (token & 0xFFFFFFFF)) * MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
+    return (hashed >> 32) & (len(memory) - 1), hashed & 0x7FFFFFFF
+
+
+def _remembered(memory, run):
+    if not len(memory):
+        return None
+    row, tag = _place(memory, run)
+    return memory[row] if memory[row, 0] == tag and memory[row, 1] > 0 else None
+
+
+def _predictions(held):
+    """Ids and probabilities of a row of the memory, as views."""
+    top_k = (len(held) - 2) // 2
+    return held[2 : 2 + top_k], held[2 + top_k :].view(np.float32)
+
+
+def _matches(context, sequence, order, max_matches):
+    """Positions of the context, latest first, that end the run ending the sequence and have a successor."""
+    if order > len(sequence):
+        return []
+    suffix = sequence[len(sequence) - order :]
+    ends = range(len(context) - 2, order - 2, -1)
+    return [end for end in ends if context[end - order + 1 : end + 1] == suffix][:max_matches]
+
+
+def _entry(table, block_table, block_size, position):
+    if not len(table):
+        return None
+    return table[block_table[position // block_size] * block_size + position % block_size]
+
+
+def draft_batch(
+    all_token_ids,
+    total_len,
+    idx_mapping,
+    table,
+    block_tables,
+    block_size,
+    theta,
+    alignment,
+    doubt,
+    memory_weights,
+    prior_ids,
+    prior_probs,
+    runs,
+    vocab_size,
+    max_matches,
+    min_survival,
+    draft_limits,
+    workspace,
+    draft_token_ids,
+    num_drafts,
+    survival,
+    lookups,
+):
+    """See `vllm_aasd.kernels.draft.batch.draft_batch`; one `draft` after the other, without the workspace."""
+    entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
+    # One more block, never fresh (no context holds token -1), stands for those outside the table.
+    nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
+    entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
+    constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
+    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs, runs)]
+    found = np.zeros(3, np.int64)
+    weights = *constants, np.float32(doubt.item()), memory_weights.cpu().numpy()
+    width = draft_token_ids.shape[1]
+    for row, slot in enumerate(idx_mapping.tolist()):
+        length = int(total_len[slot]) if slot >= 0 else 0
+        context = all_token_ids[slot, :length].cpu().numpy()
+        blocks = block_tables[slot].cpu().numpy()
+        limit = max(min(int(draft_limits[row]), width), 0) if length else 0
+        ids, alive = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
+        count = draft(
+            context,
+            None,
+            None,
+            length,
+            entries,
+            np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
+            block_size,
+            *weights,
+            *prior,
+            max_matches,
+            np.float32(min_survival),
+            np.zeros(vocab_size, np.float32),
+            None,
+            None,
+            ids,
+            alive,
+            found,
+        )
+        draft_token_ids[row] = int(context[-1]) if length else 0
+        survival[row] = 0
+        for step in range(count):
+            draft_token_ids[row, step] = int(ids[step])
+            survival[row, step] = float(alive[step])
+        num_drafts[row] = count
+    # The block that stands for those outside is no store.
+    if num_blocks:
+        lookups += torch.from_numpy(found).to(lookups.device)

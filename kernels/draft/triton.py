@@ -1,0 +1,271 @@
+"""The Triton path of `draft_batch`. The method, memory and cost are in `vllm_aasd.kernels.draft.batch`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_aasd.kernels.common.mixture import HIT, LONGEST_REMEMBERED, MISS, SHORTEST_REMEMBERED, STALE
+from vllm_aasd.kernels.draft.candidates_triton import cast_votes, elect
+from vllm_aasd.kernels.draft.cpu import ORDERS_USED
+from vllm_aasd.kernels.draft.suffixes_cpu import MULTIPLIER
+
+TILE = 1024
+"""Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
+
+CHUNK = 256
+"""Candidates scored at once: one a thread, and most steps have fewer votes than that."""
+
+LAUNCH_OPTIONS = {
+    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor; with up
+    # to 128 two fit, and none is spilled.
+    "cuda": {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False},
+    "hip": {"num_warps": 4, "enable_fp_fusion": False},
+}
+"""By the kind of GPU. A product that is not fused with its sum is rounded, as the twin's is."""
+
+
+@triton.jit
+def _collect_matches(
+    tokens_ptr,  # [length] of all_token_ids
+    length,
+    suffix,  # NUM_ORDERS tokens, the last of context plus draft first
+    matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
+    NUM_ORDERS: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the latest positions of each order, latest first, and return how many, by order."""
+    ORDERS_PAD: tl.constexpr = triton.next_power_of_2(NUM_ORDERS)
+    orders = 1 + tl.arange(0, ORDERS_PAD)
+    counts = tl.zeros([ORDERS_PAD], tl.int32)
+    # The last token has no successor yet.
+    num_positions = tl.maximum(length - 1, 0)
+    num_tiles = tl.cdiv(num_positions, TILE)
+    for tile in range(num_tiles):
+        positions = (num_tiles - 1 - tile) * TILE + tl.arange(0, TILE)
+        run = tl.where(positions < num_positions, 0, -1)
+        for back in tl.static_range(NUM_ORDERS):
+            # A suffix token from before the context is never compared: no position reaches back as far.
+            same = (run == back) & (positions >= back)
+            tokens = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
+            run += (same & (tokens == suffix[back])).to(tl.int32)
+        # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
+        lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
+        for order in range(lowest_open, tl.max(run, axis=0) + 1):
+            ends = (run >= order).to(tl.int32)
+            found = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+            ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
+            places = (order - 1) * MAX_MATCHES + ranks
+            tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
+            counts += tl.where(orders == order, tl.sum(ends, axis=0), 0)
+    return tl.minimum(counts, MAX_MATCHES)
+
+
+# What may change from step to step must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["num_spec_tokens", "draft_token_ids_stride", "survival_stride"],
+    do_not_specialize_on_alignment=["idx_mapping_ptr", "draft_limits_ptr", "num_drafts_ptr"],
+)
+def draft_kernel(
+    all_token_ids_ptr,  # [max_num_reqs, max_model_len]
+    all_token_ids_stride,
+    total_len_ptr,  # [max_num_reqs]
+    idx_mapping_ptr,  # [num_reqs]
+    draft_limits_ptr,  # [num_reqs]
+    table_ptr,  # [num_slots, 1 + 2 TOP_K]
+    num_slots,
+    block_tables_ptr,  # [max_num_reqs, max_blocks]
+    block_tables_stride,
+    block_size,
+    theta_ptr,  # [NUM_ORDERS]
+    alignment_ptr,  # [NUM_ORDERS]
+    doubt_ptr,  # [1]
+    memory_weights_ptr,  # [LONGEST_REMEMBERED + 1]
+    prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
+    prior_vocab_size,
+    runs_ptr,  # [num_rows, 2 + 2 REMEMBERED]
+    num_rows,
+    vocab_size,
+    min_survival,
+    workspace_ptr,  # [max_num_reqs, workspace_stride]
+    workspace_stride,
+    draft_token_ids_ptr,  # [num_reqs, num_spec_tokens]
+    draft_token_ids_stride,
+    num_drafts_ptr,  # [num_reqs]
+    survival_ptr,  # [num_reqs, num_spec_tokens]
+    survival_stride,
+    lookups_ptr,  # [3]
+    num_spec_tokens,
+    NUM_ORDERS: tl.constexpr,
+    ORDERS_USED: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PRIOR_TOP_K: tl.constexpr,
+    REMEMBERED: tl.constexpr,
+    SHORTEST_REMEMBERED: tl.constexpr,
+    LONGEST_REMEMBERED: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    HIT: tl.constexpr,
+    MISS: tl.constexpr,
+    STALE: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Draft for one request per program; see `vllm_aasd.kernels.draft.batch`."""
+    # int64: a row of a large batch times a long context leaves int32.
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(idx_mapping_ptr + row).to(tl.int64)
+    length = tl.load(total_len_ptr + slot, mask=slot >= 0, other=0)
+    limit = tl.minimum(tl.load(draft_limits_ptr + row), num_spec_tokens)
+    tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
+    blocks_ptr = block_tables_ptr + slot * block_tables_stride
+    matches_ptr = workspace_ptr + row * workspace_stride
+    votes_ptr = matches_ptr + NUM_ORDERS * MAX_MATCHES
+    draft_token_ids_ptr += row * draft_token_ids_stride
+    survival_ptr += row * survival_stride
+
+    suffix = ()
+    for back in tl.static_range(NUM_ORDERS):
+        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)
+    last_token = tl.where(length > 0, suffix[0], 0)
+
+    num_drafts = 0
+    alive = 1.0
+    num_hits = 0
+    num_misses = 0
+    num_stales = 0
+    drafting = (length > 0) & (limit > 0)
+    while drafting:
+        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, MAX_MATCHES, TILE)
+        # Lists and votes go from thread to thread through memory (L1).
+        tl.debug_barrier()
+        num_votes, num_fresh, num_stale, num_positions = cast_votes(
+            tokens_ptr,
+            suffix,
+            length + num_drafts,
+            counts,
+            matches_ptr,
+            table_ptr,
+            num_slots,
+            blocks_ptr,
+            block_size,
+            theta_ptr,
+            alignment_ptr,
+            doubt_ptr,
+            memory_weights_ptr,
+            prior_ids_ptr,
+            prior_probs_ptr,
+            prior_vocab_size,
+            runs_ptr,
+            num_rows,
+            vocab_size,
+            votes_ptr,
+            ORDERS_USED,
+            MAX_MATCHES,
+            TOP_K,
+            PRIOR_TOP_K,
+            REMEMBERED,
+            SHORTEST_REMEMBERED,
+            LONGEST_REMEMBERED,
+            MULTIPLIER,
+        )
+        num_hits += num_fresh
+        num_misses += num_positions - num_fresh - num_stale
+        num_stales += num_stale
+        tl.debug_barrier()
+        token, score = elect(votes_ptr, num_votes, CHUNK)
+        alive *= score
+        drafting = (token >= 0) & (alive >= min_survival)
+        if drafting:
+            tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
+            tl.store(survival_ptr + num_drafts, alive)
+            num_drafts += 1
+            suffix = (token,) + suffix[:-1]
+        drafting = drafting & (num_drafts < limit)
+
+    tl.store(num_drafts_ptr + row, num_drafts)
+    if (TOP_K > 0) & (num_slots > 0):
+        tl.atomic_add(lookups_ptr + HIT, num_hits.to(tl.int64))
+        tl.atomic_add(lookups_ptr + MISS, num_misses.to(tl.int64))
+        tl.atomic_add(lookups_ptr + STALE, num_stales.to(tl.int64))
+    for column in range(num_drafts, num_spec_tokens):
+        tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
+        tl.store(survival_ptr + column, 0.0)
+
+
+def draft_batch(
+    all_token_ids: torch.Tensor,
+    total_len: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    table: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+    theta: torch.Tensor,
+    alignment: torch.Tensor,
+    doubt: torch.Tensor,
+    memory_weights: torch.Tensor,
+    prior_ids: torch.Tensor,
+    prior_probs: torch.Tensor,
+    runs: torch.Tensor,
+    vocab_size: int,
+    max_matches: int,
+    min_survival: float,
+    draft_limits: torch.Tensor,
+    workspace: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    num_drafts: torch.Tensor,
+    survival: torch.Tensor,
+    lookups: torch.Tensor,
+) -> None:
+    """See `vllm_aasd.kernels.draft.batch.draft_batch`."""
+    num_reqs = len(idx_mapping)
+    if num_reqs == 0:
+        return
+    draft_kernel[(num_reqs,)](
+        all_token_ids,
+        all_token_ids.stride(0),
+        total_len,
+        idx_mapping,
+        draft_limits,
+        table,
+        table.shape[0],
+        block_tables,
+        block_tables.stride(0),
+        block_size,
+        theta,
+        alignment,
+        doubt,
+        memory_weights,
+        prior_ids,
+        prior_probs,
+        prior_ids.shape[0],
+        runs,
+        runs.shape[0],
+        vocab_size,
+        min_survival,
+        workspace,
+        workspace.stride(0),
+        draft_token_ids,
+        draft_token_ids.stride(0),
+        num_drafts,
+        survival,
+        survival.stride(0),
+        lookups,
+        draft_token_ids.shape[1],
+        NUM_ORDERS=len(theta),
+        ORDERS_USED=ORDERS_USED,
+        MAX_MATCHES=max_matches,
+        TOP_K=(table.shape[1] - 1) // 2,
+        PRIOR_TOP_K=prior_ids.shape[1],
+        REMEMBERED=(runs.shape[1] - 2) // 2,
+        SHORTEST_REMEMBERED=SHORTEST_REMEMBERED,
+        LONGEST_REMEMBERED=LONGEST_REMEMBERED,
+        MULTIPLIER=MULTIPLIER,
+        HIT=HIT,
+        MISS=MISS,
+        STALE=STALE,
+        TILE=TILE,
+        CHUNK=CHUNK,
+        **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
+    )

@@ -1,0 +1,276 @@
+"""Compiled CPU path of the verify op; the rule and its sources are in `vllm_aasd.kernels.verify`.
+
+A greedy row is settled by its maximum in most cases: the draft is the argmax, or the request is strict, or
+the draft fails a condition that needs no normaliser (`vllm_aasd.kernels.verify.relaxation_cpu`). Only what is left
+pays for exponentials, in a second sweep over a row that the first one brought into the cache. A sampled row
+takes one sweep with exponentials. Rows past the first rejection are not read, but for the window of a fly
+request behind a mismatch that passed its gate; rows of a window that held are not read again. A weight
+e^(z - m) below 2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
+
+One thread does all of it: a row takes tens of microseconds, and threads that numba started from vLLM's
+worker would inherit the worker's affinity to a single core.
+"""
+
+import numpy as np
+import torch
+
+from vllm_aasd.kernels.common.compiled import compiled
+from vllm_aasd.kernels.common.rows_cpu import (
+    BLOCK,
+    exp_nonpositive,
+    first_with_key,
+    flat_view,
+    max_key,
+    order_key,
+    row_max,
+    to_float32,
+)
+from vllm_aasd.kernels.verify.policies import (
+    BUDGET,
+    CONDITIONAL,
+    COOLDOWN,
+    DECAY,
+    EXHAUSTED,
+    FLY,
+    LEVEL,
+    LIMIT,
+    NATS,
+    PER_STEP,
+    SPENT,
+    STRICT,
+    STRICT_LEFT,
+    WINDOW,
+    VerifyPolicies,
+)
+from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
+from vllm_aasd.kernels.verify.relaxation_cpu import CANDIDATE, CLOSED, judge, strictly
+
+
+@compiled
+def _window_holds(logits, stride, vocab_size, drafts, uniform_probs, is_greedy, row, end, window):
+    """Return whether the strict rule accepts every one of the `window` drafts after a row."""
+    if row + window >= end:
+        return False
+    for later in range(row + 1, row + 1 + window):
+        logits_row = logits[later * stride : later * stride + vocab_size]
+        uniform = 0.0 if is_greedy else uniform_probs[later]
+        if not strictly(logits_row, np.int64(drafts[later]), is_greedy, uniform)[0]:
+            return False
+    return True
+
+
+@compiled
+def _verify_kernel(
+    draft_token_ids,
+    cu_num_draft_tokens,
+    logits,
+    stride,
+    vocab_size,
+    bonus_token_ids,
+    is_greedy,
+    uniform_probs,
+    rules,
+    parameters,
+    state_rows,
+    state,
+    stop_token_ids,
+    output_token_ids,
+    num_accepted,
+    relaxed,
+    regret,
+    exhausted,
+    guarded,
+):
+    """Fill the outputs; return the first request whose cumulative count is impossible, or -1."""
+    start = 0
+    one = np.float32(1.0)
+    for i in range(cu_num_draft_tokens.size):
+        end = cu_num_draft_tokens[i]
+        if end < start or end > draft_token_ids.size or end - start >= output_token_ids.shape[1]:
+            return i
+        rule = rules[i]
+        has_state = 0 <= state_rows[i] < state.shape[0]
+        if not has_state or not CONDITIONAL <= rule <= BUDGET or state[state_rows[i], EXHAUSTED] != 0.0:
+            rule = STRICT
+        is_relaxing = rule != STRICT
+        spent, level, strict_left = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        if is_relaxing:
+            spent = state[state_rows[i], SPENT]
+            level = state[state_rows[i], LEVEL]
+            strict_left = state[state_rows[i], STRICT_LEFT]
+        decay, limit = parameters[i, DECAY], parameters[i, LIMIT]
+        num_relaxed = 0
+        accepted = 0
+        settled = start
+        last = np.int64(bonus_token_ids[i])
+        exhausted[i] = False
+        guarded[i] = False
+        for row in range(start, end):
+            x = np.int64(draft_token_ids[row])
+            is_accepted = row < settled
+            is_relaxed = False
+            argmax = np.int64(0)
+            if not is_accepted:
+                uniform = 0.0 if is_greedy[i] else uniform_probs[row]
+                logits_row = logits[row * stride : row * stride + vocab_size]
+                is_accepted, maximum, argmax, s, t = strictly(logits_row, x, is_greedy[i], uniform)
+                may_relax = rule != STRICT and strict_left <= 0.0
+                if rule == BUDGET and is_greedy[i] and num_relaxed >= parameters[i, PER_STEP]:
+                    may_relax = False
+                verdict = CLOSED
+                if may_relax:
+                    strictly_found = (is_accepted, uniform, maximum, argmax, s, t)
+                    verdict, cost, row_regret = judge(
+                        logits_row, x, is_greedy[i], *strictly_found, rule, parameters[i], stop_token_ids[i]
+                    )
+                if verdict == CANDIDATE and rule == FLY:
+                    window = np.int64(parameters[i, WINDOW])
+                    drafts = (draft_token_ids, uniform_probs, is_greedy[i])
+                    if _window_holds(logits, stride, vocab_size, *drafts, row, end, window):
+                        settled = row + 1 + window
+                    else:
+                        verdict = CLOSED
+                if verdict != CLOSED and level * decay + one > limit:
+                    if verdict == CANDIDATE:
+                        guarded[i] = True
+                        # One of them is the token that is emitted instead.
+                        strict_left = parameters[i, COOLDOWN] + one
+                    verdict = CLOSED
+                if verdict != CLOSED and rule == BUDGET:
+                    total = spent + np.float32(cost)
+                    nats = parameters[i, NATS]
+                    if nats > 0.0 and total <= nats:
+                        spent = total
+                    else:
+                        # What it can't pay ends the budget, also if something smaller could still be paid.
+                        exhausted[i] = True
+                        rule = STRICT
+                        verdict = CLOSED
+                if verdict == CANDIDATE:
+                    is_accepted = is_relaxed = True
+                    relaxed[row] = True
+                    regret[row] = row_regret
+                    num_relaxed += 1
+            if not is_accepted:
+                last = argmax if is_greedy[i] else np.int64(PLACEHOLDER_TOKEN_ID)
+                break
+            output_token_ids[i, accepted] = x
+            accepted += 1
+            level = level * decay + np.float32(is_relaxed)
+            strict_left = max(strict_left - one, np.float32(0.0))
+        output_token_ids[i, accepted] = last
+        num_accepted[i] = accepted
+        if is_relaxing:
+            own = state_rows[i]
+            state[own, SPENT] = spent
+            state[own, LEVEL] = level * decay
+            state[own, STRICT_LEFT] = max(strict_left - one, np.float32(0.0))
+            state[own, EXHAUSTED] = np.float32(exhausted[i])
+        start = end
+    return -1
+
+
+def verify(
+    draft_token_ids: torch.Tensor,
+    cu_num_draft_tokens: torch.Tensor,
+    max_spec_len: int,
+    target_logits: torch.Tensor,
+    bonus_token_ids: torch.Tensor,
+    is_greedy: torch.Tensor,
+    uniform_probs: torch.Tensor | None,
+    policies: VerifyPolicies,
+    stop_token_ids: torch.Tensor,
+) -> VerifyOutput:
+    """See `vllm_aasd.kernels.verify.verify`."""
+    num_tokens, vocab_size = target_logits.shape
+    batch_size = cu_num_draft_tokens.shape[0]
+    output = VerifyOutput(
+        torch.full((batch_size, max_spec_len + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32),
+        torch.empty(batch_size, dtype=torch.int32),
+        torch.zeros(num_tokens, dtype=torch.bool),
+        torch.zeros(num_tokens, dtype=torch.float32),
+        torch.empty(batch_size, dtype=torch.bool),
+        torch.empty(batch_size, dtype=torch.bool),
+    )
+    logits, stride = flat_view(target_logits)
+    uniform = np.empty(0) if uniform_probs is None else uniform_probs.contiguous().numpy()
+    bad_request = _verify_kernel(
+        draft_token_ids.contiguous().numpy(),
+        cu_num_draft_tokens.contiguous().numpy(),
+        logits,
+        stride,
+        vocab_size,
+        bonus_token_ids.reshape(-1).to(torch.int32).contiguous().numpy(),
+        is_greedy.contiguous().numpy(),
+        uniform,
+        *(tensor.contiguous().numpy() for tensor in policies[:-1]),
+        policies.state.numpy(),
+        stop_token_ids.contiguous().numpy(),
+        *(tensor.numpy() for tensor in output),
+    )
+    if bad_request >= 0:
+        raise ValueError(
+            f"cu_num_draft_tokens[{bad_request}] is {int(cu_num_draft_tokens[bad_request])}: counts must not "
+            f"fall, nor exceed the {num_tokens} rows, nor give a request more than {max_spec_len} drafts"
+        )
+    return output
+
+
+@compiled
+def _score(raw, inv_q, maximum):
+    """Return a token's score in the race: e**(z - maximum) inv_q, or -1 for a token of probability 0."""
+    weight = exp_nonpositive(to_float32(raw) - maximum)
+    return weight * inv_q if weight > np.float32(0.0) else np.float32(-1.0)
+
+
+@compiled
+def _race(row, inv_q, draft):
+    """Return the winner of the exponential race over one row without its draft token."""
+    maximum, argmax = row_max(row)
+    if not np.isfinite(maximum):
+        return argmax
+    none = order_key(np.float32(-1.0))
+    best = none
+    winner = argmax
+    scores = np.empty(BLOCK, dtype=np.float32)
+    for start in range(0, row.size, BLOCK):
+        block = row[start : start + BLOCK]
+        block_inv_q = inv_q[start : start + BLOCK]
+        for i in range(block.size):
+            scores[i] = _score(block[i], block_inv_q[i], maximum)
+        if start <= draft < start + block.size:
+            scores[draft - start] = np.float32(-1.0)
+        key = max_key(scores[: block.size])
+        if key > best:
+            best = key
+            winner = start + first_with_key(scores[: block.size], key)
+    return winner
+
+
+@compiled
+def _recover_kernel(logits, stride, vocab_size, rows, draft_token_ids, inv_q, inv_q_stride, recovered_token_ids):
+    """Fill the recovered tokens; the rows exist."""
+    for i in range(rows.size):
+        row = logits[rows[i] * stride : rows[i] * stride + vocab_size]
+        noise = inv_q[i * inv_q_stride : i * inv_q_stride + vocab_size]
+        recovered_token_ids[i] = _race(row, noise, np.int64(draft_token_ids[i]))
+
+
+def recover(
+    target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, inv_q: torch.Tensor
+) -> torch.Tensor:
+    """See `vllm_aasd.kernels.verify.recover`."""
+    recovered_token_ids = torch.empty(rows.shape[0], dtype=torch.int32)
+    logits, stride = flat_view(target_logits)
+    noise, inv_q_stride = flat_view(inv_q)
+    _recover_kernel(
+        logits,
+        stride,
+        target_logits.shape[1],
+        rows.contiguous().numpy(),
+        draft_token_ids.contiguous().numpy(),
+        noise,
+        inv_q_stride,
+        recovered_token_ids.numpy(),
+    )
+    return recovered_token_ids

@@ -1,0 +1,158 @@
+"""Plain torch twin of what verification does beyond strict: rules, guards, budget, and the state of a request.
+
+Both verify ops' twins walk a request's rows by it, token by token. The rules and their sources are in
+`vllm_aasd.kernels.verify`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from vllm_aasd.kernels.verify.policies import (
+    ALPHA,
+    BETA,
+    BUDGET,
+    CAP,
+    CONDITIONAL,
+    COOLDOWN,
+    DECAY,
+    DELTA,
+    EPSILON,
+    EXHAUSTED,
+    FLOOR,
+    FLY,
+    KAPPA,
+    LEVEL,
+    LIMIT,
+    NATS,
+    PER_STEP,
+    SPENT,
+    STRICT,
+    STRICT_LEFT,
+    THRESHOLD,
+    TYPICAL,
+    WINDOW,
+    VerifyPolicies,
+)
+
+
+class RowStatistics(NamedTuple):
+    """What the rules need of one row of logits."""
+
+    probs: torch.Tensor
+    """[vocab_size] float32."""
+    argmax: int
+    """The first NaN if there is one, else the lowest id of the maximum."""
+    entropy: torch.Tensor
+    """float32, nats."""
+    top_entropy: torch.Tensor
+    """float32, nats: -sum p log p of the three likeliest tokens, which aren't normalised."""
+
+
+def row_statistics(logits: torch.Tensor) -> RowStatistics:
+    """Reduce one row, [vocab_size], in float32."""
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    top = probs.topk(min(3, len(probs))).values
+    entropy, top_entropy = torch.special.entr(probs).sum(), torch.special.entr(top).sum()
+    return RowStatistics(probs, int(logits.float().argmax()), entropy, top_entropy)
+
+
+def binary_kl(q: float, p: float) -> float:
+    """KL divergence in nats of a coin that shows heads with probability q from one with p; 0 <= q <= 1, 0 < p <= 1."""
+    heads = q * math.log(q / p) if q > 0 else 0.0
+    if q >= 1:
+        return heads
+    return heads + (1 - q) * math.log((1 - q) / (1 - p)) if p < 1 else math.inf
+
+
+class Relaxation:
+    """One request's relaxed acceptance through one step; writes the request's row of the state.
+
+    Attributes:
+        exhausted: the budget ran out in this step.
+        guarded: the collapse guard engaged in this step.
+    """
+
+    def __init__(
+        self, policies: VerifyPolicies, i: int, is_greedy: bool, stop_token_ids: torch.Tensor, vocab_size: int
+    ) -> None:
+        row = int(policies.state_rows[i])
+        self._state = policies.state[row] if 0 <= row < len(policies.state) else None
+        self._rule = int(policies.rule[i])
+        if self._state is None or self._rule not in (CONDITIONAL, TYPICAL, FLY, BUDGET) or self._state[EXHAUSTED]:
+            self._rule = STRICT
+        self._parameters = policies.parameters[i]
+        self._is_greedy = is_greedy
+        self._stops = [stop for stop in stop_token_ids.tolist() if 0 <= stop < vocab_size]
+        self._num_relaxed = 0
+        self.exhausted = self.guarded = False
+
+    def accepts(
+        self, x: int, row: RowStatistics, is_strict: bool, uniform: float, strict_ahead: Callable[[int], bool]
+    ) -> bool:
+        """Whether draft token x, a token of the vocabulary, is accepted at a row though the strict rule rejects it.
+
+        To be asked at every row that is reached, for a sampled request's budget is spent where its law was another
+        than the target's, whatever came of it.
+
+        Args:
+            is_strict: whether the strict rule accepts x.
+            uniform: of the row; of no meaning for greedy requests.
+            strict_ahead: whether so many draft tokens follow and the strict rule accepts every one.
+        """
+        p = row.probs
+        if self._rule == STRICT or not self._passes_guards(x, p) or self._state[STRICT_LEFT] > 0:
+            return False
+        if self._rule == BUDGET and self._is_greedy and self._num_relaxed >= self._parameters[PER_STEP]:
+            return False
+        is_candidate = not is_strict and self._clears(x, row, uniform, strict_ahead)
+        if self._state[LEVEL] * self._parameters[DECAY] + 1 > self._parameters[LIMIT]:
+            if is_candidate:
+                self.guarded = True
+                # One of them is the token that is emitted instead.
+                self._state[STRICT_LEFT] = self._parameters[COOLDOWN] + 1
+            return False
+        if self._rule == BUDGET:
+            cost = torch.log(p.max()) - torch.log(p[x]) if self._is_greedy else -torch.log(p[x])
+            if not self._is_greedy:
+                cost = torch.minimum(cost, self._parameters[KAPPA])
+            if (is_candidate or not self._is_greedy) and not self._pays(cost):
+                return False
+        self._num_relaxed += is_candidate
+        return is_candidate
+
+    def emitted(self, is_relaxed: bool) -> None:
+        """Take in that a token was emitted: accepted, recovered or bonus."""
+        if self._rule != STRICT or self.exhausted:
+            self._state[LEVEL] = self._state[LEVEL] * self._parameters[DECAY] + float(is_relaxed)
+            self._state[STRICT_LEFT] = (self._state[STRICT_LEFT] - 1).clamp(min=0)
+
+    def _passes_guards(self, x: int, p: torch.Tensor) -> bool:
+        if x in self._stops:
+            return False
+        return bool(p[x] > 0 and p[x] >= self._parameters[FLOOR] and p[x] > p[self._stops].sum())
+
+    def _clears(self, x: int, row: RowStatistics, uniform: float, strict_ahead: Callable[[int], bool]) -> bool:
+        p, parameters = row.probs, self._parameters
+        if self._rule == CONDITIONAL:
+            return bool(p[x] >= parameters[BETA] - parameters[ALPHA] * row.entropy or x == row.argmax)
+        if self._rule == TYPICAL:
+            return bool(p[x] > torch.minimum(parameters[EPSILON], parameters[DELTA] * torch.exp(-row.entropy)))
+        if self._rule == FLY:
+            return bool(row.top_entropy >= parameters[THRESHOLD] and strict_ahead(int(parameters[WINDOW])))
+        if self._is_greedy:
+            return bool(torch.log(p.max()) - torch.log(p[x]) <= parameters[CAP])
+        return bool(parameters[KAPPA] > 0 and binary_kl(uniform, float(p[x])) <= parameters[KAPPA])
+
+    def _pays(self, cost: torch.Tensor) -> bool:
+        nats = self._parameters[NATS]
+        if nats > 0 and self._state[SPENT] + cost <= nats:
+            self._state[SPENT] += cost
+            return True
+        # What it can't pay ends the budget, also if something smaller could still be paid.
+        self.exhausted = True
+        self._state[EXHAUSTED] = 1
+        self._rule = STRICT
+        return False

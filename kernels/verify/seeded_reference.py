@@ -1,0 +1,122 @@
+"""Plain torch twin of the seeded verify op: the specification that the Triton path is tested against.
+
+The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify.seeded`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_aasd.kernels.align import reference as align_reference
+from vllm_aasd.kernels.verify.policies import VerifyPolicies
+from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
+from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
+from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics
+
+
+class AlignmentRows(NamedTuple):
+    """Where the alignment entries of the verified rows go; the fields are arguments of `align`."""
+
+    token_ids: torch.Tensor
+    """[num_logits] int32, the input token at each row's own position."""
+    slot_mapping: torch.Tensor
+    """[num_logits] int64, the slot of each row; negative skips it."""
+    table: torch.Tensor
+    """[num_slots, 1 + 2k] int32; modified in place."""
+
+
+class SeededVerifyOutput(NamedTuple):
+    """What one verification step emitted, as vLLM's V2 `rejection_sample` gives it, and why."""
+
+    sampled: torch.Tensor
+    """[num_reqs, num_speculative_steps + 1] int64: accepted tokens, the recovered or bonus token, then -1."""
+    num_sampled: torch.Tensor
+    """[num_reqs] int32: emitted tokens, the recovered or bonus token included; 0 for a request of no rows."""
+    relaxed: torch.Tensor
+    """[num_logits] bool: the draft tested by this row was accepted though the strict rule rejects it."""
+    regret: torch.Tensor
+    """[num_logits] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
+    exhausted: torch.Tensor
+    """[num_reqs] bool: the request's budget ran out in this step; happens once."""
+    guarded: torch.Tensor
+    """[num_reqs] bool: the collapse guard engaged in this step."""
+
+
+def _strictly_accepted(z: torch.Tensor, x: int, seed: int, position: int) -> bool:
+    """vLLM's test of a sampled request, log p(x) > log u; false where there is no softmax."""
+    log_p = z[x] - z.logsumexp(dim=-1)
+    return bool(z.max().isfinite() and log_p > torch.log(torch.tensor(row_uniform(seed, position))))
+
+
+def _race(z: torch.Tensor, excluded: int, seed: int, position: int) -> int:
+    """Draw a token from softmax(z), without the excluded one unless that is -1."""
+    score = z + torch.from_numpy(token_gumbel(seed, position, len(z)))
+    if 0 <= excluded < len(z):
+        score[excluded] = -torch.inf
+    return int(score.argmax())
+
+
+def verify_seeded(
+    target_logits: torch.Tensor,
+    draft_sampled: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    pos: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    expanded_idx_mapping: torch.Tensor,
+    expanded_local_pos: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    num_speculative_steps: int,
+    policies: VerifyPolicies,
+    stop_token_ids: torch.Tensor,
+    alignment: AlignmentRows | None = None,
+    all_greedy: bool = False,
+) -> SeededVerifyOutput:
+    """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
+    num_logits, vocab_size = target_logits.shape
+    num_reqs = len(cu_num_logits) - 1
+    device = target_logits.device
+    sampled = torch.full((num_reqs, num_speculative_steps + 1), PLACEHOLDER_TOKEN_ID, device=device)
+    num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    relaxed = torch.zeros(num_logits, dtype=torch.bool, device=device)
+    regret = torch.zeros(num_logits, dtype=torch.float32, device=device)
+    exhausted, guarded = torch.zeros(2, num_reqs, dtype=torch.bool, device=device)
+
+    def strictly(row: int, slot: int) -> bool:
+        """Whether the strict rule accepts the draft that a row tests."""
+        x, z = int(draft_sampled[row + 1]), target_logits[row].float()
+        if temperature[slot] == 0:
+            return x == int(z.argmax())
+        return 0 <= x < vocab_size and _strictly_accepted(z, x, int(seed[slot]), int(pos[row]))
+
+    bounds = cu_num_logits.tolist()
+    for req, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        slot = int(idx_mapping[req])
+        is_greedy = bool(temperature[slot] == 0)
+        relaxation = Relaxation(policies, slot, is_greedy, stop_token_ids[slot], vocab_size)
+        for row in range(start, end):
+            z, position = target_logits[row].float(), int(pos[row])
+            x = int(draft_sampled[row + 1]) if row + 1 < end else PLACEHOLDER_TOKEN_ID
+            accepted, statistics = False, row_statistics(z)
+
+            def strict_ahead(window: int, row: int = row, end: int = end, slot: int = slot) -> bool:
+                ahead = range(row + 1, row + 1 + window)
+                return row + window < end - 1 and all(strictly(later, slot) for later in ahead)
+
+            if 0 <= x < vocab_size:
+                accepted = strictly(row, slot)
+                uniform = 0.0 if is_greedy else row_uniform(int(seed[slot]), position)
+                if relaxation.accepts(x, statistics, accepted, uniform, strict_ahead):
+                    accepted = relaxed[row] = True
+                    regret[row] = z.max() - z[x]
+            if not accepted:
+                x = statistics.argmax if is_greedy else _race(z, x, int(seed[slot]), position)
+            relaxation.emitted(bool(relaxed[row]))
+            sampled[req, num_sampled[req]] = x
+            num_sampled[req] += 1
+            if not accepted:
+                break
+        exhausted[req], guarded[req] = relaxation.exhausted, relaxation.guarded
+    if alignment is not None:
+        align_reference.align(target_logits, *alignment)
+    return SeededVerifyOutput(sampled, num_sampled, relaxed, regret, exhausted, guarded)

@@ -1,0 +1,300 @@
+"""What a prior learns from text of the target's own making, and how that text is made up."""
+
+import itertools
+import types
+
+import numpy as np
+import pytest
+
+from aasd_testing import fake_v1, fake_v2
+from aasd_testing.chat_tokenizer import Tokenizer
+from vllm_aasd import prior
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.own_text import Text, with_texts
+from vllm_aasd.engine import agreement, conversations, startup
+from vllm_aasd.engine.conversations import Turns, turns
+from vllm_aasd.kernels.common.mixture import Prior
+
+VOCAB_SIZE = 40
+
+
+def text_of(token_ids, predictions):
+    """A text whose predictions are ``{position: {token: probability}}``, of three at most."""
+    table = np.full((len(token_ids), 7), -1, np.int32)
+    table[:, 4:] = 0
+    for position, predicted in predictions.items():
+        table[position, 0] = token_ids[position]
+        table[position, 1 : 1 + len(predicted)] = list(predicted)
+        table[position, 4 : 4 + len(predicted)] = np.array(list(predicted.values()), np.float32).view(np.int32)
+    return Text(np.array(token_ids, np.int32), table)
+
+
+def random_texts(rng, count=20):
+    texts = []
+    for _ in range(count):
+        token_ids = rng.integers(0, 8, rng.integers(3, 12)).tolist()
+        predicted = {
+            position: dict(
+                zip(rng.permutation(VOCAB_SIZE)[:3].tolist(), rng.dirichlet(np.ones(4))[:3].tolist(), strict=True)
+            )
+            for position in range(rng.integers(0, 3), len(token_ids) - 1)
+        }
+        texts.append(text_of(token_ids, predicted))
+    return texts
+
+
+def random_prior(rng):
+    ids = np.stack([rng.permutation(VOCAB_SIZE)[:4] for _ in range(VOCAB_SIZE)]).astype(np.int32)
+    probs = np.sort(rng.dirichlet(np.ones(5), VOCAB_SIZE)[:, :4].astype(np.float32))[:, ::-1].copy()
+    ids[3, 2:], probs[3, 2:] = -1, 0
+    return Prior(ids, probs)
+
+
+def test_the_successors_of_a_token_are_averaged_over_where_it_was_seen():
+    prior = Prior(
+        np.array([[1, 2], [2, -1], [0, 1]], np.int32), np.array([[0.6, 0.3], [0.9, 0], [0.5, 0.5]], np.float32)
+    )
+    text = text_of([0, 0, 1, 2], {0: {2: 0.9}, 1: {1: 0.3, 0: 0.6}})
+    found = with_texts(prior, [text])
+    # Token 0 was seen twice, and its entry in the prior counts once more: 2 has 0.9 + 0.3, 1 has 0.6 + 0.3, 0 has 0.6.
+    assert found.ids[0].tolist() == [2, 1]
+    assert found.probs[0].tolist() == pytest.approx([0.4, 0.3])
+    # Behind the others nothing was predicted.
+    assert found.ids[1:].tolist() == prior.ids[1:].tolist() and found.probs[1:].tolist() == prior.probs[1:].tolist()
+
+
+def test_successors_are_those_of_a_plain_sum():
+    rng = np.random.default_rng(0)
+    prior, texts = random_prior(rng), random_texts(rng)
+    found = with_texts(prior, texts)
+    for token in range(VOCAB_SIZE):
+        observed = [(prior.ids[token], prior.probs[token])] + [
+            (row[1:4], row[4:].view(np.float32)) for text in texts for row in text.table if row[0] == token
+        ]
+        sums = {}
+        for ids, probs in observed:
+            for successor, prob in zip(ids.tolist(), probs.tolist(), strict=True):
+                if successor >= 0:
+                    sums[successor] = sums.get(successor, 0) + prob / len(observed)
+        best = sorted(sums.items(), key=lambda entry: -entry[1])[:4]
+        kept = [of for of in found.ids[token].tolist() if of >= 0]
+        assert kept == [successor for successor, _ in best]
+        assert found.probs[token, : len(kept)].tolist() == pytest.approx([prob for _, prob in best], rel=1e-5)
+        assert not found.probs[token, len(kept) :].any()
+    assert (found.probs.sum(axis=1) <= 1 + 1e-6).all()
+
+
+def test_without_texts_a_prior_is_what_it_was():
+    prior = random_prior(np.random.default_rng(1))
+    assert with_texts(prior, []) is prior
+
+
+def test_runs_are_what_a_memory_would_have_learnt():
+    texts = random_texts(np.random.default_rng(2))
+    memory = empty_memory()
+    teacher = Drafter(VOCAB_SIZE, 3, 0.0, memory=memory)
+    for number, (token_ids, table) in enumerate(texts):
+        view = AlignmentView(table, np.zeros(1, np.int32), len(token_ids))
+        for length in range(2, len(token_ids) + 1):
+            teacher.draft(str(number), token_ids[:length], view, 0)
+    runs = with_texts(random_prior(np.random.default_rng(2)), texts).runs
+    assert np.count_nonzero(memory[:, 1]) > 50
+    np.testing.assert_array_equal(runs, memory)
+
+
+@pytest.fixture
+def knowing():
+    """A prior that knows that behind 5, 6 comes 7, and behind 6, 7 comes 8."""
+    nothing = Prior(np.full((VOCAB_SIZE, 1), -1, np.int32), np.zeros((VOCAB_SIZE, 1), np.float32))
+    return with_texts(nothing, [text_of([9, 5, 6, 7, 0], {2: {7: 1.0}, 3: {8: 1.0}})])
+
+
+CONTEXT = np.array([3, 5, 6], np.int32)
+
+
+def drafted(drafter, context=CONTEXT, view=NO_ALIGNMENT, request="r"):
+    draft_token_ids, survival = drafter.draft(request, context, view, 2)
+    return draft_token_ids.tolist(), survival.tolist()
+
+
+def test_runs_are_drafted_from_and_never_written(knowing):
+    drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing)
+    before = knowing.runs.copy()
+    ids, survival = drafted(drafter)
+    assert ids == [7, 8]
+    assert 0 < survival[1] < survival[0] < 1
+    # Another request, whose own predictions say otherwise, is nobody's business.
+    view = AlignmentView(text_of([3, 5, 6, 4], {2: {4: 1.0}}).table, np.zeros(1, np.int32), 4)
+    drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, "other")
+    drafter.clear_memory()
+    np.testing.assert_array_equal(knowing.runs, before)
+    assert drafted(drafter) == (ids, survival)
+
+
+def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
+    model = types.SimpleNamespace(model="m", revision=None)
+    before = knowing.runs.copy()
+    memory, _ = startup.load_memory("process", model, knowing)
+    drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing, memory)
+    known = drafted(drafter)
+    assert known[0] == [7, 8]
+    view = AlignmentView(text_of([3, 5, 6, 4], {2: {4: 1.0}}).table, np.zeros(1, np.int32), 4)
+    for request in range(5):
+        drafted(drafter, CONTEXT, view, f"{request}")
+        drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, f"{request}")
+    assert drafted(drafter)[0][0] == 4
+    np.testing.assert_array_equal(knowing.runs, before)
+    drafter.clear_memory()
+    assert drafted(drafter) == known
+
+
+def test_without_a_prior_a_memory_begins_empty():
+    memory, _ = startup.load_memory("process", types.SimpleNamespace(model="m"), None)
+    np.testing.assert_array_equal(memory, empty_memory())
+
+
+NEW = [5, 6]
+"""A prompt in which nothing comes again."""
+
+
+@pytest.fixture
+def all_knowing(monkeypatch):
+    """The adapters find a prior that knows what the fake target says behind any two tokens."""
+    pairs = itertools.product(range(fake_v2.VOCAB), repeat=2)
+    texts = [text_of([*pair, 0], {1: {fake_v2.next_token(*pair): 1.0}}) for pair in pairs]
+    nothing = Prior(np.full((fake_v2.VOCAB, 1), -1, np.int32), np.zeros((fake_v2.VOCAB, 1), np.float32))
+    monkeypatch.setattr(agreement, "load_prior", lambda model: with_texts(nothing, texts)._replace(ids=nothing.ids))
+
+
+@pytest.mark.parametrize("has_prior", [True, False])
+def test_v1_drafts_from_runs(all_knowing, has_prior):
+    runner = fake_v1.FakeRunner({"a": NEW}, verification="strict", draft_length=fake_v2.WIDTH, prior=has_prior)
+    for _ in range(2):
+        runner.step()
+    assert runner.num_accepted == (fake_v2.WIDTH if has_prior else 0)
+    assert runner.tokens["a"] == NEW + fake_v2.target_alone(NEW)[: len(runner.tokens["a"]) - len(NEW)]
+
+
+@pytest.mark.parametrize("has_prior", [True, False])
+def test_v2_drafts_from_runs(all_knowing, monkeypatch, has_prior):
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
+    runner = fake_v2.FakeRunner(fillers=False, verification="strict", prior=has_prior)
+    assert fake_v2.serve(runner, [NEW], fake_v2.MAX_LEN) == [fake_v2.target_alone(NEW)]
+    # The first step reads the prompt.
+    assert runner.accepted[1] == (fake_v2.WIDTH if has_prior else 0)
+
+
+def chat(text, answering):
+    return f"S?U:{text}.\n" + "A:" * answering
+
+
+def test_a_template_is_taken_apart_around_a_question():
+    assert turns(Tokenizer(chat)) == Turns("S?U:", ".\n", "A:")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        lambda text, answer: text,
+        lambda text, answer: "x" * answer + text,
+        lambda text, answer: "A:" * answer,
+        lambda *_: 1 / 0,
+    ],
+)
+def test_a_template_that_can_not_be_taken_apart_is_none(template):
+    assert turns(Tokenizer(template)) is None
+
+
+class Target:
+    """Stands for vLLM: continues each prompt with "ab", and ends a question; predicts what comes, and "z"."""
+
+    def __init__(self, tokenizer, max_model_len=100):
+        self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=max_model_len))
+        self.prompts, self.params = [], []
+        self._tokenizer = tokenizer
+
+    def get_tokenizer(self):
+        return self._tokenizer
+
+    def generate(self, prompts, params, use_tqdm):
+        self.prompts += ["".join(map(chr, prompt["prompt_token_ids"])) for prompt in prompts]
+        self.params += params
+        outputs = []
+        for prompt, limits in zip(prompts, params, strict=True):
+            is_question = prompt["prompt_token_ids"][-2:] == [ord("U"), ord(":")]
+            continued = [ord(letter) for letter in ("ab." if is_question else "ab")][: limits.max_tokens]
+            logprobs = [
+                {ord("z"): types.SimpleNamespace(logprob=np.log(0.25)), of: types.SimpleNamespace(logprob=np.log(0.75))}
+                for of in continued
+            ]
+            outputs.append(
+                types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=continued, logprobs=logprobs)])
+            )
+        return outputs
+
+
+def predicted_in(text):
+    """By position, the token there and what was predicted behind it."""
+    return {
+        position: (chr(row[0]), "".join(map(chr, row[1:3])), row[3:5].view(np.float32).tolist())
+        for position, row in enumerate(text.table)
+        if row[0] >= 0
+    }
+
+
+def test_questions_are_made_up_and_answered():
+    target = Target(Tokenizer(chat))
+    (first, texts), (last, rest) = conversations.conversations(target, 300, 2)
+    assert (first, last) == (256, 300)
+    assert len(texts) == 512 and len(rest) == 88
+    assert set(target.prompts) == {"S?U:", "S?U:ab.\nA:"} and len(target.prompts) == 600
+    assert {(params.temperature, params.logprobs) for params in target.params} == {(1.0, 2)}
+    question, answer = texts[0], texts[256]
+    assert "".join(map(chr, question.token_ids)) == "S?U:ab."
+    likely = pytest.approx([0.75, 0.25])
+    assert predicted_in(question) == {3: (":", "az", likely), 4: ("a", "bz", likely), 5: ("b", ".z", likely)}
+    assert "".join(map(chr, answer.token_ids)) == "S?U:ab.\nA:ab"
+    assert predicted_in(answer) == {9: (":", "az", likely), 10: ("a", "bz", likely)}
+
+
+def test_a_question_that_is_cut_off_is_answered_as_it_is():
+    target = Target(Tokenizer(chat), max_model_len=6)
+    list(conversations.conversations(target, 1, 2))
+    # Two tokens are left for the question, and the answer sees the end of it.
+    assert [params.max_tokens for params in target.params] == [2, 1]
+    assert target.prompts[1] == "b.\nA:"
+
+
+@pytest.mark.parametrize(("bos", "eos", "beginning"), [(1, 2, 1), (None, 2, 2), (None, None, 0), (0, 2, 0)])
+def test_without_a_template_texts_begin_where_texts_begin(bos, eos, beginning):
+    tokenizer = Tokenizer(lambda *_: 1 / 0)
+    tokenizer.bos_token_id, tokenizer.eos_token_id = bos, eos
+    target = Target(tokenizer)
+    ((_, (text,)),) = conversations.conversations(target, 1, 2)
+    assert target.prompts == [chr(beginning)]
+    assert text.token_ids.tolist() == [beginning, ord("a"), ord("b")]
+
+
+@pytest.mark.parametrize(
+    ("deadline", "texts", "said"),
+    [
+        (1000.0, ["a", "b", "c"], ["2 of 6", "4 of 6", "6 of 6"]),
+        # Two batches of ten seconds end in time, a third would not.
+        (25.0, ["a", "b"], ["2 of 6", "4 of 6 conversations, for there is no time for more"]),
+        (5.0, ["a"], ["2 of 6 conversations, for there is no time for more"]),
+        (0.0, [], []),
+    ],
+)
+def test_there_are_as_many_conversations_as_there_is_time_for(monkeypatch, capsys, deadline, texts, said):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prior.time, "monotonic", lambda: clock.now)
+
+    def batches():
+        for done, text in ((2, "a"), (4, "b"), (6, "c")):
+            clock.now += 10.0
+            yield done, [text]
+
+    assert prior._in_time(batches(), 6, deadline) == texts
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said) and all(line.startswith(one) for line, one in zip(lines, said, strict=True))

@@ -1,0 +1,97 @@
+"""Sampling through the real engine: strict verification keeps the target's distribution, and a tilt is seen."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from aasd_testing.engines import run_engine
+
+pytestmark = pytest.mark.engine
+
+# Seven tokens that each continue the others in the prompt, so that every position gets a draft.
+WORDS = [" one", " two", " three", " four", " five", " six", " seven"]
+NUM_SAMPLES = 800
+DEPTH = 3
+# A seeded test: it passes or fails for good. A correct sampler fails it for one seed in a thousand.
+P_VALUE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def task(demo_model):
+    """The prompt, the allowed ids, and the target's exact law of the next tokens among them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    ids = [tokenizer.encode(word)[0] for word in WORDS]
+    rng = np.random.default_rng(3)
+    prompt = tokenizer.encode("Random numbers:") + [ids[i] for i in rng.integers(0, len(ids), 64)]
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    law = {}
+    for depth in range(DEPTH):
+        prefixes = list(itertools.product(ids, repeat=depth))
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *prefix] for prefix in prefixes])).logits[:, -1]
+        probs = logits[:, ids].double().softmax(-1).numpy()
+        law.update({(prefix, t): probs[i, j] for i, prefix in enumerate(prefixes) for j, t in enumerate(ids)})
+    cells = list(itertools.product(ids, repeat=DEPTH))
+    joint = np.array([np.prod([law[cell[:d], cell[d]] for d in range(DEPTH)]) for cell in cells])
+    np.testing.assert_allclose(joint.sum(), 1.0, rtol=1e-9)
+    return prompt, ids, cells, joint
+
+
+def sample(demo_model, task, out, aasd, **sampling):
+    prompt, ids, _, _ = task
+    params = {"temperature": 1.0, "max_tokens": DEPTH, "ignore_eos": True, "allowed_token_ids": ids, **sampling}
+    batch = [{"prompt": prompt, "sampling": {**params, "seed": seed}} for seed in range(NUM_SAMPLES)]
+    # So many at once that drafts aren't worth their time: a fixed length, for there to be some. Two blocks of the
+    # prompt are shared by all through the prefix cache.
+    aasd = {"aasd_draft_length": 8, **aasd}
+    result = run_engine(demo_model, [batch], out, aasd=aasd, max_num_seqs=64, block_size=32)
+    assert result["metrics"]["vllm:spec_decode_num_draft_tokens"] > NUM_SAMPLES / 2, "drafts must be verified"
+    return [tuple(output["token_ids"]) for output in result["rounds"][0]], result
+
+
+def p_value(samples, cells, joint):
+    """Chi-square of the samples against the law, cells with fewer than five expected pooled."""
+    counts = np.array([samples.count(cell) for cell in cells], float)
+    expected = joint * len(samples)
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    return scipy.stats.chisquare(counts, expected).pvalue
+
+
+@pytest.fixture(scope="module")
+def strict(demo_model, task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampling") / "out.json"
+    return sample(demo_model, task, out, {"aasd_verification": "strict"})
+
+
+def test_strict_samples_the_targets_distribution(strict, task):
+    samples, result = strict
+    accepted = result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
+    drafted = result["metrics"]["vllm:spec_decode_num_draft_tokens"]
+    assert 0.05 < accepted / drafted < 0.95, "both acceptance and recovery must be exercised"
+    assert p_value(samples, *task[2:]) > P_VALUE
+
+
+def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
+    loose = {"aasd_relax_sampling": True, "aasd_beta": 0.05, "aasd_floor": 0.05}
+    samples, _ = sample(demo_model, task, tmp_path / "out.json", loose)
+    assert p_value(samples, *task[2:]) < 1e-6
+
+
+@pytest.mark.long
+def test_top_k_and_top_p_hold(demo_model, task, tmp_path):
+    """The two faults of vLLM's CPU build: garbage temperatures, and a dead engine on a step without drafts."""
+    prompt, ids, cells, joint = task
+    first = np.array([joint[[c[0] == t for c in cells]].sum() for t in ids])
+    best_two = {ids[i] for i in np.argsort(-first)[:2]}
+    samples, _ = sample(demo_model, task, tmp_path / "out.json", {}, top_k=2, top_p=0.999)
+    assert {s[0] for s in samples} == best_two
+    share = np.mean([s[0] == ids[int(np.argmax(first))] for s in samples])
+    want = np.sort(first)[-1] / np.sort(first)[-2:].sum()
+    assert share == pytest.approx(want, abs=5 * np.sqrt(want * (1 - want) / NUM_SAMPLES))

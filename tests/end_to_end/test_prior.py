@@ -1,0 +1,367 @@
+"""The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
+
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from aasd_testing.chat_tokenizer import Tokenizer
+from vllm_aasd.drafting import memory as memory_file
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting import tensor_file
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
+from vllm_aasd.engine import startup, successors
+from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.engine.successors import assistant_prefix
+from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft.memory_cpu import memory_slot
+
+VOCAB_SIZE = 7
+FORMAT = {"format": "vllm-aasd prior, version 2", "model": "m"}
+
+
+def learnt_memory():
+    memory = memory_file.empty_memory()
+    memory[3] = [17, 2, 1, 4, -1, -1, *np.array([0.5, 0.25, 0, 0], np.float32).view(np.int32)]
+    return memory
+
+
+def small_prior():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCAB_SIZE, (VOCAB_SIZE, 2)).astype(np.int32)
+    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), learnt_memory())
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "folder" / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    loaded = prior_file.load(path, "m", VOCAB_SIZE)
+    for found, saved in zip(loaded, small_prior(), strict=True):
+        np.testing.assert_array_equal(found, saved)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no leftovers"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path, monkeypatch):
+    path = tmp_path / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    before = path.read_bytes()
+    monkeypatch.setattr(tensor_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        prior_file.save(path, small_prior(), "another")
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def damaged(**changes):
+    return {**small_prior()._asdict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "reason"),
+    [
+        (damaged(), {}, "is no file of the format"),
+        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "is no file of the format"),
+        (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
+        ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
+        ({name: of for name, of in damaged().items() if name != "runs"}, FORMAT, "is no file of the format"),
+        (damaged(ids=small_prior().ids[:5]), FORMAT, "holds shapes"),
+        (damaged(ids=small_prior().ids[0]), FORMAT, "holds shapes"),
+        (damaged(ids=np.array(3, np.int32)), FORMAT, "holds shapes"),
+        (damaged(ids=np.zeros((7, 0), np.int32), probs=np.zeros((7, 0), np.float32)), FORMAT, "holds shapes"),
+        (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "expected int32 and float32"),
+        (damaged(ids=np.full((7, 2), 7, np.int32)), FORMAT, "outside of the vocabulary"),
+        (damaged(ids=np.full((7, 2), -2, np.int32)), FORMAT, "outside of the vocabulary"),
+        (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
+        (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
+        (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
+        (damaged(runs=learnt_memory()[:8]), FORMAT, "of shape"),
+        (damaged(runs=np.empty((0, 4), np.int64)), FORMAT, "int64"),
+        (damaged(runs=np.where(np.arange(10) == 2, 7, learnt_memory()).astype(np.int32)), FORMAT, "outside of the voc"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
+    path = tmp_path / "prior.safetensors"
+    save_file(tensors, path, metadata)
+    with pytest.raises(tensor_file.TensorFileError, match=reason):
+        prior_file.load(path, "m", VOCAB_SIZE)
+
+
+def test_a_truncated_or_unreadable_file_is_refused(tmp_path):
+    path = tmp_path / "prior.safetensors"
+    prior_file.save(path, small_prior(), "m")
+    content = path.read_bytes()
+    for part in (b"", content[:4], content[: len(content) // 2], b"\xff" * 64):
+        path.write_bytes(part)
+        with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
+            prior_file.load(path, "m", VOCAB_SIZE)
+    with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
+        prior_file.load(tmp_path, "m", VOCAB_SIZE)
+    with pytest.raises(FileNotFoundError):
+        prior_file.load(tmp_path / "none", "m", VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_type_that_numpy_does_not_know_is_refused(tmp_path, dtype):
+    path = tmp_path / "prior.safetensors"
+    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in Prior._fields}
+    safetensors.torch.save_file(tensors, path, FORMAT)
+    with pytest.raises(tensor_file.TensorFileError, match="can't be read"):
+        prior_file.load(path, "m", VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"foreign"])
+def test_a_bad_file_costs_one_warning_and_the_server_starts_without(tmp_path, monkeypatch, caplog, content):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(startup, "_key_of", lambda model: "m")
+    model = types.SimpleNamespace(model="m", get_vocab_size=lambda: VOCAB_SIZE)
+    for kind in ("prior", "memory"):
+        tensor_file.cache_path(kind, "m").write_bytes(content)
+    assert startup.load_prior(model) is None
+    memory, file = startup.load_memory("file", model, None)
+    np.testing.assert_array_equal(memory, memory_file.empty_memory())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    file.save()
+    assert memory_file.load(tensor_file.cache_path("memory", "m"), "m", VOCAB_SIZE).shape == memory.shape
+
+
+def test_a_full_disk_costs_the_memory_a_warning_and_leaves_no_rest(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    memory_file.MemoryFile(tmp_path / "memory.safetensors", "m", learnt_memory()).save()
+    assert "the memory was not written to" in caplog.text and list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_survives_its_process(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    memory_file.MemoryFile(path, "m", learnt_memory()).save()
+    np.testing.assert_array_equal(memory_file.load(path, "m", VOCAB_SIZE), learnt_memory())
+    with pytest.raises(tensor_file.TensorFileError, match="made with another model"):
+        memory_file.load(path, "other", VOCAB_SIZE)
+    with pytest.raises(tensor_file.TensorFileError, match="outside of the vocabulary"):
+        memory_file.load(path, "m", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda memory: memory[:8].copy(), "of shape"),
+        (lambda memory: memory.astype(np.int64), "int64"),
+        (lambda memory: np.where(np.arange(10) == 1, 6, memory).astype(np.int32), "counts outside of 0 to 5"),
+        (lambda memory: np.where(np.arange(10) == 1, -1, memory).astype(np.int32), "counts outside of 0 to 5"),
+        (lambda memory: np.where(np.arange(10) > 5, -1, memory).astype(np.int32), "no probabilities"),
+    ],
+)
+def test_a_damaged_memory_is_refused_with_its_reason(tmp_path, change, reason):
+    path = tmp_path / "memory.safetensors"
+    memory_file.MemoryFile(path, "m", change(learnt_memory())).save()
+    with pytest.raises(tensor_file.TensorFileError, match=reason):
+        memory_file.load(path, "m", VOCAB_SIZE)
+
+
+def test_the_memory_is_written_now_and_then_without_waiting(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(memory_file.time, "monotonic", lambda: clock.now)
+    path = tmp_path / "memory.safetensors"
+    file = memory_file.MemoryFile(path, "m", learnt_memory())
+    file.save_now_and_then()
+    assert file._writer is None, "too early"
+    clock.now += 61
+    file.save_now_and_then()
+    file._writer.join()
+    assert path.exists()
+
+
+def test_a_memory_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    memory_file.MemoryFile(tmp_path / "file" / "memory.safetensors", "m", learnt_memory()).save()
+    assert "the memory was not written to" in caplog.text
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("AASD_CACHE_ROOT", raising=False)
+    assert prior_file.cache_path("k") == tmp_path / "vllm_aasd" / "prior-k.safetensors"
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "shared"))
+    assert prior_file.cache_path("k") == tmp_path / "shared" / "prior-k.safetensors"
+
+
+def model_folder(path, **files):
+    path.mkdir()
+    for name, content in {"config.json": b"{}", "model.safetensors": bytes(1 << 23), **files}.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_a_models_key_is_its_content(tmp_path):
+    key = model_key(str(model_folder(tmp_path / "a")))
+    assert model_key(str(model_folder(tmp_path / "copy"))) == key
+    changed = [
+        {"config.json": b"{ }"},
+        {"tokenizer.json": b"{}"},
+        {"model.safetensors": bytes((1 << 23) + 1)},
+        *({"model.safetensors": bytes(at) + b"x" + bytes((1 << 23) - at - 1)} for at in (0, 1 << 22, (1 << 23) - 1)),
+    ]
+    keys = [model_key(str(model_folder(tmp_path / f"b{i}", **files))) for i, files in enumerate(changed)]
+    assert len({key, *keys}) == 1 + len(changed)
+    assert model_key(str(model_folder(tmp_path / "c", **{"README.md": b"words"}))) == key
+
+
+def test_a_model_that_is_not_here_has_no_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert model_key("nobody/no-such-model") is None
+    assert model_key("s3://bucket/model") is None
+    (tmp_path / "empty").mkdir()
+    assert model_key(str(tmp_path / "empty")) is None
+
+
+def test_the_prefix_is_what_the_template_puts_before_an_answer():
+    assert assistant_prefix(Tokenizer(lambda text, answer: f"U:{text}" + "A:" * answer)) == [ord("A"), ord(":")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [lambda text, answer: text, lambda text, answer: "x" * answer + text + "y", lambda text, answer: 1 / 0],
+)
+def test_without_a_usable_template_it_is_what_begins_a_text(template):
+    tokenizer = Tokenizer(template)
+    assert assistant_prefix(tokenizer) == [1]
+    tokenizer.bos_token_id = None
+    assert assistant_prefix(tokenizer) == []
+
+
+def test_the_prior_drafts_where_nothing_matches():
+    ids = np.array([[1], [2], [3], [0]], np.int32)
+    drafter = Drafter(4, 3, 0.0, Prior(ids, np.full((4, 1), 0.5, np.float32)))
+    draft_token_ids, survival = drafter.draft("a", np.array([0, 2], np.int32), NO_ALIGNMENT, 3)
+    assert draft_token_ids[0] == 3 and survival[0] == pytest.approx(0.5)
+
+
+COMMAND = """
+import sys
+from vllm_aasd import prior
+prior.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A random Llama with a vocabulary of 300, and a tokenizer that knows as many words."""
+    import torch
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=512, **shape))
+    # A fresh model's logits are all alike; these differ enough for an order that rounding does not change.
+    model.lm_head.weight.data *= 40
+    model.save_pretrained(path)
+    words = Words(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0").save_pretrained(
+        path
+    )
+    return path, model
+
+
+@pytest.fixture
+def command(tiny_model, tmp_path):
+    """Runs the command on the tiny model, with more arguments."""
+    environment = {
+        **os.environ,
+        "AASD_CACHE_ROOT": str(tmp_path),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def run(*arguments):
+        line = [sys.executable, "-c", COMMAND, str(tiny_model[0]), "--top-k", "3", "--dtype", "float32", *arguments]
+        done = subprocess.run(line, env=environment, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.engine
+def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path, command):
+    path, model = tiny_model
+    command("--conversations", "0")
+    key = model_key(str(path))
+    loaded = prior_file.load(tmp_path / f"prior-{key}.safetensors", key, 300)
+
+    with torch.inference_mode():
+        pairs = torch.stack([torch.ones(300, dtype=torch.long), torch.arange(300)], dim=1)
+        want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
+    np.testing.assert_array_equal(loaded.ids, want.indices)
+    np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
+    assert loaded.runs.size == 0
+
+    assert "there already" in command()
+
+
+@pytest.mark.engine
+def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_model, tmp_path, command):
+    path, model = tiny_model
+    output = command("--conversations", "40", "--output", str(tmp_path / "prior.safetensors"))
+    assert "written" in output
+    prior = prior_file.load(tmp_path / "prior.safetensors", model_key(str(path)), 300)
+    # A text of this model, which has no chat template, begins with token 1.
+    is_right = []
+    for second in range(300):
+        tokens = np.array([1, second], np.int32)
+        row, tag = memory_slot(tokens, 2, 1, prior.runs)
+        if prior.runs[row, 0] != tag:
+            continue
+        with torch.inference_mode():
+            want = torch.softmax(model(torch.from_numpy(tokens)[None].long()).logits[0, 1].float(), dim=-1).topk(3)
+        found = dict(zip(prior.runs[row, 2:6].tolist(), prior.runs[row, 6:].view(np.float32).tolist(), strict=True))
+        wanted = dict(zip(want.indices.tolist(), want.values.tolist(), strict=True))
+        is_right.append(found == pytest.approx({**wanted, -1: 0}, rel=1e-3))
+    # Where it also stands later in a text, others are averaged in.
+    assert len(is_right) > 5 and np.mean(is_right) > 0.6, is_right
+
+
+@pytest.mark.parametrize(
+    ("is_cpu", "emulates", "dtype"), [(True, True, "float32"), (True, False, "auto"), (False, True, "auto")]
+)
+def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is_cpu, emulates, dtype):
+    monkeypatch.setattr(successors, "current_platform", types.SimpleNamespace(is_cpu=lambda: is_cpu))
+    monkeypatch.setattr(successors, "emulates_bfloat16", lambda: emulates)
+    assert successors.engine_arguments("model", [], 8).dtype == dtype
+    assert successors.engine_arguments("model", ["--dtype", "float16"], 8).dtype == "float16"
+
+
+def test_the_command_refuses_what_it_can_not_do(capsys):
+    from vllm_aasd import prior
+
+    with pytest.raises(SystemExit):
+        prior.main(["model", "--top-k", "65"])
+    assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err
+
+
+def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
+    from vllm_aasd import prior
+
+    now = 0.0
+    monkeypatch.setattr(prior.time, "monotonic", lambda: now)
+    progress = prior._Progress(most_seconds=100.0)
+    now = 1.0
+    progress(10, 1000)
+    now = 2.1
+    with pytest.raises(prior._TooSlow) as too_slow:
+        progress(20, 1000)
+    assert too_slow.value.args[0] == pytest.approx(105.0)

@@ -1,0 +1,295 @@
+"""A real `vllm serve`, from its command line to an OpenAI client."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from aasd_testing.engines import greedy, run_engine
+from aasd_testing.prompts import real_prompts
+from vllm_aasd import metrics
+from vllm_aasd.counters import METRICS, PREFIX
+from vllm_aasd.engine.failsafe import PLACES
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = real_prompts(6, max_chars=700)
+LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": False, "aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4}
+STRICT = {"aasd_verification": "strict"}
+LABELS = ("engine", "0"), ("model_name", "demo")
+VLLM = pathlib.Path(sys.executable).parent / "vllm"
+
+
+def start(model, log, speculative_config, port, *options):
+    command = [VLLM, "serve", model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
+    command += [
+        "--per-request-spec-decode-metrics",
+        "summary",
+        "--speculative-config",
+        json.dumps(speculative_config),
+        *options,
+    ]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2", **os.environ}
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(model, log, speculative_config, *options):
+    """A server while it is up; gives its address."""
+    port = free_port()
+    process = start(model, log, speculative_config, port, *options)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            pytest.fail("the server did not come up in 300 s\n" + log.read_text()[-4000:])
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory):
+    """A server with the loosest bar there is; yields its address and its log. Requests ask for what they want."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(demo_model, log, {"method": "aasd", **LOOSEST}) as address:
+        yield address, log
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", timeout=300, max_retries=0) as client:
+        yield client
+
+
+def ask(client, prompt, xargs=STRICT, **options):
+    """Strict by default, since answers are compared: what `conditional` accepts depends on what is drafted."""
+    options = {"temperature": 0, "max_tokens": 32, "extra_body": {}, **options}
+    options["extra_body"] = {**options["extra_body"], "vllm_xargs": xargs}
+    return client.chat.completions.create(model="demo", messages=[{"role": "user", "content": prompt}], **options)
+
+
+def text_of(answer):
+    return answer.choices[0].message.content
+
+
+def scraped(address):
+    """Every sample of the server's page, by name and labels."""
+    page = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+def drafted_and_accepted(server):
+    samples = scraped(server[0])
+    return tuple(samples[f"vllm:spec_decode_num_{name}_tokens_total", *LABELS] for name in ("draft", "accepted"))
+
+
+def test_the_worker_says_that_it_is_live(server):
+    assert server[1].read_text().count("is live: vLLM") == 1
+
+
+def test_streamed_and_whole_answers_agree(client):
+    for prompt in PROMPTS[:3]:
+        whole = ask(client, prompt)
+        pieces = list(ask(client, prompt, stream=True, stream_options={"include_usage": True}))
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert text == whole.choices[0].message.content != ""
+        assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens == 32
+
+
+def test_many_at_once_get_what_each_gets_alone(client):
+    alone = [ask(client, prompt).choices[0].message.content for prompt in PROMPTS]
+    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(lambda prompt: ask(client, prompt).choices[0].message.content, PROMPTS))
+    assert together == alone
+
+
+def test_seeds_and_sampling_parameters(client):
+    options = {"temperature": 0.9, "top_p": 0.9, "extra_body": {"top_k": 20}, "seed": 5}
+    first, second = (ask(client, PROMPTS[0], **options).choices[0].message.content for _ in range(2))
+    other = ask(client, PROMPTS[0], **{**options, "seed": 6}).choices[0].message.content
+    assert first == second != other
+
+
+def test_logprobs_of_every_token(client):
+    answer = ask(client, PROMPTS[1], logprobs=True, top_logprobs=2)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
+
+
+def test_the_servers_page_shows_our_figures_and_they_agree_with_vllms(client, server):
+    ask(client, PROMPTS[0])
+    ask(client, PROMPTS[0], {})
+    # Figures are at most a second old.
+    time.sleep(3)
+    samples = scraped(server[0])
+    for ours, vllms in (
+        ("aasd:draft_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
+        ("aasd:accepted_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
+        ("aasd:draft_length_count", "vllm:spec_decode_num_drafts_total"),
+    ):
+        assert samples[ours, *LABELS] == samples[vllms, *LABELS] > 0, ours
+    assert samples["aasd:accepted_tokens_total", *LABELS] > samples["aasd:relaxed_tokens_total", *LABELS] > 0
+    assert samples["aasd:regret_nats_total", *LABELS] > 0
+    assert samples["aasd:store_lookups_total", *LABELS, ("result", "hit")] > 0
+    faults = {name: value for name, value in samples.items() if name[0] == "aasd:faults_total"}
+    assert len(faults) == len(PLACES) and not any(faults.values())
+
+
+def test_everything_that_the_dashboard_asks_for_is_on_the_page(server):
+    shown = {sample[0] for sample in scraped(server[0])}
+    asked = set(re.findall(r"\b(?:aasd|vllm):\w+", metrics.dashboard()))
+    assert asked and asked <= shown
+    assert {PREFIX + metric.name for metric in METRICS} <= {
+        name.removesuffix("_total").removesuffix("_bucket") for name in shown
+    }
+
+
+def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
+    marker = "zanzibarquux"
+    answer = text_of(ask(client, f"Repeat this word: {marker} {marker} {marker}", {}))
+    time.sleep(2)
+    page = urllib.request.urlopen(server[0] + "/metrics", timeout=10).read().decode()
+    for text in (page, server[1].read_text()):
+        assert marker not in text and answer not in text
+
+
+def test_the_log_has_a_line_now_and_then(client, server):
+    log, line = server[1], "AASD metrics: Drafted: "
+    for _ in range(30):
+        ask(client, PROMPTS[1])
+        if line in log.read_text():
+            break
+        time.sleep(0.5)
+    assert line in log.read_text(), log.read_text()[-2000:]
+
+
+def test_figures_of_each_request_come_with_the_answer(client, server):
+    def relaxed_and_regret():
+        time.sleep(2)
+        samples = scraped(server[0])
+        return [samples[name, *LABELS] for name in ("aasd:relaxed_tokens_total", "aasd:regret_nats_total")]
+
+    before = relaxed_and_regret()
+    jobs = [(prompt, xargs) for prompt in PROMPTS[:3] for xargs in (STRICT, {})]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda job: ask(client, *job), jobs))
+    found = [answer.metrics["speculative_decoding"] for answer in answers]
+    assert all(one["num_accepted_draft_tokens"] > 0 for one in found)
+    for one in found[::2]:
+        assert (one["aasd_relaxed_tokens"], one["aasd_regret_nats"]) == (0, 0.0)
+    for one in found[1::2]:
+        assert one["num_accepted_draft_tokens"] >= one["aasd_relaxed_tokens"] > 0 and one["aasd_regret_nats"] > 0
+    grown = [after - earlier for after, earlier in zip(relaxed_and_regret(), before, strict=True)]
+    keys = "aasd_relaxed_tokens", "aasd_regret_nats"
+    assert [sum(one[key] for one in found) for key in keys] == pytest.approx(grown, rel=1e-4)
+    assert not any("kv_transfer_params" in answer.model_dump(exclude_none=True) for answer in answers)
+
+
+def test_a_streamed_answer_ends_with_its_figures(client):
+    *_, last = ask(client, PROMPTS[0], {}, stream=True, stream_options={"include_usage": True})
+    found = last.metrics["speculative_decoding"]
+    assert found["num_accepted_draft_tokens"] >= found["aasd_relaxed_tokens"] > 0
+
+
+def test_requests_at_once_get_what_each_asked_for(client, demo_model, tmp_path):
+    plain = run_engine(demo_model, [greedy(PROMPTS[:4], 32)], tmp_path / "plain")
+    plain = [output["text"] for output in plain["rounds"][0]]
+    kinds = {"strict": STRICT, "off": {"aasd_enabled": False}, "the server's own": {}}
+    jobs = [(prompt, xargs) for prompt in PROMPTS[:4] for xargs in kinds.values()]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: text_of(ask(client, *job)), jobs))
+    strict, off, own = (answers[number::3] for number in range(3))
+    assert strict == plain and off == plain
+    assert own != plain, "the loosest bar must show"
+
+
+def test_a_request_that_wants_no_speculation_has_nothing_drafted(client, server):
+    for switch, is_drafted in ((False, False), ("false", False), (0, False), (True, True)):
+        before = drafted_and_accepted(server)
+        ask(client, PROMPTS[0], {"aasd_enabled": switch})
+        assert (drafted_and_accepted(server) > before) == is_drafted
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"aasd_floor": 2}, "aasd_floor=2 is not allowed: it takes a number from 0.0001 to 1."),
+        ({"aasd_floor": "0.5"}, "aasd_floor='0.5' is not allowed: it takes a number from 0.0001 to 1."),
+        ({"aasd_enabled": "maybe"}, "aasd_enabled='maybe' is not allowed: it takes true or false."),
+        (
+            {"aasd_verification": [1]},
+            "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional' or 'typical' or 'fly' or 'budget'.",
+        ),
+        ({"aasd_verifcation": "strict"}, "Did you mean 'aasd_verification'?"),
+        ({"aasd_top_k": 2}, "Unknown request option 'aasd_top_k'."),
+        ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with aasd_verification='conditional'."),
+        ({"aasd_relax_sampling": True}, "it is looser than the server's own False"),
+    ],
+)
+def test_a_bad_option_is_answered_with_status_400(client, xargs, message):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, PROMPTS[0], xargs)
+    assert message in refusal.value.message
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="demo", prompt="x", extra_body={"vllm_xargs": xargs})
+    assert ask(client, "Hello", max_tokens=1).usage.completion_tokens == 1, "the server goes on"
+
+
+@pytest.mark.long
+def test_data_parallel_replicas(demo_model, tmp_path):
+    """Of a dense model: engines that share nothing but their front door."""
+    plain = run_engine(demo_model, [greedy(PROMPTS, 32)], tmp_path / "plain")
+    log = tmp_path / "log"
+    replicas = ("--data-parallel-size", "2")
+    with (
+        serving(demo_model, log, {"method": "aasd", **LOOSEST}, *replicas) as address,
+        openai.OpenAI(base_url=address + "/v1", api_key="none", timeout=300, max_retries=0) as client,
+        concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        answers = list(pool.map(lambda prompt: text_of(ask(client, prompt)), PROMPTS))
+        metrics = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+    assert answers == [output["text"] for output in plain["rounds"][0]]
+    assert log.read_text().count("is live: vLLM") == 2
+    accepted = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    assert len(accepted) == 2 and all(float(line.rsplit(" ", 1)[1]) > 0 for line in accepted)
+
+
+def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):
+    process = start(demo_model, tmp_path / "log", {"method": "aasd", "aasd_floor": -1}, free_port())
+    try:
+        assert process.wait(timeout=180) != 0
+    finally:
+        process.kill()
+    assert "aasd_floor=-1 is not allowed: it takes a number from 0.0001 to 1." in (tmp_path / "log").read_text()

@@ -1,0 +1,84 @@
+"""Tensor-parallel ranks, here threads, that have read different files: all go on alike."""
+
+import logging
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.engine import agreement
+from vllm_aasd.kernels.common.mixture import Prior
+
+ONE = Prior(
+    np.array([[1, 2], [0, -1]], np.int32),
+    np.array([[0.5, 0.25], [0.5, 0]], np.float32),
+    empty_memory(num_rows=4, top_k=1),
+)
+SAME = Prior(*(array.copy() for array in ONE))
+OTHER_IDS = ONE._replace(ids=np.array([[1, 2], [1, -1]], np.int32))
+OTHER_PROBS = ONE._replace(probs=np.array([[0.5, 0.25], [0.25, 0]], np.float32))
+OTHER_RUNS = ONE._replace(runs=np.zeros_like(ONE.runs))
+OTHER_SHAPE = ONE._replace(ids=ONE.ids.reshape(4, 1), probs=ONE.probs.reshape(4, 1))
+
+
+@pytest.fixture
+def on_all_ranks(monkeypatch):
+    """Ask every rank, of which each has loaded something, what it goes on with."""
+
+    def ask(priors):
+        ours, barrier, answers = [None] * len(priors), threading.Barrier(len(priors), timeout=10), [None] * len(priors)
+
+        def all_gather_object(gathered, mine, group):
+            ours[group] = mine
+            barrier.wait()
+            gathered[:] = ours
+
+        monkeypatch.setattr(agreement.torch.distributed, "all_gather_object", all_gather_object)
+
+        def serve(rank):
+            # What stands for the group of processes is the rank, as the fake collective needs it.
+            ranks = types.SimpleNamespace(world_size=len(priors), rank_in_group=rank, cpu_group=rank)
+            answers[rank] = agreement.agreed_prior(priors[rank], ranks)
+
+        threads = [threading.Thread(target=serve, args=(rank,)) for rank in range(len(priors))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers
+
+    return ask
+
+
+@pytest.mark.parametrize("prior", [ONE, None], ids=["a prior", "none"])
+def test_a_single_rank_asks_nobody(prior):
+    ranks = types.SimpleNamespace(world_size=1)
+    assert agreement.agreed_prior(prior, ranks) is prior
+
+
+@pytest.mark.parametrize("priors", [(ONE, SAME, ONE), (None, None)], ids=["the same", "none"])
+def test_ranks_that_agree_go_on_as_they_were(on_all_ranks, caplog, priors):
+    answers = on_all_ranks(priors)
+    assert all(answer is prior for answer, prior in zip(answers, priors, strict=True))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("priors", "held", "kinds"),
+    [
+        ((None, ONE, SAME), 2, 1),
+        ((ONE, SAME, None), 2, 1),
+        ((ONE, OTHER_IDS), 2, 2),
+        ((OTHER_PROBS, ONE), 2, 2),
+        ((ONE, OTHER_RUNS), 2, 2),
+        ((ONE, OTHER_SHAPE), 2, 2),
+    ],
+    ids=["not the first", "not the last", "other tokens", "other probabilities", "other runs", "other shape"],
+)
+def test_ranks_that_differ_go_on_without_and_one_says_so(on_all_ranks, caplog, priors, held, kinds):
+    with caplog.at_level(logging.INFO, "vllm.aasd"):
+        assert on_all_ranks(priors) == [None] * len(priors)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{held} of {len(priors)} tensor-parallel ranks have one, of {kinds} kinds" in caplog.text

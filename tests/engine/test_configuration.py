@@ -1,0 +1,348 @@
+"""From the speculative config that a user writes to the one that vLLM runs, on vLLM's own `EngineArgs`."""
+
+import copy
+import pickle
+import types
+
+import pytest
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+from vllm_aasd import plugin
+from vllm_aasd.config import Settings
+from vllm_aasd.engine import configuration, patching, unsupported
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """The method is known while a test runs, and forgotten after it."""
+    replacements = configuration.install()
+    yield
+    for replacement in replacements:
+        replacement.undo()
+
+
+@pytest.fixture
+def create(demo_model):
+    """Build the speculative config, and the engine's other settings, from a user's."""
+
+    def build(speculative_config, **options):
+        args = EngineArgs(model=demo_model, speculative_config=speculative_config, **options)
+        return args.create_engine_config()
+
+    return build
+
+
+def test_the_method_alone_is_a_configuration(create):
+    config = create({"method": "aasd"})
+    speculative_config = config.speculative_config
+    assert speculative_config.aasd == Settings()
+    assert speculative_config.num_speculative_tokens == 16
+    assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
+    assert "method='aasd'" in repr(speculative_config) and "aasd_top_k=4" in repr(speculative_config)
+
+
+def test_the_config_survives_what_vllm_does_to_it(create):
+    original = create({"method": "aasd", "aasd_top_k": 2, "num-speculative-tokens": 5}).speculative_config
+    for twin in (
+        pickle.loads(pickle.dumps(original)),
+        copy.deepcopy(original),
+        replace(original, num_speculative_tokens=5),
+    ):
+        assert twin.aasd == Settings(top_k=2, fly_window=4)
+        assert twin.num_speculative_tokens == 5
+        assert repr(twin) == repr(original)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "asked", "window"), [(8, {}, 6), (4, {}, 3), (1, {}, 1), (8, {"aasd_fly_window": 2}, 2)]
+)
+def test_flys_window_leaves_a_place_for_the_mismatch(create, drafts, asked, window):
+    config = create({"method": "aasd", "aasd_verification": "fly", "num_speculative_tokens": drafts, **asked})
+    assert config.speculative_config.aasd.fly_window == window
+
+
+def test_the_same_arguments_can_be_built_twice(demo_model):
+    args = EngineArgs(model=demo_model, speculative_config={"method": "aasd", "aasd_floor": 0.5})
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.speculative_config.aasd == second.speculative_config.aasd == Settings(floor=0.5)
+
+
+def test_a_server_that_takes_no_unknown_variable_of_vllms_takes_ours(create, monkeypatch, tmp_path):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    # The second one finds what the first has set.
+    for _ in range(2):
+        assert create({"method": "aasd"}, fail_on_environ_validation=True).speculative_config.aasd_metrics_folder
+
+
+def test_the_method_may_come_beside_the_json(create):
+    config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
+    assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3
+    assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
+
+
+@pytest.mark.parametrize(
+    ("runner", "keys", "options"),
+    [("0", {}, {"enable_lora": True}), ("0", {"aasd_draft": "ngram"}, {}), ("1", {}, {})],
+)
+def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatch, runner, keys, options):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert create({"method": "aasd", **keys}, **options).speculative_config.num_speculative_tokens == 8
+
+
+def scheduled_lengths(config):
+    """By the number of requests, as vLLM's scheduler reads it."""
+    of = config.speculative_config
+    return build_dynamic_sd_schedule_lookup(of.num_speculative_tokens_per_batch_size, 200, of.num_speculative_tokens)
+
+
+def test_where_a_step_is_as_wide_as_the_longest_draft_the_width_goes_by_the_number_of_requests(create, on_v2):
+    config = create({"method": "aasd"})
+    lengths = scheduled_lengths(config)
+    assert [lengths[n] for n in (1, 4, 5, 16, 17, 49, 50, 128, 129, 200)] == [8, 8, 4, 4, 2, 2, 1, 1, 0, 0]
+    assert "by requests [(1, 4, 8), (5, 16, 4)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
+
+
+@pytest.mark.parametrize(("longest", "lengths"), [(16, [16, 4, 2, 1, 0]), (5, [5, 4, 2, 1, 0]), (1, [1, 1, 1, 1, 0])])
+@pytest.mark.parametrize("is_flag", [False, True])
+def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, lengths, is_flag):
+    keys, options = ({}, {"spec_tokens": longest}) if is_flag else ({"num_speculative_tokens": longest}, {})
+    config = create({"method": "aasd", **keys}, **options)
+    assert config.speculative_config.num_speculative_tokens == longest
+    assert [scheduled_lengths(config)[n] for n in (4, 16, 49, 128, 200)] == lengths
+    assert config.speculative_config.aasd_learns_widths
+
+
+@pytest.mark.parametrize(
+    ("most", "lengths"),
+    [(1, [8]), (2, [8, 0]), (5, [8, 0]), (64, [8, 4, 2, 1, 0]), (128, [8, 4, 2, 1, 0]), (129, [8, 4, 2, 1, 0])],
+)
+def test_vllm_captures_graphs_of_steps_without_drafts_whatever_the_most_requests(create, on_v2, most, lengths):
+    of = create({"method": "aasd"}, max_num_seqs=most).speculative_config
+    found = build_dynamic_sd_schedule_lookup(of.num_speculative_tokens_per_batch_size, most, of.num_speculative_tokens)
+    assert sorted(set(found[1:]), reverse=True) == lengths
+    assert found[1:most] == scheduled_lengths(create({"method": "aasd"}))[1:most]
+
+
+def test_a_scheduler_that_does_not_learn_drafts_for_the_most_requests_too(create, on_v2):
+    config = create({"method": "aasd"}, max_num_seqs=16, scheduler_cls="my.Scheduler")
+    assert scheduled_lengths(config)[16] == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "scheduler", "learns"),
+    [
+        ({}, {}, unsupported.SCHEDULER, True),
+        ({}, {"scheduler_cls": "my.Scheduler"}, "my.Scheduler", False),
+        ({"num_speculative_tokens_per_batch_size": [[1, 9, 6]]}, {}, None, False),
+        ({"aasd_draft_length": 3}, {}, None, False),
+        ({}, {"async_scheduling": False}, None, False),
+        ({}, {"data_parallel_size": 2}, None, False),
+    ],
+)
+def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, keys, options, scheduler, learns):
+    config = create({"method": "aasd", **keys}, **options)
+    assert config.scheduler_config.scheduler_cls == scheduler
+    found = pickle.loads(pickle.dumps(config)).speculative_config
+    assert found.aasd_learns_widths is learns and ("as learnt" in repr(found)) is learns
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "longest"),
+    [
+        ({}, {"async_scheduling": False}, 8),
+        ({}, {"data_parallel_size": 2}, 2),
+        ({"num_speculative_tokens": 5}, {"async_scheduling": False}, 5),
+        ({"num_speculative_tokens": 5}, {"data_parallel_size": 2}, 5),
+        ({"aasd_draft_length": 3}, {}, 3),
+        ({"aasd_draft_length": 3}, {"data_parallel_size": 2}, 3),
+    ],
+)
+def test_one_width_where_the_server_says_so_or_vllm_takes_no_other(create, on_v2, keys, options, longest):
+    found = create({"method": "aasd", **keys}, **options).speculative_config
+    assert (found.num_speculative_tokens, found.num_speculative_tokens_per_batch_size) == (longest, None)
+
+
+def test_a_schedule_of_the_users_own_stays(create, on_v2):
+    config = create({"method": "aasd", "num_speculative_tokens_per_batch_size": [[1, 9, 6], [10, 99, 3]]})
+    assert [scheduled_lengths(config)[n] for n in (1, 9, 10, 200)] == [6, 6, 3, 3]
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_fixed_length_is_as_long_as_it_says(create, length):
+    found = create({"method": "aasd", "aasd_draft_length": length}).speculative_config
+    assert found.num_speculative_tokens == length
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler"),
+    [
+        ({}, None),
+        ({"per_request_spec_decode_metrics": "summary"}, unsupported.SCHEDULER),
+        ({"per_request_spec_decode_metrics": "detailed"}, unsupported.SCHEDULER),
+        ({"per_request_spec_decode_metrics": "summary", "scheduler_cls": "my.Scheduler"}, "my.Scheduler"),
+    ],
+)
+def test_vllms_scheduler_is_left_alone_unless_answers_tell_of_their_drafts(create, options, scheduler):
+    assert create({"method": "aasd"}, **options).scheduler_config.scheduler_cls == scheduler
+
+
+def test_vllms_own_methods_are_untouched(create):
+    stock = create({"method": "ngram", "num_speculative_tokens": 3})
+    assert stock.speculative_config.method == "ngram"
+    assert stock.parallel_config.worker_cls != unsupported.CPU_WORKER
+    assert create(None).speculative_config is None
+    with pytest.raises(ValueError, match="Input should be"):
+        create({"method": "aasdf"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        ({"aasd_topk": 2}, {}, "Unknown setting 'aasd_topk'. Did you mean 'aasd_top_k'?"),
+        ({"aasd_top_k": 9}, {}, "aasd_top_k=9 is not allowed: it takes an integer from 1 to 8."),
+        ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens=0 is not allowed: it takes an integer from 1"),
+        ({"num_speculative_tokens": 129}, {}, "num_speculative_tokens=129 is not allowed"),
+        ({"num_speculative_tokens": "5"}, {}, "num_speculative_tokens='5' is not allowed"),
+        ({}, {"spec_tokens": 129}, "num_speculative_tokens=129 is not allowed"),
+        ({"no_such_key": 1}, {}, "no_such_key"),
+        ({"prompt_lookup_max": 3}, {}, "prompt_lookup_max=3 is not allowed: it takes effect only with"),
+        ({"aasd_draft": "ngram", "prompt_lookup_max": 0}, {}, "prompt_lookup_max=0 is not allowed"),
+        (
+            {"aasd_draft": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            {},
+            "prompt_lookup_min=4 is not allowed: it takes at most prompt_lookup_max=3.",
+        ),
+        ({"model": "some/drafter"}, {}, "can't work with model='some/drafter'"),
+        ({"rejection_sample_method": "synthetic"}, {}, "can't work with rejection_sample_method='synthetic'"),
+        ({"draft_sample_method": "probabilistic"}, {}, "can't work with draft_sample_method='probabilistic'"),
+        ({"enable_adaptive_verification": True}, {}, "can't work with enable_adaptive_verification=True"),
+        (
+            {"num_speculative_tokens_per_batch_size": [[1, 8, 4]]},
+            {},
+            "can't work with num_speculative_tokens_per_batch_size=[[1, 8, 4]]: drafts follow the load",
+        ),
+        ({}, {"worker_cls": "my.Worker"}, "can't work with worker_cls='my.Worker'"),
+        ({}, {"kv_sharing_fast_prefill": True}, "can't work with kv_sharing_fast_prefill=True"),
+        ({}, {"async_scheduling": True}, "can't work with async_scheduling=True"),
+        ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2"),
+        (
+            {},
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "can't work with decode_context_parallel_size=2",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message):
+    with pytest.raises(ValueError) as refusal:
+        create({"method": "aasd", **keys}, **options)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(("chosen", "carrier"), [("0", configuration.V1_CARRIER), ("1", configuration.V2_CARRIER)])
+def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, chosen, carrier):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    config = create({"method": "aasd", "num_speculative_tokens": 5})
+    assert config.speculative_config.method == carrier
+    assert config.use_v2_model_runner is (chosen == "1")
+    assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
+    for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
+        assert twin.aasd == Settings(fly_window=4) and twin.num_speculative_tokens == 5
+
+
+def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
+    arguments = {
+        "enable_dbo": False,
+        "ubatch_size": 0,
+        "distributed_executor_backend": "mp",
+        "pipeline_parallel_size": 2,
+    }
+
+    def carrier(**changed):
+        return configuration.pick_carrier(types.SimpleNamespace(**{**arguments, **changed}))
+
+    monkeypatch.setattr(configuration, "HAS_TRITON", True)
+    assert carrier() == configuration.V2_CARRIER
+    assert carrier(enable_dbo=True) == carrier(ubatch_size=2) == configuration.V1_CARRIER
+    assert carrier(distributed_executor_backend="external_launcher") == configuration.V1_CARRIER
+    monkeypatch.setattr(configuration, "HAS_TRITON", False)
+    assert carrier() == configuration.V1_CARRIER
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
+        ({"aasd_draft": "ngram"}, {}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
+        ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
+        ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
+        (
+            {},
+            {"enable_lora": True, "lora_target_modules": ["q_proj", "model.lm_head"]},
+            "allowed is false, or lora_target_modules without 'lm_head'",
+        ),
+    ],
+)
+def test_what_the_v2_runner_cannot_is_refused_at_start_up(create, monkeypatch, keys, options, message):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError) as refusal:
+        create({"method": "aasd", **keys}, **options)
+    assert message in str(refusal.value)
+
+
+def test_adapters_that_leave_the_lm_head_alone_run_on_v2():
+    unsupported.check("V2", EngineArgs(enable_lora=True, lora_target_modules=["q_proj", "v_proj"]), {}, Settings())
+
+
+@pytest.mark.parametrize(("scheduling", "is_refused"), [(None, False), (True, False), (False, True)])
+def test_on_gpus_pipelines_need_asynchronous_scheduling(monkeypatch, scheduling, is_refused):
+    monkeypatch.setattr(unsupported, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+    args = EngineArgs(pipeline_parallel_size=2, async_scheduling=scheduling)
+    if is_refused:
+        with pytest.raises(ValueError, match="can't work with pipeline_parallel_size=2"):
+            unsupported.check("V2", args, {}, Settings())
+    else:
+        unsupported.check("V2", args, {}, Settings())
+
+
+def test_gpus_run_v2_and_nothing_else(create, monkeypatch):
+    gpu = types.SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
+    monkeypatch.setattr(configuration, "current_platform", gpu)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert create({"method": "aasd"}).parallel_config.worker_cls == unsupported.GPU_WORKER
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="can't work with model_runner='V1': on GPUs it needs vLLM's V2"):
+        create({"method": "aasd"})
+    gpu.is_cuda_alike = lambda: False
+    with pytest.raises(ValueError, match="it runs on CUDA, ROCm and vLLM's CPU platform"):
+        create({"method": "aasd"})
+
+
+def test_ngram_bounds_default_as_vllms(create):
+    def bounds(**keys):
+        config = create({"method": "aasd", "aasd_draft": "ngram", **keys}).speculative_config
+        return config.prompt_lookup_min, config.prompt_lookup_max
+
+    assert bounds() == (5, 5)
+    assert bounds(prompt_lookup_max=3) == (3, 3)
+    assert bounds(prompt_lookup_min=2, prompt_lookup_max=3) == (2, 3)
+
+
+def test_an_unknown_vllm_refuses_the_method_and_nothing_else(create, monkeypatch):
+    monkeypatch.setattr(patching, "vllm_version", lambda: "9.9.9")
+    with pytest.raises(patching.SeamError, match=r"vLLM 9\.9\.9 is installed"):
+        create({"method": "aasd"})
+    assert create({"method": "ngram", "num_speculative_tokens": 3}).speculative_config.method == "ngram"
+
+
+def test_register_never_raises(monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("vLLM has moved")
+
+    monkeypatch.setattr(configuration, "install", broken)
+    plugin.register()
+    assert "method 'aasd' isn't available" in caplog.text

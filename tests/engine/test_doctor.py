@@ -1,0 +1,97 @@
+"""The doctor, and the list of everything in vLLM that we rely on: what is there, and what a changed vLLM would lack."""
+
+import types
+
+import pytest
+
+from vllm_aasd import doctor
+from vllm_aasd.engine import configuration, diagnosis, patching, relied_on
+from vllm_aasd.engine.patching import Seam, SeamError
+from vllm_aasd.engine.relied_on import Members
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; its exit code and what it printed."""
+
+    def run_doctor():
+        with pytest.raises(SystemExit) as ended:
+            doctor.main([])
+        return ended.value.code, capsys.readouterr().out
+
+    return run_doctor
+
+
+@pytest.mark.parametrize("runner", relied_on.RUNNERS)
+def test_the_installed_vllm_is_as_we_know_it(runner):
+    assert relied_on.problems(relied_on.BOTH + relied_on.RUNNERS[runner]) == []
+    relied_on.check(runner)
+
+
+def test_everything_that_is_replaced_is_on_the_list():
+    replaced = {value for value in vars(patching).values() if isinstance(value, Seam)}
+    listed = {one for one in (*relied_on.BOTH, *relied_on.V1, *relied_on.V2) if isinstance(one, Seam)}
+    assert replaced and replaced <= listed
+
+
+def test_the_doctor_names_the_runner_that_will_be_chosen(run, monkeypatch):
+    monkeypatch.setattr(diagnosis, "chooses_v2", lambda: False)
+    code, said = run()
+    assert (
+        code == 0
+        and "aasd will run on vLLM's V1 model runner" in said
+        and "async_scheduling other than None or False" in said
+    )
+    monkeypatch.setattr(diagnosis, "chooses_v2", lambda: True)
+    code, said = run()
+    assert code == 0 and "aasd will run on vLLM's V2 model runner" in said and "aasd_memory other than 'off'" in said
+
+
+def test_a_missing_symbol_of_the_chosen_runner_is_fatal_and_named(run, monkeypatch):
+    import vllm.v1.worker.gpu.model_runner as host
+
+    monkeypatch.delattr(host, "init_speculator")
+    monkeypatch.setattr(diagnosis, "chooses_v2", lambda: True)
+    code, said = run()
+    assert code == 1
+    assert "vLLM has no vllm.v1.worker.gpu.model_runner.init_speculator any more" in said
+    assert "aasd can't work: vLLM's V2 model runner isn't as we know it" in said
+    with pytest.raises(SeamError, match=r"V2 model runner\): vLLM has no .*init_speculator any more"):
+        relied_on.check("V2")
+    monkeypatch.setattr(diagnosis, "chooses_v2", lambda: False)
+    assert run()[0] == 0, "the V1 runner doesn't need it"
+
+
+def test_an_unknown_version_is_fatal(run, monkeypatch):
+    monkeypatch.setattr(patching, "vllm_version", lambda: "0.34.1")
+    code, said = run()
+    assert code == 1 and "vLLM 0.34.1 is installed" in said
+
+
+def test_a_plugin_that_vllm_is_told_not_to_load_is_fatal(run, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    code, said = run()
+    assert code == 1 and "VLLM_PLUGINS=another" in said
+
+
+def test_v1_on_a_gpu_is_fatal(run, monkeypatch):
+    platform = types.SimpleNamespace(
+        is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda", device_type="cuda"
+    )
+    monkeypatch.setattr(configuration, "current_platform", platform)
+    monkeypatch.setattr(diagnosis, "chooses_v2", lambda: False)
+    code, said = run()
+    assert code == 1 and "on GPUs it needs vLLM's V2 model runner" in said
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (Members("vllm.v1.worker.gpu.states", "RequestState", ("total_len", "nothing")), "has no nothing any more"),
+        (Members("vllm.v1.worker.gpu.states", "Gone", ()), "has no vllm.v1.worker.gpu.states.Gone any more"),
+        (Members("vllm.v1.worker.gpu.input_batch", "InputBatch", ("idx_mapping", "gone")), "has no gone any more"),
+    ],
+)
+def test_a_missing_member_is_seen(members, message):
+    (problem,) = relied_on.problems((members,))
+    assert message in problem

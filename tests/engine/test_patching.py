@@ -1,0 +1,78 @@
+"""What we replace in vLLM: checked first, once or not at all, undone, and refused on a vLLM that we don't know."""
+
+import sys
+import types
+
+import pytest
+
+from vllm_aasd.engine import patching
+from vllm_aasd.engine.patching import Seam, SeamError
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A module like vLLM's, with two functions that we replace."""
+    module = types.ModuleType("host_of_seams")
+    module.first = lambda a, b, c=0: ("stock", a, b, c)
+    module.second = lambda a: ("stock", a)
+    monkeypatch.setitem(sys.modules, "host_of_seams", module)
+    return module
+
+
+FIRST = Seam("host_of_seams", "first", ("a", "b"))
+SECOND = Seam("host_of_seams", "second", ("a",))
+
+
+def ours(stock):
+    def replacement(a, *rest):
+        return ("ours", *stock(a, *rest)[1:])
+
+    replacement.__wrapped__ = stock
+    return replacement
+
+
+def test_replaced_once_and_undone(host):
+    stock = host.first
+    (replacement,) = patching.replace({FIRST: ours})
+    assert host.first(1, 2) == ("ours", 1, 2, 0)
+    assert patching.replace({FIRST: ours}) == []
+    assert host.first(1, 2) == ("ours", 1, 2, 0), "a second time must not wrap the first"
+    replacement.undo()
+    assert host.first is stock
+
+
+def test_undo_leaves_what_somebody_else_has_put_there(host):
+    (replacement,) = patching.replace({FIRST: ours})
+    host.first = another = lambda a, b: None
+    replacement.undo()
+    assert host.first is another
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Seam("host_of_seams", "third", ("a",)), "has no host_of_seams.third any more"),
+        (Seam("no_such_module_of_vllm", "x", ()), "has no no_such_module_of_vllm.x any more"),
+        (Seam("host_of_seams", "second", ("b",)), r"takes \('a',\), and we know it with \('b',\) first"),
+    ],
+)
+def test_all_or_nothing(host, broken, message):
+    stock = host.first
+    with pytest.raises(SeamError, match=message):
+        patching.replace({FIRST: ours, broken: ours})
+    assert host.first is stock
+
+
+def test_every_seam_of_the_installed_vllm_is_as_we_know_it():
+    known = [value for value in vars(patching).values() if isinstance(value, Seam)]
+    assert len(known) >= 4
+    for seam in known:
+        patching.check(seam)
+    patching.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0"])
+def test_an_unknown_version_is_refused(monkeypatch, version):
+    monkeypatch.setattr(patching, "vllm_version", lambda: version)
+    with pytest.raises(SeamError, match=rf"supports vLLM 0\.32\.\*, 0\.33\.\*, and vLLM {version} is installed"):
+        patching.check_version()

@@ -1,0 +1,103 @@
+"""The options of a request where vLLM takes it in, and in a worker that gets what should have been refused."""
+
+import inspect
+import logging
+import types
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine import request_options
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.v1.requests import V1Requests
+from vllm_aasd.verification.strict import StrictVerification
+
+# Another test of this process may have had vLLM load the plugin, whose replacement stays.
+STOCK = inspect.unwrap(SamplingParams.verify)
+
+
+@pytest.fixture
+def verify(monkeypatch):
+    """vLLM's check with ours on top, by a server's settings; None for another method."""
+    monkeypatch.setattr(SamplingParams, "verify", STOCK)
+    replacements = request_options.install()
+    assert len(replacements) == 1 and request_options.install() == []
+    monkeypatch.setattr(SamplingParams, "_validate_logprobs", lambda *args: None)
+    for check in ("logit_bias", "trace_replay", "stop_token_ids", "allowed_token_ids", "diffusion"):
+        monkeypatch.setattr(SamplingParams, f"_validate_{check}", lambda *args: None)
+    monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", lambda *args: None)
+
+    def check(server, **params):
+        config = types.SimpleNamespace(aasd=server) if server is not None else None
+        SamplingParams(**params).verify(None, config, None, None)
+
+    yield check
+    for replacement in replacements:
+        replacement.undo()
+    assert SamplingParams.verify is STOCK
+
+
+def test_a_bad_option_is_the_clients_error(verify):
+    with pytest.raises(ValueError, match=r"^aasd_floor=7 is not allowed: it takes a number from") as refusal:
+        verify(Settings(), extra_args={"aasd_floor": 7})
+    assert isinstance(refusal.value, VLLMValidationError) and refusal.value.parameter == "extra_args"
+
+
+def test_good_options_and_those_of_others_pass(verify):
+    verify(Settings())
+    verify(Settings(), extra_args={"kv_transfer_params": {"x": 1}})
+    verify(Settings(), extra_args={"aasd_verification": "strict", "mine": "x"})
+
+
+def test_vllms_own_checks_still_hold(verify):
+    with pytest.raises(VLLMValidationError, match="min_p"):
+        verify(Settings(), min_p=0.5, extra_args={"aasd_enabled": True})
+
+
+def test_other_methods_take_no_notice(verify):
+    verify(None, extra_args={"aasd_floor": 7})
+    config = types.SimpleNamespace(method="ngram")
+    SamplingParams(extra_args={"aasd_floor": 7}).verify(None, config, None, None)
+
+
+def admitted(settings, *options):
+    requests = V1Requests(settings, Faults())
+    params = [SamplingParams(extra_args=extra) for extra in options]
+    states = {str(number): types.SimpleNamespace(sampling_params=one) for number, one in enumerate(params)}
+    requests.admit(states, states)
+    return requests
+
+
+def test_a_worker_ignores_what_should_have_been_refused_and_says_so_once(caplog):
+    request_options._warn_once.cache_clear()
+    bad = {"aasd_floor": "secret", "aasd_enabled": False}
+    with caplog.at_level(logging.WARNING, "vllm.aasd"):
+        requests = admitted(Settings(), bad, {"aasd_verification": "strict"}, None, {"aasd_nonsense": [1]})
+    assert [requests[str(number)].policy.name for number in range(4)] == ["conditional", "strict", *2 * ["conditional"]]
+    assert requests.is_drafted("0"), "of a bad request nothing is followed, so that it is the server's own"
+    assert len(caplog.records) == 1 and "secret" not in caplog.text
+
+
+def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
+    requests = admitted(Settings(), {"aasd_floor": 0.5}, {"aasd_enabled": 0})
+    policy = requests["0"].policy
+    requests.admit(["0", "1"], {})
+    assert requests["0"].policy is policy and policy.floor == 0.5
+    assert requests.is_drafted("0") and not requests.is_drafted("1")
+    requests.forget(["1", "never seen"])
+    assert len(requests) == 1
+    requests.admit(["1"], {"1": types.SimpleNamespace(sampling_params=SamplingParams())})
+    assert requests.is_drafted("1"), "a later request may have that id"
+
+
+def test_requests_that_ask_for_nothing_have_the_servers_policy():
+    requests = admitted(Settings(verification="strict"), None, {"other": 1})
+    assert requests["0"].policy == requests["1"].policy == StrictVerification()
+
+
+def test_a_pooling_request_has_no_sampling_parameters():
+    requests = V1Requests(Settings(), Faults())
+    requests.admit(["p"], {"p": types.SimpleNamespace(sampling_params=None)})
+    assert requests["p"].stop_token_ids == []

@@ -1,0 +1,121 @@
+"""What a worker measures before it serves, on a clock of our own."""
+
+import types
+
+import pytest
+import torch
+
+from vllm_aasd.config import Settings, parameter_key
+from vllm_aasd.engine import startup
+from vllm_aasd.verification.policy import CollapseGuard, RelaxedPolicy
+from vllm_aasd.verification.registry import POLICIES
+
+
+class Device:
+    """A target whose forward pass takes 1 ms and 0.1 ms a token, its lm_head a given share of that."""
+
+    def __init__(self, lm_head_share, monkeypatch):
+        self.now = 0.0
+        self.sizes = []
+        self.lm_head_share = lm_head_share
+        monkeypatch.setattr(startup, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+    def forward(self, num_tokens):
+        self.sizes.append(num_tokens)
+        self.now += 1e-3 + 1e-4 * num_tokens
+        return torch.zeros(num_tokens + 3, 2)
+
+    def compute_logits(self, hidden_states):
+        self.now += self.lm_head_share * (1e-3 + 1e-4 * len(hidden_states))
+        return torch.zeros(len(hidden_states), 10)
+
+    def profile(self, max_tokens=64):
+        return startup.profile_steps(self.forward, self.compute_logits, max_tokens, 16, 4)
+
+
+def test_steps_are_timed_with_their_lm_head(monkeypatch):
+    profile = Device(0.5, monkeypatch).profile()
+    for num_tokens, seconds in profile.samples:
+        assert seconds == pytest.approx(1.5 * (1e-3 + 1e-4 * num_tokens))
+    assert {1, 2, 64} <= {num_tokens for num_tokens, _ in profile.samples}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_the_share_of_aligning_prompts_is_that_of_the_lm_head(share, monkeypatch):
+    assert Device(share, monkeypatch).profile().alignment_share == pytest.approx(share)
+
+
+def test_large_batches_are_not_run(monkeypatch):
+    device = Device(0.1, monkeypatch)
+    device.profile(max_tokens=100_000)
+    assert max(device.sizes) == 128
+
+
+def test_what_is_run_does_not_depend_on_the_clock(monkeypatch):
+    """With tensor parallelism, ranks that ran different numbers of steps would wait for each other for ever."""
+    sizes = []
+    for share in (0.1, 1e6):
+        device = Device(share, monkeypatch)
+        device.profile()
+        sizes.append(device.sizes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_rows_of_a_dummy_step_have_no_adapter(has_adapters):
+    """It leaves vLLM's dummy adapters of as many rows as requests, fewer than are asked for here."""
+    mapped = []
+    runner = types.SimpleNamespace(
+        lora_config=object() if has_adapters else None,
+        _dummy_run=lambda num_tokens: (torch.zeros(num_tokens, 2), None),
+        _set_active_loras=lambda *mapping: mapped.append(mapping),
+    )
+    assert startup.dummy_forward(runner, 5).shape == (5, 2)
+    assert mapped == [((0,) * 5, (0,) * 5, set())] * has_adapters
+
+
+class Model:
+    revision = None
+
+    def __init__(self, model):
+        self.model = model
+
+    def get_vocab_size(self):
+        return 7
+
+
+def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert startup.load_prior(Model(str(tmp_path))) is None
+    assert f"python -m vllm_aasd.prior {tmp_path}" in caplog.text
+
+
+def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    key = startup.model_key(str(tmp_path / "model"))
+    (tmp_path / f"prior-{key}.safetensors").write_bytes(b"nonsense")
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert startup.load_prior(Model(str(tmp_path / "model"))) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "serving without a prior" in caplog.text and "can't be read" in caplog.text
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_takes_its_parameters_from_the_settings(name):
+    """Each parameter from a setting of its own, told by a value that nothing else has."""
+    policy = POLICIES[name]
+    parameters = [*policy.ranges, "floor"] if issubclass(policy, RelaxedPolicy) else []
+    values = {one: policy.ranges.get(one, (0, 1))[1] - 0.01 * i for i, one in enumerate(parameters)}
+    keys = {parameter_key(name, one): value for one, value in values.items()}
+    made = startup.policy_of(Settings(verification=name, guard_limit=5.0, relax_sampling=True, **keys))
+    assert type(made) is policy
+    for one, value in values.items():
+        assert getattr(made, one) == value
+    if parameters:
+        assert made.collapse_guard == CollapseGuard(5.0, Settings().guard_memory, Settings().guard_cooldown)
+        assert made.relaxes(is_greedy=False)
+        assert startup.policy_of(Settings(verification=name, collapse_guard=False)).collapse_guard is None
+    else:
+        assert not made.relaxes(is_greedy=True)

@@ -1,0 +1,413 @@
+"""The V2 adapter against a fake of the runner's device state, in the orders in which schedulers call it."""
+
+import inspect
+import logging
+import types
+
+import pytest
+import torch
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+from aasd_testing.fake_v2 import (
+    BLOCK,
+    MAX_LEN,
+    MAX_TOKENS,
+    PROMPTS,
+    VOCAB,
+    WIDTH,
+    FakeRunner,
+    next_token,
+    serve,
+    target_alone,
+)
+from vllm_aasd.config import Settings
+from vllm_aasd.counters import Counters
+from vllm_aasd.engine import patching
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
+from vllm_aasd.engine.v2 import speculator as v2
+from vllm_aasd.engine.v2.counting import DeviceTimer, V2Counting
+from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
+from vllm_aasd.kernels.verify import policies
+from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID
+
+STRICT = {"verification": "strict"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pinned_memory(monkeypatch):
+    """vLLM takes a CPU for a device with memory that the host can pin; its own fallback does without."""
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
+
+
+@pytest.mark.parametrize("alignment", [True, "auto"])
+@pytest.mark.parametrize("chunk", [MAX_LEN, 3])
+def test_both_orders_emit_what_the_target_says_alone(chunk, alignment):
+    wanted = [target_alone(prompt) for prompt in PROMPTS]
+    runs = {}
+    for fillers in (False, True):
+        runner = FakeRunner(fillers=fillers, alignment=alignment, **STRICT)
+        assert serve(runner, PROMPTS, chunk) == wanted
+        runs[fillers] = runner
+    assert runs[True].accepted == runs[False].accepted, "the same drafts are accepted, with fillers or without"
+    assert sum(runs[True].accepted) > len(PROMPTS) * MAX_TOKENS / 4
+    assert runs[True].num_scheduled > runs[False].num_scheduled, "only asynchronous scheduling pays for fillers"
+
+
+@pytest.mark.parametrize("fillers", [False, True])
+def test_the_counters_hold_what_became_of_the_drafts(fillers):
+    runner = FakeRunner(fillers=fillers, alignment=True, **STRICT)
+    serve(runner, PROMPTS, chunk=3)
+    got = {(name, label): value for name, label, value in runner.speculator.counters.read()}
+    assert got["accepted_tokens", ""] == sum(runner.accepted)
+    drafted, lengths = got["draft_tokens", ""], got["draft_length", ""]
+    assert sum(runner.accepted) < drafted == lengths.sum
+    # Synchronously, all that is scheduled are drafts: the rest of what was fed are prompts, and the last token emitted.
+    if not fillers:
+        assert drafted == runner.num_scheduled - sum(map(len, PROMPTS)) - len(runner.accepted) + len(PROMPTS)
+    tenths = [label for name, label in got if name == "survival_tokens"]
+    assert sum(got["survival_tokens", tenth] for tenth in tenths) == drafted
+    assert sum(got["survival_accepted", tenth] for tenth in tenths) == sum(runner.accepted)
+    for tenth in tenths:
+        low, high = (float(bound) * got["survival_tokens", tenth] for bound in tenth.split("-"))
+        assert low - 1e-3 <= got["survival_promised", tenth] <= high + 1e-3
+    assert got["store_lookups", "hit"] > 0
+    assert sum(got["drafter_time_seconds", ""].counts) > 0 < sum(got["verifier_time_seconds", ""].counts)
+
+
+def test_a_device_is_timed_without_waiting_for_it(monkeypatch):
+    class Event:
+        passed = False
+
+        def __init__(self, device, enable_timing):
+            self.recorded = 0
+
+        def record(self):
+            self.recorded += 1
+
+        def query(self):
+            return Event.passed
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    monkeypatch.setattr(torch, "Event", Event)
+    seen = []
+    timer = DeviceTimer(torch.device("cuda"), Faults(), seen.append)
+    for _ in range(3):
+        with timer.measured():
+            pass
+    assert [event.recorded for event in timer._events] == [1, 1] and seen == [], "the device has not come to its end"
+    Event.passed = True
+    with timer.measured():
+        pass
+    assert seen == [0.25] and [event.recorded for event in timer._events] == [2, 2]
+
+
+def test_an_aborted_requests_slot_is_taken_over():
+    runner = FakeRunner(max_num_reqs=2, **STRICT)
+    outputs = serve(runner, PROMPTS, abort_after=3)
+    assert outputs[0] == target_alone(PROMPTS[0])[: len(outputs[0])] and len(outputs[0]) < MAX_TOKENS
+    assert outputs[1:] == [target_alone(prompt) for prompt in PROMPTS[1:]]
+
+
+def test_a_filler_is_never_accepted_even_by_the_loosest_bar():
+    loosest = {"alpha": 10.0, "beta": 0.0, "floor": 1e-4, "min_survival": 1.0, "collapse_guard": False}
+    runner = FakeRunner(max_num_reqs=1, **loosest)
+    # Nothing repeats, so nothing is drafted: every column is the last token again.
+    runner.add(0, [9, 10, 11], 8, SamplingParams(temperature=0.0, max_tokens=8))
+    runner.step([0])
+    assert runner.speculator._num_drafts[0] == 0 and runner.counts[0] == WIDTH
+    fillers = runner.drafts[0].clone()
+    assert set(fillers.tolist()) == {int(runner.tokens[0, 3])}
+    # A target that is undecided, and would rather say 1: under this bar any draft would pass.
+    undecided = torch.zeros(VOCAB)
+    undecided[1] = 0.5
+    runner.model.head.forward = lambda pairs: undecided.repeat(len(pairs), 1)
+    assert len(runner.step([0])[0]) == 1
+    runner.speculator._num_valid_drafts[0] = WIDTH
+    runner.drafts[0], runner.counts[0] = fillers, 2
+    assert len(runner.step([0])[0]) == 3, "had they been drafts"
+
+
+def test_no_draft_beyond_what_the_request_may_emit():
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    for max_tokens, longest in ((3, 1), (20, WIDTH)):
+        runner.add(0, prompt, max_tokens, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        runner.step([0])
+        assert runner.speculator._num_drafts[0] == longest, "of three, one is emitted, one comes without a draft"
+
+
+def test_the_store_holds_raw_predictions_by_kv_slot():
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[:2], chunk=3)
+    for slot, prompt in enumerate(PROMPTS[:2]):
+        # The last tokens emitted were never fed to the model.
+        tokens = (prompt + target_alone(prompt))[: int(runner.num_computed[slot])]
+        positions = torch.arange(len(tokens))
+        kv_slots = runner.blocks[slot, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        ids, probs, fresh = runner.speculator._store.read(torch.tensor(tokens), kv_slots)
+        assert fresh.all()
+        says = [next_token(before, last) for before, last in zip([0, *tokens], tokens, strict=False)]
+        assert ids[:, 0].tolist() == says
+        assert (probs[:, 0] > 0.9).all()
+
+
+def test_generated_positions_only_by_default():
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
+    serve(runner, PROMPTS[1:2])
+    prompt = PROMPTS[1]
+    positions = torch.arange(len(prompt))
+    kv_slots = runner.blocks[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
+    *_, fresh = runner.speculator._store.read(torch.tensor(prompt), kv_slots)
+    assert fresh.tolist() == [False] * (len(prompt) - 1) + [True]
+
+
+def test_logits_of_another_call_or_shape_are_not_stored():
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
+    before = runner.speculator._store.table.clone()
+    runner.model.compute_logits(torch.tensor([[1, 2]]))
+    runner.speculator._expected = torch.tensor([1], dtype=torch.int32), torch.tensor([0])
+    runner.speculator._store_sampled(torch.zeros(1, VOCAB // 2))
+    assert torch.equal(runner.speculator._store.table, before)
+    assert runner.speculator._expected is None
+
+
+def test_dummy_runs_touch_nothing():
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[:1])
+    speculator = runner.speculator
+    before = speculator._store.table.clone(), speculator._num_valid_drafts.clone()
+    batch = type("Batch", (), {"num_reqs": 2})()
+    rows = torch.zeros(5, 2, dtype=torch.int64)
+    calls = []
+    runner.model.head.register_forward_hook(lambda *args: calls.append(len(args[2])))
+    nothing = [None] * 8
+    drafts = speculator.propose(batch, None, None, rows, *nothing[:1], *nothing[:6], dummy_run=True, is_profile=True)
+    assert drafts.shape == (2, WIDTH) and int(drafts.abs().sum()) == 0
+    assert calls == [5], "the profiling run must see a chunk of logits"
+    assert torch.equal(speculator._store.table, before[0])
+    assert torch.equal(speculator._num_valid_drafts, before[1])
+
+
+def test_policies_and_stop_tokens_follow_the_slot():
+    runner = FakeRunner(max_num_reqs=2)
+    requests = runner.speculator.requests
+    runner.req_ids.update({0: "a", 1: "b"})
+    many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
+    assert requests.add_request(0, many) is False
+    requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
+    requests.apply_staged_writes()
+    assert requests.policies.rule.tolist() == [policies.STRICT, policies.CONDITIONAL]
+    assert requests.policies.parameters[1, policies.BETA] == Settings().beta
+    assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
+    assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
+    runner.req_ids[0] = "c"
+    requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
+    requests.apply_staged_writes()
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.CONDITIONAL]
+    assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
+
+
+def test_a_request_that_wants_no_speculation_gets_no_drafts():
+    for fillers in (False, True):
+        runner = FakeRunner(max_num_reqs=2, fillers=fillers, **STRICT)
+        prompt = [1, 2, *target_alone([1, 2], 12)]
+        off = SamplingParams(temperature=0.0, max_tokens=20, extra_args={"aasd_enabled": False})
+        for slot, params in enumerate((SamplingParams(temperature=0.0, max_tokens=20), off)):
+            runner.add(slot, prompt, 20, params)
+        emitted = [[], []]
+        for _ in range(5):
+            for slot, tokens in runner.step([0, 1]).items():
+                emitted[slot] += tokens
+            assert runner.speculator._num_valid_drafts[1] == 0
+            assert runner.counts[1] == (WIDTH if fillers else 0), "fillers are scheduled for all, or for none"
+        assert len(emitted[0]) > 5 == len(emitted[1])
+        wanted = target_alone(prompt, len(emitted[0]))
+        assert emitted == [wanted, wanted[:5]]
+        # Whoever comes next into its slot is sped up again.
+        runner.add(1, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+        runner.step([0, 1])
+        assert runner.speculator._num_valid_drafts[1] > 0
+
+
+def test_each_slot_has_the_policy_that_its_request_asked_for():
+    requests = FakeRunner(max_num_reqs=3, floor=0.25).speculator.requests
+    strict, tighter = {"aasd_verification": "strict"}, {"aasd_floor": 0.5, "aasd_alpha": 0}
+    for slot, options in enumerate((None, strict, tighter)):
+        requests.add_request(slot, SamplingParams(temperature=0.0, extra_args=options))
+    requests.apply_staged_writes()
+    asked = requests.policies
+    assert asked.rule.tolist() == [policies.CONDITIONAL, policies.STRICT, policies.CONDITIONAL]
+    assert asked.parameters[[0, 2], policies.FLOOR].tolist() == [0.25, 0.5]
+    assert asked.parameters[[0, 2], policies.ALPHA].tolist() == [pytest.approx(0.1), 0.0]
+    assert asked.parameters[[0, 2], policies.BETA].tolist() == [0.5, 0.5]
+    # Back to the server's own with the next request of the slot.
+    requests.add_request(2, SamplingParams(temperature=0.0))
+    requests.apply_staged_writes()
+    assert requests.policies.parameters[2, policies.FLOOR] == 0.25
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
+def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
+    name = {"logprobs": "relax_logprobs", "structured_outputs": "relax_structured"}[next(iter(asked))]
+    for settings, rule in (({}, policies.STRICT), ({name: True}, policies.CONDITIONAL)):
+        runner = FakeRunner(max_num_reqs=1, **settings)
+        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **asked))
+        runner.speculator.requests.apply_staged_writes()
+        assert runner.speculator.requests.policies.rule.tolist() == [rule]
+
+
+def test_a_budget_survives_preemption_and_ends_with_the_request():
+    """Drafts of 2 where the target, undecided, would rather say 1: each is a near-tie of 0.1 nats."""
+    runner = FakeRunner(max_num_reqs=2, verification="budget", budget_nats=0.25, collapse_guard=False)
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    undecided = torch.zeros(VOCAB)
+    undecided[[1, 2]] = torch.tensor([8.1, 8.0])
+    runner.model.head.forward = lambda pairs: undecided.repeat(len(pairs), 1)
+
+    def enter(slot, req_id):
+        runner.add(slot, [9, 10, 11], 40, params, req_id)
+        runner.step([slot])
+
+    def relaxed(slot):
+        runner.speculator._num_valid_drafts[slot] = 1
+        runner.drafts[slot, 0], runner.counts[slot] = 2, 1
+        return len(runner.step([slot])[slot]) - 1
+
+    enter(0, "a")
+    assert relaxed(0) == 1
+    # Preempted: another request takes the slot, and a comes back in the other one.
+    enter(0, "b")
+    enter(1, "a")
+    assert relaxed(1) == 1, "0.2 of 0.25"
+    assert relaxed(1) == 0, "the third is too much"
+    assert [relaxed(0), relaxed(0), relaxed(0)] == [1, 1, 0], "b has a budget of its own"
+    enter(1, "a")
+    assert relaxed(1) == 0, "nor does another preemption refill it"
+    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[], finished_req_ids={"a"}))
+    enter(1, "a")
+    assert relaxed(1) == 1, "once it has ended, the id is another request's"
+
+
+@pytest.mark.parametrize(
+    ("draft_logits", "kwargs"),
+    [
+        (torch.zeros(1, WIDTH, VOCAB), {}),
+        (None, {"synthetic_conditional_rates": torch.ones(WIDTH)}),
+        (None, {"use_block_verification": True}),
+        (None, {"use_fp64": True}),
+        (None, {"watermark_key": 7}),
+        (None, {"fly_window_size": 4}),
+    ],
+)
+def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
+    v2_verifier._say_once.cache_clear()
+    counters, faults = Counters("cpu"), Faults()
+    counting = V2Counting(counters, faults, 1, WIDTH, torch.device("cpu"))
+    verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None, faults, counting)
+    seen = {}
+    emitted = torch.tensor([[5, 7, -1]]), torch.tensor([2], dtype=torch.int32)
+
+    def stock(**call):
+        seen.update(call)
+        return emitted
+
+    # vLLM 0.33's parameters; 0.32 has fewer.
+    seam = patching.V2_REJECTION_SAMPLE
+    names = [*seam.parameters, *seam.further]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    stock.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
+    rows = [torch.zeros(3, VOCAB), draft_logits, torch.tensor([4, 5, 6]), torch.tensor([0, 3]), torch.arange(3)]
+    rows += [
+        torch.zeros(1).long(),
+        torch.zeros(3).long(),
+        torch.arange(3),
+        torch.zeros(1),
+        torch.zeros(1).long(),
+        WIDTH,
+    ]
+    sample = v2_verifier._dispatching(stock)
+    with verifier.active(), caplog.at_level(logging.WARNING, "vllm.aasd"):
+        assert sample(*rows, **kwargs) == emitted
+    assert counters.totals[:3].tolist() == [1, 1, 1], "drafts, their tokens, and accepted ones are counted all the same"
+    assert seen["draft_sampled"].tolist() == [4, 5, PLACEHOLDER_TOKEN_ID]
+    assert all(seen[name] is value for name, value in kwargs.items()) and len(seen) == len(rows) + len(kwargs)
+    assert "vLLM's own rejection sampler verifies" in caplog.text
+
+
+def test_what_vllm_hands_over_by_default_is_ours():
+    defaults = {"fly_window_size": 0, "fly_entropy_threshold": 0.3, "fly_entropy_top_k": 3, "use_fp64": False}
+    ours = dict.fromkeys(patching.V2_REJECTION_SAMPLE.parameters)
+    assert v2_verifier._foreign({**ours, **defaults, "synthetic_conditional_rates": None}) is None
+
+
+def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
+    replacements = v2.install()
+    try:
+        assert len(replacements) == 2 and v2.install() == []
+        import vllm.v1.worker.gpu.model_runner as host
+
+        with pytest.raises(AssertionError):
+            host.init_speculator(type("C", (), {"speculative_config": None})(), None, None)
+        assert v2_verifier._dispatching(lambda *args: args)(*range(11)) == tuple(range(11))
+    finally:
+        for replacement in replacements:
+            replacement.undo()
+    assert not hasattr(host.init_speculator, "__wrapped__")
+
+
+def test_fewer_draft_tokens_in_a_step_than_configured():
+    """`num_speculative_tokens_per_batch_size` and vLLM 0.33's skipped drafts lower it, to none at all."""
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    runner.add(0, prompt, 30, SamplingParams(temperature=0.0, max_tokens=30))
+    propose, launches = runner.speculator._propose, []
+    runner.speculator._propose = lambda **given: launches.append(propose(**given))
+    for width in (2, 0, WIDTH):
+        runner.width = width
+        runner.step([0])
+        assert runner.counts[0] == width
+    assert len(launches) == 2, "none where nothing is drafted"
+    tokens = runner.tokens[0, len(prompt) : int(runner.total_len[0])].tolist()
+    assert tokens == target_alone(prompt, len(tokens))
+
+
+def test_a_copied_block_takes_its_entries_along():
+    """vLLM's copy-on-write of a partly shared block goes by the tensors in `kv_caches`."""
+    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
+    serve(runner, PROMPTS[1:2])
+    table = runner.speculator._store.table
+    assert any(tensor is table for tensor in runner.kv_caches)
+    assert not torch.equal(table[0], table[20])
+    copy_kv_cache_blocks_inplace(runner.kv_caches, len(table), [KVCacheBlockCopy(0, 20)])
+    assert torch.equal(table[0], table[20])
+
+
+def test_placeholders_of_images_are_learnt_and_never_drafted():
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    prompt = [1, 2, *target_alone([1, 2], 18)]
+    image = PlaceholderRange(offset=1, length=3, is_embed=torch.tensor([True, False, True]))
+    feature = types.SimpleNamespace(mm_position=image)
+    told = types.SimpleNamespace(prompt_token_ids=[7, 31, 8, 31], mm_features=[feature])
+    runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
+    runner.step([0])
+    assert runner.counts[0] == WIDTH, "token 31 alone stands for the image"
+    draft = runner.drafts[0].tolist()
+    image = types.SimpleNamespace(mm_position=PlaceholderRange(offset=0, length=1))
+    told = types.SimpleNamespace(prompt_token_ids=[draft[2]], mm_features=[image])
+    fresh = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    fresh.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    fresh.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
+    fresh.step([0])
+    first = draft.index(draft[2])
+    assert fresh.counts[0] == first and fresh.drafts[0, :first].tolist() == draft[:first]
+    assert fresh.speculator._placeholders.before_first(draft) == draft[:first]
+    drafts, counts = torch.tensor([[4, draft[2], 6], [5, 4, 6]]), torch.tensor([3, 2], dtype=torch.int32)
+    fresh.speculator._placeholders.cut(drafts, counts)
+    assert drafts.tolist() == [[4, 0, 6], [5, 4, 6]] and counts.tolist() == [1, 2]

@@ -1,0 +1,96 @@
+"""Counting what became of drafts: the compiled loop and the Triton kernel against the plain twin."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_aasd.kernels import count
+from vllm_aasd.kernels.count import cpu as count_cpu
+from vllm_aasd.kernels.count import reference as count_reference
+
+WIDTH = 4
+
+
+def batch(seed, num_reqs, first_draft, id_dtype=torch.int32):
+    """A step of random drafts, some without any, some followed by fillers, with promises by slot."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=g)
+
+    columns = integers(0, WIDTH + 1, num_reqs)
+    real = (columns - integers(0, 3, num_reqs)).clamp(min=0)
+    accepted = torch.stack([integers(0, int(n) + 1, 1)[0] for n in real]) if num_reqs else columns
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), (columns + first_draft).cumsum(0)])
+    ids = torch.full((int(cu[-1]),), 7, dtype=id_dtype)
+    relaxed = torch.rand(len(ids), generator=g) < 0.5
+    for start, first, width in zip(cu.tolist(), real.tolist(), columns.tolist(), strict=False):
+        ids[start + first_draft + first : start + first_draft + width] = -1
+    survival = torch.rand(num_reqs + 3, WIDTH, generator=g)
+    # Bounds of the tenths, and tokens of which nothing was promised.
+    survival[survival < 0.1] = 0.5
+    survival[survival > 0.95] = 1.0
+    survival[(survival > 0.6) & (survival < 0.7)] = count.UNPROMISED
+    slots = torch.randperm(num_reqs + 3, generator=g)[:num_reqs]
+    regret = torch.where(relaxed, torch.rand(len(ids), generator=g), 0.0)
+    events = [torch.rand(num_reqs if seed % 2 else 0, generator=g) < 0.3 for _ in range(2)]
+    emitted = (accepted + 1).to(torch.int32)
+    return ids, cu.to(id_dtype), first_draft, emitted, slots, survival, relaxed, regret, *events
+
+
+def totals(op, *step):
+    counted = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
+    op(counted, *step)
+    return counted - 0.5
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), num_reqs=st.integers(0, 40), first_draft=st.sampled_from([0, 1]))
+def test_the_compiled_loop_counts_as_the_twin(seed, num_reqs, first_draft):
+    step = batch(seed, num_reqs, first_draft)
+    torch.testing.assert_close(totals(count_cpu.count_drafts, *step), totals(count_reference.count_drafts, *step))
+
+
+@pytest.mark.parametrize("first_draft", [0, 1])
+@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50, 51])
+def test_the_triton_kernel_counts_as_the_twin(interpreter, num_reqs, first_draft):
+    step = batch(num_reqs, num_reqs, first_draft, torch.int64)
+    want = totals(count_reference.count_drafts, *step)
+    counted = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
+    _, after = interpreter.run("vllm_aasd.kernels.count.triton:count_drafts", counted, *step)
+    torch.testing.assert_close(after[0] - 0.5, want)
+    expected = [place for place in range(count.LENGTHS + WIDTH) if place not in (count.EXHAUSTED, count.GUARDED)]
+    assert num_reqs < 50 or all(want[place] > 0 for place in expected)
+    assert num_reqs < 51 or want[count.EXHAUSTED] > 0 < want[count.GUARDED]
+
+
+def test_one_draft_by_hand():
+    step = (
+        torch.tensor([5, 6, 7, -1]),
+        torch.tensor([0, 0, 4]),
+        0,
+        torch.tensor([1, 3]),
+        torch.tensor([0, 1]),
+        torch.tensor([[0.9, 0.9, 0.9], [1.0, 0.45, 0.4]]),
+        torch.tensor([False, True, True, True]),
+        torch.tensor([0.0, 0.25, 0.5, 0.5]),
+        torch.tensor([False, True]),
+        torch.tensor([True, True]),
+    )
+    got = totals(count.count_drafts, *step)
+    want = torch.zeros(count.SIZE, dtype=torch.float64)
+    want[count.DRAFTS], want[count.DRAFT_TOKENS], want[count.ACCEPTED] = 1, 3, 2
+    want[count.RELAXED], want[count.REGRET], want[count.LENGTHS + 2] = 1, 0.25, 1
+    want[count.EXHAUSTED], want[count.GUARDED] = 1, 2
+    want[count.SURVIVAL_TOKENS + 9] = want[count.SURVIVAL_PROMISED + 9] = want[count.SURVIVAL_ACCEPTED + 9] = 1
+    want[count.SURVIVAL_TOKENS + 4], want[count.SURVIVAL_PROMISED + 4] = 2, 0.85
+    want[count.SURVIVAL_ACCEPTED + 4] = 1
+    torch.testing.assert_close(got, want)
+
+
+def test_a_wrong_shape_is_named():
+    step = list(batch(0, 3, 0))
+    step[1] = step[1][:-1]
+    with pytest.raises(ValueError, match="cu_num_rows has shape"):
+        count.count_drafts(torch.zeros(count.SIZE, dtype=torch.float64), *step)

@@ -1,0 +1,536 @@
+"""The device-resident drafter, interpreted, against its plain twin and against the CPU drafter."""
+
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from aasd_testing.drafts import assert_same_drafts
+from aasd_testing.prompts import real_prompts
+from vllm_aasd.drafting.drafter import (
+    DEFAULT_WEIGHTS,
+    MAX_MATCHES,
+    NO_ALIGNMENT,
+    NUM_ORDERS,
+    AlignmentView,
+    Drafter,
+)
+from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.common.mixture import MixtureWeights, Prior, no_memory
+from vllm_aasd.kernels.draft import reference as draft_reference
+from vllm_aasd.kernels.draft import triton as draft_triton
+from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.triton import TILE
+
+# For scores worked out by hand.
+ROUND = MixtureWeights(
+    theta=np.array([2, 1.5, 1, 1, 1, 1], np.float32),
+    alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
+    doubt=np.float32(1),
+    memory=np.zeros(4, np.float32),
+)
+POISON_ID, POISON_COUNT = -77, -99
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a runner holds for some requests: more slots than rows, in another order."""
+
+    all_token_ids: torch.Tensor
+    total_len: torch.Tensor
+    idx_mapping: torch.Tensor
+    table: torch.Tensor
+    block_tables: torch.Tensor
+    block_size: int
+    theta: torch.Tensor
+    alignment: torch.Tensor
+    doubt: torch.Tensor
+    memory_weights: torch.Tensor
+    prior_ids: torch.Tensor
+    prior_probs: torch.Tensor
+    runs: torch.Tensor
+    vocab_size: int
+    max_matches: int
+    min_survival: float
+    draft_limits: torch.Tensor
+    num_spec_tokens: int
+
+    def row(self, row):
+        """The batch that consists of one row."""
+        return replace(self, idx_mapping=self.idx_mapping[row : row + 1], draft_limits=self.draft_limits[row : row + 1])
+
+    def workspace(self):
+        """A workspace full of nonsense."""
+        top_k = (self.table.shape[1] - 1) // 2
+        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1], (self.runs.shape[1] - 2) // 2
+        return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
+
+    def drafts(self, op, workspace=None, lookups=None):
+        """The op's outputs, poisoned before the call; what it looked up is added to `lookups`."""
+        num_reqs = len(self.idx_mapping)
+        outputs = (
+            torch.full((num_reqs, self.num_spec_tokens), POISON_ID, dtype=torch.int64),
+            torch.full((num_reqs,), POISON_COUNT, dtype=torch.int32),
+            torch.full((num_reqs, self.num_spec_tokens), torch.nan),
+        )
+        inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
+        workspace = self.workspace() if workspace is None else workspace
+        op(*inputs, workspace, *outputs, torch.zeros(3, dtype=torch.int64) if lookups is None else lookups)
+        return outputs
+
+
+def batch_of(
+    contexts,
+    vocab_size,
+    num_spec_tokens=8,
+    top_k=0,
+    prior_top_k=0,
+    max_matches=4,
+    min_survival=0.0,
+    stale_share=0.2,
+    block_size=4,
+    seed=0,
+    weights=DEFAULT_WEIGHTS,
+    remembered=0,
+):
+    """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
+    rng = np.random.default_rng(seed)
+    num_reqs = len(contexts)
+    max_num_reqs, max_model_len = num_reqs + 3, -(-(max(map(len, contexts)) + 5) // 16) * 16
+    all_token_ids = rng.integers(0, vocab_size, (max_num_reqs, max_model_len)).astype(np.int32)
+    total_len = np.full(max_num_reqs, max_model_len, np.int32)
+    idx_mapping = rng.permutation(max_num_reqs)[:num_reqs]
+    for slot, context in zip(idx_mapping, contexts, strict=True):
+        all_token_ids[slot, : len(context)] = context
+        total_len[slot] = len(context)
+    max_blocks = -(-max_model_len // block_size)
+    block_tables = rng.permutation(max_num_reqs * max_blocks).reshape(max_num_reqs, max_blocks)
+    table = np.full((max_num_reqs * max_blocks * block_size if top_k else 0, 1 + 2 * top_k), -1, np.int32)
+    if top_k:
+        positions = np.arange(max_model_len)
+        slots = block_tables[:, positions // block_size] * block_size + positions % block_size
+        table[slots, 0] = all_token_ids + (rng.random(all_token_ids.shape) < stale_share)
+        table[:, 1 : 1 + top_k] = rng.integers(-1, vocab_size + 1, (len(table), top_k))
+        probs = rng.dirichlet(np.ones(top_k + 1), len(table))[:, :top_k].astype(np.float32)
+        table[:, 1 + top_k :] = probs.view(np.int32)
+    prior_ids = rng.integers(-1, vocab_size, (vocab_size if prior_top_k else 0, prior_top_k)).astype(np.int32)
+    return Batch(
+        torch.from_numpy(all_token_ids),
+        torch.from_numpy(total_len),
+        torch.from_numpy(idx_mapping),
+        torch.from_numpy(table),
+        torch.from_numpy(block_tables.astype(np.int32)),
+        block_size,
+        torch.from_numpy(weights.theta),
+        torch.from_numpy(weights.alignment),
+        torch.tensor([weights.doubt]),
+        torch.from_numpy(weights.memory),
+        torch.from_numpy(prior_ids),
+        torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
+        torch.from_numpy(random_runs(rng, contexts, vocab_size, remembered)),
+        vocab_size,
+        max_matches,
+        min_survival,
+        torch.full((num_reqs,), num_spec_tokens, dtype=torch.int32),
+        num_spec_tokens,
+    )
+
+
+def random_runs(rng, contexts, vocab_size, remembered):
+    """What was predicted behind every second run of the contexts, and behind some that aren't in them."""
+    if not remembered:
+        return no_memory()
+    runs = empty_memory(256, remembered)
+    for context in (*contexts, *random_contexts((20, 20), vocab_size, seed=99)):
+        length = len(context)
+        table = np.full((length, 1 + 2 * remembered), -1, np.int32)
+        table[::2, 0] = context[::2]
+        table[:, 1 : 1 + remembered] = rng.integers(-1, vocab_size + 1, (length, remembered))
+        probs = rng.dirichlet(np.ones(remembered + 1), length)[:, :remembered].astype(np.float32)
+        table[:, 1 + remembered :] = probs.view(np.int32)
+        if length:
+            draft_reference.remember(np.asarray(context), 0, length - 1, table, np.zeros(1, np.int32), length, runs)
+    return runs
+
+
+def random_contexts(lengths, vocab_size, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
+
+
+def interpreted(interpreter):
+    """The Triton path as an op: what it writes there is written here."""
+
+    def op(*args):
+        _, after = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", *args)
+        for ours, theirs in zip(args[-5:], after[-5:], strict=True):
+            ours.copy_(theirs)
+
+    return op
+
+
+def assert_equal(got, want):
+    for name, ours, twins in zip(("draft_token_ids", "num_drafts", "survival"), got, want, strict=True):
+        # The same bits: every sum is taken in the same order.
+        torch.testing.assert_close(ours, twins, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check(interpreter, batch):
+    """Compare the kernel with the twin, and return what they draft."""
+    looked_up, want_looked_up = torch.full((2, 3), 100)
+    got = batch.drafts(interpreted(interpreter), lookups=looked_up)
+    want = batch.drafts(draft_reference.draft_batch, lookups=want_looked_up)
+    assert looked_up.tolist() == want_looked_up.tolist()
+    assert (want[0] != POISON_ID).all() and (want[1] != POISON_COUNT).all() and not want[2].isnan().any()
+    assert_equal(got, want)
+    return got
+
+
+GRID = [
+    pytest.param(*case, marks=[] if short else [pytest.mark.long])
+    for case, short in [
+        ((num_spec_tokens, top_k, prior_top_k, max_matches), (i + j + 2 * p + m) % 4 == 0)
+        for i, num_spec_tokens in enumerate((1, 5, 8))
+        for j, top_k in enumerate((0, 2, 4))
+        for p, prior_top_k in enumerate((0, 3))
+        for m, max_matches in enumerate((1, 5, 32))
+    ]
+]
+
+
+@pytest.mark.parametrize(("num_spec_tokens", "top_k", "prior_top_k", "max_matches"), GRID)
+def test_kernel_drafts_what_the_twin_drafts(interpreter, num_spec_tokens, top_k, prior_top_k, max_matches):
+    contexts = random_contexts((0, 1, 2, 60), 3) + random_contexts((90,), 9)
+    remembered = (0, 3)[(num_spec_tokens + max_matches) % 2]
+    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches, remembered=remembered)
+    _, num_drafts, _ = check(interpreter, batch)
+    assert num_drafts[0] == 0 and num_drafts.max() == num_spec_tokens
+
+
+@pytest.mark.parametrize("length", [TILE, TILE + 1, TILE + 2, 2 * TILE + 1, 3 * TILE - 1])
+def test_lists_go_on_from_tile_to_tile(interpreter, length):
+    # About 6 matches of one token in a tile: the lists of low orders fill over several tiles, those of high
+    # orders hold the suffix's copies, one of which lies across the edge of two tiles.
+    context = random_contexts((length,), 160, seed=length)[0]
+    suffix = context[-5:]
+    for start in (0, 100, min(TILE - 3, length - 11), length // 2):
+        context[start : start + 5] = suffix
+    _, num_drafts, _ = check(interpreter, batch_of([context], 160, 3, 2, 0, max_matches=16, block_size=16))
+    assert num_drafts.tolist() == [3]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    contexts=st.lists(
+        st.one_of(
+            st.lists(st.integers(0, 2), max_size=40),
+            st.lists(st.integers(0, 9), max_size=40),
+            # Periodic: long matches, drafts that leave the context's end.
+            st.builds(
+                lambda period, times: period * times,
+                st.lists(st.integers(0, 4), max_size=9),
+                st.integers(1, 5),
+            ),
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    seed=st.integers(0, 2**31),
+    top_k=st.integers(0, 3),
+    prior_top_k=st.integers(0, 5),
+    remembered=st.integers(0, 4),
+    max_matches=st.integers(1, 7),
+    min_survival=st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, remembered, max_matches, min_survival):
+    sizes = 3, top_k, prior_top_k, max_matches, min_survival
+    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed, remembered=remembered))
+
+
+def test_rows_do_not_affect_each_other(interpreter):
+    batch = batch_of(random_contexts((40, 0, 1, 60), 3), 3, 3, 2, 3)
+    together = check(interpreter, batch)
+    for row in range(len(batch.idx_mapping)):
+        alone = batch.row(row).drafts(interpreted(interpreter))
+        assert_equal(alone, [output[row : row + 1] for output in together])
+
+
+def test_rows_keep_to_their_part_of_the_workspace(interpreter):
+    batch = batch_of(random_contexts((80, 80, 80), 3), 3, 3, 4, 3)
+    batch.draft_limits.copy_(torch.tensor([0, 3, 0]))
+    workspace = batch.workspace()
+    before = workspace.clone()
+    batch.drafts(interpreted(interpreter), workspace)
+    changed = (workspace != before).any(dim=1)
+    assert changed.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_row_without_a_slot_drafts_nothing(interpreter, dtype):
+    batch = batch_of(random_contexts((30, 30, 30), 3), 3, 2)
+    batch = replace(batch, idx_mapping=batch.idx_mapping.to(dtype))
+    batch.idx_mapping[1] = -1
+    draft_token_ids, num_drafts, survival = check(interpreter, batch)
+    assert num_drafts.tolist() == [2, 0, 2]
+    assert draft_token_ids[1].tolist() == [0, 0] and survival[1].tolist() == [0, 0]
+
+
+def test_limits_and_what_stands_past_them(interpreter):
+    context = [5, 6, 7, 8, 9, 1, 2, 5, 6]
+    batch = batch_of([context] * 5, 10, 3)
+    batch.draft_limits.copy_(torch.tensor([0, 1, 3, 9, -1]))
+    draft_token_ids, num_drafts, survival = check(interpreter, batch)
+    assert num_drafts.tolist() == [0, 1, 3, 3, 0]
+    full = [7, 8, 9]
+    assert draft_token_ids.tolist() == [[6, 6, 6], [7, 6, 6], full, full, [6, 6, 6]]
+    assert (survival[0] == 0).all() and survival[1, 0] > 0 and (survival[1, 1:] == 0).all()
+
+
+def test_the_scores_of_an_example_worked_out_by_hand(interpreter):
+    # The last token 1 stood at positions 0 and 3, before 2 and 4; nothing longer matches. theta_1 is 2, so
+    # w = 2 / 4 and each match has a share of 1/4; the entry at position 3 is fresh and takes 0.7 of it.
+    batch = batch_of([[1, 2, 3, 1, 4, 1]], 10, 1, top_k=1, prior_top_k=2, block_size=2, weights=ROUND)
+    slot = int(batch.idx_mapping[0])
+    batch.table[:, 0] = 8
+    at_3 = int(batch.block_tables[slot, 1]) * 2 + 1
+    batch.table[at_3] = torch.tensor([1, 2, int(np.float32(0.5).view(np.int32))])
+    batch.prior_ids[1] = torch.tensor([4, 7])
+    batch.prior_probs[1] = torch.tensor([0.1, 0.5])
+    # 2: 1/4 + 1/4 * 0.7 * 0.5 = 0.3375. 4: 1/4 * 0.3 + 1/2 * 0.1 = 0.125. 7: 1/2 * 0.5 = 0.25.
+    draft_token_ids, _, survival = check(interpreter, batch)
+    assert draft_token_ids.tolist() == [[2]]
+    assert survival.item() == pytest.approx(0.3375, rel=1e-6)
+    batch.table[at_3, 0] = 3
+    # Stale now: 2 has 1/4, 4 has 1/4 + 1/2 * 0.1.
+    draft_token_ids, _, survival = check(interpreter, batch)
+    assert draft_token_ids.tolist() == [[4]]
+    assert survival.item() == pytest.approx(0.3, rel=1e-6)
+    batch.doubt[0] = 2
+    # No match has a stored distribution, so w = 2 / (2 + 2 * 2), and 7 has 2/3 * 0.5 from the prior.
+    draft_token_ids, _, survival = check(interpreter, batch)
+    assert draft_token_ids.tolist() == [[7]]
+    assert survival.item() == pytest.approx(1 / 3, rel=1e-6)
+    batch.table[at_3, 0] = 1
+    # One of two has one: w = 2 / (2 + 2 * 1.5). 7: 3/5 * 0.5. 2: 1/5 + 1/5 * 0.7 * 0.5 = 0.27.
+    draft_token_ids, _, survival = check(interpreter, batch)
+    assert draft_token_ids.tolist() == [[7]]
+    assert survival.item() == pytest.approx(0.3, rel=1e-6)
+
+
+def test_of_equal_scores_the_latest_position_wins(interpreter):
+    batch = batch_of([[1, 2, 0, 1, 3, 0, 1, 4, 0, 1]], 10, 1)
+    assert check(interpreter, batch)[0].tolist() == [[4]]
+
+
+def test_of_equal_scores_the_latest_position_wins_among_many(interpreter):
+    # 300 matches of one token, each before another one: more candidates than are scored at once.
+    pairs = [token for successor in range(2, 302) for token in (1, successor)]
+    batch = batch_of([[*pairs, 1]], 400, 1, prior_top_k=1, max_matches=512)
+    batch.prior_ids[1], batch.prior_probs[1] = 350, 0.1
+    assert check(interpreter, batch)[0].tolist() == [[301]]
+    # 2 / 302 of the weight is the prior's, 1 / 302 that of each match.
+    batch.prior_probs[1] = 0.6
+    assert check(interpreter, batch)[0].tolist() == [[350]], "the last vote of all can win"
+
+
+def test_stale_predictions_do_not_count(interpreter):
+    contexts = random_contexts((50, 70), 4)
+    stale = batch_of(contexts, 4, 4, top_k=3, stale_share=1.1)
+    without = batch_of(contexts, 4, 4)
+    assert_equal(check(interpreter, stale), without.drafts(interpreted(interpreter)))
+    fresh = batch_of(contexts, 4, 4, top_k=3, stale_share=0)
+    assert not torch.equal(check(interpreter, fresh)[2], check(interpreter, stale)[2])
+
+
+@pytest.mark.parametrize("block", [-1, 10**6, 2**31 - 1])
+def test_blocks_outside_the_table_hold_no_prediction(interpreter, block):
+    contexts = random_contexts((50,), 4)
+    outside = batch_of(contexts, 4, 3, top_k=2, stale_share=0)
+    outside.block_tables.fill_(block)
+    assert_equal(check(interpreter, outside), batch_of(contexts, 4, 3).drafts(interpreted(interpreter)))
+
+
+def test_ids_outside_the_vocabulary_are_never_drafted(interpreter):
+    contexts = [[1, 4, 2, 1], [900, 900, 900], [3, 1, 900, 3]]
+    draft_token_ids, num_drafts, _ = check(interpreter, batch_of(contexts, 4, 4))
+    assert num_drafts.tolist() == [0, 0, 1]
+    assert draft_token_ids[2, 0] == 1
+    assert draft_token_ids[1].tolist() == [900] * 4, "the filler is the context's own last token"
+
+
+def test_a_token_that_the_prior_does_not_hold_has_no_successors(interpreter):
+    batch = batch_of([[1, 900], [900, 1]], 4, 2, prior_top_k=3)
+    # What lies behind the prior in memory would pass for a row of it.
+    ids, probs = torch.full((1000, 3), 2, dtype=torch.int32), torch.full((1000, 3), 0.3)
+    ids[:4], probs[:4] = batch.prior_ids, batch.prior_probs
+    batch = replace(batch, prior_ids=ids[:4], prior_probs=probs[:4])
+    draft_token_ids, num_drafts, _ = check(interpreter, batch)
+    assert num_drafts.tolist()[0] == 0 and num_drafts[1] > 0
+    assert draft_token_ids[0].tolist() == [900, 900]
+
+
+def test_a_position_before_the_context_matches_nothing(interpreter):
+    # Slots lie one after the other in memory: the end of another context must not lengthen a match.
+    batch = batch_of([[1, 2, 1]], 10, 1, weights=ROUND)
+    slot = int(batch.idx_mapping[0])
+    batch.all_token_ids[:, -1] = 2
+    batch.all_token_ids[slot, :5] = torch.tensor([1, 2, 3, 2, 1])
+    batch.total_len[slot] = 5
+    # Order 1 alone, one match: 1 / (1 + theta_1).
+    assert check(interpreter, batch)[2].item() == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_survival_stops_a_draft(interpreter):
+    contexts = random_contexts((60, 60), 3)
+    _, all_drafts, survival = check(interpreter, batch_of(contexts, 3, 8, 2, 3))
+    bar = float(survival[0, 2])
+    _, num_drafts, _ = check(interpreter, batch_of(contexts, 3, 8, 2, 3, min_survival=bar))
+    assert all_drafts.tolist() == [8, 8]
+    assert num_drafts.tolist() == (survival >= bar).sum(dim=1).tolist()
+    assert num_drafts[0] == 3
+
+
+def test_an_empty_batch_is_nothing_to_do(interpreter):
+    batch = batch_of([[1, 2, 1]], 10)
+    empty = replace(batch, idx_mapping=batch.idx_mapping[:0], draft_limits=batch.draft_limits[:0])
+    assert [len(output) for output in check(interpreter, empty)] == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def texts(demo_model):
+    """Real prompts in the demo model's tokens."""
+    tokenizer = Tokenizer.from_file(os.path.join(demo_model, "tokenizer.json"))
+    return [np.array(tokenizer.encode(prompt).ids, np.int32) for prompt in real_prompts(8, max_chars=1600)]
+
+
+def real_batch(contexts, min_survival):
+    """A batch whose stored predictions are right about every second time, as a model's are."""
+    vocab_size, top_k = 49152, 4
+    sizes = 8, top_k, 8, MAX_MATCHES, min_survival
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, remembered=4)
+    rng = np.random.default_rng(1)
+    for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
+        positions = np.arange(len(context) - 1)
+        slots = batch.block_tables[slot, positions // 16].long() * 16 + torch.from_numpy(positions % 16)
+        right = rng.random(len(positions)) < 0.5
+        predicted = np.where(right, context[1:], rng.permutation(context)[:-1])
+        batch.table[slots, 1] = torch.from_numpy(predicted.astype(np.int32))
+    return batch
+
+
+def cpu_drafts(drafter, batch, row):
+    slot = int(batch.idx_mapping[row])
+    context = batch.all_token_ids[slot, : int(batch.total_len[slot])].numpy()
+    view = AlignmentView(batch.table.numpy(), batch.block_tables[slot].numpy(), batch.block_size)
+    return drafter.draft(str(slot), context, view, batch.num_spec_tokens)
+
+
+@pytest.mark.parametrize(
+    ("first", "num_steps", "min_survival"),
+    [(0, 3, 0.03), pytest.param(3, 12, 0.02, marks=pytest.mark.long)],
+)
+def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_survival):
+    """Against the CPU drafter, which keeps an index; the workspace is never cleared."""
+    batch = real_batch(texts[first : first + 3], min_survival)
+    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy(), batch.runs.numpy())
+    drafter = Drafter(batch.vocab_size, batch.num_spec_tokens, min_survival, prior)
+    workspace = batch.workspace()
+    full_len = batch.total_len.clone()
+    num_equal = total = 0
+    for step in range(num_steps):
+        batch.total_len.copy_(full_len - 40 + 3 * step)
+        outputs = batch.drafts(interpreted(interpreter), workspace)
+        assert_equal(outputs, batch.drafts(draft_reference.draft_batch))
+        for row, count in enumerate(outputs[1].tolist()):
+            ours = outputs[0][row, :count].tolist(), outputs[2][row, :count].tolist()
+            theirs = tuple(values.tolist() for values in cpu_drafts(drafter, batch, row))
+            num_equal += assert_same_drafts(ours, theirs, min_survival)
+            total += count
+    assert num_equal >= 0.9 * 3 * num_steps, "near ties are rare in real prompts"
+    assert total >= 2 * num_steps, "these prompts hold something to draft"
+
+
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [(topics["specialnames"], "the"), (inspect.getsource(textwrap), " " * NUM_ORDERS)],
+    ids=["prose", "code"],
+)
+def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
+    """Bytes as tokens, up to an ending that has more matches of low orders, or of all, than vote."""
+    text = text[: text.rindex(ending, 0, 6 * TILE) + len(ending)]
+    assert text.count(ending) > MAX_MATCHES + 1
+    context = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES)
+    draft_token_ids, num_drafts, survival = check(interpreter, batch)
+    drafter = Drafter(256, 2, 0.0)
+    ids, alive = drafter.draft("a", context, NO_ALIGNMENT, 2)
+    count = int(num_drafts[0])
+    assert count == 2
+    assert_same_drafts((draft_token_ids[0].tolist(), survival[0].tolist()), (ids.tolist(), alive.tolist()), 0.0)
+
+
+def test_cpu_tensors_get_the_twin():
+    batch = batch_of(random_contexts((50,), 3), 3)
+    assert_equal(batch.drafts(draft_batch), batch.drafts(draft_reference.draft_batch))
+    assert backend("draft", "cpu") is draft_reference
+
+
+def test_gpu_tensors_get_the_triton_path(interpreter):
+    assert backend("draft", "cuda") is draft_triton
+    assert interpreter.call("aasd_testing.interpreter:backend_name", "draft") == "vllm_aasd.kernels.draft.triton"
+
+
+def test_the_op_loads_triton_only_where_it_runs():
+    code = "import sys, vllm_aasd.kernels.draft.batch; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("all_token_ids", torch.zeros(4, 16), "all_token_ids has dtype torch.float32"),
+        ("all_token_ids", torch.zeros((16, 4), dtype=torch.int32).T, "all_token_ids has stride 4"),
+        ("total_len", torch.zeros(3, dtype=torch.int32), r"total_len has shape \(3,\), expected \(4,\)"),
+        ("idx_mapping", torch.zeros(1), "idx_mapping has dtype"),
+        ("table", torch.zeros((8, 4), dtype=torch.int32), r"table has shape \(8, 4\)"),
+        ("table", torch.zeros((9, 5), dtype=torch.int32), "table has 9 rows, expected whole blocks of 4"),
+        ("block_tables", torch.zeros((2, 8), dtype=torch.int32), r"block_tables has shape \(2, 8\)"),
+        ("block_tables", torch.zeros((4, 3), dtype=torch.int32), "block_tables has 3 columns of 4 positions"),
+        ("block_size", 0, "block_size is 0, must be at least 1"),
+        ("theta", torch.zeros(0), "theta has no entries"),
+        ("alignment", torch.zeros(2), r"alignment has shape \(2,\), expected \(6,\)"),
+        ("prior_probs", torch.zeros(3, 3), "prior_probs has shape"),
+        ("memory_weights", torch.zeros(3), r"memory_weights has shape \(3,\), expected \(4,\)"),
+        ("runs", torch.zeros((3, 4), dtype=torch.int32), r"runs has shape \(3, 4\)"),
+        ("runs", torch.zeros((4, 5), dtype=torch.int32), r"runs has shape \(4, 5\)"),
+        ("runs", torch.zeros((0, 4), dtype=torch.int32), r"runs has shape \(0, 4\)"),
+        ("runs", torch.zeros((4, 4)), "runs has dtype torch.float32"),
+        ("vocab_size", 0, "vocab_size is 0, must be at least 1"),
+        ("max_matches", 0, "max_matches is 0, must be at least 1"),
+        ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),
+    ],
+)
+def test_a_wrong_argument_is_named(field, value, message):
+    batch = batch_of([[1, 2, 1]], 10, 2, 2, 3)
+    workspace = batch.workspace()
+    with pytest.raises(ValueError, match=message):
+        replace(batch, **{field: value}).drafts(draft_batch, workspace)
+
+
+def test_a_workspace_of_another_size_is_refused():
+    batch = batch_of([[1, 2, 1]], 10, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"workspace has shape \(1, 5\), expected \(at least 1, "):
+        batch.drafts(draft_batch, torch.zeros((1, 5), dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"workspace has shape \(0, "):
+        batch.drafts(draft_batch, batch.workspace()[:0])

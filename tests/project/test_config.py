@@ -1,0 +1,94 @@
+"""The settings: what is accepted, what is refused and with which words, and where they are documented."""
+
+import dataclasses
+import pathlib
+from typing import get_args
+
+import pytest
+
+from vllm_aasd import config
+from vllm_aasd.config import Settings
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def test_defaults_are_valid_and_survive_parsing():
+    defaults = Settings()
+    given = {config.PREFIX + name: value for name, value in dataclasses.asdict(defaults).items()}
+    assert Settings.parse(given) == defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("aasd_draft", "eagle", "'mixture' or 'ngram'"),
+        ("aasd_draft", True, "'mixture' or 'ngram'"),
+        ("aasd_min_survival", -0.1, "a number from 0 to 1"),
+        ("aasd_min_survival", 1.5, "a number from 0 to 1"),
+        ("aasd_min_survival", "0.5", "a number from 0 to 1"),
+        ("aasd_min_survival", float("nan"), "a number from 0 to 1"),
+        ("aasd_min_survival", True, "a number from 0 to 1"),
+        ("aasd_draft_length", "long", "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", 0, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", 4.0, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_draft_length", True, "'adaptive' or an integer from 1 to 128"),
+        ("aasd_prior", "auto", "true or false"),
+        ("aasd_memory", True, "'off' or 'process' or 'file'"),
+        ("aasd_memory", "/tmp/x", "'off' or 'process' or 'file'"),
+        ("aasd_alignment", 1, "'auto' or true or false"),
+        ("aasd_alignment", "yes", "'auto' or true or false"),
+        ("aasd_alignment", None, "'auto' or true or false"),
+        ("aasd_top_k", 0, "an integer from 1 to 8"),
+        ("aasd_top_k", 2.0, "an integer from 1 to 8"),
+        ("aasd_top_k", True, "an integer from 1 to 8"),
+        ("aasd_verification", "lossy", "'strict' or 'conditional' or 'typical' or 'fly' or 'budget'"),
+        ("aasd_alpha", -1e-9, "a number from 0 to 10"),
+        ("aasd_beta", float("inf"), "a number from 0 to 2"),
+        ("aasd_floor", 0, "a number from 0.0001 to 1"),
+        ("aasd_floor", 1.01, "a number from 0.0001 to 1"),
+        ("aasd_typical_epsilon", 1.01, "a number from 0 to 1"),
+        ("aasd_fly_window", 0, "an integer from 1 to 127"),
+        ("aasd_fly_window", 2.5, "an integer from 1 to 127"),
+        ("aasd_fly_threshold", 2, "a number from 0 to 1.1"),
+        ("aasd_budget_nats", -0.1, "a number from 0 to 10000"),
+        ("aasd_budget_per_step", 129, "an integer from 0 to 128"),
+        ("aasd_budget_floor", 0, "a number from 0.0001 to 1"),
+        ("aasd_guard_limit", 0.9, "a number from 1 to 100"),
+        ("aasd_collapse_guard", 1, "true or false"),
+        ("aasd_relax_sampling", "yes", "true or false"),
+    ],
+)
+def test_a_refusal_names_the_key_the_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(ValueError) as refusal:
+        Settings.parse({key: value})
+    assert str(refusal.value) == f"{key}={value!r} is not allowed: it takes {allowed}."
+
+
+def test_integers_are_numbers():
+    assert Settings.parse({"aasd_min_survival": 0, "aasd_beta": 2}) == Settings(min_survival=0.0, beta=2.0)
+
+
+def test_a_word_may_stand_beside_a_number_or_a_switch():
+    given = {"aasd_draft_length": 5, "aasd_alignment": False}
+    assert Settings.parse(given) == Settings(draft_length=5, alignment=False)
+
+
+def test_a_typo_is_refused_with_the_nearest_key():
+    with pytest.raises(ValueError, match=r"Unknown setting 'aasd_topk'\. Did you mean 'aasd_top_k'\? Known: "):
+        Settings.parse({"aasd_topk": 2})
+
+
+def test_every_setting_is_typed_documented_and_ranged():
+    for field in dataclasses.fields(Settings):
+        metadata = field.metadata
+        kinds = set(get_args(field.type) or (field.type,))
+        assert kinds <= {str, bool, int, float}
+        assert metadata["doc"].endswith(".")
+        assert (str in kinds) == bool(metadata["choices"]), field.name
+        assert bool(kinds & {int, float}) == bool(metadata["within"]), field.name
+
+
+def test_the_readme_holds_the_table_that_the_code_draws():
+    assert config.settings_table() in README.read_text(), (
+        "write the output of `python -c 'from vllm_aasd.config import *; print(settings_table())'` to README.md"
+    )

@@ -1,0 +1,208 @@
+"""What a request may ask for: how its options are read, and that `stricter` means what it says."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine.startup import policy_of
+from vllm_aasd.kernels.verify import verify
+from vllm_aasd.overrides import looser_than, with_overrides
+from vllm_aasd.verification.batch import PolicyBatch
+
+ANY = Settings(allow_request_override="any")
+STRICT = Settings(verification="strict")
+
+
+def test_a_request_without_options_of_ours_has_the_servers_settings_themselves():
+    assert with_overrides(ANY, {}) is ANY
+    assert with_overrides(ANY, {"kv_transfer_params": {}, "session_id": "x", "AASD_floor": 1}) is ANY
+
+
+def test_options_are_the_servers_settings_by_the_same_names():
+    options = {
+        "aasd_verification": "conditional",
+        "aasd_alpha": 0,
+        "aasd_beta": 0.25,
+        "aasd_floor": 0.125,
+        "other": None,
+    }
+    wanted = dataclasses.replace(ANY, alpha=0.0, beta=0.25, floor=0.125)
+    assert with_overrides(ANY, options) == wanted
+    assert with_overrides(
+        Settings(verification="strict", allow_request_override="any"), options
+    ) == dataclasses.replace(wanted, allow_request_override="any")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(True, True), (False, False), (1, True), (0, False), ("true", True), ("false", False)],
+)
+def test_switches_may_come_as_http_front_ends_write_them(value, wanted):
+    assert with_overrides(ANY, {"aasd_enabled": value}).enabled is wanted
+
+
+@pytest.mark.parametrize("value", [2, -1, 1.0, "True", "yes", "1", "", None, [1]])
+def test_nothing_else_is_a_switch(value):
+    with pytest.raises(ValueError) as refusal:
+        with_overrides(ANY, {"aasd_enabled": value})
+    assert str(refusal.value) == f"aasd_enabled={value!r} is not allowed: it takes true or false."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("aasd_verification", "lossy", "'strict' or 'conditional' or 'typical' or 'fly' or 'budget'"),
+        ("aasd_verification", 0, "'strict' or 'conditional' or 'typical' or 'fly' or 'budget'"),
+        ("aasd_fly_window", 1.5, "an integer from 1 to 127"),
+        ("aasd_budget_nats", -1, "a number from 0 to 10000"),
+        ("aasd_alpha", "0.1", "a number from 0 to 10"),
+        ("aasd_alpha", [0.1], "a number from 0 to 10"),
+        ("aasd_alpha", {}, "a number from 0 to 10"),
+        ("aasd_beta", float("nan"), "a number from 0 to 2"),
+        ("aasd_beta", 10**30, "a number from 0 to 2"),
+        ("aasd_floor", 0, "a number from 0.0001 to 1"),
+        ("aasd_floor", True, "a number from 0.0001 to 1"),
+    ],
+)
+def test_refusals_are_in_the_servers_words(key, value, allowed):
+    with pytest.raises(ValueError) as refusal:
+        with_overrides(ANY, {key: value})
+    assert str(refusal.value) == f"{key}={value!r} is not allowed: it takes {allowed}."
+    with pytest.raises(ValueError) as of_the_server:
+        Settings.parse({key: value})
+    assert str(refusal.value) == str(of_the_server.value)
+
+
+def test_unknown_options_and_the_servers_own_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^Unknown request option 'aasd_flor'\. Did you mean 'aasd_floor'\? Known: aasd_a"
+    ):
+        with_overrides(ANY, {"aasd_flor": 0.5})
+    for field in dataclasses.fields(Settings):
+        if not field.metadata["looser"]:
+            with pytest.raises(ValueError, match=rf"^Unknown request option 'aasd_{field.name}'\."):
+                with_overrides(ANY, {f"aasd_{field.name}": field.default})
+
+
+def test_a_parameter_needs_its_rule():
+    with pytest.raises(ValueError) as refusal:
+        with_overrides(STRICT, {"aasd_floor": 0.5})
+    text = "aasd_floor=0.5 is not allowed: it takes effect only with aasd_verification='conditional'."
+    assert str(refusal.value) == text
+    with pytest.raises(ValueError, match="takes effect only with"):
+        with_overrides(ANY, {"aasd_verification": "budget", "aasd_floor": 0.5})
+
+
+def test_no_means_nothing_at_all():
+    server = Settings(allow_request_override="no")
+    for key, value in {"aasd_enabled": False, "aasd_verification": "conditional", "aasd_floor": 1.0}.items():
+        with pytest.raises(ValueError) as refusal:
+            with_overrides(server, {key: value})
+        text = f"{key}={value!r} is not allowed: the server's aasd_allow_request_override is 'no'."
+        assert str(refusal.value) == text
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "looser"),
+    [
+        (Settings(), {"aasd_alpha": 0.2}, "alpha"),
+        (Settings(), {"aasd_beta": 0.4}, "beta"),
+        (Settings(), {"aasd_floor": 0.2}, "floor"),
+        (Settings(), {"aasd_relax_sampling": 1}, "relax_sampling"),
+        (Settings(), {"aasd_relax_structured": True}, "relax_structured"),
+        (Settings(), {"aasd_relax_logprobs": True}, "relax_logprobs"),
+        (Settings(), {"aasd_collapse_guard": False}, "collapse_guard"),
+        (Settings(), {"aasd_guard_limit": 2}, "guard_limit"),
+        (Settings(), {"aasd_guard_memory": 8}, "guard_memory"),
+        (Settings(), {"aasd_guard_cooldown": 8}, "guard_cooldown"),
+        (Settings(), {"aasd_verification": "typical"}, "verification"),
+        (Settings(verification="budget"), {"aasd_budget_nats": 3}, "budget_nats"),
+        (Settings(verification="budget"), {"aasd_budget_nats": 0, "aasd_budget_cap": 0.1}, None),
+        (Settings(verification="fly"), {"aasd_fly_window": 5}, "fly_window"),
+        (Settings(verification="fly"), {"aasd_fly_window": 7, "aasd_collapse_guard": True}, None),
+        # Stricter in one parameter doesn't make up for another.
+        (Settings(), {"aasd_alpha": 0.0, "aasd_floor": 0.29}, "floor"),
+        (STRICT, {"aasd_verification": "conditional"}, "verification"),
+        (STRICT, {"aasd_verification": "conditional", "aasd_floor": 1.0, "aasd_beta": 2.0}, "verification"),
+        (Settings(), {"aasd_enabled": 0}, None),
+        (Settings(enabled=False), {"aasd_enabled": 1}, None),
+        (Settings(), {"aasd_verification": "strict"}, None),
+        (STRICT, {"aasd_verification": "strict"}, None),
+        (Settings(), {"aasd_alpha": 0.1, "aasd_beta": 0.5, "aasd_floor": 0.3, "aasd_relax_sampling": 0}, None),
+        (Settings(), {"aasd_alpha": 0.0, "aasd_beta": 0.6, "aasd_floor": 0.4}, None),
+        (Settings(relax_sampling=True), {"aasd_relax_sampling": "false"}, None),
+    ],
+)
+def test_by_default_a_request_may_be_no_looser_than_the_server(server, options, looser):
+    relaxed = with_overrides(dataclasses.replace(server, allow_request_override="any"), options)
+    assert looser_than(relaxed, server) == looser
+    if looser is None:
+        assert with_overrides(server, options) == dataclasses.replace(relaxed, allow_request_override="stricter")
+        return
+    with pytest.raises(ValueError) as refusal:
+        with_overrides(server, options)
+    asked, own = getattr(relaxed, looser), getattr(server, looser)
+    assert str(refusal.value) == (
+        f"aasd_{looser}={asked!r} is not allowed: it is looser than the server's own {own!r}, and its "
+        "aasd_allow_request_override is 'stricter'."
+    )
+
+
+GRIDS = {
+    "conditional": {"alpha": (0.0, 0.1, 0.3), "beta": (0.2, 0.5, 1.5), "floor": (0.05, 0.3)},
+    "typical": {"typical_epsilon": (0.05, 0.2, 0.5), "typical_delta": (0.1, 0.4, 1.0), "typical_floor": (0.01, 0.2)},
+    "fly": {"fly_window": (1, 2, 3), "fly_threshold": (0.1, 0.5, 1.0), "fly_floor": (0.01, 0.2)},
+    "budget": {
+        "budget_cap": (0.1, 0.6),
+        "budget_per_step": (1, 3),
+        "budget_nats": (0.3, 1.0),
+        "budget_floor": (0.01, 0.2),
+    },
+}
+
+
+@pytest.mark.parametrize("rule", GRIDS)
+def test_what_is_no_looser_accepts_nothing_that_the_server_would_reject(rule):
+    """By the verify op itself, over random distributions, drafts often likely, and every pair of a grid of policies."""
+    generator = torch.Generator().manual_seed(0)
+    num_reqs, width, vocab_size = 300, 4, 6
+    num_rows = num_reqs * width
+    logits = torch.randn(num_rows, vocab_size, generator=generator) * torch.rand(num_rows, 1, generator=generator) * 3
+    drafts = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].int()
+    is_greedy = torch.ones(num_reqs, dtype=torch.bool)
+    cu_num = torch.arange(width, num_rows + 1, width, dtype=torch.int32)
+    bonus = torch.zeros(num_reqs, 1, dtype=torch.int64)
+    # What the collapse guard holds back depends on what was let by before.
+    of_rule = Settings(verification=rule, collapse_guard=False)
+    values = itertools.product(*GRIDS[rule].values())
+    grid = [dataclasses.replace(of_rule, **dict(zip(GRIDS[rule], of, strict=True))) for of in values]
+    grid.append(STRICT)
+    accepted = {}
+    for settings in grid:
+        policies, stops = PolicyBatch(num_reqs, "cpu").fill(
+            [str(i) for i in range(num_reqs)], [policy_of(settings)] * num_reqs, [[]] * num_reqs, is_greedy
+        )
+        result = verify(drafts, cu_num, width, logits, bonus, is_greedy, None, policies, stops)
+        accepted[settings] = result.num_accepted.clone()
+    assert accepted[grid[0]].sum() > accepted[STRICT].sum() > 0
+    allowed = denied = 0
+    for asked, server in itertools.product(grid, grid):
+        if looser_than(asked, server) is None:
+            allowed += 1
+            assert (accepted[asked] <= accepted[server]).all(), (asked, server)
+        else:
+            denied += bool((accepted[asked] > accepted[server]).any())
+    assert allowed > 50 and denied > 50, "the order must allow some and its refusals be worth something"
+
+
+def test_every_parameter_of_a_rule_has_its_rule_and_its_direction():
+    for field in dataclasses.fields(Settings):
+        rule, looser = field.metadata["rule"], field.metadata["looser"]
+        assert looser in (None, "higher", "lower", "other", "none"), field.name
+        of_a_rule = field.metadata["doc"].startswith("`")
+        assert of_a_rule == (rule is not None), f"{field.name}: the text begins with the rule's name, or names none"
+        if rule is not None:
+            assert looser is not None and field.metadata["doc"].startswith(f"`{rule}`:"), field.name

@@ -1,0 +1,46 @@
+"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place that fails."""
+
+import importlib
+from typing import Any
+
+SEAMS = {
+    "V1": {
+        "vllm_aasd.engine.v1.requests:settings_of": "requests",
+        "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
+        "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
+        "vllm_aasd.alignment:AlignmentStore.write": "store",
+        "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
+        "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
+        "vllm_aasd.kernels.verify:verify": "verify",
+        "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+        "vllm_aasd.engine.v1.counting:count_arrays": "metrics",
+        "vllm_aasd.drafting.drafter:Drafter.promised": "metrics",
+        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
+    },
+    "V2": {
+        "vllm_aasd.engine.v2.requests:settings_of": "requests",
+        "vllm_aasd.alignment:AlignmentStore.write": "store",
+        "vllm_aasd.engine.v2.rejection_sampler:V2Verifier.without_fillers": "verify",
+        "vllm_aasd.engine.v2.rejection_sampler:verify_seeded": "verify",
+        "vllm_aasd.kernels.draft.triton:draft_batch": "draft",
+        "vllm_aasd.engine.v2.counting:count_drafts": "metrics",
+        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
+    },
+}
+
+OFF_PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
+"""Places that a case may have off for a while, as after too many faults."""
+
+
+def owner_of(where: str) -> tuple[Any, str]:
+    """The module or class that holds a function, and the function's name in it.
+
+    Args:
+        where: "module:function" or "module:Class.method".
+    """
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    return owner, name

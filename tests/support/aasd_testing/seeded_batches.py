@@ -1,0 +1,130 @@
+"""Batches for the seeded verify op, in the arguments that vLLM's V2 runner has."""
+
+import torch
+
+from aasd_testing.policy_tensors import GUARDS, PARAMETERS, RELAXED, STATES, policy_tensors
+from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
+
+INF, NAN = float("inf"), float("nan")
+
+
+def batch(rows, drafts, **given):
+    """Arguments of `verify_seeded` for requests given as lists of logits rows, and of drafts per request.
+
+    Args:
+        rows: per request a [num_drafts + 1, vocab_size] tensor or nested list; of no rows for an empty one.
+        drafts: per request the drafts that all but its last row test.
+        **given: per request a `temperature` (default 0), `seed`; `relaxed`, whether its rule is conditional, or
+            `rules`, its rule; what `policy_tensors` takes; `stops`, a list of ids per request;
+            `num_speculative_steps`; `slots`, the slot of each request.
+    """
+    rows = [torch.as_tensor(row) for row in rows]
+    counts = [len(row) for row in rows]
+    num_reqs, num_logits = len(rows), sum(counts)
+    slots = torch.as_tensor(given.get("slots", range(num_reqs)), dtype=torch.int64)
+    max_num_reqs = int(slots.max()) + 1 if num_reqs else 1
+
+    def by_slot(name, default, dtype=torch.float32):
+        values = torch.full((max_num_reqs,), default, dtype=dtype)
+        values[slots] = torch.as_tensor(given.get(name, [default] * num_reqs)).to(dtype)
+        return values
+
+    stops = given.get("stops", [[]] * num_reqs)
+    stop_token_ids = torch.full((max_num_reqs, max(map(len, stops), default=0)), -1, dtype=torch.int32)
+    for slot, ids in zip(slots.tolist(), stops, strict=True):
+        stop_token_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    # The input token of a request's first row is some token that was sampled before.
+    inputs = [token for count, ids in zip(counts, drafts, strict=True) for token in [0, *ids][:count]]
+    return {
+        "target_logits": torch.cat(rows) if num_reqs else torch.empty(0, 2),
+        "draft_sampled": torch.tensor(inputs, dtype=torch.int32),
+        "cu_num_logits": torch.tensor([0, *counts]).cumsum(0).int(),
+        "pos": 1000 + torch.arange(num_logits),
+        "idx_mapping": slots,
+        "expanded_idx_mapping": slots.repeat_interleave(torch.tensor(counts, dtype=torch.int64)),
+        "expanded_local_pos": torch.tensor([i for n in counts for i in range(n)], dtype=torch.int32),
+        "temperature": by_slot("temperature", 0.0),
+        "seed": by_slot("seed", 0, torch.int64),
+        "num_speculative_steps": given.get("num_speculative_steps", max(1, *counts, 1) - 1),
+        "policies": _policies(slots.tolist(), max_num_reqs, given),
+        "stop_token_ids": stop_token_ids,
+    }
+
+
+def _policies(slots, max_num_reqs, given):
+    """By slot, from what is given by request; free slots have a rule, which nobody may look at, and all rows of the
+    state are shuffled."""
+    rules = given.get(
+        "rules", [CONDITIONAL if relaxed else STRICT for relaxed in given.get("relaxed", [False] * len(slots))]
+    )
+    names = {name for names in (*PARAMETERS.values(), GUARDS, STATES) for name in names}
+    values = {}
+    for name in names & set(given):
+        values[name] = [1.0] * max_num_reqs
+        for slot, value in zip(slots, torch.as_tensor(given[name]).tolist(), strict=True):
+            values[name][slot] = value
+    by_slot = [CONDITIONAL] * max_num_reqs
+    for slot, rule in zip(slots, rules, strict=True):
+        by_slot[slot] = rule
+    policies = policy_tensors(by_slot, **values)
+    order = torch.randperm(max_num_reqs, generator=torch.Generator().manual_seed(max_num_reqs))
+    return policies._replace(state_rows=order.int(), state=policies.state[order.argsort()].contiguous())
+
+
+def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
+    """A batch with `counts` rows per request: every kind of request, draft and (if wanted) odd row."""
+    g = torch.Generator().manual_seed(seed)
+    n, num_reqs = sum(counts), len(counts)
+    storage = torch.randn(n, vocab_size + 13, generator=g)
+    logits = storage[:, 5 : 5 + vocab_size]
+    likely = torch.randint(0, vocab_size, (n, 3), generator=g)
+    logits.scatter_(1, likely, 11 + 2 * torch.randn(n, 3, generator=g))
+    logits = storage.to(dtype)[:, 5 : 5 + vocab_size]
+    for row in range(n):
+        kind = int(torch.randint(0, 12, (), generator=g))
+        if kind == 0:
+            logits[row, torch.randperm(vocab_size, generator=g)[: vocab_size // 2]] = -INF
+        elif kind == 1:
+            logits[row] = -INF
+            logits[row, likely[row, 0]] = 3.0
+        elif kind == 2 and odd_rows:
+            logits[row, likely[row, 1]] = NAN
+        elif kind == 3 and odd_rows:
+            logits[row] = -INF
+        elif kind == 4:
+            logits[row, likely[row, :2]] = logits[row].max()
+    pick = torch.randint(0, 10, (n,), generator=g)
+    argmax = logits.float().argmax(-1)
+    drafts = torch.where(pick < 6, argmax, torch.where(pick < 9, likely[:, 2], -1)).tolist()
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    unit = torch.rand(9, num_reqs, generator=g)
+    arguments = batch(
+        [logits[start : start + count] for start, count in zip(starts, counts, strict=False)],
+        [drafts[start : start + count - 1] for start, count in zip(starts, counts, strict=False)],
+        slots=torch.randperm(num_reqs + 3, generator=g)[:num_reqs],
+        temperature=[0.0 if i % 3 == 0 else 0.5 + float(unit[0, i]) for i in range(num_reqs)],
+        seed=torch.randint(-(2**62), 2**62, (num_reqs,), generator=g),
+        rules=[STRICT if i % 6 == 2 else RELAXED[(seed + i) % len(RELAXED)] for i in range(num_reqs)],
+        alpha=unit[1] * 0.2,
+        beta=unit[2] * 0.4,
+        floor=0.005 + unit[3] * 0.05,
+        epsilon=0.3 * unit[1],
+        delta=unit[2],
+        window=1 + (unit[4] * 3).int(),
+        threshold=0.5 * unit[5],
+        cap=3 * unit[6],
+        per_step=1 + (unit[7] * 3).int(),
+        nats=3 * unit[8],
+        kappa=unit[6],
+        limit=1.2 + 2 * unit[7],
+        decay=0.5 + 0.5 * unit[5],
+        cooldown=(3 * unit[4]).int(),
+        spent=unit[1],
+        level=unit[2],
+        strict_left=[2 if i % 7 == 4 else 0 for i in range(num_reqs)],
+        stops=torch.randint(-1, vocab_size, (num_reqs, 3), generator=g).tolist(),
+        num_speculative_steps=max(1, *counts, 1) - 1,
+    )
+    # Rows of another stride than the vocabulary, as the runner's padded logits have.
+    arguments["target_logits"] = logits
+    return arguments

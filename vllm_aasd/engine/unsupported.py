@@ -1,0 +1,150 @@
+"""What stops a start, by model runner: one table, by which a configuration is refused and of which the doctor tells."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_aasd.config import Settings
+from vllm_aasd.fields import PREFIX
+
+CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
+GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
+SCHEDULER = "vllm_aasd.engine.scheduler.AASDScheduler"
+
+
+class Refusal(NamedTuple):
+    """Values of a setting with which aasd can't work.
+
+    Attributes:
+        name: of the setting: one of ours, a key of the speculative config, or an argument of the engine.
+        allowed: the values with which it can.
+        reason: why no other.
+        in_json: whether it is a key of the speculative config.
+        holds: whether it is so with the engine's other arguments.
+    """
+
+    name: str
+    allowed: tuple[Any, ...]
+    reason: str
+    in_json: bool = False
+    holds: Callable[[EngineArgs], bool] = lambda args: True
+
+
+def is_synchronous(args: EngineArgs) -> bool:
+    """Whether vLLM waits for a step's tokens before it schedules the next."""
+    # vLLM schedules asynchronously by default, but for its CPU platform, which turns it off in whatever is built.
+    return args.async_scheduling is False or current_platform.is_cpu()
+
+
+def _adapts_lm_head(args: EngineArgs) -> bool:
+    # vLLM's own test for the layer that it wraps.
+    return args.lora_target_modules is None or any("lm_head" in name for name in args.lora_target_modules)
+
+
+_BOTH = (
+    Refusal(
+        "worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it brings a worker of its own, so leave worker_cls at 'auto'"
+    ),
+    Refusal(
+        "rejection_sample_method",
+        (None, "standard"),
+        "it replaces the rejection sampler; allowed is 'standard'",
+        in_json=True,
+    ),
+    Refusal(
+        "draft_sample_method",
+        (None, "greedy"),
+        "its drafts are the likeliest tokens; allowed is 'greedy'",
+        in_json=True,
+    ),
+    Refusal(
+        "enable_adaptive_verification",
+        (None, False),
+        "vLLM has it for draft models and full CUDA graphs, and drafts end by aasd_min_survival here; allowed is false",
+        in_json=True,
+    ),
+    Refusal("model", (None,), "it needs no draft model; leave it out", in_json=True),
+    Refusal("spec_model", (None,), "it needs no draft model; leave it out"),
+    Refusal("kv_sharing_fast_prefill", (False,), "prompt hidden states are wrong in that mode; allowed is false"),
+    Refusal("decode_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
+    Refusal("prefill_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
+)
+BY_RUNNER = {
+    "V1": (
+        *_BOTH,
+        Refusal(
+            "pipeline_parallel_size",
+            (1,),
+            "there is no speculation across pipeline stages on vLLM's V1 model runner; allowed is 1",
+        ),
+        Refusal(
+            "async_scheduling",
+            (None, False),
+            "drafts are made on the host between two steps on vLLM's V1 model runner; leave it out",
+        ),
+        Refusal(
+            "num_speculative_tokens_per_batch_size",
+            (None,),
+            "drafts follow the load by themselves on vLLM's V1 model runner; leave it out",
+            in_json=True,
+        ),
+    ),
+    "V2": (
+        *_BOTH,
+        Refusal(
+            "aasd_memory",
+            ("off",),
+            "the memory is the host's, and drafts are the device's on vLLM's V2 model runner; allowed is 'off'",
+        ),
+        Refusal(
+            "aasd_draft",
+            ("mixture",),
+            "for vLLM's own n-grams on its V2 model runner use its method 'ngram_gpu'; allowed is 'mixture'",
+        ),
+        Refusal(
+            "enable_lora",
+            (False,),
+            "vLLM 0.32's V2 model runner tells the lm_head of an adapter for one row of logits a request, and drafts have "
+            "more; allowed is false, or lora_target_modules without 'lm_head'",
+            holds=_adapts_lm_head,
+        ),
+        Refusal(
+            "pipeline_parallel_size",
+            (1,),
+            "with synchronous scheduling, which CPUs always have, vLLM 0.32 schedules a stage's next drafts before the "
+            "token that they follow, and its V2 model runner fails, whatever the method; allowed is 1, or asynchronous "
+            "scheduling",
+            holds=is_synchronous,
+        ),
+    ),
+}
+
+
+def refuse(name: str, value: Any, reason: str) -> None:
+    """Raise the ValueError that names a setting, its value and what is allowed."""
+    raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {reason}.")
+
+
+def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Settings) -> None:
+    """Refuse what can't work.
+
+    Args:
+        runner: ``V1`` or ``V2``.
+        args: the engine's arguments.
+        vllm_keys: vLLM's own keys of the speculative config.
+        settings: ours.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    for refusal in BY_RUNNER[runner]:
+        if refusal.name.startswith(PREFIX):
+            value = getattr(settings, refusal.name.removeprefix(PREFIX))
+        elif refusal.in_json:
+            value = vllm_keys.get(refusal.name)
+        else:
+            value = getattr(args, refusal.name)
+        if value not in refusal.allowed and refusal.holds(args):
+            refuse(refusal.name, value, refusal.reason)

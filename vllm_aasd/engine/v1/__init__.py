@@ -1,0 +1,1 @@
+"""The adapter of vLLM's V1 model runner."""

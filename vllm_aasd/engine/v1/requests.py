@@ -1,0 +1,90 @@
+"""What is held for each request on the V1 model runner, by its id."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vllm.sampling_params import SamplingParams, SamplingType
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.request_options import settings_of
+from vllm_aasd.engine.startup import policy_of
+from vllm_aasd.verification.policy import Policy
+from vllm_aasd.verification.strict import StrictVerification
+
+
+class V1Request(NamedTuple):
+    """How one request is verified. The same objects at every step, as `PolicyBatch` wants.
+
+    Attributes:
+        policy: by which its draft tokens are accepted.
+        stop_token_ids: the distinct ids that end it.
+        is_seeded: whether it samples by a seed of its own.
+        is_strict: whether its output is exactly the target's, as that of sampled requests is under most policies.
+    """
+
+    policy: Policy
+    stop_token_ids: list[int]
+    is_seeded: bool
+    is_strict: bool
+
+
+class V1Requests:
+    """The requests that a worker serves, from the first step that holds them until they end.
+
+    Args:
+        settings: the server's; a request's own options may change some of them for it.
+        faults: of the worker.
+    """
+
+    def __init__(self, settings: Settings, faults: Faults) -> None:
+        self._settings = settings
+        self._faults = faults
+        self._requests: dict[str, V1Request] = {}
+        self._drafted: set[str] = set()
+
+    def __getitem__(self, req_id: str) -> V1Request:
+        return self._requests[req_id]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def admit(self, req_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
+        """Take in the requests of a batch that are new.
+
+        Args:
+            req_ids: the batch.
+            requests: the runner's state of each, by id.
+        """
+        for req_id in req_ids:
+            if req_id in self._requests:
+                continue
+            if not self._faults.is_off("requests"):
+                with self._faults.contained("requests", shared=True):
+                    self._admit(req_id, requests[req_id].sampling_params)
+                    continue
+            self._requests[req_id] = V1Request(StrictVerification(), [], is_seeded=False, is_strict=True)
+
+    def _admit(self, req_id: str, params: SamplingParams | None) -> None:
+        settings = settings_of(params, self._settings)
+        stop_token_ids = sorted(params.all_stop_token_ids) if params else []
+        is_seeded = params is not None and params.seed is not None and params.temperature > 0
+        policy = policy_of(settings, params)
+        is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
+        self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
+        if settings.enabled:
+            self._drafted.add(req_id)
+
+    def is_drafted(self, req_id: str) -> bool:
+        """Whether the request gets drafts."""
+        return req_id in self._drafted
+
+    def stop_drafting(self, req_id: str) -> None:
+        """Serve the request without drafts from here on."""
+        self._drafted.discard(req_id)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what is held for requests that have ended; unknown ones are passed over."""
+        for req_id in req_ids:
+            self._requests.pop(req_id, None)
+            self._drafted.discard(req_id)

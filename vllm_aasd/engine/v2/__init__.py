@@ -1,0 +1,1 @@
+"""The adapter of vLLM's V2 model runner."""

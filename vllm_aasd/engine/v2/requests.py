@@ -1,0 +1,141 @@
+"""What the V2 model runner's kernels must know of each request, by its slot in the runner's state."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from vllm.config import ModelConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+
+from vllm_aasd.config import Settings
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.request_options import settings_of
+from vllm_aasd.engine.startup import policy_of
+from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.verification.states import RequestStates
+
+_NO_TOKEN = -1
+_NO_ROW = -1
+
+
+class RequestSlots(LogitsProcessor):
+    """Policy, stop tokens and longest length of each request, where the device can read them.
+
+    It stands in the list of vLLM's sampler, which tells its entries of each request that enters a slot and, before
+    the forward pass, that host writes are due. Logits are none of its business: it declines every request.
+    `UvaBackedTensor` is what vLLM keeps its own sampling parameters in: a step that is still running goes on
+    reading the values that it was launched with while the host prepares the next.
+
+    What is remembered of a request (`RequestStates`) goes by its id, so that it survives preemption, which takes the
+    slot away; a slot only says where it is.
+
+    Args:
+        settings: the server's; a request's own options may change some of them for it.
+        req_ids: the runner's: the id of the request in each slot.
+        max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
+        model_config: has the number of tokens that the model takes, which vLLM may still lower to fit the memory.
+        device: where the verifier runs.
+        faults: of the worker.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        req_ids: Mapping[int, str],
+        max_seq_len: np.ndarray,
+        model_config: ModelConfig,
+        device: torch.device,
+        faults: Faults,
+    ) -> None:
+        self._settings = settings
+        self._req_ids = req_ids
+        self._faults = faults
+        self._max_seq_len = max_seq_len
+        self._model_config = model_config
+        max_num_reqs = len(max_seq_len)
+        self._rule = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._parameters = UvaBackedTensor((max_num_reqs, NUM_PARAMETERS), dtype=torch.float32)
+        self._state_rows = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._states = RequestStates(max_num_reqs, device)
+        self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._stop_token_ids = self._wide(max_num_reqs, 4)
+        self._retired: list[UvaBackedTensor] = []
+        self._changed = True
+
+    @staticmethod
+    def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
+        tensor = UvaBackedTensor((max_num_reqs, width), dtype=torch.int32)
+        tensor.np[:] = _NO_TOKEN
+        return tensor
+
+    @property
+    def policies(self) -> VerifyPolicies:
+        """By slot; to be asked for at every step."""
+        return VerifyPolicies(self._rule.gpu, self._parameters.gpu, self._state_rows.gpu, self._states.state)
+
+    @property
+    def stop_token_ids(self) -> torch.Tensor:
+        """``[max_num_reqs, max_stop]`` int32 by slot, padded with -1; to be asked for at every step."""
+        return self._stop_token_ids.gpu
+
+    @property
+    def max_len(self) -> torch.Tensor:
+        """``[max_num_reqs]`` int32 by slot, the tokens that a context may reach, 0 where nothing is drafted; to be
+        asked for at every step."""
+        return self._max_len.gpu
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Take in who has entered a slot."""
+        # What holds if the rest fails.
+        self._rule.np[req_idx], self._state_rows.np[req_idx], self._max_len.np[req_idx] = STRICT, _NO_ROW, 0
+        self._changed = True
+        if not self._faults.is_off("requests"):
+            with self._faults.contained("requests", shared=True):
+                self._admit(req_idx, sampling_params)
+        return False
+
+    def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        settings = settings_of(sampling_params, self._settings)
+        stop_token_ids = sorted(sampling_params.all_stop_token_ids)
+        width = self._stop_token_ids.np.shape[1]
+        if len(stop_token_ids) > width:
+            # Rare, and the only thing here that ever grows.
+            wider = self._wide(len(self._max_seq_len), 2 * len(stop_token_ids))
+            wider.np[:, :width] = self._stop_token_ids.np
+            # A step that is still running may read it.
+            self._retired.append(self._stop_token_ids)
+            self._stop_token_ids = wider
+        self._stop_token_ids.np[req_idx] = _NO_TOKEN
+        self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
+        policy = policy_of(settings, sampling_params)
+        if policy.relaxes(is_greedy=sampling_params.temperature == 0.0):
+            self._parameters.np[req_idx] = policy.parameters()
+            self._state_rows.np[req_idx] = self._states.row_of(self._req_ids[req_idx])
+            self._rule.np[req_idx] = policy.rule
+        longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
+        self._max_len.np[req_idx] = longest if settings.enabled else 0
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what is remembered of requests that have ended."""
+        self._states.forget(req_ids)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the device sees what was taken in."""
+        return not self._changed
+
+    def apply_staged_writes(self) -> None:
+        """Let the device see what was taken in since the last step."""
+        if not self._changed:
+            return
+        policies = (self._rule, self._parameters, self._state_rows)
+        with self._faults.contained("requests", shared=True):
+            for tensor in (*policies, self._max_len, self._stop_token_ids):
+                tensor.copy_to_uva()
+            self._changed = False
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        """Leave the logits as they are; other requests' processors may have had this list called."""
+        return logits

@@ -1,0 +1,329 @@
+"""The adapter of vLLM's V2 model runner: it hands the device's state to our kernels and never waits for it.
+
+One engine step, in the order in which vLLM and `vllm_aasd.engine.worker` call: the runner's forward pass,
+`sampling` (around the runner's `sample_tokens`), in it the lm_head (`_store_sampled`), the sampler (`V2Verifier`) and
+`propose`. Everything is by request slot or by KV slot on the device, so that nothing here knows which step the host
+is at: with asynchronous scheduling it is ahead.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from vllm.config import VllmConfig
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.counters import Counters
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
+from vllm_aasd.engine import agreement, patching, startup
+from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.mm_tokens import PlaceholderTokens
+from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
+from vllm_aasd.engine.v2.counting import V2Counting
+from vllm_aasd.engine.v2.prompt_logits import PromptLogits
+from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
+from vllm_aasd.engine.v2.requests import RequestSlots
+from vllm_aasd.kernels.common.mixture import no_prior
+from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+
+logger = logging.getLogger("vllm.aasd")
+
+
+class AASDSpeculator(BaseSpeculator):
+    """A speculator of the V2 model runner, made by the runner on the last pipeline rank.
+
+    Args:
+        vllm_config: with our speculative config.
+        device: the runner's.
+        req_states: the runner's state of requests, by slot.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+    """None: the drafts are certain of their tokens."""
+    pcp_manager = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
+        self._settings = settings = vllm_config.speculative_config.aasd
+        self._model_config = vllm_config.model_config
+        self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._device = device
+        self._req_states = req_states
+        width = vllm_config.speculative_config.num_speculative_tokens
+        self._max_draft_tokens = startup.max_draft_tokens(settings, width)
+        self._align_prompts = startup.may_align_prompts(
+            settings.alignment is True, has_lora=vllm_config.lora_config is not None
+        )
+        self._prompt_logits: PromptLogits | None = None
+        self._placeholders = PlaceholderTokens(device)
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        max_num_reqs = req_states.max_num_reqs
+        self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
+        self.requests = RequestSlots(
+            settings,
+            req_states.index_to_req_id,
+            req_states.max_seq_len,
+            vllm_config.model_config,
+            device,
+            self.faults,
+        )
+        self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.counters = Counters(device, self.faults.counts)
+        self.step_totals = startup.step_totals(vllm_config, self.faults)
+        self._counting = V2Counting(self.counters, self.faults, max_num_reqs, width, device, self.step_totals)
+        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults, self._counting)
+        self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
+        self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
+        self._propose: Callable[..., None] | None = None
+        self._runner: GPUModelRunner | None = None
+        self._store: AlignmentStore | None = None
+        self._store_layer = ""
+        self._hooks: list[RemovableHandle] = []
+        self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Nothing to set up: drafting runs beside vLLM's CUDA graphs, not in them."""
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    def attach(self, runner: GPUModelRunner) -> None:
+        """Take the runner, whose model and sampler are loaded by now.
+
+        The target's raw logits exist for a moment only: the runner masks them in place by the grammar as soon as the
+        model has returned them, and hands them to the sampler, which may copy them or not. So predictions are
+        stored where the model's own logits layer returns, by PyTorch's hook.
+        """
+        self._runner = runner
+        if self._align_prompts:
+            self._prompt_logits = PromptLogits(runner.get_model(), self._settings.top_k)
+        runner.sampler.logits_processors.append(self.requests)
+        for module in runner.get_model().modules():
+            if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
+                hook = module.register_forward_hook(lambda module, args, logits: self._store_sampled(logits))
+                self._hooks.append(hook)
+        if not self._hooks:
+            logger.warning("aasd: the model has no logits layer of vLLM's, so no predictions are stored as it decodes")
+
+    def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
+        """Set up the alignment store beside the KV cache that has just been laid out, and all that drafting needs."""
+        group = startup.full_attention_group(kv_cache_config)
+        top_k, block_size = 0, 1
+        tables = runner.block_tables
+        if group is None:
+            logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
+            table = torch.zeros((0, 1), dtype=torch.int32, device=self._device)
+            block_tables = torch.zeros((self._req_states.max_num_reqs, 1), dtype=torch.int32, device=self._device)
+        else:
+            top_k, block_size = self._settings.top_k, tables.block_sizes[group]
+            self._store = AlignmentStore(kv_cache_config.num_blocks, block_size, top_k, self._device)
+            self._store_layer = kv_cache_config.kv_cache_groups[group].layer_names[0]
+            table, block_tables = self._store.slots, tables.block_tables[group].gpu
+            # vLLM's copy-on-write of KV blocks then carries the entries along.
+            runner.kv_caches.append(self._store.table)
+        prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
+        to_device = functools.partial(torch.as_tensor, device=self._device)
+        self._propose = functools.partial(
+            draft_batch,
+            table=table,
+            block_tables=block_tables,
+            block_size=block_size,
+            theta=to_device(DEFAULT_WEIGHTS.theta),
+            alignment=to_device(DEFAULT_WEIGHTS.alignment),
+            doubt=to_device(DEFAULT_WEIGHTS.doubt).reshape(1),
+            memory_weights=to_device(DEFAULT_WEIGHTS.memory),
+            prior_ids=to_device(prior.ids),
+            prior_probs=to_device(prior.probs),
+            runs=to_device(prior.runs),
+            vocab_size=self._vocab_size,
+            max_matches=MAX_MATCHES,
+            min_survival=self._settings.min_survival,
+            lookups=self.counters.lookups,
+            workspace=draft_workspace(
+                self._req_states.max_num_reqs,
+                NUM_ORDERS,
+                MAX_MATCHES,
+                top_k,
+                prior.ids.shape[1],
+                (prior.runs.shape[1] - 2) // 2,
+                self._device,
+            ),
+        )
+
+    def profile(self) -> None:
+        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Learn what stands for images in new requests, and drop what the verifier remembers of ended ones."""
+        with self.faults.contained("requests", shared=True):
+            self._placeholders.learn(scheduled.scheduled_new_reqs)
+            self.requests.forget(scheduled.finished_req_ids)
+
+    def clear_memory(self) -> None:
+        """Nothing to unlearn: no request is remembered beyond its slot."""
+
+    def shutdown(self) -> None:
+        """Let go of the model; there is nothing to keep."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around the runner's `sample_tokens`: the lm_head's rows are stored, and verified by our rule."""
+        state = self._runner.execute_model_state if self._runner is not None else None
+        if state is None:
+            yield
+            return
+        batch, all_greedy = state.input_batch, False
+        if self._store is not None and state.slot_mappings_by_layer is not None and not self.faults.is_off("store"):
+            with self.faults.contained("store", shared=True):
+                slots = state.slot_mappings_by_layer[self._store_layer]
+                self._expected = batch.input_ids[batch.logits_indices], slots[batch.logits_indices]
+        with self.verifier.contained:
+            temperature = self._runner.sampler.sampling_states.temperature.np
+            all_greedy = not temperature[batch.idx_mapping_np].any()
+        try:
+            with self.verifier.active(all_greedy):
+                yield
+        finally:
+            self._expected = None
+
+    def _store_sampled(self, logits: torch.Tensor | None) -> None:
+        # The first call in a step is the one that is sampled from; prompt log-probabilities come later.
+        if self._expected is None:
+            return
+        (token_ids, slots), self._expected = self._expected, None
+        # On ranks that sample for a part of the batch or see a part of the vocabulary there is no whole row.
+        if logits is not None and logits.shape == (len(token_ids), self._vocab_size):
+            with self.faults.contained("store", shared=True):
+                self._store.write(logits, token_ids, slots)
+
+    def _align_prompt(
+        self, batch: InputBatch, slot_mappings: dict[str, torch.Tensor], hidden_states: torch.Tensor
+    ) -> None:
+        """Store predictions at this step's prompt positions, some of them twice: where they are is known here
+        by request, and which rows were sampled from only to the device."""
+        slots = slot_mappings[self._store_layer]
+        for row in batch.is_prefilling_np.nonzero()[0]:
+            rows = slice(int(batch.query_start_loc_np[row]), int(batch.query_start_loc_np[row + 1]))
+            self._prompt_logits.store(hidden_states[rows], batch.input_ids[rows], slots[rows], self._store)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *,
+        dummy_run: bool = False,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Draft for every request of the batch that has sampled a token in this step.
+
+        Args:
+            input_batch: the step's batch; its slots in ``idx_mapping``.
+            slot_mappings: KV slots by layer, ``[num_tokens_padded]`` int64; None where there is no KV cache.
+            last_hidden_states: ``[num_tokens_padded, hidden_size]``.
+            num_sampled: ``[num_reqs]`` int32, tokens emitted in this step; 0 for an unfinished prefill.
+            dummy_run: no request is behind the batch: nothing is stored or drafted.
+            is_profile: vLLM measures memory, so the largest chunk of logits must have been there once.
+            num_speculative_tokens: the longest draft of this step, where it is less than the configured.
+            **unused: what this and other versions of vLLM pass besides.
+
+        Returns:
+            ``[num_reqs, num_speculative_tokens of the config]`` int64, valid token ids throughout, since the
+            runner feeds them to the model; how many are drafts is kept by slot for the verifier.
+        """
+        num_reqs = input_batch.num_reqs
+        drafts, num_drafts = self._draft_token_ids[:num_reqs], self._num_drafts[:num_reqs]
+        if dummy_run or self._propose is None:
+            if is_profile and self._prompt_logits is not None:
+                self._prompt_logits.rehearse(last_hidden_states)
+            return drafts.zero_()
+        has_slots = self._store is not None and slot_mappings is not None
+        if self._prompt_logits is not None and has_slots and not self.faults.is_off("store"):
+            with self.faults.contained("store", shared=True):
+                self._align_prompt(input_batch, slot_mappings, last_hidden_states)
+        idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
+        longest = self._max_draft_tokens
+        if num_speculative_tokens is not None:
+            longest = min(longest, num_speculative_tokens)
+        if longest > 0 and not self.faults.is_off("draft"):
+            with self.faults.contained("draft", shared=True), self._counting.drafter.measured():
+                # No draft token past what the request may still emit: one token comes without a draft.
+                limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
+                self._propose(
+                    all_token_ids=self._req_states.all_token_ids.gpu,
+                    total_len=total_len,
+                    idx_mapping=idx_mapping,
+                    draft_limits=limits.mul_(num_sampled > 0),
+                    draft_token_ids=drafts,
+                    num_drafts=num_drafts,
+                    survival=self._survival[:num_reqs],
+                )
+                self._placeholders.cut(drafts, num_drafts)
+                self._num_valid_drafts[idx_mapping] = num_drafts
+                self._counting.promise(idx_mapping, self._survival[:num_reqs])
+                return drafts
+        num_drafts.zero_()
+        self._num_valid_drafts[idx_mapping] = 0
+        return drafts.zero_()
+
+    def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
+        """What the scheduler is told to schedule: with synchronous scheduling, drafts only and no fillers.
+
+        Asynchronous scheduling has the next step under way by now and never asks how many there are.
+        """
+        if self._is_async:
+            return drafts
+        with self.faults.contained("draft"):
+            counts = self._num_drafts[: len(drafts.req_ids)].tolist()
+            ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
+            return DraftTokenIds(drafts.req_ids, ids)
+        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+
+
+def install() -> list[patching.Replacement]:
+    """Have the V2 runner make our speculator and verify by our verifier; does nothing where it does already.
+
+    Returns:
+        What was replaced, to be undone.
+
+    Raises:
+        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+    """
+    return [*patching.replace({patching.V2_INIT_SPECULATOR: _knowing_ours}), *v2_verifier.install()]
+
+
+def _knowing_ours(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> Any:
+        if getattr(vllm_config.speculative_config, "aasd", None) is not None:
+            return AASDSpeculator(vllm_config, device, req_states)
+        return stock(vllm_config, device, req_states)
+
+    return init_speculator
