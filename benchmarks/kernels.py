@@ -91,16 +91,14 @@ class Inputs:
         return torch.zeros(max(NUM_SLOTS, self.num_rows), 1 + 2 * top_k, dtype=torch.int32)
 
 
-def verify(temperature: float, rule: str, aligned: bool = False) -> Callable[[Inputs], Callable]:
+def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
     """`verify_seeded` for requests of one kind, by the policy of a name as it is shipped."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.verify import triton as verify_seeded_triton
-        from vllm_aasd.kernels.verify.seeded import AlignmentRows
 
         one = torch.ones(inputs.num_reqs)
         policies = policy_tensors(rule, inputs.num_reqs)
-        alignment = AlignmentRows(inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
         return lambda: verify_seeded_triton.verify_seeded(
             inputs.logits,
             inputs.draft_sampled,
@@ -114,7 +112,6 @@ def verify(temperature: float, rule: str, aligned: bool = False) -> Callable[[In
             inputs.num_drafts,
             policies,
             inputs.stop_token_ids,
-            alignment if aligned else None,
             all_greedy=temperature == 0,
         )
 
@@ -142,17 +139,16 @@ def align(inputs: Inputs) -> Callable[[], Any]:
 
 def align_shards(inputs: Inputs) -> Callable[[], Any]:
     """`align_shard` on two ranks, and `align_merge`."""
-    from vllm_aasd.kernels.align import shard_triton as align_shard_triton
+    from vllm_aasd.kernels.align import triton as align_triton
 
     half = inputs.vocab_size // 2
 
     def run() -> None:
         shards = [
-            align_shard_triton.align_shard(inputs.logits[:, a : a + half], inputs.slot_mapping, a, TOP_K)
-            for a in (0, half)
+            align_triton.align_shard(inputs.logits[:, a : a + half], inputs.slot_mapping, a, TOP_K) for a in (0, half)
         ]
         partials = torch.stack(shards)
-        align_shard_triton.align_merge(partials, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
+        align_triton.align_merge(partials, inputs.token_ids, inputs.slot_mapping, inputs.table(TOP_K))
 
     return run
 
@@ -225,8 +221,6 @@ JOBS = (
     Job("verify, greedy, fly", verify(0.0, "fly")),
     Job("verify, sampled, strict", verify(1.0, "strict")),
     Job("verify, sampled, conditional", verify(1.0, "conditional")),
-    Job("verify, greedy, conditional, with alignment", verify(0.0, "conditional", aligned=True)),
-    Job("verify, sampled, conditional, with alignment", verify(1.0, "conditional", aligned=True)),
     Job("align", align),
     Job("align, two shards", align_shards),
     Job("draft, retrieval alone", draft(0, 0), reads_logits=False),

@@ -1,18 +1,11 @@
-"""The settings of `aasd`: one typed, range-checked, documented list; the README's table is drawn from it."""
+"""The settings of `aasd`: one typed, range-checked, documented list. The docs' table is generated from it."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
-from vllm_aasd.kernels.common.mixture import MAX_TOP_K
-from vllm_aasd.verification.policy import (
-    FLOOR_RANGE,
-    GUARD_COOLDOWN_RANGE,
-    GUARD_LIMIT_RANGE,
-    GUARD_MEMORY_RANGE,
-)
-from vllm_aasd.verification.registry import POLICIES
+from vllm_aasd.fields import PREFIX, allowed, checked, refuse_removed, refuse_unknown, setting
+from vllm_aasd.verification import rules
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """`num_speculative_tokens` where nobody sets it, in general, and for the mixture on the V1 model runner without adapters.
@@ -37,17 +30,26 @@ NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
 """`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
 
 
-def parameter_key(policy: str, parameter: str) -> str:
-    """The field of `Settings` that holds a parameter of a verification policy."""
-    return parameter if policy == "conditional" else f"{policy}_{parameter}"
-
-
-def _parameter(policy: str, parameter: str, default: Any, looser: str, doc: str) -> Any:
-    within = FLOOR_RANGE if parameter == "floor" else POLICIES[policy].ranges[parameter]
-    return setting(default, f"`{policy}`: {doc}", within=within, rule=policy, looser=looser)
-
-
-_FLOOR = "the bar never falls under this probability."
+_FIXED = "it is fixed now; leave it out"
+REMOVED = {
+    "aasd_budget_cap": f"{_FIXED}, and set aasd_budget_nats instead",
+    "aasd_budget_floor": _FIXED,
+    "aasd_budget_kappa": f"{_FIXED}, and set aasd_budget_nats instead",
+    "aasd_budget_per_step": f"{_FIXED}, and set aasd_budget_nats instead",
+    "aasd_floor": f"{_FIXED}, and set aasd_beta instead",
+    "aasd_fly_floor": _FIXED,
+    "aasd_guard_cooldown": f"{_FIXED}, or set aasd_collapse_guard to false",
+    "aasd_guard_limit": f"{_FIXED}, or set aasd_collapse_guard to false",
+    "aasd_guard_memory": f"{_FIXED}, or set aasd_collapse_guard to false",
+    "aasd_min_survival": f"{_FIXED}, and set aasd_draft_length to shorten drafts",
+    "aasd_relax_logprobs": "requests for log-probabilities are always verified strictly; leave it out",
+    "aasd_relax_structured": "structured output is always verified strictly; leave it out",
+    "aasd_top_k": _FIXED,
+    "aasd_typical_delta": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
+    "aasd_typical_epsilon": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
+    "aasd_typical_floor": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
+}
+"""Settings of earlier versions, and what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ class Settings:
 
     enabled: bool = setting(
         True,
-        "Whether requests are sped up at all. In a request, `false` switches speculation off for it; where the "
-        "server has `false`, only requests that say `true` are sped up.",
+        "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only requests "
+        "that say `true` get it.",
         looser="none",
     )
     draft: str = setting(
@@ -68,128 +70,86 @@ class Settings:
     )
     draft_length: int | str = setting(
         "adaptive",
-        "How many tokens are drafted, within `num_speculative_tokens`: `adaptive` drafts a token while it is "
-        "worth its share of the next step's time, over the whole batch (on the V2 model runner one number for "
-        "all requests, see the limits); a number is the most that each request gets, whatever the load.",
+        "The longest draft, within `num_speculative_tokens`. `adaptive` drafts as many tokens as are worth their share of "
+        "the next step's time, over the whole batch. A number is the most that each request gets at any load.",
         choices=("adaptive",),
         within=(1, 128),
     )
-    min_survival: float = setting(
-        0.02,
-        "A draft ends before the token that would make it less likely than this to be accepted as a whole; but not "
-        "where more tokens were measured to make a step faster, as some CPU kernels do (V1 model runner).",
-        within=(0.0, 1.0),
-    )
     prior: bool = setting(
         True,
-        "Draft from the model's prior too, where `python -m vllm_aasd.prior MODEL` has made one.",
+        "Draft from the model's prior too, if `python -m vllm_aasd.prior MODEL` has made one.",
     )
     memory: str = setting(
         "off",
-        "What other requests taught about short runs of tokens: `off`; `process` remembers it, at most 10 MiB, "
-        "while the server runs; `file` also keeps it in the cache folder. Tenants share it: see README.",
+        "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while the "
+        "server runs, or `file` to keep it in the cache folder too. Tenants share it.",
         choices=("off", "process", "file"),
     )
     alignment: bool | str = setting(
         "auto",
-        "Store the target's predictions at prompt positions too, which takes one lm_head over the prompt; `false` "
-        "stores those at generated tokens, which are free. `auto` stores both where that was measured, at start-up, to "
-        "cost at most 3 % of the prompt's time; elsewhere none on the V1 model runner, unless `aasd_memory` learns from "
-        "them, for at generated tokens alone they gain nothing.",
+        "Store the target's predictions at prompt positions too, which runs lm_head over the prompt. `auto` does so if "
+        "that costs at most 3% of a prompt's time, measured at start-up. `false` stores them at generated positions only.",
         choices=("auto",),
-    )
-    top_k: int = setting(
-        4,
-        "Predictions stored per context position; each takes 8 bytes per KV-cache slot.",
-        within=(1, MAX_TOP_K),
     )
     verification: str = setting(
         "conditional",
-        "How draft tokens are accepted: `strict` changes nothing in the output; the others also accept tokens that "
-        "the target finds likely enough (`conditional`, `typical`), or at which it is undecided and agrees with what "
-        "follows (`fly`), or whose loss a budget pays for (`budget`).",
-        choices=tuple(POLICIES),
+        "How draft tokens are accepted. `strict` changes nothing in the output. The others also accept tokens that the "
+        "target finds likely enough (`conditional`), at which it is undecided and agrees with what follows (`fly`), or "
+        "whose loss a budget pays for (`budget`).",
+        choices=rules.RULES,
         looser="other",
     )
-    alpha: float = _parameter("conditional", "alpha", 0.1, "higher", "how much the bar falls per nat of entropy.")
-    beta: float = _parameter("conditional", "beta", 0.5, "lower", "the bar at no entropy.")
-    floor: float = _parameter("conditional", "floor", 0.3, "lower", _FLOOR)
-    typical_epsilon: float = _parameter("typical", "epsilon", 0.09, "lower", "the bar at no entropy.")
-    typical_delta: float = _parameter(
-        "typical", "delta", 0.3, "lower", "the bar as a share of exp(-H), where that is less than epsilon."
+    alpha: float = setting(
+        0.1,
+        "`conditional`: how far the acceptance bar falls per nat of entropy.",
+        within=(0.0, 10.0),
+        rule="conditional",
+        looser="higher",
     )
-    typical_floor: float = _parameter("typical", "floor", 0.01, "lower", _FLOOR)
-    fly_window: int = _parameter(
-        "fly",
-        "window",
+    beta: float = setting(
+        0.5,
+        "`conditional`: the acceptance bar, a probability, where the target is certain.",
+        within=(0.0, 2.0),
+        rule="conditional",
+        looser="lower",
+    )
+    fly_window: int = setting(
         6,
-        "lower",
-        "how many draft tokens after a mismatch the target must agree with; `num_speculative_tokens` - 1 if that is "
-        "less.",
+        "`fly`: draft tokens after a mismatch that the target must agree with; at most `num_speculative_tokens` - 1.",
+        within=(1, 127),
+        rule="fly",
+        looser="lower",
     )
-    fly_threshold: float = _parameter(
-        "fly",
-        "threshold",
+    fly_threshold: float = setting(
         0.3,
-        "lower",
-        "nats of entropy, over the three likeliest tokens, from which it is undecided.",
+        "`fly`: entropy in nats, over the three likeliest tokens, from which the target counts as undecided.",
+        within=(0.0, 1.1),
+        rule="fly",
+        looser="lower",
     )
-    fly_floor: float = _parameter("fly", "floor", 0.01, "lower", _FLOOR)
-    budget_cap: float = _parameter("budget", "cap", 0.25, "higher", "the most nats of regret of an accepted token.")
-    budget_per_step: int = _parameter(
-        "budget", "per_step", 2, "higher", "the most relaxed tokens of a request in a step."
+    budget_nats: float = setting(
+        2.0,
+        "`budget`: log-likelihood in nats that a request may lose in all; 0 is strict.",
+        within=(0.0, 10000.0),
+        rule="budget",
+        looser="higher",
     )
-    budget_nats: float = _parameter(
-        "budget", "nats", 2.0, "higher", "nats that a request may lose in all, of regret or KL divergence; 0 is strict."
-    )
-    budget_kappa: float = _parameter(
-        "budget", "kappa", 0.02, "higher", "in sampled requests, the most nats of KL divergence at a position."
-    )
-    budget_floor: float = _parameter("budget", "floor", 0.01, "lower", _FLOOR)
     relax_sampling: bool = setting(
         False,
-        "Relax sampled requests (temperature > 0) too. It pulls their samples towards the draft; by default they are "
-        "verified strictly and keep the target's distribution.",
-        looser="higher",
-    )
-    relax_structured: bool = setting(
-        False,
-        "Relax requests with structured output too; by default what a grammar constrains is verified strictly.",
-        looser="higher",
-    )
-    relax_logprobs: bool = setting(
-        False,
-        "Relax requests that ask for log-probabilities of their output too; by default they are verified strictly.",
+        "Relax sampled requests (temperature > 0) too, which pulls their samples towards the draft. By default they "
+        "are verified strictly and keep the target's distribution.",
         looser="higher",
     )
     collapse_guard: bool = setting(
         True,
-        "Verify a request strictly for a while when its relaxed tokens come too close to each other, which is how a "
+        "Verify a request strictly for a while when its relaxed tokens come too close together, since that is how a "
         "model is led into copying.",
-        looser="lower",
-    )
-    guard_limit: float = setting(
-        1.4,
-        "Collapse guard: the most relaxed tokens within its memory.",
-        within=GUARD_LIMIT_RANGE,
-        looser="higher",
-    )
-    guard_memory: float = setting(
-        64.0,
-        "Collapse guard: tokens after which a relaxed token counts for 1/e.",
-        within=GUARD_MEMORY_RANGE,
-        looser="lower",
-    )
-    guard_cooldown: float = setting(
-        32.0,
-        "Collapse guard: tokens for which a request is strict.",
-        within=GUARD_COOLDOWN_RANGE,
         looser="lower",
     )
     allow_request_override: str = setting(
         "stricter",
-        "What a request may change for itself, of the keys marked here: `no` for nothing; `stricter` for "
-        "`aasd_enabled`, and verification that accepts no more than the server's own; `any` for all of them.",
+        "What a request may change for itself: `no` for nothing; `stricter` for `aasd_enabled`, and for verification "
+        "that accepts no more than the server's own; `any` for every key that a request may set.",
         choices=("no", "stricter", "any"),
     )
 
@@ -198,15 +158,27 @@ class Settings:
         """Read the settings from the `aasd_*` keys of a speculative config.
 
         Args:
-            values: ``{"aasd_top_k": 2, ...}``; keys without the prefix are an error of the caller.
+            values: ``{"aasd_beta": 0.6, ...}``; keys without the prefix are an error of the caller.
 
         Raises:
             ValueError: for an unknown key, a value of the wrong type or out of range; the text names the
                 key, the value and what is allowed.
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
+        refuse_removed(values, REMOVED)
         refuse_unknown("setting", values, fields)
         return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
+
+    def policy(self) -> rules.Policy:
+        """How a request with these settings is verified."""
+        guards = {"relaxes_sampling": self.relax_sampling, "collapse_guard": self.collapse_guard}
+        if self.verification == "conditional":
+            return rules.conditional(self.alpha, self.beta, **guards)
+        if self.verification == "fly":
+            return rules.fly(self.fly_window, self.fly_threshold, **guards)
+        if self.verification == "budget":
+            return rules.budget(self.budget_nats, **guards)
+        return rules.STRICT_POLICY
 
     def describe(self) -> str:
         """The settings in force, as `aasd_name=value` words."""

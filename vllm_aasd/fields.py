@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_args
 
 PREFIX = "aasd_"
@@ -31,6 +31,13 @@ def setting(
     """
     metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def refuse_removed(values: Mapping[str, Any], removed: Mapping[str, str]) -> None:
+    """Raise the ValueError that says what to do instead of the first key that an earlier version had."""
+    for key, value in values.items():
+        if key in removed:
+            raise ValueError(f"{key}={value!r} is not allowed any more: {removed[key]}.")
 
 
 def refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> None:

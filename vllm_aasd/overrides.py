@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_aasd.config import Settings
-from vllm_aasd.fields import PREFIX, checked, refuse_unknown
+from vllm_aasd.config import REMOVED, Settings
+from vllm_aasd.fields import PREFIX, checked, refuse_removed, refuse_unknown
 
 _FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
 # vLLM's HTTP front end hands on true and false as 1 and 0.
@@ -32,6 +32,7 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
     ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
     if not ours:
         return server
+    refuse_removed(ours, REMOVED)
     refuse_unknown("request option", ours, _FIELDS)
     if server.allow_request_override == "no":
         key, value = next(iter(ours.items()))

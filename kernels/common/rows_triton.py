@@ -23,7 +23,6 @@ ENOUGH_PROGRAMS = 608
 
 # Above every token id and index, and below int32's end even when an offset is added.
 BEYOND = tl.constexpr(2**30)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def launch_shape(num_rows: int, vocab_size: int) -> tuple[dict[str, int], int]:
@@ -64,92 +63,3 @@ def first_argmax(z, ids, axis: tl.constexpr):
     maximum = tl.where(best < 0, float("nan"), maximum)
     # Ids are below 2**30, so what is negative is a NaN's.
     return maximum, tl.where(best < 0, best + BEYOND, best)
-
-
-@triton.jit
-def store_top_k(
-    z,
-    ids,
-    vocab_size,
-    first_id,
-    partial_ptr,  # [1 + 2 TOP_K]
-    TOP_K: tl.constexpr,
-):
-    """Write a block's partial alignment entry: its top k ids, their logits, and sum e^(z - top logit).
-
-    A masked token's logit becomes the lowest finite one, so that -inf is left for what isn't there: places
-    past the vocabulary, and what was taken already. The sum is NaN if the block has no softmax because of
-    NaN or +inf, and 0 if it has nothing but -inf.
-    """
-    candidates = tl.where(z > LOWEST, z, LOWEST)
-    candidates = tl.where(ids < vocab_size, candidates, float("-inf"))
-    maximum = tl.max(candidates, axis=0)
-    total = tl.sum(tl.exp(z - maximum), axis=0)
-    for j in tl.static_range(TOP_K):
-        best = tl.max(candidates, axis=0)
-        best_id = tl.min(tl.where(candidates == best, ids, BEYOND), axis=0)
-        candidates = tl.where(ids == best_id, float("-inf"), candidates)
-        tl.store(partial_ptr + j, first_id + best_id)
-        tl.store(partial_ptr + TOP_K + j, best.to(tl.int32, bitcast=True))
-    tl.store(partial_ptr + 2 * TOP_K, total.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def merge_partials_kernel(
-    partials_ptr,  # [num_parts, num_rows, 1 + 2 TOP_K]
-    num_parts,
-    token_ids_ptr,  # [num_rows]
-    slot_mapping_ptr,  # [num_rows]
-    out_ptr,  # [num_slots, 1 + 2 TOP_K] table, or [num_rows, 1 + 2 TOP_K] partials
-    num_slots,
-    TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    PLACES: tl.constexpr,
-    TO_TABLE: tl.constexpr,
-):
-    """Merge the partial entries of one row, into its slot of the table or into one partial entry."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping_ptr + row)
-    if (slot < 0) | (slot >= num_slots):
-        return
-    width: tl.constexpr = 1 + 2 * TOP_K
-    part_stride = tl.num_programs(0).to(tl.int64) * width
-    entry_ptr = partials_ptr + row * width
-
-    part = tl.arange(0, PARTS)
-    exists = part < num_parts
-    part_ptr = entry_ptr + part * part_stride
-    maxima = tl.load(part_ptr + TOP_K, mask=exists, other=0).to(tl.float32, bitcast=True)
-    maxima = tl.where(exists, maxima, float("-inf"))
-    sums = tl.load(part_ptr + 2 * TOP_K, mask=exists, other=0).to(tl.float32, bitcast=True)
-    maximum = tl.max(maxima, axis=0)
-    total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
-
-    # Place j of part i is element i PLACES + j; parts and places are padded to powers of two.
-    element = tl.arange(0, PARTS * PLACES)
-    place = element % PLACES
-    there = (element // PLACES < num_parts) & (place < TOP_K)
-    element_ptr = entry_ptr + (element // PLACES) * part_stride + place
-    ids = tl.load(element_ptr, mask=there, other=0)
-    candidates = tl.load(element_ptr + TOP_K, mask=there, other=0).to(tl.float32, bitcast=True)
-    candidates = tl.where(there, candidates, float("-inf"))
-
-    if TO_TABLE:
-        out_ptr += slot * width
-        tl.store(out_ptr, tl.load(token_ids_ptr + row))
-        out_ptr += 1
-    else:
-        out_ptr += row * width
-        tl.store(out_ptr + 2 * TOP_K, total.to(tl.int32, bitcast=True))
-    # Neither 0 (nothing but -inf) nor NaN.
-    has_softmax = total > 0.0
-    for j in tl.static_range(TOP_K):
-        best = tl.max(candidates, axis=0)
-        best_id = tl.min(tl.where(candidates == best, ids, BEYOND), axis=0)
-        candidates = tl.where((ids == best_id) & (candidates == best), float("-inf"), candidates)
-        value = best
-        if TO_TABLE:
-            best_id = tl.where(has_softmax, best_id, 0)
-            value = tl.where(has_softmax, tl.exp(best - maximum) / total, 0.0)
-        tl.store(out_ptr + j, best_id)
-        tl.store(out_ptr + TOP_K + j, value.to(tl.int32, bitcast=True))

@@ -17,9 +17,11 @@ How
     Whole numbers below 2^53 are exact in float64, in whatever order they are added.
 """
 
+from types import ModuleType
+
 import torch
 
-from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape
 from vllm_aasd.kernels.count.reference import (
     ACCEPTED,
@@ -113,7 +115,7 @@ def count_drafts(
         check_dtype(name, events, torch.bool)
     if first_draft not in (0, 1):
         raise ValueError(f"first_draft is {first_draft}, must be 0 or 1")
-    backend("count", totals.device.type).count_drafts(
+    _implementation(totals.device.type).count_drafts(
         totals,
         draft_token_ids,
         cu_num_rows,
@@ -126,3 +128,13 @@ def count_drafts(
         exhausted,
         guarded,
     )
+
+
+def _implementation(device_type: str) -> ModuleType:
+    if runs_triton(device_type):
+        from vllm_aasd.kernels.count import triton
+
+        return triton
+    from vllm_aasd.kernels.count import cpu
+
+    return cpu

@@ -55,9 +55,11 @@ Sources
     Those of `vllm_aasd.kernels.draft`. The paged predictions are those of `vllm_aasd.kernels.align`.
 """
 
+from types import ModuleType
+
 import torch
 
-from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape
 from vllm_aasd.kernels.common.mixture import LONGEST_REMEMBERED, SHORTEST_REMEMBERED
 from vllm_aasd.kernels.draft.cpu import ORDERS_USED
@@ -198,7 +200,7 @@ def draft_batch(
     if workspace.shape[0] < num_reqs or workspace.shape[1] != words:
         shape = tuple(workspace.shape)
         raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
-    backend("draft", all_token_ids.device.type).draft_batch(
+    _implementation(all_token_ids.device.type).draft_batch(
         all_token_ids,
         total_len,
         idx_mapping,
@@ -252,3 +254,13 @@ def _check_rows(name: str, tensor: torch.Tensor, num_rows: int, dtype: torch.dty
     check_dtype(name, tensor, dtype)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name} has stride {tensor.stride(1)} along its rows, expected 1")
+
+
+def _implementation(device_type: str) -> ModuleType:
+    if runs_triton(device_type):
+        from vllm_aasd.kernels.draft import triton
+
+        return triton
+    from vllm_aasd.kernels.draft import reference
+
+    return reference

@@ -11,7 +11,6 @@ The rule
       since p(v) (v = x) + (1 - p(x)) p(v) / (1 - p(x)) (v != x) = p(v);
     - in a *relaxed* request of either kind, besides, iff its rule says so:
         conditional:      p(x) >= min(beta - alpha H, max p)
-        typical:          p(x) > min(epsilon, delta e^-H)
         fly:              -sum p log p over the three likeliest tokens >= threshold, the next `window` drafts of the
                           request are all there, and each is accepted strictly at its row
         budget, greedy:   log max p - log p(x) <= cap, and fewer than `per_step` of the step's tokens were relaxed
@@ -57,18 +56,19 @@ Sources
     speculative sampling. Wang et al., *Alignment-Augmented Speculative Decoding with Alignment Sampling and
     Conditional Verification*, EMNLP 2025, arXiv 2505.13204: the bar min(beta - alpha H, max p). The EOS guard
     is after CASD (github.com/Jikai0Wang/CASD: p > max(0.1, p(EOS))); the floor and p > 0 are ours, because
-    beta - alpha H is negative from H = beta / alpha on and would then accept masked tokens. The other rules: Cai
-    et al., *Medusa*, arXiv 2401.10774 (typical); Li et al., *Training-Free Loosely Speculative Decoding*, arXiv
+    beta - alpha H is negative from H = beta / alpha on and would then accept masked tokens. The other rules: Li et al., *Training-Free Loosely Speculative Decoding*, arXiv
     2511.22972, in the form of vLLM 0.33's ``rejection_sample_method: "fly"``; ASD, arXiv 2608.03447 (budget,
     greedy); Cactus, arXiv 2604.04987 (budget, sampled). The collapse guard and the sum of a sampled request's
     divergences are ours; more in `vllm_aasd.verification`. Output layout, placeholder and race are those of
     vLLM's `v1/sample/rejection_sampler.py`.
 """
 
+from types import ModuleType
+
 import torch
 
-from vllm_aasd.kernels.common.backends import backend
 from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_rejected_rows, check_shape
+from vllm_aasd.kernels.verify import reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, NUM_PARAMETERS, NUM_STATES, VerifyPolicies, policy_shapes
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
 
@@ -131,7 +131,7 @@ def verify(
         check_dtype(name, tensor, dtype)
     check_shape("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]))
     check_dtype("stop_token_ids", stop_token_ids, torch.int32)
-    return backend("verify", target_logits.device.type).verify(
+    return _implementation(target_logits.device.type).verify(
         draft_token_ids,
         cu_num_draft_tokens,
         max_spec_len,
@@ -168,7 +168,15 @@ def recover(
     check_rejected_rows(target_logits, rows, draft_token_ids)
     check_shape("inv_q", inv_q, (rows.shape[0], target_logits.shape[1]))
     check_dtype("inv_q", inv_q, torch.float32)
-    return backend("verify", target_logits.device.type).recover(target_logits, rows, draft_token_ids, inv_q)
+    return _implementation(target_logits.device.type).recover(target_logits, rows, draft_token_ids, inv_q)
+
+
+def _implementation(device_type: str) -> ModuleType:
+    if device_type == "cpu":
+        from vllm_aasd.kernels.verify import cpu
+
+        return cpu
+    return reference
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

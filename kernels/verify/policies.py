@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-STRICT, CONDITIONAL, TYPICAL, FLY, BUDGET = range(5)
+STRICT, CONDITIONAL, FLY, BUDGET = range(4)
 """The rules, by their number in `VerifyPolicies.rule`."""
 
 NUM_PARAMETERS = 8
 # Columns of `VerifyPolicies.parameters`: four that mean something else by rule,
 ALPHA, BETA = 0, 1
-EPSILON, DELTA = 0, 1
 WINDOW, THRESHOLD = 0, 1
 CAP, PER_STEP, NATS, KAPPA = 0, 1, 2, 3
 # and those of the guards.
@@ -34,7 +33,6 @@ class VerifyPolicies(NamedTuple):
     """[n, NUM_PARAMETERS] float32. Four columns depend on the rule:
 
     - conditional: alpha, probability per nat; beta, probability;
-    - typical: epsilon, probability; delta, a factor;
     - fly: window, draft tokens; threshold, nats of the three likeliest tokens' entropy;
     - budget: cap, nats of regret per relaxed token; most relaxed tokens per step; nats per request; kappa, nats of
       KL divergence per position. Cap and the most per step are those of greedy requests, kappa of sampled ones.

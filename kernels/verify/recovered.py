@@ -9,8 +9,8 @@ with a seed pays for them, because vLLM draws them from its generator, and no ot
 
 import torch
 
-from vllm_aasd.kernels.common.backends import backend
 from vllm_aasd.kernels.common.checks import check_dtype, check_rejected_rows, check_shape
+from vllm_aasd.kernels.verify import recovered_reference
 
 
 def redraw(
@@ -34,7 +34,11 @@ def redraw(
     check_rejected_rows(target_logits, rows, draft_token_ids)
     check_shape("uniform", uniform, rows.shape)
     check_dtype("uniform", uniform, torch.float64)
-    return backend("recovered", target_logits.device.type).redraw(target_logits, rows, draft_token_ids, uniform)
+    if target_logits.device.type == "cpu":
+        from vllm_aasd.kernels.verify import recovered_cpu
+
+        return recovered_cpu.redraw(target_logits, rows, draft_token_ids, uniform)
+    return recovered_reference.redraw(target_logits, rows, draft_token_ids, uniform)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

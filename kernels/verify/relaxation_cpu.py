@@ -17,14 +17,10 @@ from vllm_aasd.kernels.verify.policies import (
     BETA,
     BUDGET,
     CAP,
-    CONDITIONAL,
-    DELTA,
-    EPSILON,
     FLOOR,
     FLY,
     KAPPA,
     THRESHOLD,
-    TYPICAL,
 )
 
 # What `judge` says of a draft: that its row is no candidate for relaxation, or may be at a cost in nats, or is.
@@ -111,13 +107,9 @@ def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, pa
         if not is_strict and kappa > 0.0 and _binary_kl(uniform, p) <= kappa:
             return CANDIDATE, cost, regret
         return OPEN, cost, 0.0
-    clears = False
     if rule == FLY:
         clears = _top_entropy(row, maximum, s) >= parameters[THRESHOLD]
     else:
         entropy = max(0.0, math.log(s) - t / s)
-        if rule == CONDITIONAL:
-            clears = p >= parameters[BETA] - parameters[ALPHA] * entropy or x == argmax
-        elif rule == TYPICAL:
-            clears = p > min(np.float64(parameters[EPSILON]), parameters[DELTA] * math.exp(-entropy))
+        clears = p >= parameters[BETA] - parameters[ALPHA] * entropy or x == argmax
     return (CANDIDATE if clears else CLOSED), 0.0, regret

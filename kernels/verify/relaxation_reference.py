@@ -18,8 +18,6 @@ from vllm_aasd.kernels.verify.policies import (
     CONDITIONAL,
     COOLDOWN,
     DECAY,
-    DELTA,
-    EPSILON,
     EXHAUSTED,
     FLOOR,
     FLY,
@@ -32,7 +30,6 @@ from vllm_aasd.kernels.verify.policies import (
     STRICT,
     STRICT_LEFT,
     THRESHOLD,
-    TYPICAL,
     WINDOW,
     VerifyPolicies,
 )
@@ -81,7 +78,7 @@ class Relaxation:
         row = int(policies.state_rows[i])
         self._state = policies.state[row] if 0 <= row < len(policies.state) else None
         self._rule = int(policies.rule[i])
-        if self._state is None or self._rule not in (CONDITIONAL, TYPICAL, FLY, BUDGET) or self._state[EXHAUSTED]:
+        if self._state is None or self._rule not in (CONDITIONAL, FLY, BUDGET) or self._state[EXHAUSTED]:
             self._rule = STRICT
         self._parameters = policies.parameters[i]
         self._is_greedy = is_greedy
@@ -138,8 +135,6 @@ class Relaxation:
         p, parameters = row.probs, self._parameters
         if self._rule == CONDITIONAL:
             return bool(p[x] >= parameters[BETA] - parameters[ALPHA] * row.entropy or x == row.argmax)
-        if self._rule == TYPICAL:
-            return bool(p[x] > torch.minimum(parameters[EPSILON], parameters[DELTA] * torch.exp(-row.entropy)))
         if self._rule == FLY:
             return bool(row.top_entropy >= parameters[THRESHOLD] and strict_ahead(int(parameters[WINDOW])))
         if self._is_greedy:

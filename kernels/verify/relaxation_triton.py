@@ -17,12 +17,10 @@ import triton.language as tl
 from vllm_aasd.kernels.verify import policies
 
 _CONDITIONAL = tl.constexpr(policies.CONDITIONAL)
-_TYPICAL = tl.constexpr(policies.TYPICAL)
 FLY = tl.constexpr(policies.FLY)
 _BUDGET = tl.constexpr(policies.BUDGET)
 _NUM_PARAMETERS = tl.constexpr(policies.NUM_PARAMETERS)
 _ALPHA, _BETA = tl.constexpr(policies.ALPHA), tl.constexpr(policies.BETA)
-_EPSILON, _DELTA = tl.constexpr(policies.EPSILON), tl.constexpr(policies.DELTA)
 _WINDOW, _THRESHOLD = tl.constexpr(policies.WINDOW), tl.constexpr(policies.THRESHOLD)
 _CAP, _PER_STEP = tl.constexpr(policies.CAP), tl.constexpr(policies.PER_STEP)
 _NATS, _KAPPA = tl.constexpr(policies.NATS), tl.constexpr(policies.KAPPA)
@@ -156,9 +154,6 @@ def relax(
     if rule == _CONDITIONAL:
         bar = tl.load(parameters_ptr + _BETA) - tl.load(parameters_ptr + _ALPHA) * entropy
         clears = (p >= bar) | (draft == argmax)
-    elif rule == _TYPICAL:
-        typical = tl.load(parameters_ptr + _DELTA) * tl.exp(-entropy)
-        clears = p > tl.minimum(tl.load(parameters_ptr + _EPSILON), typical)
     elif rule == FLY:
         window = tl.load(parameters_ptr + _WINDOW).to(tl.int32)
         in_window = (later > here) & (later <= here + window)

@@ -34,13 +34,12 @@ Memory
     Greedy requests read d + 1 rows, the least there is. Sampled ones read d rows for the decision, and one
     row for the race: the bonus row, which the decision doesn't need, or the rejected one, a second time; so
     d + 1 in either case. Rows behind a placeholder draft (-1) are not read, nor are placeholder rows of
-    sampled requests. With alignment, which wants every row, a sampled request reads one row more. Counted
-    (`benchmarks/kernels.py`, narrow blocks), all that moves is 1.01 times one read of all rows, 1.03 with
-    top 4 for alignment.
+    sampled requests. Counted (`benchmarks/kernels.py`, narrow blocks), all that moves is 1.01 times one read of
+    all rows.
 
     vLLM's kernels read as much for sampled requests. For greedy ones they read the bonus row only if every
     draft was accepted, in two further launches; ours reads it always and, all being greedy, launches no more.
-    They give neither entropy nor stop mass nor top k, for each of which another pass would be due.
+    They give neither entropy nor stop mass, for each of which another pass would be due.
     Few rows are cut into narrower blocks (`rows_triton.launch_shape`), so that one request fills a GPU.
 
 Sources
@@ -49,18 +48,19 @@ Sources
     -1, not undefined; NaN means what it means to `torch.argmax`; a request of no rows emits nothing.
 """
 
+from types import ModuleType
+
 import torch
 
-from vllm_aasd.kernels.align import check_table
-from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.verify import seeded_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies, policy_shapes
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
-from vllm_aasd.kernels.verify.seeded_reference import AlignmentRows, SeededVerifyOutput
+from vllm_aasd.kernels.verify.seeded_reference import SeededVerifyOutput
 
 __all__ = [
     "PLACEHOLDER_TOKEN_ID",
-    "AlignmentRows",
     "SeededVerifyOutput",
     "VerifyPolicies",
     "verify_seeded",
@@ -80,12 +80,11 @@ def verify_seeded(
     num_speculative_steps: int,
     policies: VerifyPolicies,
     stop_token_ids: torch.Tensor,
-    alignment: AlignmentRows | None = None,
     all_greedy: bool = False,
 ) -> SeededVerifyOutput:
     """Verify a batch and emit its tokens, without a word to the host; the module's docstring has the rule.
 
-    Nothing is modified but `alignment.table` and `policies.state`. Tensors other than `target_logits` must be
+    Nothing is modified but `policies.state`. Tensors other than `target_logits` must be
     contiguous.
 
     Args:
@@ -107,8 +106,6 @@ def verify_seeded(
         num_speculative_steps: the most drafts of a request; the width of the output less one.
         policies: by slot, see `VerifyPolicies`; no two requests of a batch may share a row of the state.
         stop_token_ids: [max_num_reqs, max_stop] int32, the distinct ids that end a request, padded with -1.
-        alignment: where to write the rows' alignment entries, from the same read of the logits. Right only
-            if the logits are unprocessed: the store wants the target's own distribution at temperature 1.
         all_greedy: True only if the temperature of every request is known to be 0: two launches less.
 
     Returns:
@@ -118,7 +115,7 @@ def verify_seeded(
         ValueError: an argument has a wrong shape or dtype, or is not contiguous. Values on the device are
             not checked.
     """
-    num_logits, vocab_size = target_logits.shape
+    num_logits = target_logits.shape[0]
     num_reqs = cu_num_logits.shape[0] - 1
     max_num_reqs = temperature.shape[0]
     integers = (torch.int32, torch.int64)
@@ -142,16 +139,12 @@ def verify_seeded(
             for name, (tensor, shape, dtype) in policy_shapes(policies, max_num_reqs).items()
         },
     }
-    if alignment is not None:
-        wanted["alignment.token_ids"] = (alignment.token_ids, (num_logits,), (torch.int32,))
-        wanted["alignment.slot_mapping"] = (alignment.slot_mapping, (num_logits,), (torch.int64,))
-        check_table("alignment.table", alignment.table, vocab_size)
     for name, (tensor, shape, dtypes) in wanted.items():
         check_shape(name, tensor, shape)
         check_dtype(name, tensor, *dtypes)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-    return backend("verify_seeded", target_logits.device.type).verify_seeded(
+    return _implementation(target_logits.device.type).verify_seeded(
         target_logits,
         draft_sampled,
         cu_num_logits,
@@ -164,6 +157,13 @@ def verify_seeded(
         num_speculative_steps,
         policies,
         stop_token_ids,
-        alignment,
         all_greedy,
     )
+
+
+def _implementation(device_type: str) -> ModuleType:
+    if runs_triton(device_type):
+        from vllm_aasd.kernels.verify import triton
+
+        return triton
+    return seeded_reference

@@ -7,22 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_aasd.kernels.align import reference as align_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics
-
-
-class AlignmentRows(NamedTuple):
-    """Where the alignment entries of the verified rows go; the fields are arguments of `align`."""
-
-    token_ids: torch.Tensor
-    """[num_logits] int32, the input token at each row's own position."""
-    slot_mapping: torch.Tensor
-    """[num_logits] int64, the slot of each row; negative skips it."""
-    table: torch.Tensor
-    """[num_slots, 1 + 2k] int32; modified in place."""
 
 
 class SeededVerifyOutput(NamedTuple):
@@ -69,7 +57,6 @@ def verify_seeded(
     num_speculative_steps: int,
     policies: VerifyPolicies,
     stop_token_ids: torch.Tensor,
-    alignment: AlignmentRows | None = None,
     all_greedy: bool = False,
 ) -> SeededVerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
@@ -117,6 +104,4 @@ def verify_seeded(
             if not accepted:
                 break
         exhausted[req], guarded[req] = relaxation.exhausted, relaxation.guarded
-    if alignment is not None:
-        align_reference.align(target_logits, *alignment)
     return SeededVerifyOutput(sampled, num_sampled, relaxed, regret, exhausted, guarded)

@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_aasd.kernels.align.triton import merge_partials
-from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block, store_top_k
+from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block
 from vllm_aasd.kernels.verify.decide_triton import DECIDE, decide_kernel
 from vllm_aasd.kernels.verify.gumbel_triton import race
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify.relaxation_triton import FLY
-from vllm_aasd.kernels.verify.seeded_reference import AlignmentRows, SeededVerifyOutput
+from vllm_aasd.kernels.verify.seeded_reference import SeededVerifyOutput
 
 
 @triton.jit
@@ -32,11 +31,8 @@ def _row_statistics_kernel(
     argmax_ptr,  # [num_logits, num_blocks]
     # [5, num_logits, num_blocks]: max, sum e^(z - max), sum e^(z - max) (z - max); second and third for fly
     sums_ptr,
-    align_slot_mapping_ptr,  # [num_logits]
-    align_partials_ptr,  # [num_blocks, num_logits, 1 + 2 TOP_K]
     vocab_size,
     BLOCK: tl.constexpr,
-    TOP_K: tl.constexpr,
 ):
     """Reduce one block of one row to what the decision can need of it."""
     # int64: rows times stride passes 2**31.
@@ -57,41 +53,31 @@ def _row_statistics_kernel(
     # A placeholder before this row has ended the request's prefix.
     is_reached = is_first | (tl.load(draft_sampled_ptr + row) >= 0)
     is_wanted = is_reached & (is_padding == 0) & (is_greedy | has_draft)
-    if TOP_K > 0:
-        has_slot = tl.load(align_slot_mapping_ptr + row) >= 0
-        if (is_wanted | has_slot) == 0:
-            return
-    else:
-        if is_wanted == 0:
-            return
+    if is_wanted == 0:
+        return
 
     z, ids = load_block(logits_ptr + row * logits_stride, block * BLOCK, vocab_size, BLOCK)
-    if is_wanted:
-        out = row * tl.num_programs(1) + block
-        plane = num_logits.to(tl.int64) * tl.num_programs(1)
-        only = tl.arange(0, 1)
-        maximum, argmax = first_argmax(z, ids, 0)
-        tl.store(argmax_ptr + out + only, argmax)
-        tl.store(sums_ptr + out + only, maximum)
-        if has_draft & ((rule != 0) | (is_greedy == 0)):
-            # A block of nothing but -inf would give NaN.
-            distance = z - tl.where(maximum > float("-inf"), maximum, 0.0)
-            weight = tl.exp(distance)
-            # A weight of 0 may stand at a distance of -inf.
-            weighted = tl.where(weight > 0.0, weight * distance, 0.0)
-            tl.store(sums_ptr + plane + out, tl.sum(weight, axis=0))
-            tl.store(sums_ptr + 2 * plane + out, tl.sum(weighted, axis=0))
-        if has_draft & (rule == FLY):
-            # Of equal logits one goes at a time.
-            rest = tl.where(ids == argmax, float("-inf"), z)
-            second = tl.max(rest, axis=0)
-            second_id = tl.min(tl.where(rest == second, ids, BEYOND), axis=0)
-            tl.store(sums_ptr + 3 * plane + out, second)
-            tl.store(sums_ptr + 4 * plane + out, tl.max(tl.where(ids == second_id, float("-inf"), rest), axis=0))
-    if TOP_K > 0:
-        if has_slot:
-            partial = block.to(tl.int64) * num_logits + row
-            store_top_k(z, ids, vocab_size, 0, align_partials_ptr + partial * (1 + 2 * TOP_K), TOP_K)
+    out = row * tl.num_programs(1) + block
+    plane = num_logits.to(tl.int64) * tl.num_programs(1)
+    only = tl.arange(0, 1)
+    maximum, argmax = first_argmax(z, ids, 0)
+    tl.store(argmax_ptr + out + only, argmax)
+    tl.store(sums_ptr + out + only, maximum)
+    if has_draft & ((rule != 0) | (is_greedy == 0)):
+        # A block of nothing but -inf would give NaN.
+        distance = z - tl.where(maximum > float("-inf"), maximum, 0.0)
+        weight = tl.exp(distance)
+        # A weight of 0 may stand at a distance of -inf.
+        weighted = tl.where(weight > 0.0, weight * distance, 0.0)
+        tl.store(sums_ptr + plane + out, tl.sum(weight, axis=0))
+        tl.store(sums_ptr + 2 * plane + out, tl.sum(weighted, axis=0))
+    if has_draft & (rule == FLY):
+        # Of equal logits one goes at a time.
+        rest = tl.where(ids == argmax, float("-inf"), z)
+        second = tl.max(rest, axis=0)
+        second_id = tl.min(tl.where(rest == second, ids, BEYOND), axis=0)
+        tl.store(sums_ptr + 3 * plane + out, second)
+        tl.store(sums_ptr + 4 * plane + out, tl.max(tl.where(ids == second_id, float("-inf"), rest), axis=0))
 
 
 def verify_seeded(
@@ -107,7 +93,6 @@ def verify_seeded(
     num_speculative_steps: int,
     policies: VerifyPolicies,
     stop_token_ids: torch.Tensor,
-    alignment: AlignmentRows | None = None,
     all_greedy: bool = False,
 ) -> SeededVerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
@@ -132,8 +117,6 @@ def verify_seeded(
     argmax = empty(num_logits, num_blocks, dtype=torch.int32)
     sums = empty(5, num_logits, num_blocks, dtype=torch.float32)
     race_row = empty(num_reqs, dtype=torch.int64)
-    top_k = 0 if alignment is None else alignment.table.shape[1] // 2
-    partials = empty(num_blocks, num_logits, 1 + 2 * top_k, dtype=torch.int32) if top_k else argmax
     _row_statistics_kernel[(num_logits, num_blocks)](
         target_logits,
         target_logits.stride(0),
@@ -144,10 +127,7 @@ def verify_seeded(
         policies.rule,
         argmax,
         sums,
-        alignment.slot_mapping if top_k else expanded_local_pos,
-        partials,
         vocab_size,
-        TOP_K=top_k,
         **shape,
     )
     decide_kernel[(num_reqs,)](
@@ -178,8 +158,6 @@ def verify_seeded(
         STOPS=triton.next_power_of_2(max(1, stop_token_ids.shape[1])),
         **DECIDE,
     )
-    if top_k:
-        merge_partials(partials, alignment.token_ids, alignment.slot_mapping, alignment.table)
     if not all_greedy:
         race(
             output.sampled,

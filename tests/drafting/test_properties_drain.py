@@ -17,7 +17,7 @@ OPTIONS = [
     {},
     {"aasd_enabled": False},
     {"aasd_verification": "strict"},
-    {"aasd_floor": 0.5},
+    {"aasd_beta": 0.75},
     {"aasd_nonsense": 1},
 ]
 

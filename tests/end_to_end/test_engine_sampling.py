@@ -79,7 +79,7 @@ def test_strict_samples_the_targets_distribution(strict, task):
 
 
 def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
-    loose = {"aasd_relax_sampling": True, "aasd_beta": 0.05, "aasd_floor": 0.05}
+    loose = {"aasd_relax_sampling": True, "aasd_beta": 0.05}
     samples, _ = sample(demo_model, task, tmp_path / "out.json", loose)
     assert p_value(samples, *task[2:]) < 1e-6
 

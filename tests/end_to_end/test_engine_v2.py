@@ -187,7 +187,7 @@ def test_two_pipeline_stages_scheduled_ahead(plain, demo_model, tmp_path):
 @pytest.mark.long
 def test_both_runners_emit_the_same_tokens_and_accept_the_same_drafts(demo_model, tmp_path):
     # Neither load nor how earlier drafts fared may shorten a draft: V1 looks at both.
-    whole = {**STRICT, "aasd_draft_length": 4, "aasd_min_survival": 0.0, "aasd_alignment": False}
+    whole = {**STRICT, "aasd_draft_length": 4, "aasd_alignment": False}
     runs = [
         run_engine(demo_model, [greedy(PROMPTS, 24)], tmp_path / str(v2), v2=v2, aasd=whole, block_size=32)
         for v2 in (False, True)
@@ -231,9 +231,9 @@ def assert_same_outputs(wanted, got):
 def loose(demo_model, tmp_path_factory):
     """The bar at a low floor, with everything recorded that the verifier was asked."""
     out = tmp_path_factory.mktemp("loose") / "out.json"
-    bar = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 0.01}
+    bar = {"aasd_alpha": 10.0, "aasd_beta": 0.0}
     # A draft for every step that can have one.
-    aasd = {**bar, "aasd_min_survival": 0.0, "num_speculative_tokens": 4}
+    aasd = {**bar, "num_speculative_tokens": 4}
     sampled = greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
     result = run_engine(
         demo_model,

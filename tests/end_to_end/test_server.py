@@ -25,7 +25,7 @@ from vllm_aasd.engine.failsafe import PLACES
 pytestmark = pytest.mark.engine
 
 PROMPTS = real_prompts(6, max_chars=700)
-LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": False, "aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_floor": 1e-4}
+LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": False, "aasd_alpha": 10.0, "aasd_beta": 0.0}
 STRICT = {"aasd_verification": "strict"}
 LABELS = ("engine", "0"), ("model_name", "demo")
 VLLM = pathlib.Path(sys.executable).parent / "vllm"
@@ -245,15 +245,15 @@ def test_a_request_that_wants_no_speculation_has_nothing_drafted(client, server)
 @pytest.mark.parametrize(
     ("xargs", "message"),
     [
-        ({"aasd_floor": 2}, "aasd_floor=2 is not allowed: it takes a number from 0.0001 to 1."),
-        ({"aasd_floor": "0.5"}, "aasd_floor='0.5' is not allowed: it takes a number from 0.0001 to 1."),
+        ({"aasd_beta": 3}, "aasd_beta=3 is not allowed: it takes a number from 0 to 2."),
+        ({"aasd_beta": "0.5"}, "aasd_beta='0.5' is not allowed: it takes a number from 0 to 2."),
         ({"aasd_enabled": "maybe"}, "aasd_enabled='maybe' is not allowed: it takes true or false."),
         (
             {"aasd_verification": [1]},
-            "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional' or 'typical' or 'fly' or 'budget'.",
+            "aasd_verification=[1] is not allowed: it takes 'strict' or 'conditional' or 'fly' or 'budget'.",
         ),
         ({"aasd_verifcation": "strict"}, "Did you mean 'aasd_verification'?"),
-        ({"aasd_top_k": 2}, "Unknown request option 'aasd_top_k'."),
+        ({"aasd_prior": False}, "Unknown request option 'aasd_prior'."),
         ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with aasd_verification='conditional'."),
         ({"aasd_relax_sampling": True}, "it is looser than the server's own False"),
     ],
@@ -287,9 +287,9 @@ def test_data_parallel_replicas(demo_model, tmp_path):
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):
-    process = start(demo_model, tmp_path / "log", {"method": "aasd", "aasd_floor": -1}, free_port())
+    process = start(demo_model, tmp_path / "log", {"method": "aasd", "aasd_beta": -1}, free_port())
     try:
         assert process.wait(timeout=180) != 0
     finally:
         process.kill()
-    assert "aasd_floor=-1 is not allowed: it takes a number from 0.0001 to 1." in (tmp_path / "log").read_text()
+    assert "aasd_beta=-1 is not allowed: it takes a number from 0 to 2." in (tmp_path / "log").read_text()

@@ -40,17 +40,17 @@ def test_the_method_alone_is_a_configuration(create):
     assert speculative_config.aasd == Settings()
     assert speculative_config.num_speculative_tokens == 16
     assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
-    assert "method='aasd'" in repr(speculative_config) and "aasd_top_k=4" in repr(speculative_config)
+    assert "method='aasd'" in repr(speculative_config) and "aasd_beta=0.5" in repr(speculative_config)
 
 
 def test_the_config_survives_what_vllm_does_to_it(create):
-    original = create({"method": "aasd", "aasd_top_k": 2, "num-speculative-tokens": 5}).speculative_config
+    original = create({"method": "aasd", "aasd_beta": 0.75, "num-speculative-tokens": 5}).speculative_config
     for twin in (
         pickle.loads(pickle.dumps(original)),
         copy.deepcopy(original),
         replace(original, num_speculative_tokens=5),
     ):
-        assert twin.aasd == Settings(top_k=2, fly_window=4)
+        assert twin.aasd == Settings(beta=0.75, fly_window=4)
         assert twin.num_speculative_tokens == 5
         assert repr(twin) == repr(original)
 
@@ -64,9 +64,9 @@ def test_flys_window_leaves_a_place_for_the_mismatch(create, drafts, asked, wind
 
 
 def test_the_same_arguments_can_be_built_twice(demo_model):
-    args = EngineArgs(model=demo_model, speculative_config={"method": "aasd", "aasd_floor": 0.5})
+    args = EngineArgs(model=demo_model, speculative_config={"method": "aasd", "aasd_beta": 0.75})
     first, second = args.create_engine_config(), args.create_engine_config()
-    assert first.speculative_config.aasd == second.speculative_config.aasd == Settings(floor=0.5)
+    assert first.speculative_config.aasd == second.speculative_config.aasd == Settings(beta=0.75)
 
 
 def test_a_server_that_takes_no_unknown_variable_of_vllms_takes_ours(create, monkeypatch, tmp_path):
@@ -77,8 +77,8 @@ def test_a_server_that_takes_no_unknown_variable_of_vllms_takes_ours(create, mon
 
 
 def test_the_method_may_come_beside_the_json(create):
-    config = create({"aasd_floor": 0.5}, spec_method="aasd", spec_tokens=3).speculative_config
-    assert config.aasd == Settings(floor=0.5, fly_window=2) and config.num_speculative_tokens == 3
+    config = create({"aasd_beta": 0.75}, spec_method="aasd", spec_tokens=3).speculative_config
+    assert config.aasd == Settings(beta=0.75, fly_window=2) and config.num_speculative_tokens == 3
     assert create(None, spec_method="aasd").speculative_config.aasd == Settings()
 
 
@@ -201,8 +201,9 @@ def test_vllms_own_methods_are_untouched(create):
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ({"aasd_topk": 2}, {}, "Unknown setting 'aasd_topk'. Did you mean 'aasd_top_k'?"),
-        ({"aasd_top_k": 9}, {}, "aasd_top_k=9 is not allowed: it takes an integer from 1 to 8."),
+        ({"aasd_betta": 2}, {}, "Unknown setting 'aasd_betta'. Did you mean 'aasd_beta'?"),
+        ({"aasd_top_k": 2}, {}, "aasd_top_k=2 is not allowed any more: it is fixed now; leave it out."),
+        ({"aasd_fly_window": 0}, {}, "aasd_fly_window=0 is not allowed: it takes an integer from 1 to 127."),
         ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens=0 is not allowed: it takes an integer from 1"),
         ({"num_speculative_tokens": 129}, {}, "num_speculative_tokens=129 is not allowed"),
         ({"num_speculative_tokens": "5"}, {}, "num_speculative_tokens='5' is not allowed"),

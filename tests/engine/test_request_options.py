@@ -12,7 +12,8 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine import request_options
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.requests import V1Requests
-from vllm_aasd.verification.strict import StrictVerification
+from vllm_aasd.kernels.verify.policies import BETA, CONDITIONAL, STRICT
+from vllm_aasd.verification.rules import STRICT_POLICY
 
 # Another test of this process may have had vLLM load the plugin, whose replacement stays.
 STOCK = inspect.unwrap(SamplingParams.verify)
@@ -40,8 +41,8 @@ def verify(monkeypatch):
 
 
 def test_a_bad_option_is_the_clients_error(verify):
-    with pytest.raises(ValueError, match=r"^aasd_floor=7 is not allowed: it takes a number from") as refusal:
-        verify(Settings(), extra_args={"aasd_floor": 7})
+    with pytest.raises(ValueError, match=r"^aasd_beta=7 is not allowed: it takes a number from") as refusal:
+        verify(Settings(), extra_args={"aasd_beta": 7})
     assert isinstance(refusal.value, VLLMValidationError) and refusal.value.parameter == "extra_args"
 
 
@@ -57,9 +58,9 @@ def test_vllms_own_checks_still_hold(verify):
 
 
 def test_other_methods_take_no_notice(verify):
-    verify(None, extra_args={"aasd_floor": 7})
+    verify(None, extra_args={"aasd_beta": 7})
     config = types.SimpleNamespace(method="ngram")
-    SamplingParams(extra_args={"aasd_floor": 7}).verify(None, config, None, None)
+    SamplingParams(extra_args={"aasd_beta": 7}).verify(None, config, None, None)
 
 
 def admitted(settings, *options):
@@ -72,19 +73,20 @@ def admitted(settings, *options):
 
 def test_a_worker_ignores_what_should_have_been_refused_and_says_so_once(caplog):
     request_options._warn_once.cache_clear()
-    bad = {"aasd_floor": "secret", "aasd_enabled": False}
+    bad = {"aasd_beta": "secret", "aasd_enabled": False}
     with caplog.at_level(logging.WARNING, "vllm.aasd"):
         requests = admitted(Settings(), bad, {"aasd_verification": "strict"}, None, {"aasd_nonsense": [1]})
-    assert [requests[str(number)].policy.name for number in range(4)] == ["conditional", "strict", *2 * ["conditional"]]
+    rules = [requests[str(number)].policy.rule for number in range(4)]
+    assert rules == [CONDITIONAL, STRICT, CONDITIONAL, CONDITIONAL]
     assert requests.is_drafted("0"), "of a bad request nothing is followed, so that it is the server's own"
     assert len(caplog.records) == 1 and "secret" not in caplog.text
 
 
 def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
-    requests = admitted(Settings(), {"aasd_floor": 0.5}, {"aasd_enabled": 0})
+    requests = admitted(Settings(), {"aasd_beta": 0.75}, {"aasd_enabled": 0})
     policy = requests["0"].policy
     requests.admit(["0", "1"], {})
-    assert requests["0"].policy is policy and policy.floor == 0.5
+    assert requests["0"].policy is policy and policy.parameters[BETA] == 0.75
     assert requests.is_drafted("0") and not requests.is_drafted("1")
     requests.forget(["1", "never seen"])
     assert len(requests) == 1
@@ -94,7 +96,7 @@ def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
 
 def test_requests_that_ask_for_nothing_have_the_servers_policy():
     requests = admitted(Settings(verification="strict"), None, {"other": 1})
-    assert requests["0"].policy == requests["1"].policy == StrictVerification()
+    assert requests["0"].policy == requests["1"].policy == STRICT_POLICY
 
 
 def test_a_pooling_request_has_no_sampling_parameters():

@@ -5,10 +5,7 @@ import types
 import pytest
 import torch
 
-from vllm_aasd.config import Settings, parameter_key
 from vllm_aasd.engine import startup
-from vllm_aasd.verification.policy import CollapseGuard, RelaxedPolicy
-from vllm_aasd.verification.registry import POLICIES
 
 
 class Device:
@@ -100,22 +97,3 @@ def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, capl
         assert startup.load_prior(Model(str(tmp_path / "model"))) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "serving without a prior" in caplog.text and "can't be read" in caplog.text
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_takes_its_parameters_from_the_settings(name):
-    """Each parameter from a setting of its own, told by a value that nothing else has."""
-    policy = POLICIES[name]
-    parameters = [*policy.ranges, "floor"] if issubclass(policy, RelaxedPolicy) else []
-    values = {one: policy.ranges.get(one, (0, 1))[1] - 0.01 * i for i, one in enumerate(parameters)}
-    keys = {parameter_key(name, one): value for one, value in values.items()}
-    made = startup.policy_of(Settings(verification=name, guard_limit=5.0, relax_sampling=True, **keys))
-    assert type(made) is policy
-    for one, value in values.items():
-        assert getattr(made, one) == value
-    if parameters:
-        assert made.collapse_guard == CollapseGuard(5.0, Settings().guard_memory, Settings().guard_cooldown)
-        assert made.relaxes(is_greedy=False)
-        assert startup.policy_of(Settings(verification=name, collapse_guard=False)).collapse_guard is None
-    else:
-        assert not made.relaxes(is_greedy=True)

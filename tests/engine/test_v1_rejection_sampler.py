@@ -87,11 +87,8 @@ GRAMMAR = StructuredOutputsParams(regex="a*")
     [
         ({}, {}, True),
         ({}, {"structured_outputs": GRAMMAR}, False),
-        ({"relax_structured": True}, {"structured_outputs": GRAMMAR}, True),
         ({}, {"logprobs": 0}, False),
         ({}, {"logprob_token_ids": [3]}, False),
-        ({"relax_logprobs": True}, {"logprobs": 0}, True),
-        ({"relax_logprobs": True}, {"logprobs": 0, "structured_outputs": GRAMMAR}, False),
     ],
 )
 def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(installed, settings, asked, relaxes):

@@ -236,28 +236,26 @@ def test_a_request_that_wants_no_speculation_gets_no_drafts():
 
 
 def test_each_slot_has_the_policy_that_its_request_asked_for():
-    requests = FakeRunner(max_num_reqs=3, floor=0.25).speculator.requests
-    strict, tighter = {"aasd_verification": "strict"}, {"aasd_floor": 0.5, "aasd_alpha": 0}
+    requests = FakeRunner(max_num_reqs=3, beta=0.25).speculator.requests
+    strict, tighter = {"aasd_verification": "strict"}, {"aasd_beta": 0.75, "aasd_alpha": 0}
     for slot, options in enumerate((None, strict, tighter)):
         requests.add_request(slot, SamplingParams(temperature=0.0, extra_args=options))
     requests.apply_staged_writes()
     asked = requests.policies
     assert asked.rule.tolist() == [policies.CONDITIONAL, policies.STRICT, policies.CONDITIONAL]
-    assert asked.parameters[[0, 2], policies.FLOOR].tolist() == [0.25, 0.5]
+    assert asked.parameters[[0, 2], policies.BETA].tolist() == [0.25, 0.75]
     assert asked.parameters[[0, 2], policies.ALPHA].tolist() == [pytest.approx(0.1), 0.0]
-    assert asked.parameters[[0, 2], policies.BETA].tolist() == [0.5, 0.5]
     # Back to the server's own with the next request of the slot.
     requests.add_request(2, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
-    assert requests.policies.parameters[2, policies.FLOOR] == 0.25
+    assert requests.policies.parameters[2, policies.BETA] == 0.25
 
 
 @pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
 def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
-    name = {"logprobs": "relax_logprobs", "structured_outputs": "relax_structured"}[next(iter(asked))]
-    for settings, rule in (({}, policies.STRICT), ({name: True}, policies.CONDITIONAL)):
-        runner = FakeRunner(max_num_reqs=1, **settings)
-        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **asked))
+    for params, rule in ((asked, policies.STRICT), ({}, policies.CONDITIONAL)):
+        runner = FakeRunner(max_num_reqs=1)
+        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **params))
         runner.speculator.requests.apply_staged_writes()
         assert runner.speculator.requests.policies.rule.tolist() == [rule]
 

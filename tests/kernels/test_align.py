@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from aasd_testing.alignment_rows import INF, UNTOUCHED, probabilities, random_rows, untouched_table
+from vllm_aasd.kernels import align as align_op
 from vllm_aasd.kernels import align as op
 from vllm_aasd.kernels.align import align, warm_up
 from vllm_aasd.kernels.align import cpu as align_cpu
 from vllm_aasd.kernels.align import reference as align_reference
-from vllm_aasd.kernels.common.backends import backend
 
 # Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the twin takes torch's
 # float32 softmax, whose sum of 150k weights is off by up to 3e-5.
@@ -82,7 +82,7 @@ def test_the_last_of_equal_slots_wins(path):
 
 
 def test_cpu_tensors_run_on_the_compiled_path_and_nothing_compiles_after_warm_up():
-    assert backend("align", "cpu") is align_cpu
+    assert align_op._implementation("cpu") is align_cpu
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         warm_up(torch.device("cpu"), dtype)
     before = len(align_cpu._align_kernel.signatures)

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from aasd_testing.alignment_rows import INF, UNTOUCHED, probabilities, random_rows, untouched_table
+from vllm_aasd.kernels.align import align_merge, align_shard
 from vllm_aasd.kernels.align import reference as align_reference
-from vllm_aasd.kernels.align import shard_reference as align_shard_reference
-from vllm_aasd.kernels.align.shard import align_merge, align_shard
 
 # Relative, of float32: the kernels sum blocks of 2048 or 4096 weights, the twin sums all of a row.
 TOLERANCE = 5e-5
 ALIGN = "vllm_aasd.kernels.align:align"
-SHARD = "vllm_aasd.kernels.align.shard:align_shard"
-MERGE = "vllm_aasd.kernels.align.shard:align_merge"
+SHARD = "vllm_aasd.kernels.align:align_shard"
+MERGE = "vllm_aasd.kernels.align:align_merge"
 
 CASES = [
     (vocab, k, dtype)
@@ -67,7 +66,7 @@ def test_shards_merge_into_the_same_entries(interpreter, vocab_size, top_k, dtyp
         bounds = [0, vocab_size // 3, vocab_size - top_k, vocab_size]
     spans = list(zip(bounds[:-1], bounds[1:], strict=True))
     ours = [interpreter.call(SHARD, logits[:, a:b], slots, a, top_k) for a, b in spans]
-    twins = [align_shard_reference.align_shard(logits[:, a:b], slots, a, top_k) for a, b in spans]
+    twins = [align_reference.align_shard(logits[:, a:b], slots, a, top_k) for a, b in spans]
     kept = slots >= 0
     for one, other in zip(ours, twins, strict=True):
         assert torch.equal(one[kept, : 2 * top_k], other[kept, : 2 * top_k])
@@ -78,7 +77,7 @@ def test_shards_merge_into_the_same_entries(interpreter, vocab_size, top_k, dtyp
         _, (*_, actual) = interpreter.run(MERGE, torch.stack(partials), tokens, slots, table)
         assert_same_entries(actual, expected, slots)
         actual = table.clone()
-        align_shard_reference.align_merge(torch.stack(partials).flip(0), tokens, slots, actual)
+        align_reference.align_merge(torch.stack(partials).flip(0), tokens, slots, actual)
         assert_same_entries(actual, expected, slots)
 
 

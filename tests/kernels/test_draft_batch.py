@@ -26,8 +26,8 @@ from vllm_aasd.drafting.drafter import (
     Drafter,
 )
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.kernels.common.backends import backend
 from vllm_aasd.kernels.common.mixture import MixtureWeights, Prior, no_memory
+from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
 from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
@@ -483,12 +483,12 @@ def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
 def test_cpu_tensors_get_the_twin():
     batch = batch_of(random_contexts((50,), 3), 3)
     assert_equal(batch.drafts(draft_batch), batch.drafts(draft_reference.draft_batch))
-    assert backend("draft", "cpu") is draft_reference
+    assert draft_batch_op._implementation("cpu") is draft_reference
 
 
 def test_gpu_tensors_get_the_triton_path(interpreter):
-    assert backend("draft", "cuda") is draft_triton
-    assert interpreter.call("aasd_testing.interpreter:backend_name", "draft") == "vllm_aasd.kernels.draft.triton"
+    assert draft_batch_op._implementation("cuda") is draft_triton
+    assert interpreter.call("aasd_testing.interpreter:backend_name", "draft.batch") == "vllm_aasd.kernels.draft.triton"
 
 
 def test_the_op_loads_triton_only_where_it_runs():

@@ -19,10 +19,10 @@ from vllm_aasd.kernels.common import rows_triton  # noqa: E402
 READERS = {"row_statistics_kernel", "race_kernel", "partials_kernel"}
 JOBS = {job.name: job for job in kernels.JOBS if job.reads_logits and not job.is_stock}
 # (jobs, requests, drafts, vocabulary, dtype). One request takes narrow blocks, many take wide ones; these jobs
-# launch every kernel, and with alignment and without.
+# launch every kernel.
 QUICK = [
     (("verify, sampled, strict", "align"), 1, 8, 151936, torch.bfloat16),
-    (("verify, greedy, conditional, with alignment", "align, two shards"), 64, 8, 151936, torch.float32),
+    (("verify, greedy, conditional", "align, two shards"), 64, 8, 151936, torch.float32),
 ]
 LONG = [
     (tuple(JOBS), num_reqs, num_drafts, vocab_size, dtype)
@@ -94,8 +94,6 @@ def test_the_check_sees_narrow_loads(target):
         ("verify, greedy, conditional", 1.05),
         ("verify, sampled, conditional", 1.05),
         ("align", 1.05),
-        # Beside the one read a partial entry of 36 bytes for each block and shard.
-        ("verify, greedy, conditional, with alignment", 1.06),
     ],
 )
 def test_bytes_moved_over_one_read_of_the_logits(interpreter, job, limit):
@@ -105,17 +103,10 @@ def test_bytes_moved_over_one_read_of_the_logits(interpreter, job, limit):
     assert counted["over_least"] <= limit
 
 
-def test_the_count_sees_a_second_read(interpreter):
-    """With alignment, which wants every row, a sampled request's row is read a second time for the race."""
-    job = "verify, sampled, conditional, with alignment"
-    counted = interpreter.call("aasd_testing.stock_v2:count_bytes", job, 1, 3, 32768)
-    assert 1.25 <= counted["logits_bytes"] / counted["least_bytes"] < 1.26
-
-
 def test_sizes_of_one_compile():
     """Triton makes constants of arguments that are 1: one row, one block, one stop token, one slot."""
     inputs = kernels.Inputs(1, 0, 111, torch.float32)
     inputs.stop_token_ids = inputs.stop_token_ids[:, :1].contiguous()
-    for name in ("verify, sampled, conditional, with alignment", "align"):
+    for name in ("verify, sampled, conditional", "align"):
         for launch in recorded(JOBS[name].make(inputs)):
             assert build(launch, TARGETS["gfx942"]).registers > 0

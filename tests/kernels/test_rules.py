@@ -19,7 +19,6 @@ from vllm_aasd.kernels.verify.policies import (
     SPENT,
     STRICT,
     STRICT_LEFT,
-    TYPICAL,
 )
 from vllm_aasd.kernels.verify.random_reference import row_uniform
 
@@ -93,29 +92,6 @@ def one(rows, drafts, **given):
     """A batch of one greedy request: logits of its draft rows, and its drafts; its bonus row is the last one again."""
     rows = torch.stack([torch.as_tensor(row) for row in rows])
     return batch([torch.cat([rows, rows[-1:]])], [drafts], **given)
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "delta", "accepted"),
-    [
-        # p(x) = 0.30 against min(epsilon, delta * exp(-1.3351) = 0.26314 delta).
-        (0.29, 1.0, True),
-        (0.31, 1.0, True),
-        (1.0, 0.9, True),
-        (0.301, 2.0, False),
-        (1.0, 1.2, False),
-    ],
-)
-def test_typical(path, epsilon, delta, accepted):
-    result = path(one([ROW], [1], rules=[TYPICAL], epsilon=[epsilon], delta=[delta]))
-    assert result.accepted == [int(accepted)] and result.relaxed == [[0] if accepted else []]
-
-
-def test_typical_wants_more_than_the_bar(path):
-    """A half is exactly the bar of two tokens alike, and has to exceed it."""
-    half = [0.0, 0.0, -INF, -INF]
-    assert path(one([half], [1], rules=[TYPICAL], epsilon=[0.5], delta=[2.0])).accepted == [0]
-    assert path(one([half], [1], rules=[TYPICAL], epsilon=[0.499], delta=[2.0])).accepted == [1]
 
 
 @pytest.mark.parametrize(
@@ -211,11 +187,10 @@ def test_a_sampled_budget_pays_for_every_position_that_was_open(path):
     "rule",
     [
         {"rules": [CONDITIONAL], "beta": [0.0]},
-        {"rules": [TYPICAL], "epsilon": [0.0]},
         {"rules": [FLY], "window": [1], "threshold": [0.0]},
         {"rules": [BUDGET], "cap": [20.0]},
     ],
-    ids=["conditional", "typical", "fly", "budget"],
+    ids=["conditional", "fly", "budget"],
 )
 def test_the_guards_stand_under_every_rule(path, rule):
     def is_accepted(row=ROW, **given):

@@ -278,8 +278,6 @@ def batches(draw):
             alpha=unit[0],
             beta=unit[1],
             floor=unit[2] * 0.3,
-            epsilon=unit[0],
-            delta=unit[1],
             cap=3 * unit[3],
             nats=2 * unit[4],
             kappa=unit[3],

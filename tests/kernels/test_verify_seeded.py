@@ -5,10 +5,9 @@ import torch
 
 from aasd_testing.policy_tensors import copied
 from aasd_testing.seeded_batches import INF, NAN, batch, random_batch
-from vllm_aasd.kernels.align import reference as align_reference
-from vllm_aasd.kernels.common.backends import backend
+from vllm_aasd.kernels.verify import seeded
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
-from vllm_aasd.kernels.verify.seeded import AlignmentRows, verify_seeded
+from vllm_aasd.kernels.verify.seeded import verify_seeded
 
 # Regret is a difference of two logits on either path.
 REGRET_TOLERANCE = 1e-6
@@ -94,32 +93,6 @@ def test_a_large_vocabulary_and_wide_blocks(interpreter):
     arguments["temperature"].zero_()
     arguments["all_greedy"] = True
     assert_equal(*run_both(interpreter, arguments))
-
-
-@pytest.mark.parametrize("top_k", [1, 4])
-def test_alignment_entries_come_of_the_same_read(interpreter, top_k):
-    arguments = random_batch(5000, RAGGED[3], torch.bfloat16, seed=8)
-    n = len(arguments["target_logits"])
-    slots = torch.randperm(2 * n, generator=torch.Generator().manual_seed(1))[:n]
-    slots[[0, 5]] = -1
-    table = torch.full((2 * n, 1 + 2 * top_k), -12345, dtype=torch.int32)
-    tokens = torch.arange(n, dtype=torch.int32)
-    expected = table.clone()
-    align_reference.align(arguments["target_logits"], tokens, slots, expected)
-    plain = verify_seeded_reference.verify_seeded(**{**arguments, "policies": copied(arguments["policies"])})
-    arguments = list(arguments.values())
-    result, arguments = interpreter.run(OP, *arguments, AlignmentRows(tokens, slots, table))
-    assert_equal(result, plain)
-    written = arguments[-1].table
-    assert torch.equal(written[:, : 1 + top_k], expected[:, : 1 + top_k])
-    kept = slots[slots >= 0]
-    torch.testing.assert_close(
-        written[kept, 1 + top_k :].view(torch.float32),
-        expected[kept, 1 + top_k :].view(torch.float32),
-        rtol=1e-5,
-        atol=1e-37,
-    )
-    assert (table == -12345).all() and (written == -12345).all(1).sum() == n + 2
 
 
 @pytest.mark.long
@@ -261,14 +234,12 @@ def test_padding_rows_are_left_alone(interpreter):
 
 
 def test_which_backend_runs_where(interpreter):
-    assert backend("verify_seeded", "cpu") is verify_seeded_reference
-    assert backend("verify_seeded", "cuda").__name__ == "vllm_aasd.kernels.verify.triton"
-    for op, module in {
-        "verify_seeded": "verify.triton",
-        "align": "align.triton",
-        "align_shard": "align.shard_triton",
-    }.items():
-        assert interpreter.call("aasd_testing.interpreter:backend_name", op) == f"vllm_aasd.kernels.{module}"
+    assert seeded._implementation("cpu") is verify_seeded_reference
+    assert seeded._implementation("cuda").__name__ == "vllm_aasd.kernels.verify.triton"
+    assert (
+        interpreter.call("aasd_testing.interpreter:backend_name", "verify.seeded") == "vllm_aasd.kernels.verify.triton"
+    )
+    assert interpreter.call("aasd_testing.interpreter:backend_name", "align") == "vllm_aasd.kernels.align.triton"
 
 
 def test_bad_arguments_are_named():
@@ -292,8 +263,3 @@ def test_bad_arguments_are_named():
             verify_seeded(**{**good, "policies": good["policies"]._replace(**{field: tensor.double()})})
     with pytest.raises(ValueError, match="^num_speculative_steps is -1"):
         verify_seeded(**{**good, "num_speculative_steps": -1})
-    rows = AlignmentRows(torch.zeros(5).int(), torch.arange(5), torch.zeros(5, 4).int())
-    with pytest.raises(ValueError, match=r"^alignment\.table has shape"):
-        verify_seeded(**good, alignment=rows)
-    with pytest.raises(ValueError, match=r"^alignment\.token_ids has dtype"):
-        verify_seeded(**good, alignment=rows._replace(token_ids=torch.arange(5), table=torch.zeros(5, 5).int()))

@@ -18,7 +18,7 @@ STRICT = Settings(verification="strict")
 
 def test_a_request_without_options_of_ours_has_the_servers_settings_themselves():
     assert with_overrides(ANY, {}) is ANY
-    assert with_overrides(ANY, {"kv_transfer_params": {}, "session_id": "x", "AASD_floor": 1}) is ANY
+    assert with_overrides(ANY, {"kv_transfer_params": {}, "session_id": "x", "AASD_beta": 1}) is ANY
 
 
 def test_options_are_the_servers_settings_by_the_same_names():
@@ -26,10 +26,9 @@ def test_options_are_the_servers_settings_by_the_same_names():
         "aasd_verification": "conditional",
         "aasd_alpha": 0,
         "aasd_beta": 0.25,
-        "aasd_floor": 0.125,
         "other": None,
     }
-    wanted = dataclasses.replace(ANY, alpha=0.0, beta=0.25, floor=0.125)
+    wanted = dataclasses.replace(ANY, alpha=0.0, beta=0.25)
     assert with_overrides(ANY, options) == wanted
     assert with_overrides(
         Settings(verification="strict", allow_request_override="any"), options
@@ -54,8 +53,8 @@ def test_nothing_else_is_a_switch(value):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("aasd_verification", "lossy", "'strict' or 'conditional' or 'typical' or 'fly' or 'budget'"),
-        ("aasd_verification", 0, "'strict' or 'conditional' or 'typical' or 'fly' or 'budget'"),
+        ("aasd_verification", "lossy", "'strict' or 'conditional' or 'fly' or 'budget'"),
+        ("aasd_verification", 0, "'strict' or 'conditional' or 'fly' or 'budget'"),
         ("aasd_fly_window", 1.5, "an integer from 1 to 127"),
         ("aasd_budget_nats", -1, "a number from 0 to 10000"),
         ("aasd_alpha", "0.1", "a number from 0 to 10"),
@@ -63,8 +62,7 @@ def test_nothing_else_is_a_switch(value):
         ("aasd_alpha", {}, "a number from 0 to 10"),
         ("aasd_beta", float("nan"), "a number from 0 to 2"),
         ("aasd_beta", 10**30, "a number from 0 to 2"),
-        ("aasd_floor", 0, "a number from 0.0001 to 1"),
-        ("aasd_floor", True, "a number from 0.0001 to 1"),
+        ("aasd_beta", True, "a number from 0 to 2"),
     ],
 )
 def test_refusals_are_in_the_servers_words(key, value, allowed):
@@ -78,9 +76,9 @@ def test_refusals_are_in_the_servers_words(key, value, allowed):
 
 def test_unknown_options_and_the_servers_own_are_refused():
     with pytest.raises(
-        ValueError, match=r"^Unknown request option 'aasd_flor'\. Did you mean 'aasd_floor'\? Known: aasd_a"
+        ValueError, match=r"^Unknown request option 'aasd_betta'\. Did you mean 'aasd_beta'\? Known: aasd_a"
     ):
-        with_overrides(ANY, {"aasd_flor": 0.5})
+        with_overrides(ANY, {"aasd_betta": 0.5})
     for field in dataclasses.fields(Settings):
         if not field.metadata["looser"]:
             with pytest.raises(ValueError, match=rf"^Unknown request option 'aasd_{field.name}'\."):
@@ -89,16 +87,16 @@ def test_unknown_options_and_the_servers_own_are_refused():
 
 def test_a_parameter_needs_its_rule():
     with pytest.raises(ValueError) as refusal:
-        with_overrides(STRICT, {"aasd_floor": 0.5})
-    text = "aasd_floor=0.5 is not allowed: it takes effect only with aasd_verification='conditional'."
+        with_overrides(STRICT, {"aasd_beta": 0.75})
+    text = "aasd_beta=0.75 is not allowed: it takes effect only with aasd_verification='conditional'."
     assert str(refusal.value) == text
     with pytest.raises(ValueError, match="takes effect only with"):
-        with_overrides(ANY, {"aasd_verification": "budget", "aasd_floor": 0.5})
+        with_overrides(ANY, {"aasd_verification": "budget", "aasd_beta": 0.75})
 
 
 def test_no_means_nothing_at_all():
     server = Settings(allow_request_override="no")
-    for key, value in {"aasd_enabled": False, "aasd_verification": "conditional", "aasd_floor": 1.0}.items():
+    for key, value in {"aasd_enabled": False, "aasd_verification": "conditional", "aasd_beta": 1.0}.items():
         with pytest.raises(ValueError) as refusal:
             with_overrides(server, {key: value})
         text = f"{key}={value!r} is not allowed: the server's aasd_allow_request_override is 'no'."
@@ -110,29 +108,23 @@ def test_no_means_nothing_at_all():
     [
         (Settings(), {"aasd_alpha": 0.2}, "alpha"),
         (Settings(), {"aasd_beta": 0.4}, "beta"),
-        (Settings(), {"aasd_floor": 0.2}, "floor"),
         (Settings(), {"aasd_relax_sampling": 1}, "relax_sampling"),
-        (Settings(), {"aasd_relax_structured": True}, "relax_structured"),
-        (Settings(), {"aasd_relax_logprobs": True}, "relax_logprobs"),
         (Settings(), {"aasd_collapse_guard": False}, "collapse_guard"),
-        (Settings(), {"aasd_guard_limit": 2}, "guard_limit"),
-        (Settings(), {"aasd_guard_memory": 8}, "guard_memory"),
-        (Settings(), {"aasd_guard_cooldown": 8}, "guard_cooldown"),
-        (Settings(), {"aasd_verification": "typical"}, "verification"),
+        (Settings(), {"aasd_verification": "fly"}, "verification"),
         (Settings(verification="budget"), {"aasd_budget_nats": 3}, "budget_nats"),
-        (Settings(verification="budget"), {"aasd_budget_nats": 0, "aasd_budget_cap": 0.1}, None),
+        (Settings(verification="budget"), {"aasd_budget_nats": 0}, None),
         (Settings(verification="fly"), {"aasd_fly_window": 5}, "fly_window"),
         (Settings(verification="fly"), {"aasd_fly_window": 7, "aasd_collapse_guard": True}, None),
         # Stricter in one parameter doesn't make up for another.
-        (Settings(), {"aasd_alpha": 0.0, "aasd_floor": 0.29}, "floor"),
+        (Settings(), {"aasd_alpha": 0.0, "aasd_beta": 0.49}, "beta"),
         (STRICT, {"aasd_verification": "conditional"}, "verification"),
-        (STRICT, {"aasd_verification": "conditional", "aasd_floor": 1.0, "aasd_beta": 2.0}, "verification"),
+        (STRICT, {"aasd_verification": "conditional", "aasd_alpha": 0.0, "aasd_beta": 2.0}, "verification"),
         (Settings(), {"aasd_enabled": 0}, None),
         (Settings(enabled=False), {"aasd_enabled": 1}, None),
         (Settings(), {"aasd_verification": "strict"}, None),
         (STRICT, {"aasd_verification": "strict"}, None),
-        (Settings(), {"aasd_alpha": 0.1, "aasd_beta": 0.5, "aasd_floor": 0.3, "aasd_relax_sampling": 0}, None),
-        (Settings(), {"aasd_alpha": 0.0, "aasd_beta": 0.6, "aasd_floor": 0.4}, None),
+        (Settings(), {"aasd_alpha": 0.1, "aasd_beta": 0.5, "aasd_relax_sampling": 0}, None),
+        (Settings(), {"aasd_alpha": 0.0, "aasd_beta": 0.6}, None),
         (Settings(relax_sampling=True), {"aasd_relax_sampling": "false"}, None),
     ],
 )
@@ -152,15 +144,9 @@ def test_by_default_a_request_may_be_no_looser_than_the_server(server, options, 
 
 
 GRIDS = {
-    "conditional": {"alpha": (0.0, 0.1, 0.3), "beta": (0.2, 0.5, 1.5), "floor": (0.05, 0.3)},
-    "typical": {"typical_epsilon": (0.05, 0.2, 0.5), "typical_delta": (0.1, 0.4, 1.0), "typical_floor": (0.01, 0.2)},
-    "fly": {"fly_window": (1, 2, 3), "fly_threshold": (0.1, 0.5, 1.0), "fly_floor": (0.01, 0.2)},
-    "budget": {
-        "budget_cap": (0.1, 0.6),
-        "budget_per_step": (1, 3),
-        "budget_nats": (0.3, 1.0),
-        "budget_floor": (0.01, 0.2),
-    },
+    "conditional": {"alpha": (0.0, 0.05, 0.1, 0.2, 0.3), "beta": (0.35, 0.4, 0.45, 0.5, 1.5)},
+    "fly": {"fly_window": (1, 2, 3), "fly_threshold": (0.1, 0.3, 0.5, 0.8, 1.0)},
+    "budget": {"budget_nats": tuple(0.1 * step for step in range(1, 16))},
 }
 
 
@@ -187,7 +173,7 @@ def test_what_is_no_looser_accepts_nothing_that_the_server_would_reject(rule):
         )
         result = verify(drafts, cu_num, width, logits, bonus, is_greedy, None, policies, stops)
         accepted[settings] = result.num_accepted.clone()
-    assert accepted[grid[0]].sum() > accepted[STRICT].sum() > 0
+    assert max(int(counts.sum()) for counts in accepted.values()) > accepted[STRICT].sum() > 0
     allowed = denied = 0
     for asked, server in itertools.product(grid, grid):
         if looser_than(asked, server) is None:

@@ -1,34 +1,21 @@
 """Verification policies: their ranges, and the tensors that the verify op gets from them."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
+from vllm_aasd.config import Settings
 from vllm_aasd.kernels.verify import policies as columns
 from vllm_aasd.kernels.verify import verify
 from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS
 from vllm_aasd.verification.batch import PolicyBatch
-from vllm_aasd.verification.budget import BudgetVerification
-from vllm_aasd.verification.conditional import ConditionalVerification
-from vllm_aasd.verification.fly import FlyVerification
-from vllm_aasd.verification.policy import CollapseGuard
-from vllm_aasd.verification.registry import POLICIES
+from vllm_aasd.verification.rules import RULES, STRICT_POLICY, conditional
 from vllm_aasd.verification.states import RequestStates
-from vllm_aasd.verification.strict import StrictVerification
-from vllm_aasd.verification.typical import TypicalVerification
 
-STRICT = StrictVerification()
-LOOSE = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125)
-LOOSE_SAMPLED = ConditionalVerification(alpha=0.25, beta=0.75, floor=0.125, sampled=True)
-VALID = {
-    ConditionalVerification: {"alpha": 0.1, "beta": 0.5},
-    TypicalVerification: {"epsilon": 0.09, "delta": 0.3},
-    FlyVerification: {"window": 6, "threshold": 0.3},
-    BudgetVerification: {"cap": 0.25, "per_step": 2, "nats": 2.0, "kappa": 0.02},
-}
-GUARD = {"limit": 1.4, "memory": 64.0, "cooldown": 32.0}
+STRICT = STRICT_POLICY
+LOOSE = conditional(0.25, 0.75, relaxes_sampling=False, collapse_guard=False)
+LOOSE_SAMPLED = conditional(0.25, 0.75, relaxes_sampling=True, collapse_guard=False)
 A, B, C = "request a", "request b", "request c"
 
 
@@ -40,56 +27,36 @@ def relaxed(policies):
     return (policies.rule != columns.STRICT).tolist()
 
 
-def test_the_registry_knows_every_policy():
-    assert set(POLICIES.values()) == {StrictVerification, *VALID}
-    assert all(POLICIES[policy.name] is policy for policy in POLICIES.values())
-    assert len({policy.rule for policy in POLICIES.values()}) == len(POLICIES)
-
-
 @pytest.mark.parametrize(
-    ("policy", "parameter", "low", "high"),
-    [(policy, name, *policy.ranges[name]) for policy in VALID for name in policy.ranges]
-    + [(policy, "floor", 1e-4, 1.0) for policy in VALID],
-)
-def test_parameters_keep_to_their_ranges(policy, parameter, low, high):
-    valid = VALID[policy] | {"floor": 0.3}
-    for value in (low, high):
-        assert getattr(policy(**{**valid, parameter: value}), parameter) == value
-    for value in (low - 1e-6, high + 1e-6, float("nan")):
-        with pytest.raises(ValueError, match=f"^{parameter} is .*, must lie in"):
-            policy(**{**valid, parameter: value})
+    ("settings", "rule", "columns_of_rule", "floor"),
+    [
+        ({"verification": "conditional", "alpha": 0.25, "beta": 0.75}, columns.CONDITIONAL, {"ALPHA": 0.25, "BETA": 0.75}, 0.3),
+        ({"verification": "fly", "fly_window": 5, "fly_threshold": 0.7}, columns.FLY, {"WINDOW": 5, "THRESHOLD": 0.7}, 0.01),
+        (
+            {"verification": "budget", "budget_nats": 3.0},
+            columns.BUDGET,
+            {"NATS": 3.0, "CAP": 0.25, "PER_STEP": 2, "KAPPA": 0.02},
+            0.01,
+        ),
+    ],
+)  # fmt: skip
+def test_each_setting_has_its_column(settings, rule, columns_of_rule, floor):
+    policy = Settings(**settings).policy()
+    assert policy.rule == rule and len(policy.parameters) == NUM_PARAMETERS
+    for name, value in columns_of_rule.items():
+        assert policy.parameters[getattr(columns, name)] == value
+    assert policy.parameters[columns.FLOOR] == floor
+    assert policy.parameters[columns.LIMIT] == 1.4 and policy.parameters[columns.COOLDOWN] == 32
+    assert policy.parameters[columns.DECAY] ** 64 == pytest.approx(math.exp(-1))
+    assert Settings(**settings, collapse_guard=False).policy().parameters[columns.LIMIT] == math.inf
+    assert policy.relaxes(is_greedy=True) and not policy.relaxes(is_greedy=False)
+    assert Settings(**settings, relax_sampling=True).policy().relaxes(is_greedy=False)
 
 
-@pytest.mark.parametrize(
-    ("parameter", "low", "high"), [("limit", 1, 100), ("memory", 1, 10000), ("cooldown", 0, 10000)]
-)
-def test_guard_parameters_keep_to_their_ranges(parameter, low, high):
-    for value in (low, high):
-        assert getattr(CollapseGuard(**{**GUARD, parameter: value}), parameter) == value
-    for value in (low - 1e-6, high + 1e-6, float("nan")):
-        with pytest.raises(ValueError, match=f"^{parameter} is .*, must lie in"):
-            CollapseGuard(**{**GUARD, parameter: value})
-
-
-@pytest.mark.parametrize("policy", VALID)
-def test_every_parameter_has_its_column(policy):
-    """Each value told apart by being another."""
-    guard = CollapseGuard(limit=3.0, memory=50.0, cooldown=7.0)
-    made = policy(**VALID[policy], floor=0.625, collapse_guard=guard)
-    filled = made.parameters()
-    assert len(filled) == NUM_PARAMETERS
-    for name, value in VALID[policy].items():
-        assert filled[getattr(columns, name.upper())] == value
-    assert filled[columns.FLOOR] == 0.625 and filled[columns.LIMIT] == 3.0 and filled[columns.COOLDOWN] == 7.0
-    assert filled[columns.DECAY] ** 50 == pytest.approx(math.exp(-1))
-    assert policy(**VALID[policy], floor=0.625).parameters()[columns.LIMIT] == math.inf
-    assert made.relaxes(is_greedy=True) and not made.relaxes(is_greedy=False)
-    assert policy(**VALID[policy], floor=0.625, sampled=True).relaxes(is_greedy=False)
-
-
-def test_policies_are_immutable():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LOOSE.alpha = 0.5
+def test_every_rule_has_a_policy():
+    numbers = [Settings(verification=rule).policy().rule for rule in RULES]
+    assert len(set(numbers)) == len(RULES) and Settings(verification="strict").policy() == STRICT
+    assert not STRICT.relaxes(is_greedy=True)
 
 
 def test_rows_follow_the_batchs_order():
@@ -98,8 +65,8 @@ def test_rows_follow_the_batchs_order():
         [A, B, C], [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]], greedy(True, True, False)
     )
     assert relaxed(policies) == [False, True, False], "sampled requests stay strict unless asked"
-    for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.125)):
-        assert policies.parameters[1:, column].tolist() == [value, value]
+    for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.3)):
+        assert policies.parameters[1:, column].tolist() == pytest.approx([value, value])
     assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[2], [], [3, 4]]
     assert stop_token_ids.dtype == torch.int32 and stop_token_ids.is_contiguous()
 
@@ -147,7 +114,7 @@ def test_many_stop_tokens_widen_the_table():
 
 def test_the_op_accepts_the_tensors_and_follows_them():
     logits = torch.log(torch.tensor([[0.5, 0.4, 0.1]])).expand(3, -1).contiguous()
-    loose = ConditionalVerification(alpha=0.0, beta=0.3, floor=0.1)
+    loose = conditional(0.0, 0.3, relaxes_sampling=False, collapse_guard=False)
     policies, stop_token_ids = PolicyBatch(8, "cpu").fill(
         [A, B, C], [STRICT, loose, loose], [[2], [2], [1]], greedy(True, True, True)
     )

@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
-from vllm_aasd.config import Settings, parameter_key
+from vllm_aasd.config import Settings
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.memory import MemoryFile, new_memory
@@ -25,9 +25,7 @@ from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.common.mixture import Prior
-from vllm_aasd.verification.policy import CollapseGuard, Policy, RelaxedPolicy
-from vllm_aasd.verification.registry import POLICIES
-from vllm_aasd.verification.strict import StrictVerification
+from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -48,23 +46,12 @@ def policy_of(settings: Settings, params: SamplingParams | None = None) -> Polic
         params: the request's; None for what holds of requests that ask for nothing special.
 
     Returns:
-        The policy that the settings name; strict, unless they say otherwise, for requests whose output a grammar
-        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted.
+        What the settings say; strict for requests whose output a grammar constrains (structured output, and tool
+        calls that vLLM makes by it) or whose log-probabilities are wanted, since both promise the target's own.
     """
-    if params is not None:
-        is_structured = params.structured_outputs is not None and not settings.relax_structured
-        has_logprobs = params.num_logprobs is not None and not settings.relax_logprobs
-        if is_structured or has_logprobs:
-            return StrictVerification()
-    policy = POLICIES[settings.verification]
-    if not issubclass(policy, RelaxedPolicy):
-        return policy()
-    guard = CollapseGuard(settings.guard_limit, settings.guard_memory, settings.guard_cooldown)
-    return policy(
-        **{name: getattr(settings, parameter_key(policy.name, name)) for name in (*policy.ranges, "floor")},
-        sampled=settings.relax_sampling,
-        collapse_guard=guard if settings.collapse_guard else None,
-    )
+    if params is not None and (params.structured_outputs is not None or params.num_logprobs is not None):
+        return STRICT_POLICY
+    return settings.policy()
 
 
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
+from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import Figure
 from vllm_aasd.engine import configuration, metrics, patching, relied_on
 from vllm_aasd.engine.startup import kv_cache_share
@@ -67,7 +68,7 @@ class AASDWorker(Worker):
         available = super().determine_available_memory()
         if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
             return available
-        return int(available * kv_cache_share(self.get_kv_cache_spec(), self.speculative_config.aasd.top_k))
+        return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""

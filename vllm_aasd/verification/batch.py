@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
-from vllm_aasd.verification.policy import Policy
+from vllm_aasd.verification.rules import Policy
 from vllm_aasd.verification.states import RequestStates
 
 _NO_TOKEN = -1
@@ -95,7 +95,7 @@ class PolicyBatch:
     def _write(self, i: int, policy: Policy, stop_token_ids: Sequence[int]) -> None:
         self._rule_if_greedy[i] = policy.rule if policy.relaxes(is_greedy=True) else STRICT
         self._rule_if_sampled[i] = policy.rule if policy.relaxes(is_greedy=False) else STRICT
-        self._parameters[i] = policy.parameters()
+        self._parameters[i] = policy.parameters
         width = self._stop_token_ids.shape[1]
         if len(stop_token_ids) > width:
             wider = np.full((len(self._requests), 2 * len(stop_token_ids)), _NO_TOKEN, dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -9,8 +10,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
+from aasd_testing.constants import with_constants
 from aasd_testing.fake_v2 import BLOCK, VOCAB, WIDTH, next_token
-from vllm_aasd.config import Settings
 from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.engine.v1 import proposer as v1
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
@@ -72,7 +73,7 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=Settings(**{"prior": False, "alignment": True, **settings}), num_speculative_tokens=WIDTH
+                aasd=with_constants(settings, {"prior": False, "alignment": True}), num_speculative_tokens=WIDTH
             ),
             model_config=model,
             observability_config=SimpleNamespace(per_request_spec_decode_metrics="summary"),
@@ -86,7 +87,8 @@ class FakeRunner:
         self.proposer.load_model(SimpleNamespace(compute_logits=self.compute_logits))
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
-        self.proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
+        with patch.object(v1, "MIN_SURVIVAL", settings.get("min_survival", v1.MIN_SURVIVAL)):
+            self.proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
         self.rejection_sample = v1_verifier._dispatching(strict_greedy)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_aasd.config import Settings
+from aasd_testing.constants import with_constants
 from vllm_aasd.engine.v2 import prompt_logits
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import speculator as v2
@@ -91,7 +91,7 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=Settings(**{"prior": False, **settings}), num_speculative_tokens=WIDTH
+                aasd=with_constants(settings, {"prior": False}), num_speculative_tokens=WIDTH
             ),
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
             observability_config=SimpleNamespace(per_request_spec_decode_metrics="none"),
@@ -105,7 +105,8 @@ class FakeRunner:
         self.group = SimpleNamespace(world_size=1)
         with patch.object(prompt_logits, "get_tp_group", lambda: self.group):
             self.speculator.attach(self)
-        self.speculator.bind(self, SimpleNamespace(num_blocks=self.blocks.numel(), kv_cache_groups=[group]))
+        with patch.object(v2, "MIN_SURVIVAL", settings.get("min_survival", v2.MIN_SURVIVAL)):
+            self.speculator.bind(self, SimpleNamespace(num_blocks=self.blocks.numel(), kv_cache_groups=[group]))
         self.rejection_sample = v2_verifier._dispatching(vllms_own)
 
     def get_model(self) -> torch.nn.Module:

@@ -9,7 +9,6 @@ INF = float("inf")
 # Where nothing is said: loose bars, no floor to speak of, no collapse guard, a large budget.
 PARAMETERS = {
     columns.CONDITIONAL: {"alpha": 0.1, "beta": 0.5},
-    columns.TYPICAL: {"epsilon": 0.09, "delta": 0.3},
     columns.FLY: {"window": 1, "threshold": 0.3},
     columns.BUDGET: {"cap": 0.5, "per_step": 100, "nats": 100.0, "kappa": 0.1},
 }
@@ -24,7 +23,7 @@ def policy_tensors(rules, **given):
     Args:
         rules: the rule of each.
         **given: parameters, guards and initial states by name, one value for all or one for each request; names that
-            a request's rule doesn't have are passed over for it.
+            a request's rule doesn't have are ignored for it.
     """
     n = len(rules)
     parameters, state = torch.zeros(n, NUM_PARAMETERS), torch.zeros(n, NUM_STATES)

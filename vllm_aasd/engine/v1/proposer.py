@@ -21,9 +21,9 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
+from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import NO_ALIGNMENT, NUM_ORDERS, Drafter
+from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, Drafter
 from vllm_aasd.drafting.lengths import reproducible_lengths
 from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.memory import MemoryFile
@@ -98,11 +98,11 @@ class AASDProposer:
             return
         prior = agreement.load_prior(self._model_config) if self._settings.prior else None
         memory, self._memory_file = startup.load_memory(self._settings.memory, self._model_config, prior)
-        draft.warm_up(NUM_ORDERS, self._settings.top_k)
+        draft.warm_up(NUM_ORDERS, TOP_K)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
-            self._settings.min_survival,
+            MIN_SURVIVAL,
             prior,
             memory,
             lookups=self.counters.lookups.numpy(),
@@ -115,7 +115,7 @@ class AASDProposer:
         store = AlignmentStore(
             kv_cache_config.num_blocks,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
-            self._settings.top_k,
+            TOP_K,
             runner.device,
         )
         align.warm_up(runner.device, self._model_config.dtype)
@@ -136,7 +136,7 @@ class AASDProposer:
             self._model.compute_logits,
             self._max_step_tokens,
             min(PREFILL_CHUNK, self._runner.max_num_tokens),
-            self._settings.top_k,
+            TOP_K,
         )
         self._lengths_by_load.warm_start(profile.samples)
         # All ranks make logits together, so they must agree on which; the first one's clock decides.

@@ -9,8 +9,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.startup import policy_of
-from vllm_aasd.verification.policy import Policy
-from vllm_aasd.verification.strict import StrictVerification
+from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 
 class V1Request(NamedTuple):
@@ -63,7 +62,7 @@ class V1Requests:
                 with self._faults.contained("requests", shared=True):
                     self._admit(req_id, requests[req_id].sampling_params)
                     continue
-            self._requests[req_id] = V1Request(StrictVerification(), [], is_seeded=False, is_strict=True)
+            self._requests[req_id] = V1Request(STRICT_POLICY, [], is_seeded=False, is_strict=True)
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> None:
         settings = settings_of(params, self._settings)

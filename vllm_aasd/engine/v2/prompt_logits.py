@@ -2,7 +2,7 @@
 
 Under tensor parallelism each rank's lm_head yields the logits of a part of the vocabulary, and vLLM gathers the parts
 into whole rows on every rank. Here nobody needs whole rows: each rank reduces its part to partial entries
-(`vllm_aasd.kernels.align.shard`), and these are gathered, 4 (1 + 2k) bytes a row and rank. The parts come from the
+(`vllm_aasd.kernels.align`), and these are gathered, 4 (1 + 2k) bytes a row and rank. The parts come from the
 model's own `compute_logits`, so that whatever it does to hidden states and logits is done; vLLM's logits layer is only
 asked to leave the gathering out (its argument ``skip_gather``). Models for which that doesn't give a plain part of the
 vocabulary are seen on the first call, on all ranks alike, and give whole rows from then on.
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
-from vllm_aasd.kernels.align.shard import align_shard
+from vllm_aasd.kernels.align import align_shard
 
 logger = logging.getLogger("vllm.aasd")
 

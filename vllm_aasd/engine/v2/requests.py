@@ -111,7 +111,7 @@ class RequestSlots(LogitsProcessor):
         self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
         policy = policy_of(settings, sampling_params)
         if policy.relaxes(is_greedy=sampling_params.temperature == 0.0):
-            self._parameters.np[req_idx] = policy.parameters()
+            self._parameters.np[req_idx] = policy.parameters
             self._state_rows.np[req_idx] = self._states.row_of(self._req_ids[req_idx])
             self._rule.np[req_idx] = policy.rule
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)

@@ -25,9 +25,9 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_aasd.alignment import AlignmentStore
+from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NUM_ORDERS
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
 from vllm_aasd.engine import agreement, patching, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
@@ -110,7 +110,7 @@ class AASDSpeculator(BaseSpeculator):
         """
         self._runner = runner
         if self._align_prompts:
-            self._prompt_logits = PromptLogits(runner.get_model(), self._settings.top_k)
+            self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
         for module in runner.get_model().modules():
             if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
@@ -129,7 +129,7 @@ class AASDSpeculator(BaseSpeculator):
             table = torch.zeros((0, 1), dtype=torch.int32, device=self._device)
             block_tables = torch.zeros((self._req_states.max_num_reqs, 1), dtype=torch.int32, device=self._device)
         else:
-            top_k, block_size = self._settings.top_k, tables.block_sizes[group]
+            top_k, block_size = TOP_K, tables.block_sizes[group]
             self._store = AlignmentStore(kv_cache_config.num_blocks, block_size, top_k, self._device)
             self._store_layer = kv_cache_config.kv_cache_groups[group].layer_names[0]
             table, block_tables = self._store.slots, tables.block_tables[group].gpu
@@ -151,7 +151,7 @@ class AASDSpeculator(BaseSpeculator):
             runs=to_device(prior.runs),
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
-            min_survival=self._settings.min_survival,
+            min_survival=MIN_SURVIVAL,
             lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
