@@ -21,7 +21,7 @@ from benchmarks.engine import EngineError
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.drafting.memory import new_memory
-from vllm_aasd.kernels.common.mixture import Prior, no_memory
+from vllm_aasd.kernels.draft import Prior, no_memory
 from vllm_aasd.tuning import statistics
 from vllm_aasd.tuning.json_lines import DataError
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_aasd.drafting.drafter import NUM_ORDERS
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft.suffixes_cpu import MULTIPLIER
+from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
 
 _MUTATED = 0.03
 _BLOCK = 256

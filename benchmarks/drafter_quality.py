@@ -24,7 +24,7 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.kernels.common.mixture import MixtureWeights, Prior
+from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.tuning.json_lines import DataError
 
 PRICES = (0.04, 0.12, 0.33)

@@ -32,7 +32,7 @@ from vllm_aasd.drafting.drafter import (
     Drafter,
 )
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.common.mixture import no_prior
+from vllm_aasd.kernels.draft import no_prior
 from vllm_aasd.kernels.draft import reference as draft_reference
 
 BLOCK_SIZE = 128

@@ -40,7 +40,7 @@ from benchmarks.roofline import (
 from vllm_aasd.config import DRAFT_SCHEDULE, NUM_SPECULATIVE_TOKENS
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.lengths import draft_lengths
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.tuning.json_lines import DataError
 
 TARGETS = (

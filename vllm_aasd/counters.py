@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels import count
-from vllm_aasd.kernels.common.mixture import HIT, MISS, STALE
+from vllm_aasd.kernels.draft import HIT, MISS, STALE
 
 PREFIX = "aasd:"
 """What every metric of ours begins with, as vLLM's do with ``vllm:``."""

@@ -39,9 +39,11 @@ import torch
 from vllm_aasd.kernels.align import reference
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
-from vllm_aasd.kernels.common.mixture import MAX_TOP_K
 
 __all__ = ["MAX_TOP_K", "align", "align_merge", "align_shard", "warm_up"]
+
+MAX_TOP_K = 8
+"""Most predictions stored per position."""
 
 
 def check_table(name: str, table: torch.Tensor, vocab_size: int) -> None:

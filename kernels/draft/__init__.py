@@ -45,26 +45,90 @@ Memory
     forgotten, so its size is fixed. The runs of a prior (`vllm_aasd.drafting.own_text`) are such a table too: it is read in the
     memory's place and never written, or a memory begins as its copy.
 
-The sum is evaluated from ``L`` downwards with the weight that is left. The twin is
-`vllm_aasd.kernels.draft.reference`; the compiled path is `vllm_aasd.kernels.draft.suffixes_cpu` for the index, `draft_cpu` for
-the mixture and `memory_cpu` for the memory.
+The sum is evaluated from ``L`` downwards with the weight that is left. `vllm_aasd.kernels.draft.reference` is the
+specification. On the CPU, `index_cpu` holds the index, `cpu` the mixture and `memory_cpu` the memory; on GPUs,
+`vllm_aasd.kernels.draft.batch` drafts for a whole batch without an index.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
-from vllm_aasd.kernels.common.mixture import (
-    LONGEST_REMEMBERED,
-    SHORTEST_REMEMBERED,
-    MixtureWeights,
-    no_memory,
-    no_prior,
-)
-from vllm_aasd.kernels.draft import cpu as draft_cpu
-from vllm_aasd.kernels.draft import memory_cpu, suffixes_cpu
+from vllm_aasd.kernels.align import MAX_TOP_K
 
-extend_index = suffixes_cpu.extend_index
-draft = draft_cpu.draft
-remember = memory_cpu.remember
+__all__ = [
+    "HASH_MULTIPLIER",
+    "HIT",
+    "LONGEST_REMEMBERED",
+    "MAX_TOP_K",
+    "MISS",
+    "MOST_REMEMBERED",
+    "ORDERS_USED",
+    "SHORTEST_REMEMBERED",
+    "STALE",
+    "MixtureWeights",
+    "Prior",
+    "max_candidates",
+    "no_memory",
+    "no_prior",
+]
+
+ORDERS_USED = 4
+"""How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
+
+HASH_MULTIPLIER = 0x9E3779B97F4A7C15
+"""An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio)."""
+
+SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
+"""Runs of tokens that a memory is asked for; of one token the prior knows more."""
+
+MOST_REMEMBERED = 5
+"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
+
+HIT, MISS, STALE = range(3)
+"""What a look-up in the alignment store finds: the position's predictions; nothing; what an older owner left."""
+
+
+class MixtureWeights(NamedTuple):
+    """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.
+
+    Attributes:
+        theta: pseudo-count of each order, > 0; larger trusts its matches less.
+        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
+        doubt: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
+        memory: ``[4]`` float32, by the length of the run, the weight of what the memory holds in the limit of
+            many observations, in [0, 1].
+    """
+
+    theta: np.ndarray
+    alignment: np.ndarray
+    doubt: np.float32
+    memory: np.ndarray
+
+
+def no_memory() -> np.ndarray:
+    """A memory that holds nothing and learns nothing."""
+    return np.empty((0, 2), np.int32)
+
+
+class Prior(NamedTuple):
+    """What the target says outside of any request's context.
+
+    Attributes:
+        ids: ``[vocab_size, k]`` int32, the likeliest successors of each token; -1 where there are fewer than k.
+        probs: ``[vocab_size, k]`` float32.
+        runs: ``[S, 2 + 2k]`` int32, the same of runs of tokens, in the format of a memory (`vllm_aasd.kernels.draft`);
+            `no_memory` for none.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+    runs: np.ndarray = no_memory()
+
+
+def no_prior() -> Prior:
+    """An empty prior: the mixture then starts from nothing."""
+    return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
 
 
 def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_successors: int) -> int:
@@ -77,26 +141,4 @@ def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_succes
         num_successors: of a token in the prior.
     """
     runs = LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1
-    return draft_cpu.ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
-
-
-def warm_up(num_orders: int, top_k: int) -> None:
-    """Compile the path that serves, on one small request, so that no request pays for it.
-
-    Args:
-        num_orders: how many orders the index has.
-        top_k: entries per position of the alignment table.
-    """
-    capacity = 16
-    tokens = np.array([1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
-    prev = np.empty((num_orders, capacity), np.int32)
-    head = np.full((num_orders, 2 * capacity), -1, np.int32)
-    extend_index(tokens, prev, head, 0, 5)
-    weights = MixtureWeights(
-        np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
-    )
-    out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
-    scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
-    store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
-    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), 4, 0.1, *scratch, *out)
-    remember(tokens, 3, 3, *store, no_memory())
+    return ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors

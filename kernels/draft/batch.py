@@ -61,8 +61,7 @@ import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape
-from vllm_aasd.kernels.common.mixture import LONGEST_REMEMBERED, SHORTEST_REMEMBERED
-from vllm_aasd.kernels.draft.cpu import ORDERS_USED
+from vllm_aasd.kernels.draft import LONGEST_REMEMBERED, ORDERS_USED, SHORTEST_REMEMBERED
 
 __all__ = ["draft_batch", "draft_workspace"]
 
@@ -134,10 +133,10 @@ def draft_batch(
         block_tables: [max_num_reqs, max_blocks] int32 by slot, the KV blocks of each context. A position
             whose block lies outside the table has no stored prediction.
         block_size: slots per KV block, >= 1.
-        theta, alignment: [M] float32, see `vllm_aasd.kernels.common.mixture.MixtureWeights`.
+        theta, alignment: [M] float32, see `vllm_aasd.kernels.draft.MixtureWeights`.
         doubt: [1] float32, see there.
         memory_weights: [LONGEST_REMEMBERED + 1] float32, see there: of the runs.
-        prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.common.mixture.Prior`;
+        prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.draft.Prior`;
             [0, 0] for none.
         runs: [S, 2 + 2kr] int32, S a power of two, see there; [0, 2] for none.
         vocab_size: ids from it on never become a draft token, >= 1.

@@ -4,12 +4,19 @@ import numpy as np
 
 from vllm_aasd.kernels.align.cpu import aligned_slot
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.common.mixture import HIT, LONGEST_REMEMBERED, MISS, SHORTEST_REMEMBERED, STALE
-from vllm_aasd.kernels.draft.memory_cpu import memory_slot
-from vllm_aasd.kernels.draft.suffixes_cpu import find, hash_with
-
-ORDERS_USED = 4
-"""How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
+from vllm_aasd.kernels.draft import (
+    HIT,
+    LONGEST_REMEMBERED,
+    MISS,
+    ORDERS_USED,
+    SHORTEST_REMEMBERED,
+    STALE,
+    MixtureWeights,
+    no_memory,
+    no_prior,
+)
+from vllm_aasd.kernels.draft.index_cpu import extend_index, find, hash_with
+from vllm_aasd.kernels.draft.memory_cpu import memory_slot, remember
 
 
 @compiled
@@ -210,3 +217,25 @@ def draft(
         draft_token_ids[step] = best
         survival[step] = alive
     return draft_token_ids.shape[0]
+
+
+def warm_up(num_orders: int, top_k: int) -> None:
+    """Compile the path that serves, on one small request, so that no request pays for it.
+
+    Args:
+        num_orders: how many orders the index has.
+        top_k: entries per position of the alignment table.
+    """
+    capacity = 16
+    tokens = np.array([1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
+    prev = np.empty((num_orders, capacity), np.int32)
+    head = np.full((num_orders, 2 * capacity), -1, np.int32)
+    extend_index(tokens, prev, head, 0, 5)
+    weights = MixtureWeights(
+        np.ones(num_orders, np.float32), np.full(num_orders, 0.5, np.float32), np.float32(2), np.ones(4, np.float32)
+    )
+    out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
+    scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(num_orders, np.int32)
+    store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
+    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), 4, 0.1, *scratch, *out)
+    remember(tokens, 3, 3, *store, no_memory())

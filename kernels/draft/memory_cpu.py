@@ -4,8 +4,8 @@ import numpy as np
 
 from vllm_aasd.kernels.align.cpu import aligned_slot
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.common.mixture import LONGEST_REMEMBERED, MOST_REMEMBERED, SHORTEST_REMEMBERED
-from vllm_aasd.kernels.draft.suffixes_cpu import hash_with
+from vllm_aasd.kernels.draft import LONGEST_REMEMBERED, MOST_REMEMBERED, SHORTEST_REMEMBERED
+from vllm_aasd.kernels.draft.index_cpu import hash_with
 
 
 @compiled

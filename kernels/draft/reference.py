@@ -6,9 +6,16 @@ They scan the context.
 import numpy as np
 import torch
 
-from vllm_aasd.kernels.common.mixture import HIT, LONGEST_REMEMBERED, MISS, MOST_REMEMBERED, SHORTEST_REMEMBERED, STALE
-from vllm_aasd.kernels.draft.cpu import ORDERS_USED
-from vllm_aasd.kernels.draft.suffixes_cpu import MULTIPLIER
+from vllm_aasd.kernels.draft import (
+    HASH_MULTIPLIER,
+    HIT,
+    LONGEST_REMEMBERED,
+    MISS,
+    MOST_REMEMBERED,
+    ORDERS_USED,
+    SHORTEST_REMEMBERED,
+    STALE,
+)
 
 
 def draft(
@@ -135,7 +142,7 @@ def _place(memory, run):
     """The row of the memory that is a run's, and the tag by which it is known there."""
     hashed = len(run)
     for token in reversed(run):
-        hashed = ((hashed ^ (token & 0xFFFFFFFF)) * MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
+        hashed = ((hashed ^ (token & 0xFFFFFFFF)) * HASH_MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
     return (hashed >> 32) & (len(memory) - 1), hashed & 0x7FFFFFFF
 
 

@@ -4,10 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_aasd.kernels.common.mixture import HIT, LONGEST_REMEMBERED, MISS, SHORTEST_REMEMBERED, STALE
+from vllm_aasd.kernels.draft import (
+    HASH_MULTIPLIER,
+    HIT,
+    LONGEST_REMEMBERED,
+    MISS,
+    ORDERS_USED,
+    SHORTEST_REMEMBERED,
+    STALE,
+)
 from vllm_aasd.kernels.draft.candidates_triton import cast_votes, elect
-from vllm_aasd.kernels.draft.cpu import ORDERS_USED
-from vllm_aasd.kernels.draft.suffixes_cpu import MULTIPLIER
 
 TILE = 1024
 """Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
@@ -261,7 +267,7 @@ def draft_batch(
         REMEMBERED=(runs.shape[1] - 2) // 2,
         SHORTEST_REMEMBERED=SHORTEST_REMEMBERED,
         LONGEST_REMEMBERED=LONGEST_REMEMBERED,
-        MULTIPLIER=MULTIPLIER,
+        MULTIPLIER=HASH_MULTIPLIER,
         HIT=HIT,
         MISS=MISS,
         STALE=STALE,

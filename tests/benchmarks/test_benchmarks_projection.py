@@ -18,7 +18,7 @@ from benchmarks import (
 )
 from benchmarks.ngram import NgramDrafter
 from vllm_aasd.drafting.drafter import Drafter
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.tuning import statistics
 
 # vLLM's n-gram proposer hands numba a list.

@@ -9,7 +9,7 @@ from benchmarks import drafter_quality, figures, replay, results
 from benchmarks.builtin import builtin_tasks
 from benchmarks.fitting_tasks import fitting_tasks
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 SPAN = list(range(10, 30))
 

@@ -14,7 +14,7 @@ from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
 from vllm_aasd.engine import agreement, conversations, startup
 from vllm_aasd.engine.conversations import Turns, turns
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 40
 

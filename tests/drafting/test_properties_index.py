@@ -7,9 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from aasd_testing.drafts import assert_same_drafts
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NO_ALIGNMENT, NUM_ORDERS, Drafter
-from vllm_aasd.kernels.common.mixture import no_prior
+from vllm_aasd.kernels.draft import index_cpu, no_prior
 from vllm_aasd.kernels.draft import reference as draft_reference
-from vllm_aasd.kernels.draft import suffixes_cpu
 
 K = 4
 VOCAB = 12
@@ -42,8 +41,8 @@ def chain(index, order):
     """What the index says of the same."""
     hashed = np.uint64(0)
     for back in range(order):
-        hashed = np.uint64(suffixes_cpu.hash_with(hashed, index.tokens[index.length - 1 - back]))
-    _, position = suffixes_cpu.find(index.tokens, index.head, order, index.length - 1, hashed)
+        hashed = np.uint64(index_cpu.hash_with(hashed, index.tokens[index.length - 1 - back]))
+    _, position = index_cpu.find(index.tokens, index.head, order, index.length - 1, hashed)
     found = []
     while position >= 0:
         found.append(int(position))

@@ -7,7 +7,7 @@ from aasd_testing.engines import greedy, run_engine, token_ids
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.drafting.prior import cache_path, save
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 pytestmark = pytest.mark.engine
 

@@ -20,7 +20,7 @@ from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.engine import startup, successors
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.kernels.draft.memory_cpu import memory_slot
 
 VOCAB_SIZE = 7

@@ -9,7 +9,7 @@ import pytest
 
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.engine import agreement
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 ONE = Prior(
     np.array([[1, 2], [0, -1]], np.int32),

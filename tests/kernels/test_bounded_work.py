@@ -8,8 +8,9 @@ import pytest
 
 from vllm_aasd.drafting.drafter import MAX_MATCHES, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
+from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
 from vllm_aasd.kernels.draft.cpu import ORDERS_USED
-from vllm_aasd.kernels.draft.suffixes_cpu import MOST_PROBES, MULTIPLIER
+from vllm_aasd.kernels.draft.index_cpu import MOST_PROBES
 
 # Behind what is installed, and only for this import: the root also holds `kernels`, a name that transformers looks for.
 ROOT = str(pathlib.Path(__file__).parents[2])

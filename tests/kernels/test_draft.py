@@ -9,8 +9,8 @@ from aasd_testing.drafts import assert_same_drafts
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.common.mixture import Prior, no_memory, no_prior
+from vllm_aasd.kernels.draft import Prior, no_memory, no_prior
+from vllm_aasd.kernels.draft import cpu as draft_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 
 K = 8

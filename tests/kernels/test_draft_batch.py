@@ -26,7 +26,7 @@ from vllm_aasd.drafting.drafter import (
     Drafter,
 )
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.kernels.common.mixture import MixtureWeights, Prior, no_memory
+from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton

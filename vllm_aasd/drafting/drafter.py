@@ -8,8 +8,8 @@ import numpy as np
 from vllm_aasd.drafting.calibration import Trust
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels import draft as draft_op
-from vllm_aasd.kernels.common.mixture import MAX_TOP_K, MixtureWeights, Prior, no_memory, no_prior
+from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_memory, no_prior
+from vllm_aasd.kernels.draft import cpu as draft_op
 
 NUM_ORDERS = 6
 """Longest run of tokens that is looked up."""
@@ -96,7 +96,7 @@ class Drafter:
         self._lookups = lookups if lookups is not None else np.zeros(3, np.int64)
         self._scores = np.zeros(vocab_size, np.float32)
         num_remembered, num_successors = (self._prior.runs.shape[1] - 2) // 2, self._prior.ids.shape[1]
-        most = draft_op.max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
+        most = max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
         self._seen = np.empty(most, np.int32)
         self._starts = np.empty(NUM_ORDERS, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.common.mixture import MOST_REMEMBERED, Prior
+from vllm_aasd.kernels.draft import MOST_REMEMBERED, Prior
 
 logger = logging.getLogger("vllm.aasd")
 

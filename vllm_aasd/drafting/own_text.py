@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 
 class Text(NamedTuple):
@@ -71,7 +71,7 @@ def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _runs(texts: Sequence[Text]) -> np.ndarray:
     # Here, for numba must not be there before vLLM has started: vLLM looks through all modules, and stumbles over llvmlite's.
-    from vllm_aasd.kernels.draft import remember
+    from vllm_aasd.kernels.draft.memory_cpu import remember
 
     runs = empty_memory()
     for token_ids, table in texts:

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_aasd.drafting import memory, tensor_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: the bound on what a file may hold."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_aasd.kernels import draft as draft_op
+from vllm_aasd.kernels.draft.index_cpu import extend_index
 
 _SMALLEST_CAPACITY = 256
 
@@ -115,7 +115,7 @@ class _Tables:
 
     def enter(self, length: int) -> None:
         """Enter what is known of the first ``length`` tokens."""
-        self._entered = draft_op.extend_index(self.tokens, self.prev, self.head, self._entered, length)
+        self._entered = extend_index(self.tokens, self.prev, self.head, self._entered, length)
         self.length = length
 
     @property

@@ -16,7 +16,7 @@ from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_aasd.engine import startup
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
 

@@ -24,7 +24,7 @@ from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.kernels.align import align
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")

@@ -12,7 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_aasd.engine.conversations import likeliest, turns
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.host import emulates_bfloat16
-from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.draft import Prior
 
 # Long enough for a chat template around a question and its answer, short for the KV cache's sake.
 _CONTEXT_LENGTH = 512

@@ -35,7 +35,8 @@ from vllm_aasd.engine.v1.counting import V1Counting, timed
 from vllm_aasd.engine.v1.generators import set_aside
 from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
-from vllm_aasd.kernels import align, draft, verify
+from vllm_aasd.kernels import align, verify
+from vllm_aasd.kernels.draft import cpu as draft
 from vllm_aasd.kernels.verify import recovered as redraw
 
 logger = logging.getLogger("vllm.aasd")

@@ -36,7 +36,7 @@ from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
-from vllm_aasd.kernels.common.mixture import no_prior
+from vllm_aasd.kernels.draft import no_prior
 from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
 
 logger = logging.getLogger("vllm.aasd")

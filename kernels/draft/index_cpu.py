@@ -3,6 +3,7 @@
 import numpy as np
 
 from vllm_aasd.kernels.common.compiled import compiled
+from vllm_aasd.kernels.draft import HASH_MULTIPLIER
 
 MOST_PROBES = 48
 """Slots of a table that are tried for one run of tokens: the bound on a look-up.
@@ -12,9 +13,7 @@ are at most half full that is no accident: of 650 000 random runs one stood 37 s
 can be chosen so that their hashes collide, and then they cost this much and find nothing.
 """
 
-# An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio).
-MULTIPLIER = 0x9E3779B97F4A7C15
-_MULTIPLIER = np.uint64(MULTIPLIER)
+_MULTIPLIER = np.uint64(HASH_MULTIPLIER)
 
 
 @compiled
