@@ -152,18 +152,17 @@ def _merge_partials(
     """Merge [num_parts, num_rows, 1 + 2k] partial entries into the table, or row by row without token ids."""
     num_parts, num_rows, width = partials.shape
     if num_rows:
-        to_table = token_ids is not None
         _merge_partials_kernel[(num_rows,)](
             partials,
             num_parts,
-            token_ids.contiguous() if to_table else slot_mapping,
+            slot_mapping if token_ids is None else token_ids.contiguous(),
             slot_mapping.contiguous(),
             out,
-            out.shape[0] if to_table else 2**62,
+            2**62 if token_ids is None else out.shape[0],
             TOP_K=width // 2,
             PARTS=triton.next_power_of_2(num_parts),
             PLACES=triton.next_power_of_2(width // 2),
-            TO_TABLE=to_table,
+            TO_TABLE=token_ids is not None,
             num_warps=1,
         )
 

@@ -15,6 +15,8 @@ from vllm_aasd.kernels.draft import (
     ORDERS_USED,
     SHORTEST_REMEMBERED,
     STALE,
+    MixtureWeights,
+    Prior,
 )
 
 
@@ -104,7 +106,7 @@ def draft(
                 vote(int(token), left * prob)
         if not votes:
             return step
-        best = max(votes, key=votes.get)
+        best = max(votes, key=lambda token: votes[token])
         alive *= votes[best]
         if alive < min_survival:
             return step
@@ -203,10 +205,11 @@ def draft_batch(
     # One more block, never fresh (no context holds token -1), stands for those outside the table.
     nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
     entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
-    constants = [tensor.cpu().numpy() for tensor in (theta, alignment)]
-    prior = [tensor.cpu().numpy() for tensor in (prior_ids, prior_probs, runs)]
+    prior = Prior(prior_ids.cpu().numpy(), prior_probs.cpu().numpy(), runs.cpu().numpy())
     found = np.zeros(3, np.int64)
-    weights = *constants, np.float32(doubt.item()), memory_weights.cpu().numpy()
+    weights = MixtureWeights(
+        theta.cpu().numpy(), alignment.cpu().numpy(), np.float32(doubt.item()), memory_weights.cpu().numpy()
+    )
     width = draft_token_ids.shape[1]
     for row, slot in enumerate(idx_mapping.tolist()):
         length = int(total_len[slot]) if slot >= 0 else 0

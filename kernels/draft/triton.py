@@ -133,8 +133,8 @@ def draft_kernel(
 
     suffix = ()
     for back in tl.static_range(NUM_ORDERS):
-        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)
-    last_token = tl.where(length > 0, suffix[0], 0)
+        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore
+    last_token = tl.where(length > 0, suffix[0], 0)  # type: ignore
 
     num_drafts = 0
     alive = 1.0
@@ -187,14 +187,14 @@ def draft_kernel(
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
             tl.store(survival_ptr + num_drafts, alive)
             num_drafts += 1
-            suffix = (token,) + suffix[:-1]
+            suffix = (token,) + suffix[:-1]  # type: ignore
         drafting = drafting & (num_drafts < limit)
 
     tl.store(num_drafts_ptr + row, num_drafts)
     if (TOP_K > 0) & (num_slots > 0):
-        tl.atomic_add(lookups_ptr + HIT, num_hits.to(tl.int64))
-        tl.atomic_add(lookups_ptr + MISS, num_misses.to(tl.int64))
-        tl.atomic_add(lookups_ptr + STALE, num_stales.to(tl.int64))
+        tl.atomic_add(lookups_ptr + HIT, num_hits.to(tl.int64))  # type: ignore
+        tl.atomic_add(lookups_ptr + MISS, num_misses.to(tl.int64))  # type: ignore
+        tl.atomic_add(lookups_ptr + STALE, num_stales.to(tl.int64))  # type: ignore
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
         tl.store(survival_ptr + column, 0.0)

@@ -101,7 +101,7 @@ def _verify_kernel(
         decay, limit = parameters[i, DECAY], parameters[i, LIMIT]
         num_relaxed = 0
         accepted = 0
-        settled = start
+        settled: int = start
         last = np.int64(bonus_token_ids[i])
         exhausted[i] = False
         guarded[i] = False
@@ -124,7 +124,7 @@ def _verify_kernel(
                         logits_row, x, is_greedy[i], *strictly_found, rule, parameters[i], stop_token_ids[i]
                     )
                 if verdict == CANDIDATE and rule == FLY:
-                    window = np.int64(parameters[i, WINDOW])
+                    window = int(parameters[i, WINDOW])
                     drafts = (draft_token_ids, uniform_probs, is_greedy[i])
                     if _window_holds(logits, stride, vocab_size, *drafts, row, end, window):
                         settled = row + 1 + window

@@ -48,7 +48,7 @@ def token_gumbel(seed: int, position: int, vocab_size: int) -> np.ndarray:
     high = (h >> np.uint32(16)).astype(np.float32)
     low = (h & np.uint32(0xFFFF)).astype(np.float32)
     u = high * np.float32(2.0**-16) + (low + np.float32(0.5)) * np.float32(2.0**-32)
-    series = one / np.float32(8)
+    series: np.ndarray = np.full_like(u, one / np.float32(8))
     for k in range(7, 0, -1):
         series = one / np.float32(k) + u * series
     series = -u * series

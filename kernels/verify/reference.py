@@ -51,13 +51,14 @@ def verify(
     relaxed = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     regret = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     exhausted, guarded = torch.zeros(2, batch_size, dtype=torch.bool, device=device)
+    uniform_of = torch.zeros(num_tokens) if uniform_probs is None else uniform_probs
 
     def strictly(row: int, is_greedy: bool) -> tuple[bool, RowStatistics]:
         x, statistics = int(draft_token_ids[row]), row_statistics(target_logits[row])
         if is_greedy:
             return x == statistics.argmax, statistics
         p = statistics.probs
-        return 0 <= x < vocab_size and bool(p[x] > 0 and p[x] >= uniform_probs[row]), statistics
+        return 0 <= x < vocab_size and bool(p[x] > 0 and p[x] >= uniform_of[row]), statistics
 
     start = 0
     for i, end in enumerate(cu_num_draft_tokens.tolist()):
@@ -72,7 +73,7 @@ def verify(
                 return row + window < end and all(strictly(later, greedy)[0] for later in ahead)
 
             if 0 <= x < vocab_size:
-                uniform = 0.0 if greedy else float(uniform_probs[row])
+                uniform = 0.0 if greedy else float(uniform_of[row])
                 relaxed[row] = relaxation.accepts(x, statistics, accepted, uniform, strict_ahead)
             if not (accepted or relaxed[row]):
                 last = statistics.argmax if greedy else PLACEHOLDER_TOKEN_ID

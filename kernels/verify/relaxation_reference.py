@@ -25,6 +25,7 @@ from vllm_aasd.kernels.verify.policies import (
     LEVEL,
     LIMIT,
     NATS,
+    NUM_STATES,
     PER_STEP,
     SPENT,
     STRICT,
@@ -76,9 +77,10 @@ class Relaxation:
         self, policies: VerifyPolicies, i: int, is_greedy: bool, stop_token_ids: torch.Tensor, vocab_size: int
     ) -> None:
         row = int(policies.state_rows[i])
-        self._state = policies.state[row] if 0 <= row < len(policies.state) else None
+        has_state = 0 <= row < len(policies.state)
+        self._state = policies.state[row] if has_state else torch.zeros(NUM_STATES)
         self._rule = int(policies.rule[i])
-        if self._state is None or self._rule not in (CONDITIONAL, FLY, BUDGET) or self._state[EXHAUSTED]:
+        if not has_state or self._rule not in (CONDITIONAL, FLY, BUDGET) or self._state[EXHAUSTED]:
             self._rule = STRICT
         self._parameters = policies.parameters[i]
         self._is_greedy = is_greedy

@@ -92,7 +92,7 @@ def verify_seeded(
 
             if 0 <= x < vocab_size:
                 accepted = strictly(row, slot)
-                uniform = 0.0 if is_greedy else row_uniform(int(seed[slot]), position)
+                uniform = 0.0 if is_greedy else float(row_uniform(int(seed[slot]), position))
                 if relaxation.accepts(x, statistics, accepted, uniform, strict_ahead):
                     accepted = relaxed[row] = True
                     regret[row] = z.max() - z[x]

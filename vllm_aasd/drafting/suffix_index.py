@@ -57,8 +57,7 @@ class SuffixIndex:
         length = self.length + len(token_ids)
         while length > self._tables.capacity:
             # As many tokens at once as only a prompt has; else the larger tables are made by now.
-            self._enlarge(1.0)
-            self._tables, self._larger = self._larger, None
+            self._tables, self._larger = self._enlarge(1.0), None
         self._tables.tokens[self.length : length] = token_ids
         self.length = length
         self._tables.enter(length)
@@ -83,14 +82,15 @@ class SuffixIndex:
         """Bytes held."""
         return self._tables.nbytes + (self._larger.nbytes if self._larger is not None else 0)
 
-    def _enlarge(self, share: float) -> None:
-        """Have this share of the work on larger tables done: the first half is clearing them."""
+    def _enlarge(self, share: float) -> "_Tables":
+        """Advance the move to larger tables, which it returns, to this share: the first half is clearing them."""
         if self._larger is None:
             self._larger = _Tables(self._num_orders, 2 * self._tables.capacity, self._room)
         self._larger.clear(min(2 * share, 1.0))
         known = int(max(2 * share - 1, 0.0) * self.length)
         self._larger.tokens[self._larger.length : known] = self._tables.tokens[self._larger.length : known]
         self._larger.enter(known)
+        return self._larger
 
 
 class _Tables:
