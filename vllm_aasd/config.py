@@ -15,7 +15,7 @@ from vllm_aasd.verification.policy import (
 from vllm_aasd.verification.registry import POLICIES
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
-"""`num_speculative_tokens` where nobody sets it, in general, and for the mixture on the V1 model runner without adapters.
+"""`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose: 16 let answers that copy emit 4 % more tokens a step than 8 do
 (`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
@@ -35,6 +35,12 @@ that leaves little choice of the 49.
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
 """`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
+
+
+REMOVED = {
+    "aasd_draft": "for n-grams of the request's own text, use vLLM's method 'ngram' (or 'ngram_gpu') in place of 'aasd'.",
+}
+"""Settings of earlier versions, with their prefix, and what to use instead."""
 
 
 def parameter_key(policy: str, parameter: str) -> str:
@@ -59,12 +65,6 @@ class Settings:
         "Whether requests are sped up at all. In a request, `false` switches speculation off for it; where the "
         "server has `false`, only requests that say `true` are sped up.",
         looser="none",
-    )
-    draft: str = setting(
-        "mixture",
-        "Where drafts come from: `mixture` is AASD; `ngram` is vLLM's own prompt look-up, with its "
-        "`prompt_lookup_min` and `prompt_lookup_max`, for comparison.",
-        choices=("mixture", "ngram"),
     )
     draft_length: int | str = setting(
         "adaptive",
@@ -201,11 +201,11 @@ class Settings:
             values: ``{"aasd_top_k": 2, ...}``; keys without the prefix are an error of the caller.
 
         Raises:
-            ValueError: for an unknown key, a value of the wrong type or out of range; the text names the
+            ValueError: for an unknown or removed key, a value of the wrong type or out of range; the text names the
                 key, the value and what is allowed.
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
-        refuse_unknown("setting", values, fields)
+        refuse_unknown("setting", values, fields, REMOVED)
         return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
 
     def describe(self) -> str:
