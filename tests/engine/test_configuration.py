@@ -336,6 +336,12 @@ def test_every_key_of_vllms_is_of_another_method_unless_we_say_otherwise(create)
     create({"method": "aasd", "model": None, "rejection_sample_method": "standard", "draft_sample_method": "greedy"})
 
 
+@pytest.mark.parametrize("method", [{}, {"method": "ngram"}, {"method": None}])
+def test_our_keys_without_our_method_are_refused_with_its_name(create, method):
+    with pytest.raises(ValueError, match=r"aasd_floor=0\.5 is a setting of method 'aasd': add \"method\": \"aasd\""):
+        create({**method, "num_speculative_tokens": 3, "aasd-floor": 0.5})
+
+
 def test_models_that_generate_no_tokens_are_refused(create):
     assert create(None, runner="pooling").model_config.runner_type == "pooling"
     with pytest.raises(ValueError, match=r"can't work with runner='pooling': .* leave out --speculative-config"):

@@ -26,6 +26,7 @@ from vllm_aasd.config import (
     Settings,
 )
 from vllm_aasd.engine import metrics, patching, unsupported
+from vllm_aasd.fields import shown
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -75,6 +76,13 @@ def _knowing_aasd(stock: Callable) -> Callable:
     ) -> SpeculativeConfig | None:
         if METHOD in (self.spec_method, (self.speculative_config or {}).get("method")):
             return _create(self, stock, target_model_config, target_parallel_config)
+        for key, value in (self.speculative_config or {}).items():
+            if key.replace("-", "_").startswith(PREFIX):
+                # vLLM would call it unexpected, and not say why.
+                raise ValueError(
+                    f"{key.replace('-', '_')}={shown(value)} is a setting of method '{METHOD}': "
+                    f'add "method": "{METHOD}" to the speculative config, or leave the setting out.'
+                )
         return stock(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
@@ -137,7 +145,7 @@ def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
     if type(given) is not int or not 1 <= given <= MAX_SPECULATIVE_TOKENS:
         raise ValueError(
-            f"{_LONGEST}={given!r} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
+            f"{_LONGEST}={shown(given)} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
         )
     return given
 
