@@ -323,12 +323,19 @@ def test_a_port_that_does_not_exist_is_refused(text):
 def test_the_server_runs_method_aasd_unless_told_otherwise():
     command = serve.serve_command("some/model", 8123, ["--dtype", "float32"])
     assert command[1:] == [
-        "serve", "some/model", "--port", "8123",
+        "serve", "some/model", "--host", "127.0.0.1", "--port", "8123",
         "--speculative-config", '{"method":"aasd"}', "--dtype", "float32",
     ]  # fmt: skip
     for ours in ("--speculative-config", "--speculative_config", "-sc"):
-        assert serve.serve_command("m", 1, [ours, "{}"])[5:] == [ours, "{}"]
-    assert serve.serve_command("m", 1, ["--speculative-config={}"])[5:] == ["--speculative-config={}"]
+        assert serve.serve_command("m", 1, [ours, "{}"])[7:] == [ours, "{}"]
+    assert serve.serve_command("m", 1, ["--speculative-config={}"])[7:] == ["--speculative-config={}"]
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host=0.0.0.0"]])
+def test_the_server_is_this_machines_own_unless_told_otherwise(arguments):
+    assert serve.serve_command("m", 1, [])[3:5] == ["--host", "127.0.0.1"]
+    command = serve.serve_command("m", 1, arguments)
+    assert "127.0.0.1" not in command and command[-len(arguments) :] == arguments
 
 
 def test_arguments_are_split_as_a_shell_would():
