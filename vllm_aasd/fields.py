@@ -8,6 +8,9 @@ from typing import Any, get_args
 PREFIX = "aasd_"
 """What every key of ours begins with, beside vLLM's own keys in ``--speculative-config``."""
 
+MAX_SHOWN = 80
+"""Characters of a name or value in a message: clients send both, of any size."""
+
 
 def setting(
     default: Any,
@@ -33,20 +36,34 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def refuse_removed(values: Mapping[str, Any], removed: Mapping[str, str]) -> None:
-    """Raise the ValueError that says what to do instead of the first key that an earlier version had."""
-    for key, value in values.items():
-        if key in removed:
-            raise ValueError(f"{key}={value!r} is not allowed any more: {removed[key]}.")
+def shown(value: Any) -> str:
+    """The `repr` of a name or value for a message, cut to `MAX_SHOWN` characters."""
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
-def refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> None:
-    """Raise the ValueError that names the first unknown key, what may have been meant, and what is known."""
+def refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str], removed: Mapping[str, str]) -> None:
+    """Refuse what isn't a key of ours.
+
+    Args:
+        kind: what the keys are, for the message.
+        keys: as they were given.
+        known: what they may be.
+        removed: keys of earlier versions, and what to use instead.
+
+    Raises:
+        ValueError: naming the first unknown key, and what to use instead, or what may have been meant.
+    """
     for key in keys:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Unknown {kind} {key!r}.{hint} Known: {', '.join(sorted(known))}.")
+        # A long name is no typo, and to compare or even hash it takes long.
+        is_short = len(key) < MAX_SHOWN
+        if is_short and key in known:
+            continue
+        if is_short and key in removed:
+            raise ValueError(f"The {kind} {key!r} is gone: {removed[key]}")
+        close = difflib.get_close_matches(key, known, n=1) if is_short else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {kind} {shown(key)}.{hint} Known: {', '.join(sorted(known))}.")
 
 
 def allowed(field: dataclasses.Field) -> str:
@@ -61,8 +78,13 @@ def allowed(field: dataclasses.Field) -> str:
     return " or ".join(words)
 
 
-def checked(field: dataclasses.Field, value: Any) -> Any:
+def checked(field: dataclasses.Field, value: Any, *, is_clients: bool = False) -> Any:
     """The value of a field, as the type that it has.
+
+    Args:
+        field: of a settings class.
+        value: as it was given.
+        is_clients: whether a request brought it. vLLM logs what it refuses, so the message doesn't hold the value then.
 
     Raises:
         ValueError: it is of the wrong type or out of range; the text names the key, the value and what is allowed.
@@ -77,7 +99,9 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         low, high = field.metadata["within"]
         if low <= value <= high:
             return float(value) if float in kinds else value
-    raise ValueError(f"{PREFIX}{field.name}={value!r} is not allowed: it takes {allowed(field)}.")
+    key = PREFIX + field.name
+    given = f"The request's {key}" if is_clients else f"{key}={shown(value)}"
+    raise ValueError(f"{given} is not allowed: it takes {allowed(field)}.")
 
 
 def _kinds(field: dataclasses.Field) -> tuple[type, ...]:

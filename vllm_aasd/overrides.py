@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_aasd.config import REMOVED, Settings
-from vllm_aasd.fields import PREFIX, checked, refuse_removed, refuse_unknown
+from vllm_aasd.fields import PREFIX, checked, refuse_unknown
 
 _FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
 # vLLM's HTTP front end hands on true and false as 1 and 0.
@@ -27,28 +27,31 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
 
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, a parameter of a rule that isn't in
-            force, or more than the server allows; the text names the key, the value and what is allowed.
+            force, or more than the server allows; the text names the key and what is allowed, never the value.
     """
     ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
     if not ours:
         return server
-    refuse_removed(ours, REMOVED)
-    refuse_unknown("request option", ours, _FIELDS)
+    refuse_unknown("request option", ours, _FIELDS, REMOVED)
     if server.allow_request_override == "no":
-        key, value = next(iter(ours.items()))
-        raise ValueError(f"{key}={value!r} is not allowed: the server's {PREFIX}allow_request_override is 'no'.")
-    values = {_FIELDS[key].name: checked(_FIELDS[key], _switch(_FIELDS[key], value)) for key, value in ours.items()}
+        raise ValueError(
+            f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."
+        )
+    values = {
+        _FIELDS[key].name: checked(_FIELDS[key], _switch(_FIELDS[key], value), is_clients=True)
+        for key, value in ours.items()
+    }
     asked = dataclasses.replace(server, **values)
-    for key, value in ours.items():
+    for key in ours:
         rule = _FIELDS[key].metadata["rule"]
         if rule not in (None, asked.verification):
             raise ValueError(
-                f"{key}={value!r} is not allowed: it takes effect only with {PREFIX}verification={rule!r}."
+                f"The request's {key} is not allowed: it takes effect only with {PREFIX}verification={rule!r}."
             )
     looser = None if server.allow_request_override == "any" else looser_than(asked, server)
     if looser is not None:
         raise ValueError(
-            f"{PREFIX}{looser}={getattr(asked, looser)!r} is not allowed: it is looser than the server's own "
+            f"The request's {PREFIX}{looser} is not allowed: it is looser than the server's own "
             f"{getattr(server, looser)!r}, and its {PREFIX}allow_request_override is 'stricter'."
         )
     return asked

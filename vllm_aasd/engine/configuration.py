@@ -26,6 +26,7 @@ from vllm_aasd.config import (
     Settings,
 )
 from vllm_aasd.engine import metrics, patching, unsupported
+from vllm_aasd.fields import shown
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -35,8 +36,6 @@ MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
 _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
-_NGRAM_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
-_NGRAM_DEFAULT = 5
 
 
 @config
@@ -77,6 +76,13 @@ def _knowing_aasd(stock: Callable) -> Callable:
     ) -> SpeculativeConfig | None:
         if METHOD in (self.spec_method, (self.speculative_config or {}).get("method")):
             return _create(self, stock, target_model_config, target_parallel_config)
+        for key, value in (self.speculative_config or {}).items():
+            if key.replace("-", "_").startswith(PREFIX):
+                # vLLM would call it unexpected, and not say why.
+                raise ValueError(
+                    f"{key.replace('-', '_')}={shown(value)} is a setting of method '{METHOD}': "
+                    f'add "method": "{METHOD}" to the speculative config, or leave the setting out.'
+                )
         return stock(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
@@ -90,16 +96,15 @@ def _create(
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
-    ngram_keys = _ngram_keys(vllm_keys, settings)
     carrier = pick_carrier(args)
     runner = "V2" if carrier == V2_CARRIER else "V1"
     refusal = runner_refusal(runner)
     if refusal is not None:
         unsupported.refuse("model_runner", runner, refusal)
     unsupported.check(runner, args, vllm_keys, settings)
+    unsupported.check_model(target_model_config)
 
-    carried = {key: value for key, value in vllm_keys.items() if key not in _NGRAM_KEYS}
-    carried.update(method=carrier, model=PROPOSER if carrier == V1_CARRIER else None)
+    carried = {**vllm_keys, "method": carrier, "model": PROPOSER if carrier == V1_CARRIER else None}
     lengths = _lengths(args, settings, runner, _given_length(args, carried))
     if args.spec_tokens is not None:
         # vLLM takes it from there by itself.
@@ -120,8 +125,7 @@ def _create(
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     if carrier == V1_CARRIER:
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
-        ours.prompt_lookup_min = ngram_keys.get("prompt_lookup_min")
-        ours.prompt_lookup_max = ngram_keys.get("prompt_lookup_max")
+        ours.prompt_lookup_min = ours.prompt_lookup_max = None
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
     if (args.per_request_spec_decode_metrics != "none" or has_schedule_of_ours) and args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
@@ -141,7 +145,7 @@ def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
     if type(given) is not int or not 1 <= given <= MAX_SPECULATIVE_TOKENS:
         raise ValueError(
-            f"{_LONGEST}={given!r} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
+            f"{_LONGEST}={shown(given)} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
         )
     return given
 
@@ -155,8 +159,7 @@ def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | Non
     if settings.draft_length != "adaptive":
         return {_LONGEST: given or settings.draft_length}
     if runner == "V1":
-        is_long = settings.draft == "mixture" and not args.enable_lora
-        return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS_V1 if is_long else NUM_SPECULATIVE_TOKENS)}
+        return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS if args.enable_lora else NUM_SPECULATIVE_TOKENS_V1)}
     if unsupported.is_synchronous(args):
         return {_LONGEST: given or NUM_SPECULATIVE_TOKENS}
     if args.data_parallel_size > 1:
@@ -223,21 +226,3 @@ def runner_refusal(runner: str) -> str | None:
             "enable_dbo and ubatch_size"
         )
     return None
-
-
-def _ngram_keys(vllm_keys: dict[str, Any], settings: Settings) -> dict[str, int]:
-    given = {key: vllm_keys[key] for key in _NGRAM_KEYS if vllm_keys.get(key) is not None}
-    if settings.draft != "ngram":
-        if given:
-            key, value = next(iter(given.items()))
-            raise ValueError(f"{key}={value!r} is not allowed: it takes effect only with aasd_draft='ngram'.")
-        return {}
-    for key, value in given.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{key}={value!r} is not allowed: it takes an integer of at least 1.")
-    # vLLM's own defaults for its method `ngram`: one stands for the other, and 5 for both.
-    low = given.get("prompt_lookup_min", given.get("prompt_lookup_max", _NGRAM_DEFAULT))
-    high = given.get("prompt_lookup_max", given.get("prompt_lookup_min", _NGRAM_DEFAULT))
-    if low > high:
-        raise ValueError(f"prompt_lookup_min={low} is not allowed: it takes at most prompt_lookup_max={high}.")
-    return {"prompt_lookup_min": low, "prompt_lookup_max": high}

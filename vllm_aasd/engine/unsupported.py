@@ -1,13 +1,15 @@
 """What stops a start, by model runner: one table, by which a configuration is refused and of which the doctor tells."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_aasd.config import Settings
-from vllm_aasd.fields import PREFIX
+from vllm_aasd.fields import PREFIX, shown
 
 CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
 GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
@@ -99,11 +101,6 @@ BY_RUNNER = {
             "the memory is the host's, and drafts are the device's on vLLM's V2 model runner; allowed is 'off'",
         ),
         Refusal(
-            "aasd_draft",
-            ("mixture",),
-            "for vLLM's own n-grams on its V2 model runner use its method 'ngram_gpu'; allowed is 'mixture'",
-        ),
-        Refusal(
             "enable_lora",
             (False,),
             "vLLM 0.32's V2 model runner tells the lm_head of an adapter for one row of logits a request, and drafts have "
@@ -122,9 +119,15 @@ BY_RUNNER = {
 }
 
 
+_VLLM_KEYS = {"method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"} | {
+    refusal.name for refusal in _BOTH if refusal.in_json
+}
+"""vLLM's own keys of the speculative config that say something about aasd, or have a reason of their own above."""
+
+
 def refuse(name: str, value: Any, reason: str) -> None:
     """Raise the ValueError that names a setting, its value and what is allowed."""
-    raise ValueError(f"method 'aasd' can't work with {name}={value!r}: {reason}.")
+    raise ValueError(f"method 'aasd' can't work with {name}={shown(value)}: {reason}.")
 
 
 def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Settings) -> None:
@@ -148,3 +151,29 @@ def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Se
             value = getattr(args, refusal.name)
         if value not in refusal.allowed and refusal.holds(args):
             refuse(refusal.name, value, refusal.reason)
+    # vLLM itself refuses keys that it doesn't know.
+    foreign = {field.name for field in dataclasses.fields(SpeculativeConfig)} - _VLLM_KEYS
+    for key, value in vllm_keys.items():
+        if key in foreign:
+            refuse(key, value, "it belongs to another speculative method or to a draft model; leave it out")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that doesn't generate one token after the other from what it has read and said.
+
+    Args:
+        model: the target model's finished configuration.
+
+    Raises:
+        ValueError: naming what of the configuration says so.
+    """
+    if model.runner_type == "pooling":
+        refuse(
+            "runner",
+            "pooling",
+            "it embeds, classifies or scores and generates no tokens; leave out --speculative-config",
+        )
+    if model.is_encoder_decoder:
+        refuse("is_encoder_decoder", True, "it is for decoder-only models; leave out --speculative-config")
+    if model.is_diffusion:
+        refuse("is_diffusion", True, "its tokens don't come one after the other; leave out --speculative-config")

@@ -18,7 +18,6 @@ from vllm.distributed import get_tp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
@@ -58,7 +57,6 @@ class AASDProposer:
         self._lengths_by_load = LengthsByLoad(self._max_step_tokens)
         self._drafter: Drafter | None = None
         self._memory_file: MemoryFile | None = None
-        self._ngram = NgramProposer(vllm_config) if self._settings.draft == "ngram" else None
         self._model: torch.nn.Module | None = None
         self._runner: GPUModelRunner | None = None
         self._alignment: V1Alignment | None = None
@@ -95,8 +93,6 @@ class AASDProposer:
             verify.warm_up(runner.device, dtype)
         redraw.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
-        if self._ngram is not None:
-            return
         prior = agreement.load_prior(self._model_config) if self._settings.prior else None
         memory, self._memory_file = startup.load_memory(self._settings.memory, self._model_config, prior)
         draft.warm_up(NUM_ORDERS, TOP_K)
@@ -262,15 +258,6 @@ class AASDProposer:
         if self.faults.is_off("draft"):
             return drafts
         req_ids = self._runner.input_batch.req_ids
-        if self._ngram is not None:
-            # It drafts nothing where nothing was sampled.
-            sampled_token_ids = [
-                sampled if self._requests.is_drafted(req_ids[row]) else []
-                for row, sampled in enumerate(sampled_token_ids)
-            ]
-            with self.faults.contained("draft"):
-                return self._ngram.propose(self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
-            return drafts
         survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
         least = self._least(len(drafts))
         for row, sampled in enumerate(sampled_token_ids):

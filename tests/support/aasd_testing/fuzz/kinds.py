@@ -29,7 +29,7 @@ TOOL = {"type": "function", "function": {"name": "classify", "strict": True, "pa
 _STOPS = ([" the"], [".", "?"], ["\n"], [",", " of "], [" and", " is", "a"])
 _BAD_WORDS = ([" the", "The", " of"], [" a", " is", "It"])
 _REFUSED_OPTIONS = (
-    ({"aasd_floor": 2}, "aasd_floor=2 is not allowed"),
+    ({"aasd_floor": 2}, "The request's aasd_floor is not allowed"),
     ({"aasd_enabled": "maybe"}, "it takes true or false"),
     ({"aasd_verifcation": "strict"}, "Did you mean 'aasd_verification'?"),
     ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with"),
