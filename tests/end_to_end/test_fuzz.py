@@ -54,7 +54,7 @@ def test_a_server_survives_a_storm_of_everything_with_nothing_lost(
     paths = [soak.keep(types.SimpleNamespace(folder=tmp_path), *one) for one in found]
     assert not found, f"{paths}: {found[0][1]}"
     assert result["compared"] > 15 and result["left"] > 5 and result["refused"] > 0
-    assert result["preemptions"] > 0 and result["faults"] > 0 and result["accepted_tokens"] > 10
+    assert result["num_preemptions"] > 0 and result["faults"] > 0 and result["accepted_tokens"] > 10
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The fuzzer's oracle: what is wrong with an answer is found, and nothing else is; and what is seen of one over HTTP."""
+"""The fuzzer's oracle: what is wrong with an answer is found, and nothing else is; and how one over HTTP is read."""
 
 import asyncio
 import copy
@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from aasd_testing.fuzz import kinds, over_http
-from aasd_testing.fuzz.observed import Choice, Observation, Reference, failures
-from aasd_testing.fuzz.oracle import NEAR_TIE, Judge, first_difference
+from aasd_testing.fuzz.observed import Choice, Observation, Reference
+from aasd_testing.fuzz.oracle import NEAR_TIE, Judge
 
 STEP = {
     "do": "ask", "kind": "plain", "compared": True, "prompt": {"shape": "text", "seed": 0, "tokens": 5},
@@ -38,29 +38,18 @@ def test_the_right_answer_is_right():
     assert found(answered()) == []
     assert found(answered((7, 7), "aa", None, left=True, num_answer_tokens=None)) == []
     assert found(answered((7, 7), "aa", "abort", disturbed={"abort"})) == []
-    assert found(Observation(status=200, disturbed={"abort"})) == []
+    assert found(answered(disturbed={"abort"}), n=3) == [], "a choice without a token isn't in a stream"
     named = [(-0.1, {"token_id:5": -2.0})] * 4
     assert found(answered(logprobs=named), logprobs=1, logprob_token_ids=[5]) == []
-
-
-def test_an_aborted_stream_may_lack_the_choices_that_had_no_token_yet():
-    one_of_three = answered()
-    aborted = dataclasses.replace(one_of_three, disturbed={"abort"})
-    assert found(aborted, n=3) == []
-    assert found(one_of_three, n=3) == ["count"]
-    assert found(aborted, {**STEP, "via": "completions"}, n=3) == ["count"]
 
 
 @pytest.mark.parametrize(
     ("what", "seen", "sampling"),
     [
         ("lost", Observation(), {}),
-        ("lost", answered(finish=None), {}),
-        ("count", Observation(status=200), {}),
+        ("count", answered(), {"n": 3}),
         ("status", Observation(status=500, error="boom"), {}),
-        ("status", Observation(status=404, error="no"), {}),
         ("mismatch", answered((7, 9, 7, 7)), {}),
-        ("mismatch", answered((7, 300, 7, 7)), {}),
         ("mismatch", answered((7, 7, 7), finish="stop"), {}),
         ("mismatch", answered((7, 9), "aa", None, left=True, num_answer_tokens=None), {}),
         ("mismatch", answered(text="aaab"), {}),
@@ -72,21 +61,18 @@ def test_an_aborted_stream_may_lack_the_choices_that_had_no_token_yet():
         ("count", answered(num_prompt_tokens=6), {}),
         ("count", answered((7, 7), "aa", "stop"), {"min_tokens": 3}),
         ("finish", answered((7, 7), "aa", "abort"), {}),
-        ("finish", answered(finish="error"), {}),
         ("finish", answered((7, 7), "aa", "stop"), {"ignore_eos": True}),
         ("finish", answered((7, 7), "a.a", "stop"), {"stop": ["."]}),
         ("finish", answered(), {"stop_token_ids": {"from": 7, "to": 9}}),
         ("form", answered((7, 3, 4, 7)), {"bad_words": ["no"]}),
         ("form", answered(), {"allowed_token_ids": {"from": 8, "to": 9}}),
-        ("form", answered(text='{"kind": "text", "n": 100}', finish="stop"), {"structured_outputs": {"json": kinds.SCHEMA}}),
-        ("form", answered(text="yes no", finish="stop"), {"structured_outputs": {"regex": kinds.REGEX}}),
+        ("form", answered(text='{"kind": "text"}', finish="stop"), {"structured_outputs": {"json": kinds.SCHEMA}}),
         ("form", answered(text="yes no", finish="stop"), {"structured_outputs": {"regex": kinds.CALL_REGEX}}),
         ("form", answered(text="poem", finish="stop"), {"structured_outputs": {"choice": kinds.CHOICES}}),
         ("logprobs", answered(), {"logprobs": 1}),
         ("logprobs", answered(logprobs=[(-0.1, {})] * 3), {"logprobs": 1}),
-        ("logprobs", answered(logprobs=[(None, {})] * 4), {"logprobs": 1}),
         ("logprobs", answered(logprobs=[(-0.2, {})] * 4), {"logprobs": 1}),
-        ("logprobs", answered(logprobs=[(-0.1, {"token_id:5": -2.0})] * 4), {"logprobs": 2, "logprob_token_ids": [5, 6]}),
+        ("logprobs", answered(logprobs=[(-0.1, {"token_id:5": -2.0})] * 4), {"logprob_token_ids": [5, 6]}),
         ("logprobs", answered(prompt_logprobs=4), {"prompt_logprobs": 1}),
     ],
 )  # fmt: skip
@@ -102,27 +88,17 @@ def test_a_refusal_must_come_and_say_why_and_little_else():
     assert found(answered(), step, None) == ["status"]
 
 
-def test_only_failures_fail_and_sequences_part_where_they_differ():
-    assert failures(Judge(0, STEP, answered((7, 8, 7, 7)), 5, PROMPTS).judge(REFERENCE)) == []
-    assert first_difference([1, 2], [1, 2]) is None and first_difference([1], [1, 3]) == 1
-
-
 # Over HTTP; no server is there
 
 
 def asked_over_http(step, answer):
-    async def run():
-        transport = httpx.MockTransport(answer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await over_http.ask(client, step, PROMPTS)
-
-    return asyncio.run(run())
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server")
+    return asyncio.run(over_http.ask(client, step, PROMPTS))
 
 
 def streamed(*parts):
-    events = [
-        {"choices": [{"index": 0, "text": "a" * n, "token_ids": [7] * n, "finish_reason": end}]} for n, end in parts
-    ]
+    choices = [{"index": 0, "text": "a" * n, "token_ids": [7] * n, "finish_reason": end} for n, end in parts]
+    events = [{"choices": [choice]} for choice in choices]
     events.append({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 4}})
     return lambda request: httpx.Response(200, text="".join(f"data: {json.dumps(event)}\n\n" for event in events))
 
@@ -151,11 +127,7 @@ def test_a_stream_without_an_end_or_with_an_error_is_lost():
 
 
 def test_the_pieces_of_a_streamed_tool_call_are_put_together():
-    deltas = [
-        {"tool_calls": [{"index": 0, "function": part}]}
-        for part in ({"name": "f", "arguments": "{"}, {"arguments": "}"})
-    ]
     choice = Choice(token_ids=[])
-    for delta in deltas:
-        over_http._add(choice, {"delta": delta})
+    for part in ({"name": "f", "arguments": "{"}, {"arguments": "}"}):
+        over_http._add(choice, {"delta": {"tool_calls": [{"index": 0, "function": part}]}})
     assert choice.tool_arguments == ["{}"]

@@ -37,15 +37,36 @@ class InjectedFault(RuntimeError):
 class FuzzHooks:
     """To stand among the base classes of a worker."""
 
-    def fuzz_begin(self, mutant: str = "") -> None:
-        """Take over which places are off; break the product, if a mutant is named."""
-        self.fuzz = Hooks(self._adapter, self.vllm_config.scheduler_config.max_num_seqs)
+    def fuzz(self, method: str, *args: str) -> Any:
+        """Call a method of this worker's `Hooks`, which ``begin`` makes."""
+        if method == "begin":
+            self._fuzz = Hooks(self._adapter, self.vllm_config.scheduler_config.max_num_seqs)
+        return getattr(self._fuzz, method)(*args)
+
+
+class Hooks:
+    """The fuzzer's hold on one worker: on its adapter, which serves so many requests at once."""
+
+    def __init__(self, adapter: Any, max_num_reqs: int) -> None:
+        self._adapter, self._max_num_reqs = adapter, max_num_reqs
+        self._off: set[str] = set()
+        self._injected: collections.Counter[str] = collections.Counter()
+        self._leaks = 0
+        self._restore: dict[str, Callable[[], None]] = {}
+        # Faults are many here: that a place is off after some of them is what `off` is for.
+        adapter.faults.is_off = lambda place: place in self._off
+        if hasattr(adapter, "_runner") and hasattr(adapter, "propose"):
+            self._propose, adapter.propose = adapter.propose, self._proposing
+        self._widths = self._columns()
+
+    def begin(self, mutant: str = "") -> None:
+        """Break the product, if a mutant is named."""
         # For people: where a process that hangs is goes to its log.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         if mutant:
             MUTANTS[mutant]()
 
-    def fuzz_mend_lora(self) -> None:
+    def mend_lora(self) -> None:
         """Have requests without an adapter be as they are alone beside one with.
 
         A token without an adapter has the index -1, which Triton's kernels skip; vLLM 0.32's on the CPU take the last
@@ -57,43 +78,15 @@ class FuzzHooks:
         # Of a row of zeros the second half of an adapter makes zeros, so it is left as it is.
         lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = without_adapter_nothing(lora_ops.bgmv_shrink)
 
-    def fuzz_inject(self, where: str, place: str, times: str) -> None:
-        """Have a function of ours fail that many times from now on."""
-        self.fuzz.inject(where, place, int(times))
-
-    def fuzz_off(self, place: str) -> None:
+    def off(self, place: str) -> None:
         """Have a place off, as after too many faults."""
-        self.fuzz.off.add(place)
+        self._off.add(place)
 
-    def fuzz_calm(self) -> None:
+    def calm(self) -> None:
         """No faults from here on, and every place on."""
-        self.fuzz.off.clear()
-        self.fuzz.restore()
-
-    def fuzz_look(self) -> dict[str, Any]:
-        """What is held and counted now."""
-        return self.fuzz.look()
-
-
-class Hooks:
-    """The fuzzer's hold on one worker.
-
-    Attributes:
-        off: places that are off.
-        injected: faults raised, by place.
-    """
-
-    def __init__(self, adapter: Any, max_num_reqs: int) -> None:
-        self._adapter, self._max_num_reqs = adapter, max_num_reqs
-        self.off: set[str] = set()
-        self.injected: collections.Counter[str] = collections.Counter()
-        self._leaks = 0
-        self._restore: dict[str, Callable[[], None]] = {}
-        # Faults are many here: that a place is off after some of them is what `off` is for.
-        adapter.faults.is_off = lambda place: place in self.off
-        if hasattr(adapter, "_runner") and hasattr(adapter, "propose"):
-            self._propose, adapter.propose = adapter.propose, self._proposing
-        self._widths = self._columns()
+        self._off.clear()
+        while self._restore:
+            self._restore.popitem()[1]()
 
     def _proposing(self, sampled: Any, num_tokens: Any, token_ids: Any, **rest: Any) -> Any:
         """Count drafts with a canary for requests whose own tokens hold none."""
@@ -105,27 +98,22 @@ class Hooks:
                 self._leaks += not np.isin(token_ids[row, : num_tokens[row]][known], CANARIES).any()
         return drafts
 
-    def inject(self, where: str, place: str, times: int) -> None:
-        """Have a function fail; what was to fail there before doesn't any more."""
-        self.restore(where)
+    def inject(self, where: str, place: str, times: str) -> None:
+        """Have a function of ours fail that many times; what was to fail there before doesn't any more."""
+        self._restore.pop(where, lambda: None)()
         owner, name = owner_of(where)
-        real, left = getattr(owner, name), times
+        real, left = getattr(owner, name), int(times)
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             if left > 0:
                 left -= 1
-                self.injected[place] += 1
+                self._injected[place] += 1
                 raise InjectedFault(f"injected into {name}")
             return real(*args, **kwargs)
 
         setattr(owner, name, failing)
         self._restore[where] = lambda: setattr(owner, name, real)
-
-    def restore(self, where: str | None = None) -> None:
-        """Have functions be themselves again: one, or all."""
-        for name in [where] if where is not None else list(self._restore):
-            self._restore.pop(name, lambda: None)()
 
     def look(self) -> dict[str, Any]:
         """What is held and counted now; `problems` are findings."""
@@ -137,9 +125,11 @@ class Hooks:
         leaks, self._leaks = self._leaks, 0
         faults = {place: count for place, count in self._adapter.faults.counts.items() if count}
         problems = wide + [("leak", f"{leaks} drafts hold a token of another request's")] * bool(leaks)
-        if faults != self.injected:
-            problems.append(("faults", f"counted {faults}, injected {dict(self.injected)}"))
-        return {"held": held(self._adapter), "faults": faults, "problems": problems, "mib": resident_mib()}
+        if faults != self._injected:
+            problems.append(("faults", f"counted {faults}, injected {dict(self._injected)}"))
+        with open("/proc/self/statm") as file:
+            mib = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return {"held": held(self._adapter), "faults": faults, "problems": problems, "mib": mib}
 
     def _columns(self) -> dict[str, int]:
         found = {}
@@ -177,12 +167,6 @@ def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any
         for name in (*names, *slots):
             if name not in _OF_LAST_STEP and hasattr(value, name):
                 yield from _reachable(getattr(value, name), f"{path}.{name}", seen)
-
-
-def resident_mib() -> float:
-    """Resident memory of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def without_adapter_nothing(stock: Any) -> Any:

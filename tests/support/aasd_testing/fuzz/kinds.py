@@ -67,33 +67,37 @@ class Kind(NamedTuple):
 
 
 def _greedy(rng: random.Random, limits: Limits, **sampling: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0.0, "max_tokens": rng.randint(2, limits.max_answer), **sampling}
+    most = rng.choice((limits.max_answer, rng.randint(2, limits.max_answer)))
+    sampling = {"temperature": 0.0, "max_tokens": most, **sampling}
     return {"prompt": prompts_of_tokens.describe(rng, limits.max_prompt), "sampling": sampling}
-
-
-def _long(rng: random.Random, limits: Limits, **sampling: Any) -> dict[str, Any]:
-    return _greedy(rng, limits, **{"max_tokens": limits.max_answer, **sampling})
 
 
 def _of_length(rng: random.Random, limits: Limits, tokens: int, shape: str, **sampling: Any) -> dict[str, Any]:
     prompt = {"shape": shape, "seed": rng.randrange(prompts_of_tokens.NUM_TEXTS), "tokens": tokens}
-    return _long(rng, limits, **sampling) | {"prompt": prompt}
+    return _greedy(rng, limits, **sampling) | {"prompt": prompt}
 
 
 def _copy(rng: random.Random, limits: Limits) -> dict[str, Any]:
-    asked = _of_length(rng, limits, limits.max_prompt, "period")
+    asked = _of_length(rng, limits, limits.max_prompt, "period", max_tokens=limits.max_answer)
     asked["prompt"]["period"] = 7
     return asked
 
 
 def _thinking(rng: random.Random, limits: Limits) -> dict[str, Any]:
-    asked = _long(rng, limits, thinking_token_budget=rng.randint(0, 6))
+    asked = _greedy(rng, limits, thinking_token_budget=rng.randint(0, 6), max_tokens=limits.max_answer)
     asked["prompt"]["think"] = True
     return asked
 
 
 def _structured(rng: random.Random, limits: Limits, least: int, **constraint: Any) -> dict[str, Any]:
     return _greedy(rng, limits, max_tokens=max(least, limits.max_answer), structured_outputs=constraint)
+
+
+def _with(**sampling: tuple) -> Kind:
+    """A greedy request that has one of some values of each parameter."""
+    return Kind(
+        lambda rng, limits: _greedy(rng, limits, **{name: rng.choice(values) for name, values in sampling.items()})
+    )
 
 
 def _needing(feature: str, make: Callable[..., dict[str, Any]]) -> Kind:
@@ -105,36 +109,30 @@ QUESTIONS = {
     "copy": Kind(_copy),
     "canary": Kind(lambda rng, limits: _of_length(rng, limits, limits.max_prompt, "canary")),
     "thinking": _needing("thinking", _thinking),
-    "embeds": _needing("embeds", lambda rng, limits: _long(rng, limits) | {"embeds": True}),
-    "scored": Kind(
-        lambda rng, limits: _greedy(rng, limits, logprobs=6, logprob_token_ids=sorted(rng.sample(range(100, 2000), 6)))
-    ),
-    "stop": Kind(lambda rng, limits: _long(rng, limits, stop=rng.choice(_STOPS))),
-    "stop_kept": Kind(lambda rng, limits: _long(rng, limits, stop=rng.choice(_STOPS), include_stop_str_in_output=True)),
-    "stop_token": Kind(lambda rng, limits: _greedy(rng, limits, stop_token_ids=[28, 30, 198, 260, 284])),
-    "many_stop_tokens": Kind(
-        lambda rng, limits: _long(
-            rng, limits, stop_token_ids={"from": 19_000, "to": 19_000 + rng.choice((65, 700, 30_000))}
-        )
-    ),
-    "min_tokens": Kind(lambda rng, limits: _long(rng, limits, min_tokens=rng.randint(1, limits.max_answer))),
-    "ignore_eos": Kind(lambda rng, limits: _long(rng, limits, ignore_eos=True)),
-    "penalties": Kind(
+    "embeds": _needing("embeds", lambda rng, limits: _greedy(rng, limits) | {"embeds": True}),
+    "scored": _with(logprobs=(6,), logprob_token_ids=([28, 30, 198, 260, 284, 48_000], list(range(300, 306)))),
+    "stop": _with(stop=_STOPS),
+    "stop_kept": _with(stop=_STOPS, include_stop_str_in_output=(True,)),
+    "stop_token": _with(stop_token_ids=([28, 30, 198, 260, 284],)),
+    "many_stop_tokens": _with(stop_token_ids=tuple({"from": 19_000, "to": end} for end in (19_065, 19_700, 49_000))),
+    "min_tokens": Kind(
         lambda rng, limits: _greedy(
-            rng, limits, repetition_penalty=rng.choice((0.9, 1.3)), frequency_penalty=0.5, presence_penalty=0.2
+            rng, limits, min_tokens=rng.randint(1, limits.max_answer), max_tokens=limits.max_answer
         )
     ),
-    "bad_words": Kind(lambda rng, limits: _greedy(rng, limits, bad_words=rng.choice(_BAD_WORDS))),
-    "many_bad_words": Kind(lambda rng, limits: _greedy(rng, limits, bad_words={"words": 60})),
+    "ignore_eos": _with(ignore_eos=(True,)),
+    "penalties": _with(repetition_penalty=(0.9, 1.3), frequency_penalty=(0.5,), presence_penalty=(0.2,)),
+    "bad_words": _with(bad_words=_BAD_WORDS),
+    "many_bad_words": _with(bad_words=({"words": 60},)),
     "allowed_ids": Kind(
         lambda rng, limits: _greedy(rng, limits, allowed_token_ids=sorted(rng.sample(range(100, 2000), 40)))
     ),
-    "many_allowed_ids": Kind(lambda rng, limits: _greedy(rng, limits, allowed_token_ids={"from": 0, "to": 48_000})),
+    "many_allowed_ids": _with(allowed_token_ids=({"from": 0, "to": 48_000},)),
     "schema": Kind(lambda rng, limits: _structured(rng, limits, 32, json=SCHEMA)),
     "regex": Kind(lambda rng, limits: _structured(rng, limits, 16, regex=REGEX)),
     "choice": Kind(lambda rng, limits: _structured(rng, limits, 8, choice=CHOICES)),
     "one_token_prompt": Kind(lambda rng, limits: _of_length(rng, limits, 1, "text")),
-    "one_token_answer": Kind(lambda rng, limits: _greedy(rng, limits, max_tokens=1)),
+    "one_token_answer": _with(max_tokens=(1,)),
     "longest_prompt": Kind(lambda rng, limits: _of_length(rng, limits, MAX_MODEL_LEN - 1, "text", max_tokens=1)),
     "to_the_limit": Kind(
         lambda rng, limits: _of_length(rng, limits, MAX_MODEL_LEN - 12, "text", max_tokens=12, ignore_eos=True)
@@ -159,10 +157,6 @@ def _refused(rng: random.Random, limits: Limits, message: str, **sampling: Any) 
 def _refused_option(rng: random.Random, limits: Limits) -> dict[str, Any]:
     xargs, message = rng.choice(_REFUSED_OPTIONS)
     return _refused(rng, limits, message) | {"xargs": xargs}
-
-
-def _too_long(rng: random.Random, limits: Limits) -> dict[str, Any]:
-    return _of_length(rng, limits, MAX_MODEL_LEN + rng.randint(1, 40), "noise") | {"refused": "maximum"}
 
 
 def _tool(rng: random.Random, limits: Limits, choice: Any, **sampling: Any) -> dict[str, Any]:
@@ -193,7 +187,9 @@ FREE = {
     ),
     "refused_logit_bias": Kind(lambda rng, limits: _refused(rng, limits, "logit_bias", logit_bias={"300": 5.0}), 0.5),
     "refused_min_p": Kind(lambda rng, limits: _refused(rng, limits, "min_p", temperature=0.5, min_p=0.2), 0.5),
-    "too_long": Kind(_too_long, 0.5),
+    "too_long": Kind(
+        lambda rng, limits: _of_length(rng, limits, MAX_MODEL_LEN + 9, "noise") | {"refused": "maximum"}, 0.5
+    ),
     "beam": Kind(lambda rng, limits: _greedy(rng, limits, n=rng.randint(2, 3), max_tokens=4) | {"via": "beam"}),
     "scoring": Kind(lambda rng, limits: _greedy(rng, limits) | {"via": "scoring"}),
     "tool_named": Kind(lambda rng, limits: _tool(rng, limits, _NAMED)),

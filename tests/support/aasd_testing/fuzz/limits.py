@@ -12,10 +12,8 @@ class Limits(NamedTuple):
     """Sizes of an engine, and what it can do.
 
     Attributes:
-        max_prompt: of ordinary prompts, tokens.
-        max_answer: of ordinary answers, tokens.
-        engine: arguments of ``vllm serve``.
-        aasd: keys of the speculative config.
+        max_prompt: of ordinary prompts, tokens; `max_answer` is of ordinary answers.
+        engine: arguments of ``vllm serve``; `aasd` are keys of the speculative config.
         features: what kinds of requests and events may need; see `kinds.Kind`.
         runner: ``V1`` or ``V2``.
     """

@@ -6,16 +6,12 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass
 class Choice:
-    """One answer of a request.
+    """One answer of a request, without what wasn't told or asked for.
 
     Attributes:
-        token_ids: emitted; None where the interface doesn't tell them.
-        text: of it, without the prompt.
-        finish_reason: vLLM's; None if we left before.
-        stop_reason: the stop string or token that ended it; None for the end of the sequence.
         logprobs: of each token that the interface gives any for, the prompt's first where it is echoed: the chosen
-            token's, and by name those that come with it; None where none were asked.
-        prompt_logprobs: how many positions of the prompt have theirs; None where none were asked.
+            token's, and by name those that come with it.
+        prompt_logprobs: how many positions of the prompt have theirs.
         tool_arguments: of each call of a tool.
     """
 
@@ -35,9 +31,7 @@ class Observation:
     Attributes:
         status: HTTP's; None if nothing came.
         error: what it said instead of an answer.
-        choices: the answers.
-        num_prompt_tokens: as told; None where it isn't.
-        num_answer_tokens: of all choices, as told; None where it isn't.
+        num_answer_tokens: of all choices.
         left: whether we went away in the midst of it, as the case has it.
         disturbed: what happened meanwhile that may have ended it, or had it refused.
     """
@@ -67,14 +61,7 @@ class Finding(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the target says alone, without speculation.
-
-    Attributes:
-        token_ids: of the answer.
-        text: of it.
-        finish_reason: vLLM's.
-        logprobs: at each position, the likeliest tokens' by id, after penalties and their like.
-    """
+    """What the target says alone; `logprobs` are the likeliest tokens' by id, after penalties and their like."""
 
     token_ids: list[int]
     text: str

@@ -18,6 +18,14 @@ LONG_VALUE = re.compile("k{81}|v{81}")
 """More of a name or value of the client's own than a message may hold."""
 
 _MAX_ERROR_CHARS = 3000
+
+_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?")
+_CHAINED = ("The above exception was", "During handling of the above")
+
+# vLLM's own, of what isn't a fault of the server's: a stream that is refused, a model's call of a tool that isn't JSON,
+# and log-probabilities of an echoed prompt whose request was aborted before there were any.
+_VLLMS_OWN = ("VLLMValidationError", "RequestOptionsError", "hermes_tool_parser.py", "_create_completion_logprobs")
+
 # With these a log-probability is the plain model's.
 _PLAIN_SAMPLING = {"temperature", "max_tokens", "logprobs", "prompt_logprobs", "logprob_token_ids", "ignore_eos"}
 
@@ -25,14 +33,8 @@ _PLAIN_SAMPLING = {"temperature", "max_tokens", "logprobs", "prompt_logprobs", "
 def judge_case(
     case: Case, seen: Sequence[Observation | None], references: Mapping[str, Reference], prompts: Prompts
 ) -> list[Finding]:
-    """Everything about a case's requests that isn't as it must be.
-
-    Args:
-        case: as it was run.
-        seen: what became of each request, None for events; None for a request is a finding.
-        references: of all compared requests, by `cases.key`.
-        prompts: of the model.
-    """
+    """Everything about a case's requests that isn't as it must be, given what was seen of each and the references of
+    all compared ones by `cases.key`."""
     found: list[Finding] = []
     for index, (step, one) in enumerate(zip(case["steps"], seen, strict=True)):
         if step["do"] != "ask":
@@ -46,15 +48,7 @@ def judge_case(
 
 
 class Judge:
-    """The judge of one request.
-
-    Args:
-        index: of the step in its case.
-        step: the request.
-        seen: what became of it.
-        prompt_tokens: of its prompt; for chats and beams, not judged.
-        prompts: of the model, for its tokenizer.
-    """
+    """The judge of one request: the step at an index of its case, with a prompt of so many tokens."""
 
     def __init__(self, index: int, step: Step, seen: Observation, prompt_tokens: int, prompts: Prompts) -> None:
         self._index, self._step, self._seen = index, step, seen
@@ -245,3 +239,27 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
         return None
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def in_log(log: str) -> list[Finding]:
+    """What a log shouldn't hold: tracebacks, and long values of a client's."""
+    found = [Finding("log", None, text[:1500]) for text in tracebacks(log)]
+    lines = [line for line in log.splitlines() if LONG_VALUE.search(line)]
+    return found + [Finding("log", None, f"{len(line)} characters of a client's: {line[:200]}") for line in lines]
+
+
+def tracebacks(log: str) -> list[str]:
+    """Every traceback but those of injected faults and `_VLLMS_OWN`; one that was raised from another, once."""
+    found, cause = [], ""
+    for part in re.split(r"(?m)^.*Traceback \(most recent call last\):", log)[1:]:
+        # The stack is indented behind the log's own prefix; the first line that isn't names the exception.
+        lines = [_PREFIX.sub("", line) for line in part.splitlines()[1:]]
+        end = next((number for number, line in enumerate(lines) if line and not line.startswith(" ")), 0)
+        text = cause + "\n".join([lines[end], *lines[:end]])
+        if any(line.startswith(_CHAINED) for line in lines[end : end + 4]):
+            cause = text + "\n"
+            continue
+        cause = ""
+        if "InjectedFault" not in lines[end] and not any(known in text for known in _VLLMS_OWN):
+            found.append(text)
+    return found

@@ -110,9 +110,11 @@ async def _stream(client: httpx.AsyncClient, path: str, body: dict[str, Any], st
                 seen.num_prompt_tokens = told["usage"]["prompt_tokens"]
                 seen.num_answer_tokens = told["usage"]["completion_tokens"]
             for part in told["choices"]:
-                _add(choices.setdefault(part["index"], Choice(token_ids=[])), part)
+                # A tool's parser may hold a piece back, with its ids.
+                new = Choice(token_ids=None if "tools" in step else [])
+                _add(choices.setdefault(part["index"], new), part)
             seen.choices = [choices[index] for index in sorted(choices)]
-            if leave_after and sum(len(choice.token_ids or ()) for choice in seen.choices) >= leave_after:
+            if leave_after and sum(len(choice.token_ids or choice.text) for choice in seen.choices) >= leave_after:
                 seen.left = any(choice.finish_reason is None for choice in seen.choices)
                 if seen.left:
                     return

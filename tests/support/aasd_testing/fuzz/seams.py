@@ -1,4 +1,4 @@
-"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place that fails."""
+"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place of each."""
 
 import importlib
 from typing import Any

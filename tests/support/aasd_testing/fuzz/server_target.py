@@ -6,10 +6,9 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import httpx
@@ -19,7 +18,7 @@ from aasd_testing.fuzz import over_http
 from aasd_testing.fuzz.cases import Step, key
 from aasd_testing.fuzz.limits import PROFILES
 from aasd_testing.fuzz.observed import Finding, Observation, Reference
-from aasd_testing.fuzz.oracle import LONG_VALUE
+from aasd_testing.fuzz.oracle import in_log
 from aasd_testing.fuzz.prompts_of_tokens import Prompts
 
 ROOT = pathlib.Path(__file__).parents[4]
@@ -40,13 +39,6 @@ _SPECULATIVE = ("per_request_spec_decode_metrics", "num_gpu_blocks_override", "m
 # Log-probabilities are of what the tokens are chosen from: penalties and masks included.
 _ALONE = ["--max-num-seqs", "1", "--no-enable-prefix-caching", "--logprobs-mode", "processed_logprobs"]
 
-_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?")
-_CHAINED = ("The above exception was", "During handling of the above")
-
-# vLLM's own, of what isn't a fault of the server's: a stream that is refused, a model's call of a tool that isn't JSON,
-# and log-probabilities of an echoed prompt whose request was aborted before there were any.
-_VLLMS_OWN = ("VLLMValidationError", "RequestOptionsError", "hermes_tool_parser.py", "_create_completion_logprobs")
-
 
 class ServerTarget:
     """A server for the fuzzer, from `__enter__` to `__exit__`.
@@ -56,7 +48,6 @@ class ServerTarget:
         profile: of `limits.PROFILES`.
         adapters: paths by name, for a profile that has them.
         mutant: of `hooks.MUTANTS`, to see that it is noticed.
-        progress: is told what the server does as it starts.
         plain: one without speculation on the V1 model runner, which serves one request at a time.
     """
 
@@ -66,7 +57,6 @@ class ServerTarget:
         profile: str,
         adapters: Mapping[str, str] | None = None,
         mutant: str = "",
-        progress: Callable[[str], None] = lambda text: None,
         plain: bool = False,
     ) -> None:
         limits = PROFILES[profile]
@@ -85,15 +75,15 @@ class ServerTarget:
             arguments += ["--speculative-config", json.dumps({"method": "aasd", **limits.aasd})]
             arguments += ["--worker-extension-cls", "aasd_testing.fuzz.hooks.FuzzHooks"]
         environment = _environment(limits.runner == "V2" and not plain)
-        self._server = Server(model, arguments, progress, environment=environment)
+        self._server = Server(model, arguments, lambda text: None, environment=environment)
 
     def __enter__(self) -> Self:
         self._server.__enter__()
         try:
             if not self._plain:
-                self.rpc("fuzz_begin", self._mutant)
+                self.rpc("begin", self._mutant)
                 if self._adapters:
-                    self.rpc("fuzz_mend_lora")
+                    self.rpc("mend_lora")
         except BaseException:
             self._server.__exit__()
             raise
@@ -115,8 +105,8 @@ class ServerTarget:
         return self._server.log_tail(10**9)
 
     def rpc(self, method: str, *args: str) -> Any:
-        """Call a method of the worker."""
-        body = {"method": method, "args": list(args)}
+        """Call a method of `hooks.Hooks`."""
+        body = {"method": "fuzz", "args": [method, *args]}
         answer = httpx.post(f"{self._server.url}/collective_rpc", json=body, timeout=120)
         answer.raise_for_status()
         return answer.json()["results"][0]
@@ -184,11 +174,11 @@ class ServerTarget:
 
         match step["do"]:
             case "fault":
-                await rpc("fuzz_inject", step["where"], step["place"], str(step["times"]))
+                await rpc("fuzz", "inject", step["where"], step["place"], str(step["times"]))
             case "off":
-                await rpc("fuzz_off", step["place"])
+                await rpc("fuzz", "off", step["place"])
             case "on":
-                await rpc("fuzz_calm")
+                await rpc("fuzz", "calm")
             case "clear_memory":
                 await rpc("aasd_clear_memory")
             case "reload_weights":
@@ -212,11 +202,11 @@ class ServerTarget:
 
     def settle(self) -> tuple[list[Finding], dict[str, Any]]:
         """Wait until nothing runs, and say what isn't as it must be then; also what the worker told of itself."""
-        self.rpc("fuzz_calm")
+        self.rpc("calm")
         deadline, left, problems = time.monotonic() + _QUIET_SECONDS, {"": 1.0}, []
         while left and time.monotonic() < deadline:
             time.sleep(0.5)
-            look, shown = self.rpc("fuzz_look"), self.metrics()
+            look, shown = self.rpc("look"), self.metrics()
             problems += [problem for problem in look["problems"] if problem not in problems]
             gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
             left = {name: shown[name] for name in gauges if shown[name]} | look["held"]
@@ -238,14 +228,7 @@ class ServerTarget:
 def references(
     model: str, profile: str, steps: Sequence[Step], adapters: Mapping[str, str] | None = None
 ) -> dict[str, Reference]:
-    """What the target says alone and without speculation, by `cases.key`; each question is asked once.
-
-    Args:
-        model: path of the checkpoint.
-        profile: of the engine that is judged by them.
-        steps: with questions; the same one may come many times.
-        adapters: paths by name, for a profile that has them.
-    """
+    """What the target says alone and without speculation to questions, by `cases.key`; each is asked once."""
     questions = {key(step): step for step in steps}
     if not questions:
         return {}
@@ -266,30 +249,6 @@ def references(
         choice = one.choices[0]
         likely = [{int(token.partition(":")[2]): at for token, at in top.items()} for _, top in choice.logprobs or ()]
         found[name] = Reference(choice.token_ids or [], choice.text, choice.finish_reason, likely)
-    return found
-
-
-def in_log(log: str) -> list[Finding]:
-    """What a log shouldn't hold: tracebacks, and long values of a client's."""
-    found = [Finding("log", None, text[:1500]) for text in tracebacks(log)]
-    lines = [line for line in log.splitlines() if LONG_VALUE.search(line)]
-    return found + [Finding("log", None, f"{len(line)} characters of a client's: {line[:200]}") for line in lines]
-
-
-def tracebacks(log: str) -> list[str]:
-    """Every traceback but those of injected faults and `_VLLMS_OWN`; one that was raised from another, once."""
-    found, cause = [], ""
-    for part in re.split(r"(?m)^.*Traceback \(most recent call last\):", log)[1:]:
-        # The stack is indented behind the log's own prefix; the first line that isn't names the exception.
-        lines = [_PREFIX.sub("", line) for line in part.splitlines()[1:]]
-        end = next((number for number, line in enumerate(lines) if line and not line.startswith(" ")), 0)
-        text = cause + "\n".join([lines[end], *lines[:end]])
-        if any(line.startswith(_CHAINED) for line in lines[end : end + 4]):
-            cause = text + "\n"
-            continue
-        cause = ""
-        if "InjectedFault" not in lines[end] and not any(known in text for known in _VLLMS_OWN):
-            found.append(text)
     return found
 
 
@@ -316,4 +275,4 @@ def _environment(v2: bool) -> dict[str, str]:
     }
 
 
-__all__ = ["ROOT", "ServerError", "ServerTarget", "in_log", "references"]
+__all__ = ["ROOT", "ServerError", "ServerTarget", "references"]

@@ -58,7 +58,7 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
     known = references(arguments.model, profile, pool, adapters)
     tally, number, began = Tally(), 0, 0.0
     while not began or time.monotonic() - began < 60 * minutes:
-        with ServerTarget(arguments.model, profile, adapters, arguments.mutant, _starting()) as target:
+        with ServerTarget(arguments.model, profile, adapters, arguments.mutant) as target:
             began = began or time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
@@ -77,7 +77,7 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
                 number += 1
                 if not target.is_alive:
                     say("the server is dead; another is started")
-                    tally.restarted()
+                    tally.looks.append({})
                     break
 
 
@@ -120,16 +120,11 @@ def replay(arguments: argparse.Namespace) -> int:
         if started and not started[0].is_alive:
             started.pop().__exit__(None, None, None)
         if not started:
-            target = ServerTarget(arguments.model, profile, adapters, arguments.mutant, _starting())
+            target = ServerTarget(arguments.model, profile, adapters, arguments.mutant)
             started.append(target.__enter__())
-        # What depends on timing doesn't come every time.
-        for _ in range(arguments.repeats):
-            findings = failures(run_round(started[0], {**case, "steps": steps}, known)[1])
-            if findings:
-                say(f"{len(steps)} steps: {findings[0].what}, {findings[0].detail[:300]}")
-                return True
-        say(f"{len(steps)} steps: nothing")
-        return False
+        findings = failures(run_round(started[0], {**case, "steps": steps}, known)[1])
+        say(f"{len(steps)} steps: {findings[0] if findings else 'nothing'}")
+        return bool(findings)
 
     try:
         failed = fails(case["steps"])
@@ -163,21 +158,15 @@ class Tally:
 
     Attributes:
         mib: of the worker after each round.
+        looks: what the worker of each engine told last; one more for an engine that follows one that has died.
     """
 
     def __init__(self) -> None:
         self.mib: list[float] = []
         self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        # What an engine told last, and those that have died before it.
-        self._looks: list[dict[str, Any]] = [{}]
+        self.looks: list[dict[str, Any]] = [{}]
 
-    def restarted(self) -> None:
-        """Another engine follows, which counts from nothing."""
-        self._looks.append({})
-
-    def add(
-        self, case: cases.Case, seen: Sequence[Observation | None], findings: Sequence[Finding], look: dict[str, Any]
-    ) -> None:
+    def add(self, case: cases.Case, seen: Sequence[Observation | None], findings: list, look: dict[str, Any]) -> None:
         """Count a round, and keep what the worker told of itself after it."""
         counts = self._counts
         counts["findings"].update(finding.what for finding in findings)
@@ -191,29 +180,28 @@ class Tally:
                 counts[""].update(requests=1, tokens=tokens, compared=compared, left=one.left)
                 counts[""]["refused"] += one.status in (400, 404)
         if look:
-            self._looks[-1] = look
+            self.looks[-1] = look
             self.mib.append(round(look["mib"], 1))
 
     def result(self) -> dict[str, Any]:
         """Everything counted, as JSON has it."""
         found = self._counts["findings"]
+        # vLLM's own counters, which end with each engine.
+        totals = collections.Counter()
+        for look in self.looks:
+            metrics = look.get("metrics", {})
+            for name in ("num_preemptions", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"):
+                totals[name.removeprefix("spec_decode_num_")] += int(metrics.get(f"vllm:{name}_total", 0))
+            totals["faults"] += sum(look.get("faults", {}).values())
         return {
             **self._counts[""],
+            **totals,
             "failures": found.total() - found["near_tie"],
             "near_ties": found["near_tie"],
-            "preemptions": self._metric("vllm:num_preemptions"),
-            "draft_tokens": self._metric("vllm:spec_decode_num_draft_tokens"),
-            "accepted_tokens": self._metric("vllm:spec_decode_num_accepted_tokens"),
-            "faults": sum(sum(look.get("faults", {}).values()) for look in self._looks),
-            "engines_lost": len(self._looks) - 1,
+            "engines_lost": len(self.looks) - 1,
             "worker_mib": self.mib,
             **{name: dict(sorted(self._counts[name].items())) for name in ("findings", "requests_by_kind", "events")},
         }
-
-    def _metric(self, name: str) -> int:
-        """A counter of vLLM's, whose page calls it a total."""
-        shown = [look.get("metrics", {}) for look in self._looks]
-        return int(sum(metrics.get(f"{name}_total", metrics.get(name, 0)) for metrics in shown))
 
 
 def adapters_of(arguments: argparse.Namespace, profile: str) -> dict[str, str]:
@@ -230,21 +218,8 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def _starting() -> Callable[[str], None]:
-    """Tells what a server says as it starts, each line once."""
-    said: set[str] = set()
-
-    def progress(text: str) -> None:
-        words = text.partition(": ")[2]
-        if words and words not in said:
-            said.add(words)
-            say(text[:120])
-
-    return progress
-
-
 def _metadata(arguments: argparse.Namespace) -> dict[str, Any]:
-    conditions = results.conditions(arguments, "folder", "replay", "shrink", "repeats")
+    conditions = results.conditions(arguments, "folder", "replay", "shrink")
     found = results.metadata(**conditions, omp_num_threads=os.environ.get("OMP_NUM_THREADS"))
     words = ["python", "-m", "aasd_testing.fuzz.soak", *map(results.shortened, sys.argv[1:])]
     return {**found, "command": f"PYTHONPATH=tests/support {shlex.join(words)}"}
@@ -262,7 +237,6 @@ def _arguments() -> argparse.Namespace:
     add("--folder", type=pathlib.Path, default=ROOT / ".bench" / "fuzz", help="for failing cases and scratch files")
     add("--replay", type=pathlib.Path, metavar="FILE", help="only run a case again")
     add("--shrink", action="store_true", help="and make it small")
-    add("--repeats", type=int, default=1, help="how often a case is run to see it fail (default %(default)s)")
     add("--mutant", default="", help="of fuzz.hooks: break the product, to see that it is noticed")
     return parser.parse_args()
 
