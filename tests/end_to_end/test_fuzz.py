@@ -24,7 +24,7 @@ def known_of(demo_model):
 
 
 def questions(profile):
-    return cases.questions(SEED, profile, 25)
+    return cases.questions(SEED, profile, 28)
 
 
 def run(demo_model, profile, known, num_rounds, size, mutant=""):

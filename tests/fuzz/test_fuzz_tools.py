@@ -24,9 +24,9 @@ PROMPTS = {"cmpl-a": [1, 2, 4, 1, 2, 6, 1], "cmpl-b": [3, 3, 5, 6, 0, 2, 1, 3, 3
 @pytest.mark.parametrize("profile", PROFILES)
 def test_cases_hold_all_that_the_profile_can_and_nothing_else(profile):
     limits = PROFILES[profile]
-    pool = cases.questions(1, profile, 54)
+    pool = cases.questions(1, profile, 56)
     case = cases.generate(1, 2, profile, 60, pool)
-    assert json.loads(json.dumps(cases.generate(1, 2, profile, 60, cases.questions(1, profile, 54)))) == case
+    assert json.loads(json.dumps(cases.generate(1, 2, profile, 60, cases.questions(1, profile, 56)))) == case
     steps = [step for number in range(40) for step in cases.generate(1, number, profile, 60, pool)["steps"]]
     asked = [step for step in steps if step["do"] == "ask"]
     assert {step["kind"] for step in asked} == set(kinds.possible({**kinds.FREE, **kinds.QUESTIONS}, limits))

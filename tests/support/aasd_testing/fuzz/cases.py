@@ -29,7 +29,7 @@ def questions(seed: int, profile: str, count: int) -> list[Step]:
     """`count` greedy requests, all of `kinds.QUESTIONS` in turn; each costs one answer of an engine without drafts."""
     rng = random.Random(f"questions {seed}")
     limits = PROFILES[profile]
-    possible = list(kinds.possible(kinds.QUESTIONS, limits).items())
+    possible = [one for one in kinds.possible(kinds.QUESTIONS, limits).items() for _ in range(int(one[1].weight))]
     pool = []
     for number in range(count):
         name, kind = possible[number % len(possible)]
@@ -69,11 +69,6 @@ def generate(seed: int, number: int, profile: str, size: int, pool: list[Step]) 
     if "lora" in limits.features:
         steps.insert(0, {"do": "load_adapter", "name": ADAPTERS[0], "wait": 0})
     return {"seed": seed, "round": number, "profile": profile, "steps": steps}
-
-
-def compared(case: Case) -> list[Step]:
-    """The requests of a case whose answers must be the target's own."""
-    return [step for step in case["steps"] if step["do"] == "ask" and step["compared"]]
 
 
 def _compared(rng: random.Random, limits: Limits, pool: list[Step]) -> Step:

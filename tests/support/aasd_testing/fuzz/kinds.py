@@ -57,7 +57,7 @@ class Kind(NamedTuple):
 
     Attributes:
         make: gives the request's fields.
-        weight: how often it comes beside the others, if it isn't compared; those that are, come in turn.
+        weight: how often it comes beside the others; of questions, how many there are in each turn.
         needs: features that an engine must have for it.
     """
 
@@ -100,16 +100,16 @@ def _with(**sampling: tuple) -> Kind:
     )
 
 
-def _needing(feature: str, make: Callable[..., dict[str, Any]]) -> Kind:
-    return Kind(make, 1.0, frozenset({feature}))
+def _needing(feature: str, weight: float, make: Callable[..., dict[str, Any]]) -> Kind:
+    return Kind(make, weight, frozenset({feature}))
 
 
 QUESTIONS = {
     "plain": Kind(_greedy),
     "copy": Kind(_copy),
-    "canary": Kind(lambda rng, limits: _of_length(rng, limits, limits.max_prompt, "canary")),
-    "thinking": _needing("thinking", _thinking),
-    "embeds": _needing("embeds", lambda rng, limits: _greedy(rng, limits) | {"embeds": True}),
+    "canary": Kind(lambda rng, limits: _of_length(rng, limits, limits.max_prompt, "canary"), 2),
+    "thinking": _needing("thinking", 3, _thinking),
+    "embeds": _needing("embeds", 2, lambda rng, limits: _greedy(rng, limits) | {"embeds": True}),
     "scored": _with(logprobs=(6,), logprob_token_ids=([28, 30, 198, 260, 284, 48_000], list(range(300, 306)))),
     "stop": _with(stop=_STOPS),
     "stop_kept": _with(stop=_STOPS, include_stop_str_in_output=(True,)),
@@ -173,9 +173,7 @@ FREE = {
     "policy": Kind(lambda rng, limits: _greedy(rng, limits) | {"xargs": rng.choice(POLICIES)}, 3),
     "sampled": Kind(_sampled, 2),
     "relaxed_sampling": Kind(_relaxed_sampling),
-    "top_k": Kind(
-        lambda rng, limits: _sampled(rng, limits, top_k=rng.randint(1, 40), top_p=0.9), 2, frozenset({"top_k"})
-    ),
+    "top_k": _needing("top_k", 2, lambda rng, limits: _sampled(rng, limits, top_k=rng.randint(1, 40), top_p=0.9)),
     "several": Kind(lambda rng, limits: _sampled(rng, limits, n=rng.randint(2, 4)), 2),
     "sampled_schema": Kind(
         lambda rng, limits: _sampled(rng, limits, max_tokens=40, structured_outputs={"json": SCHEMA})

@@ -62,6 +62,7 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
             began = began or time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
+                case["steps"] = [step for step in case["steps"] if step.get("kind") not in arguments.without]
                 seen, findings, look = run_round(target, case, known)
                 tally.add(case, seen, findings, look)
                 if failures(findings):
@@ -113,7 +114,8 @@ def replay(arguments: argparse.Namespace) -> int:
     case = json.loads(arguments.replay.read_text())
     profile = case["profile"]
     adapters = adapters_of(arguments, profile)
-    known = references(arguments.model, profile, cases.compared(case), adapters)
+    asked = [step for step in case["steps"] if step.get("compared")]
+    known = references(arguments.model, profile, asked, adapters)
     started: list[ServerTarget] = []
 
     def fails(steps: list[cases.Step]) -> bool:
@@ -232,8 +234,9 @@ def _arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=60.0, help="of the server without adapters (default %(default)s)")
     add("--lora-minutes", type=float, help="of the one with adapters, afterwards (default: a quarter of --minutes)")
     add("--seed", type=int, default=1, help="of questions and rounds (default %(default)s)")
-    add("--questions", type=int, default=54, help="asked without speculation too (default %(default)s)")
+    add("--questions", type=int, default=56, help="asked without speculation too (default %(default)s)")
     add("--size", type=int, default=80, help="steps of a round (default %(default)s)")
+    add("--without", nargs="*", default=(), metavar="KIND", help="kinds to leave out while their faults are known")
     add("--folder", type=pathlib.Path, default=ROOT / ".bench" / "fuzz", help="for failing cases and scratch files")
     add("--replay", type=pathlib.Path, metavar="FILE", help="only run a case again")
     add("--shrink", action="store_true", help="and make it small")
