@@ -60,13 +60,13 @@ PROFILES = {
         frozenset({"top_k", "sleep", "lora", *_COMMON}),
         "V1",
     ),
-    # Without memory, by which a request is drafted for from the text of others.
+    # Without memory, by which a request is drafted for from the text of others; and as much is drafted as can be.
     "v1": Limits(
         60,
         16,
         {**_ENGINE, "max_num_seqs": 4, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 10}
         | {"enable_prompt_embeds": True},
-        {**_LOOSEST, "num_speculative_tokens": 6, "aasd_alignment": True},
+        {**_LOOSEST, "num_speculative_tokens": 6, "aasd_draft_length": 6, "aasd_alignment": True},
         frozenset({"embeds", "top_k", "sleep", "prompt_logprobs", *_COMMON}),
         "V1",
     ),

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[4]
 
 # The root only for this import: it also holds `kernels`, a name that transformers looks for.
 sys.path.append(str(ROOT))
-from benchmarks.server import Server, ServerError  # noqa: E402
+from benchmarks.server import Server  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -273,6 +273,3 @@ def _environment(v2: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([*folders, str(support), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-
-
-__all__ = ["ROOT", "ServerError", "ServerTarget", "references"]

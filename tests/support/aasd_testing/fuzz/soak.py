@@ -23,12 +23,13 @@ from typing import Any
 from aasd_testing.fuzz import cases
 from aasd_testing.fuzz.observed import Finding, Observation, Reference, failures
 from aasd_testing.fuzz.oracle import judge_case
-from aasd_testing.fuzz.server_target import ROOT, ServerError, ServerTarget, references
+from aasd_testing.fuzz.server_target import ROOT, ServerTarget, references
 from aasd_testing.tiny_models import lora_adapter
 
 # The root only for this import: it also holds `kernels`, a name that transformers looks for.
 sys.path.append(str(ROOT))
 from benchmarks import results
+from benchmarks.server import ServerError
 
 sys.path.remove(str(ROOT))
 
@@ -71,9 +72,7 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
                 figures = {"minutes": round(passed, 2), **tally.result()}
                 report["engines"][profile] = figures
                 results.write(arguments.out, report)
-                told = ", ".join(
-                    f"{figures[name]} {name}" for name in ("requests", "compared", "failures", "near_ties")
-                )
+                told = {name: figures[name] for name in ("requests", "compared", "failures", "near_ties")}
                 say(f"{profile} round {number}, {passed:.1f} min: {told}, {tally.mib[-1:]} MiB")
                 number += 1
                 if not target.is_alive:
@@ -156,12 +155,7 @@ def shrink(steps: list[cases.Step], fails: Callable[[list[cases.Step]], bool]) -
 
 
 class Tally:
-    """Counts of one engine's rounds.
-
-    Attributes:
-        mib: of the worker after each round.
-        looks: what the worker of each engine told last; one more for an engine that follows one that has died.
-    """
+    """Counts of rounds; `looks` are what the worker of each engine told last, `mib` its memory after each round."""
 
     def __init__(self) -> None:
         self.mib: list[float] = []
