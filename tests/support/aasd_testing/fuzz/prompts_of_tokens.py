@@ -9,8 +9,8 @@ from aasd_testing.prompts import real_prompts
 
 NUM_TEXTS = 16
 
-# Ids below are a tokenizer's control tokens, in the demo model's as in most.
-_FIRST_PLAIN_ID = 100
+# Ids below are control tokens and single bytes: of half a character at a prompt's end, vLLM tells in the answer.
+_FIRST_PLAIN_ID = 300
 
 CANARIES = range(48000, 48064)
 """Token ids of ``canary`` prompts: a draft with one, for a request without, was made from another's text."""
