@@ -340,7 +340,7 @@ def test_every_key_of_vllms_is_of_another_method_unless_we_say_otherwise(create)
 @pytest.mark.parametrize("method", [{}, {"method": "ngram"}, {"method": None}])
 def test_our_keys_without_our_method_are_refused_with_its_name(create, method):
     with pytest.raises(ValueError, match=r"aasd_beta=0\.75 is a setting of method 'aasd': add \"method\": \"aasd\""):
-        create({**method, "num_speculative_tokens": 3, "aasd-floor": 0.5})
+        create({**method, "num_speculative_tokens": 3, "aasd-beta": 0.75})
 
 
 def test_models_that_generate_no_tokens_are_refused(create):

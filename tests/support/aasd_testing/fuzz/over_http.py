@@ -1,68 +1,76 @@
 """One request of a case over HTTP: sent, read, perhaps left in the midst."""
 
 import asyncio
+import base64
+import io
 import json
-import time
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import torch
 
 from aasd_testing.fuzz.cases import Step
 from aasd_testing.fuzz.observed import Choice, Observation
-from aasd_testing.fuzz.prompts_of_tokens import Prompts
+from aasd_testing.fuzz.prompts_of_tokens import Prompts, expanded, options_of
 
-TIMEOUT = 180.0
+TIMEOUT = 600.0
 """Seconds after which an answer counts as lost."""
+
+_PATHS = {"chat": "/v1/chat/completions", "chat_stream": "/v1/chat/completions", "scoring": "/generative_scoring"}
 
 
 async def ask(client: httpx.AsyncClient, step: Step, prompts: Prompts) -> Observation:
-    """Send a request and see what becomes of it; never raises for what the server does.
-
-    Args:
-        client: of the server.
-        step: the request.
-        prompts: of the served model.
-    """
-    seen, began = Observation(), time.monotonic()
+    """Send a request and see what becomes of it; never raises for what the server does."""
+    seen = Observation()
+    path, body = _PATHS.get(step["via"], "/v1/completions"), body_of(step, prompts)
     try:
         async with asyncio.timeout(TIMEOUT):
-            if step["via"] == "stream":
-                await _stream(client, step, prompts, seen, began)
+            if step["via"].endswith("stream"):
+                await _stream(client, path, body, step, seen)
             else:
-                await _whole(client, step, prompts, seen)
+                await _whole(client, path, body, step, seen)
     except (httpx.HTTPError, TimeoutError, OSError, ValueError) as error:
         seen.status, seen.error = None, f"{type(error).__name__}: {error}"
-    now = time.monotonic() - began
-    seen.seconds = (seen.seconds[0] or now, now)
     return seen
 
 
 def body_of(step: Step, prompts: Prompts) -> dict[str, Any]:
     """The request as the API takes it."""
-    body = {"model": step.get("adapter") or "model", "priority": step["priority"], **step["sampling"]}
-    if step.get("xargs"):
-        body["vllm_xargs"] = step["xargs"]
-    if step["via"] == "chat":
+    common = {"model": step.get("adapter") or "model", "priority": step["priority"]}
+    if "salt" in step:
+        common["cache_salt"] = step["salt"]
+    if step["via"] == "scoring":
+        ids = prompts.ids(step["prompt"])
+        return {**common, "query": ids[:-1], "items": [ids[-1:]], "label_token_ids": [260, 28], "apply_softmax": False}
+    body = {**common, **expanded(step["sampling"]), "return_token_ids": True}
+    options = options_of(step)
+    if options:
+        body["vllm_xargs"] = options
+    if step["via"].startswith("chat"):
         body["messages"] = [{"role": "user", "content": prompts.text(step["prompt"])}]
         body["logprobs"] = "logprobs" in step["sampling"]
         if body["logprobs"]:
             body["top_logprobs"] = step["sampling"]["logprobs"]
         body.update({name: step[name] for name in ("tools", "tool_choice") if name in step})
     else:
-        body["prompt"] = prompts.ids(step["prompt"])
+        if step.get("embeds"):
+            held = io.BytesIO()
+            torch.save(prompts.embeddings(step["prompt"]), held)
+            body["prompt_embeds"] = base64.b64encode(held.getvalue()).decode()
+        else:
+            body["prompt"] = prompts.ids(step["prompt"])
         body["echo"] = bool(step.get("echo"))
         body["use_beam_search"] = step["via"] == "beam"
         body["return_tokens_as_token_ids"] = True
-    body["return_token_ids"] = True
-    if step["via"] == "stream":
+    if step["via"].endswith("stream"):
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
 
 
-async def _whole(client: httpx.AsyncClient, step: Step, prompts: Prompts, seen: Observation) -> None:
-    path = "/v1/chat/completions" if step["via"] == "chat" else "/v1/completions"
-    answer = await client.post(path, json=body_of(step, prompts))
+async def _whole(client: httpx.AsyncClient, path: str, body: dict[str, Any], step: Step, seen: Observation) -> None:
+    answer = await client.post(path, json=body)
     seen.status = answer.status_code
     if answer.status_code != 200:
         seen.error = answer.text
@@ -70,37 +78,22 @@ async def _whole(client: httpx.AsyncClient, step: Step, prompts: Prompts, seen: 
     told = answer.json()
     seen.num_prompt_tokens = told["usage"]["prompt_tokens"]
     seen.num_answer_tokens = told["usage"]["completion_tokens"]
-    seen.choices = [_choice(choice, step) for choice in told["choices"]]
+    if step["via"] == "scoring":
+        value = math.log(told["data"][0]["score"] or math.inf)
+        seen.choices = [Choice(None, "", "length", None, [(value, {})])]
+        return
+    for part in told["choices"]:
+        choice = Choice(token_ids=[] if part.get("token_ids") is not None else None)
+        _add(choice, part)
+        if part.get("prompt_logprobs") is not None:
+            choice.prompt_logprobs = len(part["prompt_logprobs"])
+        seen.choices.append(choice)
 
 
-def _choice(told: dict[str, Any], step: Step) -> Choice:
-    choice = Choice(token_ids=told.get("token_ids"), finish_reason=told["finish_reason"])
-    choice.stop_reason = told.get("stop_reason")
-    if step["via"] == "chat":
-        message = told["message"]
-        choice.text = message["content"] or ""
-        choice.tool_arguments = [call["function"]["arguments"] for call in message.get("tool_calls") or ()]
-        if told.get("logprobs"):
-            choice.logprobs = [(row["logprob"], len(row["top_logprobs"])) for row in told["logprobs"]["content"]]
-        return choice
-    choice.text = told["text"]
-    choice.logprobs = _logprobs(told.get("logprobs"))
-    if told.get("prompt_logprobs") is not None:
-        choice.prompt_logprobs = len(told["prompt_logprobs"])
-    return choice
-
-
-def _logprobs(told: dict[str, Any] | None) -> list[tuple[float | None, int]] | None:
-    if told is None:
-        return None
-    tops = told["top_logprobs"] or [None] * len(told["token_logprobs"])
-    return [(value, len(top or ())) for value, top in zip(told["token_logprobs"], tops, strict=True)]
-
-
-async def _stream(client: httpx.AsyncClient, step: Step, prompts: Prompts, seen: Observation, began: float) -> None:
-    leave_after, last = step.get("leave_after"), began
+async def _stream(client: httpx.AsyncClient, path: str, body: dict[str, Any], step: Step, seen: Observation) -> None:
+    leave_after = step.get("leave_after")
     choices: dict[int, Choice] = {}
-    async with client.stream("POST", "/v1/completions", json=body_of(step, prompts)) as answer:
+    async with client.stream("POST", path, json=body) as answer:
         seen.status = answer.status_code
         if answer.status_code != 200:
             seen.error = (await answer.aread()).decode()
@@ -113,32 +106,42 @@ async def _stream(client: httpx.AsyncClient, step: Step, prompts: Prompts, seen:
                 # The head of a stream is sent before vLLM looks at the request.
                 seen.status, seen.error = told["error"].get("code"), json.dumps(told["error"])
                 return
-            now = time.monotonic()
-            if not choices:
-                seen.seconds = (now - began, 0.0)
-            else:
-                seen.longest_gap = max(seen.longest_gap, now - last)
-            last = now
             if told.get("usage"):
                 seen.num_prompt_tokens = told["usage"]["prompt_tokens"]
                 seen.num_answer_tokens = told["usage"]["completion_tokens"]
             for part in told["choices"]:
-                _add(choices.setdefault(part["index"], Choice(token_ids=[])), part)
+                # A tool's parser may hold a piece back, with its ids.
+                new = Choice(token_ids=None if "tools" in step else [])
+                _add(choices.setdefault(part["index"], new), part)
             seen.choices = [choices[index] for index in sorted(choices)]
-            if leave_after and sum(len(choice.token_ids or ()) for choice in seen.choices) >= leave_after:
+            if leave_after and sum(len(choice.token_ids or choice.text) for choice in seen.choices) >= leave_after:
                 seen.left = any(choice.finish_reason is None for choice in seen.choices)
                 if seen.left:
                     return
 
 
 def _add(choice: Choice, part: dict[str, Any]) -> None:
-    choice.token_ids += part.get("token_ids") or []
-    choice.text += part["text"]
+    """Add a piece of a stream, or a whole answer, to a choice."""
+    if choice.token_ids is not None:
+        choice.token_ids += part.get("token_ids") or []
+    message = part.get("delta") or part.get("message") or part
+    choice.text += message.get("text") or message.get("content") or ""
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        at = call.get("index", number)
+        choice.tool_arguments += [""] * (at + 1 - len(choice.tool_arguments))
+        choice.tool_arguments[at] += call["function"].get("arguments") or ""
     choice.finish_reason = part.get("finish_reason") or choice.finish_reason
     choice.stop_reason = part.get("stop_reason") if part.get("stop_reason") is not None else choice.stop_reason
-    rows = _logprobs(part.get("logprobs"))
-    if rows is not None:
-        choice.logprobs = (choice.logprobs or []) + rows
+    told = part.get("logprobs")
+    if told is None:
+        return
+    if "content" in told:
+        tops = [{top["token"]: top["logprob"] for top in row["top_logprobs"]} for row in told["content"] or ()]
+        values = [row["logprob"] for row in told["content"] or ()]
+    else:
+        tops = told["top_logprobs"] or [None] * len(told["token_logprobs"])
+        values = told["token_logprobs"]
+    choice.logprobs = (choice.logprobs or []) + [(value, top or {}) for value, top in zip(values, tops, strict=True)]
 
 
 async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place that fails."""
+"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place of each."""
 
 import importlib
 from typing import Any
@@ -33,11 +33,7 @@ OFF_PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
 
 
 def owner_of(where: str) -> tuple[Any, str]:
-    """The module or class that holds a function, and the function's name in it.
-
-    Args:
-        where: "module:function" or "module:Class.method".
-    """
+    """The module or class that holds a function, named as in `SEAMS`, and the function's name in it."""
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)

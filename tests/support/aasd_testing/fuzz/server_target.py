@@ -6,27 +6,26 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from aasd_testing.fuzz import over_http
-from aasd_testing.fuzz.cases import Case, Step
+from aasd_testing.fuzz.cases import Step, key
 from aasd_testing.fuzz.limits import PROFILES
-from aasd_testing.fuzz.observed import Observation
-from aasd_testing.fuzz.oracle import Finding
+from aasd_testing.fuzz.observed import Finding, Observation, Reference
+from aasd_testing.fuzz.oracle import in_log
 from aasd_testing.fuzz.prompts_of_tokens import Prompts
 
 ROOT = pathlib.Path(__file__).parents[4]
 
 # The root only for this import: it also holds `kernels`, a name that transformers looks for.
 sys.path.append(str(ROOT))
-from benchmarks.server import Server, ServerError  # noqa: E402
+from benchmarks.server import Server  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -35,12 +34,10 @@ MAX_IN_FLIGHT = 24
 
 _QUIET_SECONDS = 30.0
 
-_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING) [\d-]+ [\d:]+ \[.*?\] ?)?")
-_CHAINED = ("The above exception was", "During handling of the above")
-
-# vLLM's own, of what isn't a fault of the server's: a stream that is refused, a model's call of a tool that isn't JSON,
-# and log-probabilities of an echoed prompt whose request was aborted before there were any.
-_VLLMS_OWN = ("VLLMValidationError", "RequestOptionsError", "hermes_tool_parser.py", "_create_completion_logprobs")
+# Of the engine with one request at a time: not for it, and instead.
+_SPECULATIVE = ("per_request_spec_decode_metrics", "num_gpu_blocks_override", "max_num_batched_tokens")
+# Log-probabilities are of what the tokens are chosen from: penalties and masks included.
+_ALONE = ["--max-num-seqs", "1", "--no-enable-prefix-caching", "--logprobs-mode", "processed_logprobs"]
 
 
 class ServerTarget:
@@ -50,8 +47,8 @@ class ServerTarget:
         model: path of the checkpoint.
         profile: of `limits.PROFILES`.
         adapters: paths by name, for a profile that has them.
-        mutant: of `mutants.MUTANTS`, to see that it is noticed.
-        progress: is told what the server does as it starts.
+        mutant: of `hooks.MUTANTS`, to see that it is noticed.
+        plain: one without speculation on the V1 model runner, which serves one request at a time.
     """
 
     def __init__(
@@ -60,28 +57,33 @@ class ServerTarget:
         profile: str,
         adapters: Mapping[str, str] | None = None,
         mutant: str = "",
-        progress: Callable[[str], None] = lambda text: None,
+        plain: bool = False,
     ) -> None:
-        self._limits = PROFILES[profile]
-        self._adapters, self._mutant = adapters or {}, mutant
+        limits = PROFILES[profile]
+        self._adapters, self._mutant, self._plain = adapters or {}, mutant, plain
         self.prompts = Prompts(model)
         self._loaded: set[str] = set()
-        self._in_flight: dict[asyncio.Task, Observation] = {}
         # What, from when, and until when.
         self._disturbances: list[list[Any]] = []
-        self._num_tracebacks = 0
-        arguments = [argument for name, value in self._limits.engine.items() for argument in _option(name, value)]
-        arguments += ["--speculative-config", json.dumps({"method": "aasd", **self._limits.aasd})]
-        arguments += ["--worker-extension-cls", "aasd_testing.fuzz.hooks.FuzzHooks", "--enforce-eager"]
-        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        self._server = Server(model, arguments, progress, environment=_environment())
+        self._log_chars = 0
+        engine = {name: value for name, value in limits.engine.items() if not (plain and name in _SPECULATIVE)}
+        arguments = [argument for name, value in engine.items() for argument in _option(name, value)]
+        arguments += ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        if plain:
+            arguments += _ALONE
+        else:
+            arguments += ["--speculative-config", json.dumps({"method": "aasd", **limits.aasd})]
+            arguments += ["--worker-extension-cls", "aasd_testing.fuzz.hooks.FuzzHooks"]
+        environment = _environment(limits.runner == "V2" and not plain)
+        self._server = Server(model, arguments, lambda text: None, environment=environment)
 
     def __enter__(self) -> Self:
         self._server.__enter__()
         try:
-            self.rpc("fuzz_begin", self._mutant)
-            if self._adapters:
-                self.rpc("fuzz_mend_lora")
+            if not self._plain:
+                self.rpc("begin", self._mutant)
+                if self._adapters:
+                    self.rpc("mend_lora")
         except BaseException:
             self._server.__exit__()
             raise
@@ -103,8 +105,8 @@ class ServerTarget:
         return self._server.log_tail(10**9)
 
     def rpc(self, method: str, *args: str) -> Any:
-        """Call a method of the worker."""
-        body = {"method": method, "args": list(args)}
+        """Call a method of `hooks.Hooks`."""
+        body = {"method": "fuzz", "args": [method, *args]}
         answer = httpx.post(f"{self._server.url}/collective_rpc", json=body, timeout=120)
         answer.raise_for_status()
         return answer.json()["results"][0]
@@ -119,18 +121,18 @@ class ServerTarget:
                 found[name] = found.get(name, 0.0) + sample.value
         return found
 
-    def run(self, case: Case) -> list[Observation | None]:
-        """What became of each request of a case, None for its events; returns when all have ended."""
-        return asyncio.run(self._run(case))
+    def run(self, steps: Sequence[Step], max_in_flight: int = MAX_IN_FLIGHT) -> list[Observation | None]:
+        """What became of each request, None for events; returns when all have ended."""
+        return asyncio.run(self._run(steps, max_in_flight))
 
-    async def _run(self, case: Case) -> list[Observation | None]:
-        seen: list[Observation | None] = [None] * len(case["steps"])
+    async def _run(self, steps: Sequence[Step], max_in_flight: int) -> list[Observation | None]:
+        seen: list[Observation | None] = [None] * len(steps)
         self._disturbances.clear()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
         async with httpx.AsyncClient(base_url=self._server.url, timeout=over_http.TIMEOUT, limits=limits) as client:
             running: set[asyncio.Task] = set()
-            for index, step in enumerate(case["steps"]):
-                while len(running) >= MAX_IN_FLIGHT:
+            for index, step in enumerate(steps):
+                while len(running) >= max_in_flight:
                     _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 if step["do"] == "ask":
                     running.add(asyncio.create_task(self._ask(client, index, step, seen)))
@@ -164,104 +166,102 @@ class ServerTarget:
             disturbance[-1] = time.monotonic()
 
     async def _event(self, client: httpx.AsyncClient, step: Step) -> None:
-        async def post(path: str, **body: Any) -> httpx.Response:
-            return await client.post(path, json=body)
+        async def post(path: str, **body: Any) -> None:
+            (await client.post(path, json=body)).raise_for_status()
 
         async def rpc(method: str, *args: str) -> None:
-            (await post("/collective_rpc", method=method, args=list(args))).raise_for_status()
+            await post("/collective_rpc", method=method, args=list(args))
 
         match step["do"]:
             case "fault":
-                await rpc("fuzz_inject", step["where"], step["place"], str(step["times"]))
+                await rpc("fuzz", "inject", step["where"], step["place"], str(step["times"]))
             case "off":
-                await rpc("fuzz_off", step["place"])
+                await rpc("fuzz", "off", step["place"])
             case "on":
-                await rpc("fuzz_calm")
+                await rpc("fuzz", "calm")
             case "clear_memory":
                 await rpc("aasd_clear_memory")
             case "reload_weights":
                 await rpc("reload_weights")
             case "reset_prefix_cache":
-                (await client.post(f"/reset_prefix_cache?reset_running_requests={step['running']}")).raise_for_status()
+                await post(f"/reset_prefix_cache?reset_running_requests={step['running']}")
             case "sleep":
                 with self._disturbing(step["mode"]):
-                    (await client.post(f"/sleep?level={step['level']}&mode={step['mode']}")).raise_for_status()
+                    await post(f"/sleep?level={step['level']}&mode={step['mode']}")
                     await asyncio.sleep(step["for"] / 1000)
-                    (await client.post("/wake_up")).raise_for_status()
+                    await post("/wake_up")
             case "load_adapter" if step["name"] not in self._loaded:
                 with self._disturbing("adapter"):
                     path = self._adapters[step["name"]]
-                    answer = await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=path)
-                    answer.raise_for_status()
+                    await post("/v1/load_lora_adapter", lora_name=step["name"], lora_path=path)
                 self._loaded.add(step["name"])
             case "unload_adapter" if step["name"] in self._loaded:
                 self._loaded.discard(step["name"])
                 with self._disturbing("adapter"):
-                    (await post("/v1/unload_lora_adapter", lora_name=step["name"])).raise_for_status()
+                    await post("/v1/unload_lora_adapter", lora_name=step["name"])
 
     def settle(self) -> tuple[list[Finding], dict[str, Any]]:
         """Wait until nothing runs, and say what isn't as it must be then; also what the worker told of itself."""
-        self.rpc("fuzz_calm")
-        deadline, left = time.monotonic() + _QUIET_SECONDS, {"": 1.0}
+        self.rpc("calm")
+        deadline, left, problems = time.monotonic() + _QUIET_SECONDS, {"": 1.0}, []
         while left and time.monotonic() < deadline:
             time.sleep(0.5)
-            look, shown = self.rpc("fuzz_look"), self.metrics()
+            look, shown = self.rpc("look"), self.metrics()
+            problems += [problem for problem in look["problems"] if problem not in problems]
             gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
             left = {name: shown[name] for name in gauges if shown[name]} | look["held"]
-            faults = {place: count for place, count in look["faults"].items() if count}
             told = {
                 name.rpartition(":")[2]: int(value)
                 for name, value in shown.items()
                 if name.startswith("aasd:faults_total:") and value
             }
-            if told != faults:
+            if told != look["faults"]:
                 left["the page's faults"] = sum(told.values())
         findings = [Finding("leftover", None, f"{name}: {value:g}") for name, value in left.items()]
-        if faults != look["injected"]:
-            findings.append(Finding("faults", None, f"counted {faults}, injected {look['injected']}"))
-        return findings + self._new_tracebacks(), look | {"metrics": shown, "server_mib": self._resident_mib()}
-
-    def _resident_mib(self) -> float:
-        """Resident memory of all of the server's processes, shared pages counted for each."""
-        total = 0
-        for process in pathlib.Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                # Behind the name: state, parent, group, session. The server began a session of its own.
-                if int((process / "stat").read_text().rpartition(")")[2].split()[3]) == self._server.pid:
-                    total += int((process / "statm").read_text().split()[1])
-        return total * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    def _new_tracebacks(self) -> list[Finding]:
-        """Tracebacks in the log that aren't an injected fault's."""
-        unexpected = tracebacks(self.log())
-        new, self._num_tracebacks = unexpected[self._num_tracebacks :], len(unexpected)
-        return [Finding("log", None, text[:1500]) for text in new]
+        findings += [Finding(what, None, detail) for what, detail in problems]
+        log = self.log()
+        findings += in_log(log[self._log_chars :])
+        self._log_chars = len(log)
+        return findings, look | {"metrics": shown}
 
 
-def tracebacks(log: str) -> list[str]:
-    """Every traceback of a log but those of injected faults and `_VLLMS_OWN`; one that was raised from another, once."""
-    found, cause = [], ""
-    for part in re.split(r"(?m)^.*Traceback \(most recent call last\):", log)[1:]:
-        # The stack is indented behind the log's own prefix; the first line that isn't names the exception.
-        lines = [_PREFIX.sub("", line) for line in part.splitlines()[1:]]
-        end = next((number for number, line in enumerate(lines) if line and not line.startswith(" ")), 0)
-        text = cause + "\n".join([lines[end], *lines[:end]])
-        if any(line.startswith(_CHAINED) for line in lines[end : end + 4]):
-            cause = text + "\n"
-            continue
-        cause = ""
-        if "InjectedFault" not in lines[end] and not any(known in text for known in _VLLMS_OWN):
-            found.append(text)
+def references(
+    model: str, profile: str, steps: Sequence[Step], adapters: Mapping[str, str] | None = None
+) -> dict[str, Reference]:
+    """What the target says alone and without speculation to questions, by `cases.key`; each is asked once."""
+    questions = {key(step): step for step in steps}
+    if not questions:
+        return {}
+    asked: list[Step] = [{"do": "load_adapter", "name": name, "wait": 0} for name in adapters or ()]
+    num_events = len(asked)
+    for step in questions.values():
+        sampling = {**step["sampling"], "logprobs": 5}
+        for beside in ("prompt_logprobs", "logprob_token_ids"):
+            sampling.pop(beside, None)
+        # An embedded prompt has the answer of its tokens.
+        plain = {"do": "ask", "sampling": sampling, "xargs": {}, "priority": 0, "wait": 0, "via": "completions"}
+        asked.append({**plain, "prompt": step["prompt"], "adapter": step.get("adapter")})
+    with ServerTarget(model, profile, adapters, plain=True) as target:
+        seen = target.run(asked, max_in_flight=1)[num_events:]
+    found = {}
+    for name, one in zip(questions, seen, strict=True):
+        assert one is not None and one.choices, f"{name}: {one and one.error[:300]}"
+        choice = one.choices[0]
+        likely = [{int(token.partition(":")[2]): at for token, at in top.items()} for _, top in choice.logprobs or ()]
+        found[name] = Reference(choice.token_ids or [], choice.text, choice.finish_reason, likely)
     return found
 
 
 def _option(name: str, value: Any) -> list[str]:
     option = "--" + name.replace("_", "-")
-    return [option] if value is True else [option, str(value)]
+    if value is True:
+        return [option]
+    return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def _environment() -> dict[str, str]:
-    support = str(pathlib.Path(__file__).parents[2])
+def _environment(v2: bool) -> dict[str, str]:
+    support = pathlib.Path(__file__).parents[2]
+    folders = [str(pathlib.Path(__file__).with_name("v2_site"))] if v2 else []
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
@@ -271,8 +271,5 @@ def _environment() -> dict[str, str]:
         # vLLM binds threads to cores, which would undo a taskset.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (support, os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join([*folders, str(support), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-
-
-__all__ = ["ROOT", "ServerError", "ServerTarget", "tracebacks"]
