@@ -87,8 +87,8 @@ class Settings:
     memory: str = setting(
         "off",
         "What other requests taught about short runs of tokens: `off`; `process` remembers it, at most 10 MiB, "
-        "while the server runs; `file` also keeps it in the cache folder. Tenants share it: see README.",
-        choices=("off", "process", "file"),
+        "while the server runs. Tenants share it: see README.",
+        choices=("off", "process"),
     )
     alignment: bool | str = setting(
         "auto",
@@ -206,6 +206,8 @@ class Settings:
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
         refuse_unknown("setting", values, fields)
+        if values.get("aasd_memory") == "file":
+            raise ValueError("aasd_memory='file' is gone: use 'process', which forgets when the server stops.")
         return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
 
     def describe(self) -> str:
