@@ -72,7 +72,7 @@ def load_prior(model: str) -> Prior:
     """
     key = model_key(model)
     path = prior_file.cache_path(key)
-    if not path.exists():
+    if path is None or not path.exists():
         raise FileNotFoundError(f"no prior for {model}; make it with `python -m vllm_aasd.prior {model}`")
     from transformers import AutoConfig
 

@@ -32,6 +32,8 @@ def _no_priors_of_this_machine(tmp_path_factory):
     """Engines under test must not find what somebody has made on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AASD_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        # It would govern compiled code too, which each run need not compile anew.
+        patch.setenv("NUMBA_CACHE_DIR", os.environ.get("NUMBA_CACHE_DIR", str(ROOT / "kernels/__pycache__")))
         yield
 
 

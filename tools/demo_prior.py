@@ -22,7 +22,8 @@ def is_there() -> bool:
     from vllm_aasd.engine.model_key import model_key
 
     key = model_key(str(MODEL_PATH))
-    return key is not None and cache_path(key).exists()
+    path = cache_path(key) if key is not None else None
+    return path is not None and path.exists()
 
 
 def main() -> None:

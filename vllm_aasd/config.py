@@ -80,8 +80,8 @@ class Settings:
     memory: str = setting(
         "off",
         "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while the "
-        "server runs, or `file` to keep it in the cache folder too. Tenants share it.",
-        choices=("off", "process", "file"),
+        "server runs. Tenants share it.",
+        choices=("off", "process"),
     )
     alignment: bool | str = setting(
         "auto",
@@ -164,6 +164,8 @@ class Settings:
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
         refuse_unknown("setting", values, fields, REMOVED)
+        if values.get("aasd_memory") == "file":
+            raise ValueError("aasd_memory='file' is gone: use 'process', which forgets when the server stops.")
         return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
 
     def policy(self) -> rules.Policy:

@@ -3,7 +3,8 @@
     python -m vllm_aasd.doctor
 
 Looks at the vLLM that is installed: its version, and every symbol and signature that this version of vllm-aasd relies
-on, the same list that a worker checks before it starts. Nothing is served or changed. Exits with 1 where aasd can't work.
+on, the same list that a worker checks before it starts; and where it keeps files. Nothing is served, and no more than
+an empty cache folder is made. Exits with 1 where aasd can't work.
 """
 
 import argparse

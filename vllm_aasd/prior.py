@@ -12,6 +12,7 @@ model's content; a server with method ``aasd`` finds it there. On a cluster, run
 import argparse
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from vllm_aasd.drafting import own_text
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.own_text import Text
+from vllm_aasd.drafting.tensor_file import TensorFileError
 
 DEFAULT_TOP_K = 8
 DEFAULT_CONVERSATIONS = 1024
@@ -65,9 +67,25 @@ def main(arguments: list[str] | None = None) -> None:
     if key is None:
         sys.exit(f"error: the files of {ours.model!r} are not on this machine; download the model first")
     path = ours.output or prior_file.cache_path(key)
-    if path.exists() and not ours.force:
-        print(f"there already: {path}")
-        return
+    if path is None:
+        sys.exit("error: no folder to keep the prior in: set AASD_CACHE_ROOT to an absolute path, or use --output")
+    if not ours.force:
+        try:
+            # As the server does, so that both say the same of it.
+            prior_file.load(path, key, successors.vocab_size(engine))
+            print(f"there already: {path}")
+            return
+        except FileNotFoundError:
+            pass
+        except TensorFileError as error:
+            sys.exit(f"error: {error}; --force replaces it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Before the work, not after it.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        sys.exit(f"error: {path.parent} can't be written to ({error}): set AASD_CACHE_ROOT, or use --output")
     llm = successors.start(engine)
     began = time.monotonic()
     try:

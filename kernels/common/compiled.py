@@ -1,34 +1,70 @@
 """How the CPU kernels are compiled: one decorator over numba, with a cache that knows all of their files."""
 
-import hashlib
+import contextlib
+import functools
+import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite.binding import ffi
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
 
-from vllm_aasd.kernels.common.cache_folder import cache_folder
+from vllm_aasd.kernels.common.cache_folder import code_folder, open_private
+
+logger = logging.getLogger("vllm.aasd")
+
+# A worker of vLLM that starts later in this process looks for Triton kernels in the `__dict__` of whatever any module
+# holds, and fails at llvmlite's library, which makes a foreign function of that name too. This answers it: nothing.
+ffi.lib._fntab.setdefault("__dict__", {})
 
 
-def _cache_dir() -> str:
-    """Return where compiled code is kept: a folder named by the content of the CPU kernel files and what they use.
-
-    numba recompiles a function when its own file changes, not when a function or a number that it takes from another
-    file or the way it is compiled does; without this an update of those would leave the old machine code in use.
-    """
-    here = Path(__file__).parents[1]
-    files = sorted(path for path in here.rglob("*.py") if not path.stem.endswith(("reference", "triton")))
-    sources = b"".join(path.read_bytes() for path in files)
-    name = f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if numba.config.CACHE_DIR:
-        return os.path.join(numba.config.CACHE_DIR, name)
-    if os.access(here, os.W_OK):
-        return str(here / "__pycache__" / name)
-    return os.path.join(cache_folder(), name)
+def _cache_dir() -> str | None:
+    folder, reasons = code_folder()
+    if folder is None:
+        logger.warning(
+            "aasd: compiled code is kept nowhere, so every start compiles again: set AASD_CACHE_ROOT to a folder that "
+            "only this user can write to (%s)",
+            "; ".join(reasons),
+        )
+        return None
+    # By its descriptor, where the system lets one: others who may rename a folder above it can't put theirs there now.
+    pinned = f"/proc/self/fd/{open_private(folder)}"
+    return pinned if os.path.isdir(pinned) else str(folder)
 
 
 _CACHE_DIR = _cache_dir()
+
+
+class _CacheImpl(CompileResultCacheImpl):
+    _locator_classes = (UserProvidedCacheLocator,)
+
+
+class _Cache(FunctionCache):
+    """numba's, but a file that can't be read or written costs a compilation, not the start."""
+
+    _impl_class = _CacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            _warn_once(f"{error!r} where compiled code is kept: compiling again")
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn_once(f"compiled code isn't kept: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("aasd: %s", message)
 
 
 def compiled(function: Callable[..., Any] | None = None, *, reassociate: bool = False) -> Callable[..., Any]:
@@ -43,8 +79,13 @@ def compiled(function: Callable[..., Any] | None = None, *, reassociate: bool = 
     if function is None:
         return lambda inner: compiled(inner, reassociate=reassociate)
     fastmath = {"reassoc", "contract"} if reassociate else {"contract"}
-    configured, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_DIR
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(function)
-    finally:
-        numba.config.CACHE_DIR = configured
+    dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    if _CACHE_DIR is not None:
+        configured, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_DIR
+        try:
+            dispatcher._cache = _Cache(function)
+        except RuntimeError as error:  # numba's, where the disk has become full since
+            _warn_once(f"compiled code isn't kept: {error}")
+        finally:
+            numba.config.CACHE_DIR = configured
+    return dispatcher

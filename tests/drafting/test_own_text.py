@@ -10,9 +10,9 @@ from aasd_testing import fake_v1, fake_v2
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
-from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.memory import empty_memory, new_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
-from vllm_aasd.engine import agreement, conversations, startup
+from vllm_aasd.engine import agreement, conversations
 from vllm_aasd.engine.conversations import Turns, turns
 from vllm_aasd.kernels.draft import Prior
 
@@ -133,9 +133,8 @@ def test_runs_are_drafted_from_and_never_written(knowing):
 
 
 def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
-    model = types.SimpleNamespace(model="m", revision=None)
     before = knowing.runs.copy()
-    memory, _ = startup.load_memory("process", model, knowing)
+    memory = new_memory(knowing)
     drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing, memory)
     known = drafted(drafter)
     assert known[0] == [7, 8]
@@ -150,8 +149,7 @@ def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
 
 
 def test_without_a_prior_a_memory_begins_empty():
-    memory, _ = startup.load_memory("process", types.SimpleNamespace(model="m"), None)
-    np.testing.assert_array_equal(memory, empty_memory())
+    np.testing.assert_array_equal(new_memory(None), empty_memory())
 
 
 NEW = [5, 6]

@@ -128,7 +128,6 @@ FAULTS = {
     "vllm_aasd.engine.v1.alignment:V1Alignment._align": "store",
     "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
-    "vllm_aasd.drafting.memory:MemoryFile.save_now_and_then": "memory",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
     "vllm_aasd.engine.v1.counting:count_arrays": "metrics",
     "vllm_aasd.kernels.verify:verify": "verify",
@@ -142,7 +141,7 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path
         demo_model,
         rounds,
         tmp_path / "out.json",
-        aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "file"},
+        aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "process"},
         faults=[*FAULTS, None],
     )
     wanted = [tokens[:num_tokens] for tokens in token_ids(plain["rounds"][0])[:4]]

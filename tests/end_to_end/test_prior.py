@@ -1,18 +1,21 @@
 """The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
 
 import os
+import re
+import stat
 import subprocess
 import sys
+import tracemalloc
 import types
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from aasd_testing.chat_tokenizer import Tokenizer
+from vllm_aasd import prior
 from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
@@ -71,18 +74,26 @@ def damaged(**changes):
         (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
         ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
         ({name: of for name, of in damaged().items() if name != "runs"}, FORMAT, "is no file of the format"),
-        (damaged(ids=small_prior().ids[:5]), FORMAT, "holds shapes"),
-        (damaged(ids=small_prior().ids[0]), FORMAT, "holds shapes"),
-        (damaged(ids=np.array(3, np.int32)), FORMAT, "holds shapes"),
-        (damaged(ids=np.zeros((7, 0), np.int32), probs=np.zeros((7, 0), np.float32)), FORMAT, "holds shapes"),
-        (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "expected int32 and float32"),
+        (damaged(ids=small_prior().ids[:5]), FORMAT, "holds ids of type int32 and shape"),
+        (damaged(ids=small_prior().ids[0]), FORMAT, "holds ids of type int32 and shape"),
+        (damaged(ids=np.array(3, np.int32)), FORMAT, "holds ids of type int32 and shape"),
+        (damaged(ids=np.zeros((7, 0), np.int32), probs=np.zeros((7, 0), np.float32)), FORMAT, "holds ids of type"),
+        (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "holds ids of type int64"),
         (damaged(ids=np.full((7, 2), 7, np.int32)), FORMAT, "outside of the vocabulary"),
         (damaged(ids=np.full((7, 2), -2, np.int32)), FORMAT, "outside of the vocabulary"),
         (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
-        (damaged(runs=learnt_memory()[:8]), FORMAT, "of shape"),
+        (damaged(runs=learnt_memory()[:8]), FORMAT, "holds runs of type int32 and shape"),
+        (damaged(runs=np.empty(0, np.int32)), FORMAT, "holds runs of type int32 and shape"),
         (damaged(runs=np.empty((0, 4), np.int64)), FORMAT, "int64"),
+        (
+            damaged(runs=np.where(np.arange(10) == 1, 6, learnt_memory()).astype(np.int32)),
+            FORMAT,
+            "counts outside of 0",
+        ),
+        (damaged(runs=np.where(np.arange(10) == 1, -1, learnt_memory()).astype(np.int32)), FORMAT, "counts outside of"),
+        (damaged(runs=np.where(np.arange(10) > 5, -1, learnt_memory()).astype(np.int32)), FORMAT, "no probabilities"),
         (damaged(runs=np.where(np.arange(10) == 2, 7, learnt_memory()).astype(np.int32)), FORMAT, "outside of the voc"),
     ],
 )
@@ -116,74 +127,162 @@ def test_a_type_that_numpy_does_not_know_is_refused(tmp_path, dtype):
         prior_file.load(path, "m", VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"foreign"])
-def test_a_bad_file_costs_one_warning_and_the_server_starts_without(tmp_path, monkeypatch, caplog, content):
+def a_fifo(path):
+    os.mkfifo(path)
+
+
+def a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def half_a_gibibyte(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 29)
+
+
+IN_ITS_PLACE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "noise": lambda path: path.write_bytes(b"\xff" * 64),
+    "foreign": lambda path: path.write_bytes(b"foreign"),
+    "a FIFO": a_fifo,
+    "a device": a_device,
+    "512 MiB": half_a_gibibyte,
+    "a folder": lambda path: path.mkdir(),
+    "a loop": lambda path: path.symlink_to(path),
+    "runs of shape (0,)": lambda path: save_file(damaged(runs=np.empty(0, np.int32)), path, FORMAT),
+}
+
+
+@pytest.fixture
+def load_prior(tmp_path, monkeypatch):
+    """Has a server of the model ``m`` load its prior, from the path that is given first."""
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
-    monkeypatch.setattr(startup, "_key_of", lambda model: "m")
-    model = types.SimpleNamespace(model="m", get_vocab_size=lambda: VOCAB_SIZE)
-    for kind in ("prior", "memory"):
-        tensor_file.cache_path(kind, "m").write_bytes(content)
-    assert startup.load_prior(model) is None
-    memory, file = startup.load_memory("file", model, None)
-    np.testing.assert_array_equal(memory, memory_file.empty_memory())
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    file.save()
-    assert memory_file.load(tensor_file.cache_path("memory", "m"), "m", VOCAB_SIZE).shape == memory.shape
+    monkeypatch.setattr(startup, "model_key", lambda model, revision: "m")
+    model = types.SimpleNamespace(model="m", revision=None, get_vocab_size=lambda: VOCAB_SIZE)
+    return prior_file.cache_path("m"), lambda: startup.load_prior(model)
 
 
-def test_a_full_disk_costs_the_memory_a_warning_and_leaves_no_rest(tmp_path, monkeypatch, caplog):
-    def full(*args):
-        raise SafetensorError("I/O error: No space left on device")
-
-    monkeypatch.setattr(tensor_file, "save_file", full)
-    memory_file.MemoryFile(tmp_path / "memory.safetensors", "m", learnt_memory()).save()
-    assert "the memory was not written to" in caplog.text and list(tmp_path.iterdir()) == []
-
-
-def test_a_memory_survives_its_process(tmp_path):
-    path = tmp_path / "memory.safetensors"
-    memory_file.MemoryFile(path, "m", learnt_memory()).save()
-    np.testing.assert_array_equal(memory_file.load(path, "m", VOCAB_SIZE), learnt_memory())
-    with pytest.raises(tensor_file.TensorFileError, match="made with another model"):
-        memory_file.load(path, "other", VOCAB_SIZE)
-    with pytest.raises(tensor_file.TensorFileError, match="outside of the vocabulary"):
-        memory_file.load(path, "m", 4)
+@pytest.mark.parametrize("put", IN_ITS_PLACE.values(), ids=IN_ITS_PLACE)
+def test_a_bad_file_costs_one_warning_and_the_server_starts_without(load_prior, put, caplog):
+    path, load = load_prior
+    put(path)
+    tracemalloc.start()
+    try:
+        assert load() is None
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"serving without a prior: {path}" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda memory: memory[:8].copy(), "of shape"),
-        (lambda memory: memory.astype(np.int64), "int64"),
-        (lambda memory: np.where(np.arange(10) == 1, 6, memory).astype(np.int32), "counts outside of 0 to 5"),
-        (lambda memory: np.where(np.arange(10) == 1, -1, memory).astype(np.int32), "counts outside of 0 to 5"),
-        (lambda memory: np.where(np.arange(10) > 5, -1, memory).astype(np.int32), "no probabilities"),
-    ],
-)
-def test_a_damaged_memory_is_refused_with_its_reason(tmp_path, change, reason):
-    path = tmp_path / "memory.safetensors"
-    memory_file.MemoryFile(path, "m", change(learnt_memory())).save()
-    with pytest.raises(tensor_file.TensorFileError, match=reason):
-        memory_file.load(path, "m", VOCAB_SIZE)
+def odd_arrays(usual):
+    """Arrays of many types, values and shapes, the usual one among them."""
+    shapes = [
+        (),
+        (0,),
+        (1,),
+        (0, 0),
+        (0, 2),
+        (7, 0),
+        (1, 7, 2),
+        (2, 7),
+        (7, 3),
+        (7, 65),
+        (7,),
+        (1 << 17, 10),
+        usual.shape,
+    ]
+    values = np.array([0, 1, -1, -2, 6, 7, 1 << 30, 0.4, np.nan, np.inf])
+    for dtype in (np.int32, np.float32, np.int64, np.float64, np.uint8, np.bool_):
+        with np.errstate(invalid="ignore"):
+            typed = values.astype(dtype)
+        yield from (np.full(shape, value) for shape in shapes for value in typed)
+        yield usual.astype(dtype)
 
 
-def test_the_memory_is_written_now_and_then_without_waiting(tmp_path, monkeypatch):
-    clock = types.SimpleNamespace(now=100.0)
-    monkeypatch.setattr(memory_file.time, "monotonic", lambda: clock.now)
-    path = tmp_path / "memory.safetensors"
-    file = memory_file.MemoryFile(path, "m", learnt_memory())
-    file.save_now_and_then()
-    assert file._writer is None, "too early"
-    clock.now += 61
-    file.save_now_and_then()
-    file._writer.join()
-    assert path.exists()
+@pytest.mark.parametrize("name", Prior._fields)
+def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, name, monkeypatch):
+    """The reader hands over arrays of odd types, shapes and values; what is not refused must draft without harm."""
+    _, load = load_prior
+    held = {}
+    monkeypatch.setattr(tensor_file, "load", lambda *_: damaged(**held))
+    outcomes = set()
+    for array in odd_arrays(getattr(small_prior(), name)):
+        held[name] = array
+        prior = load()
+        outcomes.add(prior is None)
+        if prior is not None:
+            drafter = Drafter(VOCAB_SIZE, 3, 0.0, prior, memory_file.new_memory(prior))
+            drafted, survival = drafter.draft("r", np.array([0, 2, 6], np.int32), NO_ALIGNMENT, 3)
+            assert ((drafted >= 0) & (drafted < VOCAB_SIZE)).all() and (survival <= 1.01).all()
+    assert outcomes == {True, False}
 
 
-def test_a_memory_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
-    (tmp_path / "file").write_text("in the way")
-    memory_file.MemoryFile(tmp_path / "file" / "memory.safetensors", "m", learnt_memory()).save()
-    assert "the memory was not written to" in caplog.text
+def test_a_flipped_byte_is_refused_or_harmless(load_prior):
+    path, load = load_prior
+    save_file(damaged(runs=np.empty((0, 2), np.int32)), path, FORMAT)
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        at, bit = rng.integers(len(content)), rng.integers(8)
+        content[at] ^= 1 << bit
+        path.write_bytes(content)
+        prior = load()
+        assert prior is None or (prior.ids.shape == (7, 2) and prior.ids.max() < VOCAB_SIZE)
+        content[at] ^= 1 << bit
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_prior_may_be_read_by_those_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        prior_file.save(tmp_path / "prior.safetensors", small_prior(), "m")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "prior.safetensors").stat().st_mode) == mode
+
+
+@pytest.fixture
+def as_another_user():
+    """Become a user that owns nothing, until the test ends."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def test_a_prior_that_may_not_be_read_is_not_taken_for_none(load_prior, tmp_path, monkeypatch, caplog, request):
+    """By the server, and by the command, with the reason."""
+    path, load = load_prior
+    prior_file.save(path, small_prior(), "m")
+    path.chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setattr(successors, "engine_arguments", lambda *_: None)
+    monkeypatch.setattr(successors, "key_of", lambda engine: "m")
+    monkeypatch.setattr(successors, "vocab_size", lambda engine: VOCAB_SIZE)
+    request.getfixturevalue("as_another_user")
+    assert load() is None
+    reason = f"{path} can't be read: [Errno 13] Permission denied"
+    assert f"serving without a prior: {reason}" in caplog.text
+    with pytest.raises(SystemExit, match=re.escape(reason)):
+        prior.main(["m"])
+
+
+def test_the_command_says_before_it_works_that_it_can_not_write(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(successors, "engine_arguments", lambda *_: None)
+    monkeypatch.setattr(successors, "key_of", lambda engine: "m")
+    monkeypatch.setattr(successors, "start", lambda engine: pytest.fail("it has begun"))
+    for arguments in (["m", "--force"], ["m", "--force", "--output", str(tmp_path / "file" / "prior")]):
+        monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "file"))
+        with pytest.raises(SystemExit, match="can't be written to"):
+            prior.main(arguments)
+    monkeypatch.setenv("AASD_CACHE_ROOT", "relative")
+    with pytest.raises(SystemExit, match="no folder to keep the prior in: set AASD_CACHE_ROOT"):
+        prior.main(["m"])
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
@@ -346,16 +445,12 @@ def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is
 
 
 def test_the_command_refuses_what_it_can_not_do(capsys):
-    from vllm_aasd import prior
-
     with pytest.raises(SystemExit):
         prior.main(["model", "--top-k", "65"])
     assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err
 
 
 def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
-    from vllm_aasd import prior
-
     now = 0.0
     monkeypatch.setattr(prior.time, "monotonic", lambda: now)
     progress = prior._Progress(most_seconds=100.0)

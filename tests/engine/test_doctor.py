@@ -62,6 +62,20 @@ def test_a_missing_symbol_of_the_chosen_runner_is_fatal_and_named(run, monkeypat
     assert run()[0] == 0, "the V1 runner doesn't need it"
 
 
+def test_the_doctor_says_where_files_are_kept_or_that_they_are_not(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "relative")
+    code, said = run()
+    assert code == 0 and f"priors are looked for in {tmp_path}" in said
+    assert f"compiled code of the CPU kernels is kept in {tmp_path / 'numba-'}" in said
+    assert "not: relative is not an absolute path" in said
+    monkeypatch.setenv("AASD_CACHE_ROOT", "relative")
+    monkeypatch.setattr(diagnosis, "code_folder", lambda: (None, ["it is full"]))
+    code, said = run()
+    assert code == 0 and "no folder for priors: set AASD_CACHE_ROOT" in said
+    assert "is kept nowhere: every start compiles it" in said and "not: it is full" in said
+
+
 def test_an_unknown_version_is_fatal(run, monkeypatch):
     monkeypatch.setattr(patching, "vllm_version", lambda: "0.34.1")
     code, said = run()

@@ -144,18 +144,6 @@ def test_v1_a_request_whose_draft_fails_has_none_from_then_on_and_others_have(mo
     assert float(abs(drafter._scores).sum()) == 0
 
 
-def test_v1_a_memory_that_cannot_be_written_costs_nothing_else(monkeypatch):
-    runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
-    memory_file = types.SimpleNamespace(save_now_and_then=None, save=None)
-    failed = [inject(monkeypatch, memory_file, name) for name in vars(memory_file)]
-    runner.proposer._memory_file = memory_file
-    serve_v1(runner)
-    runner.proposer.shutdown()
-    assert [len(calls) for calls in failed] == [MAX_FAULTS, 1]
-    counts = runner.proposer.faults.counts
-    assert counts["memory"] == MAX_FAULTS + 1 == sum(counts.values()) and runner.num_accepted > 0
-
-
 def test_v1_a_step_without_requests_is_no_fault():
     runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
     empty = torch.empty(0, dtype=torch.int32).numpy()

@@ -259,7 +259,28 @@ def test_figures_travel_as_they_are():
     assert torch.is_tensor(Counters("cpu").totals)
 
 
-def test_the_plugin_brings_no_numba_into_vllms_processes():
+@pytest.mark.parametrize(
+    "code",
+    [
+        # Registered, and with a config: all that a front end has of ours.
+        """
+import vllm.engine.arg_utils
+before = {"numba", "llvmlite"} & set(sys.modules)
+from vllm_aasd.plugin import register
+register()
+from vllm_aasd.engine.configuration import AASDSpeculativeConfig
+assert {"numba", "llvmlite"} & set(sys.modules) == before
+""",
+        # A worker's start after an engine of ours has compiled its kernels in the same process.
+        """
+from vllm_aasd.kernels.verify import cpu
+assert "llvmlite.binding.ffi" in sys.modules
+from vllm.platforms import current_platform
+current_platform.register_triton_kernel_overrides()
+""",
+    ],
+    ids=["registered", "after an engine"],
+)
+def test_numba_is_not_in_the_way_of_vllms_start(code):
     """vLLM's worker looks through all modules for its kernels when it starts, and fails on one of numba's objects."""
-    code = "import sys, vllm_aasd.engine.configuration; sys.exit(any(name in sys.modules for name in ('numba', 'llvmlite')))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", "import sys\n" + code], check=True)

@@ -4,19 +4,26 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_aasd.drafting import memory, tensor_file
+from vllm_aasd.drafting import tensor_file
+from vllm_aasd.drafting.memory import NUM_ROWS, TOP_K
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.kernels.draft import Prior
+from vllm_aasd.kernels.common.cache_folder import cache_folder
+from vllm_aasd.kernels.draft import MOST_REMEMBERED, Prior, no_memory
 
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: the bound on what a file may hold."""
 
 _FORMAT = "vllm-aasd prior, version 2"
+_RUNS_SHAPE = (NUM_ROWS, 2 + 2 * TOP_K)
+_MAX_HEADER_BYTES = 1 << 16
+# Sums of rounded probabilities may pass 1 by this much.
+_ROUNDING = 1e-3
 
 
-def cache_path(model_key: str) -> Path:
-    """Where the prior of a model is kept; see `tensor_file.cache_path`."""
-    return tensor_file.cache_path("prior", model_key)
+def cache_path(model_key: str) -> Path | None:
+    """Where the prior of a model is kept, see `cache_folder`; None where there is no such folder."""
+    folder = cache_folder()
+    return None if folder is None else folder / f"prior-{model_key}.safetensors"
 
 
 def save(path: Path, prior: Prior, model_key: str) -> None:
@@ -36,17 +43,42 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
         FileNotFoundError: there is none.
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
-    prior = Prior(**tensor_file.load(path, _FORMAT, model_key, set(Prior._fields)))
-    ids, probs, runs = prior
-    shape = (vocab_size, ids.shape[-1] if ids.ndim else 0)
-    if ids.shape != shape or probs.shape != shape or not 1 <= shape[1] <= MAX_SUCCESSORS:
-        raise TensorFileError(
-            f"{path} holds shapes {ids.shape} and {probs.shape}, expected ({vocab_size}, k) with k from 1 to "
-            f"{MAX_SUCCESSORS}"
-        )
-    if ids.dtype != np.int32 or probs.dtype != np.float32:
-        raise TensorFileError(f"{path} holds {ids.dtype} and {probs.dtype}, expected int32 and float32")
-    tensor_file.check_predictions(path, ids, probs, vocab_size)
-    if runs.dtype != np.int32 or runs.size:
-        memory.check(path, runs, vocab_size)
+    item_bytes = 4
+    num_values = 2 * vocab_size * MAX_SUCCESSORS + _RUNS_SHAPE[0] * _RUNS_SHAPE[1]
+    max_bytes = _MAX_HEADER_BYTES + item_bytes * num_values
+    prior = Prior(**tensor_file.load(path, _FORMAT, model_key, set(Prior._fields), max_bytes))
+    _check(path, prior, vocab_size)
     return prior
+
+
+def _check(path: Path, prior: Prior, vocab_size: int) -> None:
+    """Raise TensorFileError unless every array's type, shape and values are such as drafting relies on."""
+    num_successors = prior.ids.shape[-1] if prior.ids.ndim else 0
+    successors_shape = (vocab_size, min(max(num_successors, 1), MAX_SUCCESSORS))
+    expected = {
+        "ids": (np.int32, [successors_shape]),
+        "probs": (np.float32, [successors_shape]),
+        "runs": (np.int32, [no_memory().shape, _RUNS_SHAPE]),
+    }
+    for name, (dtype, shapes) in expected.items():
+        found = getattr(prior, name)
+        if found.dtype != dtype or found.shape not in shapes:
+            raise TensorFileError(
+                f"{path} holds {name} of type {found.dtype} and shape {found.shape}, expected {np.dtype(dtype)} and "
+                f"{' or '.join(map(str, shapes))}"
+            )
+    _check_predictions(path, prior.ids, prior.probs, vocab_size)
+    if len(prior.runs):
+        counts = prior.runs[:, 1]
+        if counts.min() < 0 or counts.max() > MOST_REMEMBERED:
+            raise TensorFileError(f"{path} holds counts outside of 0 to {MOST_REMEMBERED}")
+        ids, probs = prior.runs[:, 2 : 2 + TOP_K], prior.runs[:, 2 + TOP_K :].view(np.float32)
+        _check_predictions(path, ids, probs, vocab_size)
+
+
+def _check_predictions(path: Path, ids: np.ndarray, probs: np.ndarray, vocab_size: int) -> None:
+    if ids.min() < -1 or ids.max() >= vocab_size:
+        raise TensorFileError(f"{path} holds token ids outside of the vocabulary of {vocab_size}")
+    # Written so that NaN fails.
+    if not (probs.min() >= 0 and probs.sum(axis=1).max() <= 1 + _ROUNDING):
+        raise TensorFileError(f"{path} holds values that are no probabilities")

@@ -1,32 +1,17 @@
 """Files of what was learnt of a model: safetensors, which carries no code, written whole or not at all."""
 
+import json
 import os
-import tempfile
+import stat
+import uuid
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-from vllm_aasd.kernels.common.cache_folder import cache_folder
-
-# Sums of rounded probabilities may pass 1 by this much.
-_ROUNDING = 1e-3
+from safetensors import numpy as tensors_of
 
 
 class TensorFileError(ValueError):
     """A file can't be used for a model; the text says why."""
-
-
-def cache_path(kind: str, model_key: str) -> Path:
-    """Where a file is kept: in ``AASD_CACHE_ROOT``, by default ``~/.cache/vllm_aasd``.
-
-    Args:
-        kind: what it holds, such as ``prior``.
-        model_key: what names the model's content.
-    """
-    root = os.environ.get("AASD_CACHE_ROOT") or cache_folder()
-    return Path(root) / f"{kind}-{model_key}.safetensors"
 
 
 def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.ndarray]) -> None:
@@ -41,60 +26,62 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
     Raises:
         OSError: the file can't be written.
     """
+    content = tensors_of.save(tensors, {"format": file_format, "model": model_key})
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(descriptor)
+    writing = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        save_file(tensors, name, {"format": file_format, "model": model_key})
-        with open(name, "rb") as written:
+        # Readable by other users' servers, as far as the umask lets it: it holds no one's data.
+        with open(os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            file.write(content)
+            file.flush()
             # A machine that fails after the replacement must not be left with the new name and no content.
-            os.fsync(written.fileno())
-        os.replace(name, path)
-    except SafetensorError as error:
-        # What it makes of a full disk.
-        os.unlink(name)
-        raise OSError(f"{path} can't be written: {error}") from error
+            os.fsync(file.fileno())
+        os.replace(writing, path)
     except BaseException:
-        os.unlink(name)
+        writing.unlink(missing_ok=True)
         raise
 
 
-def load(path: Path, file_format: str, model_key: str, names: set[str]) -> dict[str, np.ndarray]:
+def load(path: Path, file_format: str, model_key: str, names: set[str], max_bytes: int) -> dict[str, np.ndarray]:
     """Read the tensors of a file that `save` wrote for the same model.
+
+    Args:
+        path: the file.
+        file_format: name and version of what it should hold.
+        model_key: what names the content of the model that it should belong to.
+        names: of the tensors that it should hold.
+        max_bytes: how long such a file can be.
 
     Raises:
         FileNotFoundError: there is none.
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != file_format or set(file.keys()) != names:
-                raise TensorFileError(f"{path} is no file of the format {file_format!r}")
-            if metadata.get("model") != model_key:
-                raise TensorFileError(f"{path} was made with another model, or with other weights of it")
-            return {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
+        content = _read(path, max_bytes)
+        tensors = tensors_of.load(content)
+        # After the tensors, whose reader has checked the header.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (FileNotFoundError, TensorFileError):
         raise
-    # TypeError and AttributeError: tensors of a type that numpy doesn't know, such as bfloat16.
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # the reader's own of damage, and numpy's of types that it doesn't know
         raise TensorFileError(f"{path} can't be read: {error}") from error
+    metadata = header.get("__metadata__") or {}
+    if metadata.get("format") != file_format or set(tensors) != names:
+        raise TensorFileError(f"{path} is no file of the format {file_format!r}")
+    if metadata.get("model") != model_key:
+        raise TensorFileError(f"{path} was made with another model, or with other weights of it")
+    # Copies, for those of the reader can't be written to, and code compiled for others doesn't take such.
+    return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
-def check_predictions(path: Path, ids: np.ndarray, probs: np.ndarray, vocab_size: int) -> None:
-    """Check that rows of token ids and probabilities are such.
-
-    Args:
-        path: where they come from, for the message.
-        ids: ``[n, k]`` int32; -1 for none.
-        probs: ``[n, k]`` float32.
-        vocab_size: of the model.
-
-    Raises:
-        TensorFileError: an id is out of range, or a value is no probability.
-    """
-    if ids.min() < -1 or ids.max() >= vocab_size:
-        raise TensorFileError(f"{path} holds token ids outside of the vocabulary of {vocab_size}")
-    # Written so that NaN fails.
-    if not (probs.min() >= 0 and probs.sum(axis=1).max() <= 1 + _ROUNDING):
-        raise TensorFileError(f"{path} holds values that are no probabilities")
+def _read(path: Path, max_bytes: int) -> bytes:
+    # A FIFO without a writer would keep the opening waiting.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise TensorFileError(f"{path} can't be read: it is not a regular file")
+        if status.st_size > max_bytes:
+            raise TensorFileError(
+                f"{path} can't be read: it has {status.st_size} bytes, and a file for this model at most {max_bytes}"
+            )
+        return file.read(status.st_size)

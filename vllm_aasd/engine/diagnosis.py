@@ -10,6 +10,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm_aasd import __version__
 from vllm_aasd.engine import patching, relied_on, unsupported
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
+from vllm_aasd.kernels.common.cache_folder import cache_folder, code_folder
 
 
 class Diagnosis(NamedTuple):
@@ -20,7 +21,7 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose() -> Diagnosis:
-    """Check everything; nothing is raised, served or changed."""
+    """Check everything; nothing is raised or served, and no more than an empty cache folder is made."""
     chosen = "V2" if chooses_v2() else "V1"
     lines = [
         f"vllm-aasd {__version__}, vLLM {patching.vllm_version()}, platform {current_platform.device_type}, "
@@ -47,6 +48,7 @@ def diagnose() -> Diagnosis:
         lines += [f"  - {problem}" for problem in found]
         if found and runner == chosen:
             reasons.append(f"vLLM's {runner} model runner isn't as we know it")
+    lines += _folders()
     if reasons:
         return Diagnosis([*lines, *(f"aasd can't work: {reason}" for reason in reasons)], works=False)
     lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused there:")
@@ -55,3 +57,18 @@ def diagnose() -> Diagnosis:
         for refusal in unsupported.BY_RUNNER[chosen]
     ]
     return Diagnosis(lines, works=True)
+
+
+def _folders() -> list[str]:
+    """Where priors and compiled code are kept, or that they aren't."""
+    priors = cache_folder()
+    code, not_in = code_folder()
+    lines = [
+        f"priors are looked for in {priors}"
+        if priors
+        else "no folder for priors: set AASD_CACHE_ROOT to an absolute path",
+        f"compiled code of the CPU kernels is kept in {code}"
+        if code
+        else "compiled code of the CPU kernels is kept nowhere: every start compiles it; set AASD_CACHE_ROOT",
+    ]
+    return lines + [f"  - not: {reason}" for reason in not_in]

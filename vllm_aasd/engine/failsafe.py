@@ -11,7 +11,6 @@ first time, counted, and what follows the ``with`` block serves without that par
 | ``store`` | predictions of that step, or chunk of a prompt, aren't stored | none are stored, drafts come without |
 | ``step_time`` | V1: draft lengths by a fixed bar in this step; V2: by the number of requests | so from here on |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
-| ``memory`` | what other requests taught isn't written now | it isn't written |
 | ``metrics`` | a figure isn't counted | none are |
 
 **With tensor parallelism** each rank runs the same step on its part of the model, and vLLM takes for granted that all
@@ -33,7 +32,7 @@ from types import TracebackType
 
 logger = logging.getLogger("vllm.aasd")
 
-PLACES = ("requests", "draft", "store", "step_time", "verify", "memory", "metrics")
+PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
 
 MAX_FAULTS = 8
 """Faults at one place after which it is off."""

@@ -1,6 +1,5 @@
 """What a worker finds out once, before it serves: its policy, the model's prior, and what its steps cost."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +13,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings
-from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
-from vllm_aasd.drafting.memory import MemoryFile, new_memory
 from vllm_aasd.drafting.step_time import knots
-from vllm_aasd.drafting.tensor_file import TensorFileError, cache_path
+from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.request_totals import StepTotals
@@ -106,19 +103,9 @@ def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
     return kv_bytes / (kv_bytes + entry_bytes(top_k))
 
 
-@functools.cache
-def _key(model: str, revision: str | None) -> str | None:
-    # Reads some megabytes of every weight file, which prior and memory need not do each.
-    return model_key(model, revision)
-
-
-def _key_of(model: ModelConfig) -> str | None:
-    return _key(model.model, model.revision)
-
-
 def load_prior(model: ModelConfig) -> Prior | None:
     """The prior of the served model, if one was made and is of use; says in the log which it is."""
-    key = _key_of(model)
+    key = model_key(model.model, model.revision)
     path = prior_file.cache_path(key) if key else None
     try:
         if path is None:
@@ -137,37 +124,6 @@ def load_prior(model: ModelConfig) -> Prior | None:
     known = f"{np.count_nonzero(prior.runs[:, 1])} runs of tokens"
     logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
     return prior
-
-
-def load_memory(setting: str, model: ModelConfig, prior: Prior | None) -> tuple[np.ndarray | None, MemoryFile | None]:
-    """The memory that ``aasd_memory`` asks for, and the file behind it; says in the log what it begins from.
-
-    Args:
-        setting: ``off``, ``process`` or ``file``.
-        model: the served model.
-        prior: whose runs a new memory begins from; None for none.
-
-    Returns:
-        The table, None for ``off``; and where it is kept, None if only in the process.
-    """
-    if setting == "off":
-        return None, None
-    key = _key_of(model) if setting == "file" else None
-    if key is None:
-        if setting == "file":
-            logger.warning("aasd: the memory ends with the process: the files of %s are not here", model.model)
-        return new_memory(prior), None
-    path = cache_path("memory", key)
-    try:
-        memory = memory_file.load(path, key, model.get_vocab_size())
-        logger.info("aasd: memory from %s", path)
-    except FileNotFoundError:
-        memory = new_memory(prior)
-        logger.info("aasd: a new memory, to be kept in %s", path)
-    except TensorFileError as error:
-        memory = new_memory(prior)
-        logger.warning("aasd: beginning with a new memory: %s", error)
-    return memory, MemoryFile(path, key, memory)
 
 
 class StepProfile(NamedTuple):

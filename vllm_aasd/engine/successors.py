@@ -53,6 +53,11 @@ def key_of(engine: EngineArgs) -> str | None:
     return model_key(engine.model, engine.revision)
 
 
+def vocab_size(engine: EngineArgs) -> int:
+    """The vocabulary of the model that the arguments name."""
+    return engine.create_model_config().get_vocab_size()
+
+
 def start(engine: EngineArgs) -> LLM:
     """Start the engine."""
     return LLM.from_engine_args(engine)

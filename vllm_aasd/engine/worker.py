@@ -147,7 +147,7 @@ class AASDWorker(Worker):
         return self.parallel_config.data_parallel_index, self._adapter.counters.read()
 
     def shutdown(self) -> None:
-        """Also: keep what was learnt, and write the last figures."""
+        """Also: let go of vLLM, and write the last figures."""
         # vLLM also shuts down workers whose start failed.
         with metrics.stopped(self._publisher):
             if self._adapter is not None:

@@ -25,7 +25,7 @@ from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, Drafter
 from vllm_aasd.drafting.lengths import reproducible_lengths
 from vllm_aasd.drafting.load import LengthsByLoad
-from vllm_aasd.drafting.memory import MemoryFile
+from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine import agreement, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
@@ -56,7 +56,6 @@ class AASDProposer:
         )
         self._lengths_by_load = LengthsByLoad(self._max_step_tokens)
         self._drafter: Drafter | None = None
-        self._memory_file: MemoryFile | None = None
         self._model: torch.nn.Module | None = None
         self._runner: GPUModelRunner | None = None
         self._alignment: V1Alignment | None = None
@@ -94,7 +93,7 @@ class AASDProposer:
         redraw.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
         prior = agreement.load_prior(self._model_config) if self._settings.prior else None
-        memory, self._memory_file = startup.load_memory(self._settings.memory, self._model_config, prior)
+        memory = new_memory(prior) if self._settings.memory == "process" else None
         draft.warm_up(NUM_ORDERS, TOP_K)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
@@ -184,9 +183,6 @@ class AASDProposer:
                 self._lengths_by_load.observe(
                     self._num_decode_tokens, time.perf_counter() - self._began, bool(self._num_drafted)
                 )
-        if self._memory_file is not None and not self.faults.is_off("memory"):
-            with self.faults.contained("memory"):
-                self._memory_file.save_now_and_then()
 
     def clear_memory(self) -> None:
         """Unlearn what other requests taught."""
@@ -194,10 +190,7 @@ class AASDProposer:
             self._drafter.clear_memory()
 
     def shutdown(self) -> None:
-        """Keep what was learnt."""
-        if self._memory_file is not None:
-            with self.faults.contained("memory"):
-                self._memory_file.save()
+        """Nothing to keep: what requests taught ends with the process."""
 
     def _begin_sampling(self) -> None:
         self._has_proposed = False
