@@ -94,7 +94,7 @@ class Settings:
         "auto",
         "Store the target's predictions at prompt positions too, which takes one lm_head over the prompt; `false` "
         "stores those at generated tokens, which are free. `auto` stores both where that was measured, at start-up, to "
-        "cost at most 3 % of the prompt's time; elsewhere none on the V1 model runner, unless `aasd_memory` learns from "
+        "cost at most 3% of the prompt's time; elsewhere none on the V1 model runner, unless `aasd_memory` learns from "
         "them, for at generated tokens alone they gain nothing.",
         choices=("auto",),
     )
