@@ -67,7 +67,7 @@ soak: model
 
 docs: setup
 	@.venv/bin/python tools/docs.py
-	@.venv/bin/mkdocs build --strict --quiet
+	@.venv/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .bench site build dist *.egg-info .pytest_cache .hypothesis
