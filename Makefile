@@ -11,7 +11,7 @@ export AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prior prior-if-soon serve check-serve demo bench test test-long soak clean
+.PHONY: help setup model prior prior-if-soon serve check-serve demo bench lint test test-long soak docs clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
@@ -19,10 +19,12 @@ help:
 	@echo "make prior      make the demo model's prior, which drafts begin from"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
+	@echo 'make lint       check style and types (ruff, mypy)'
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
 	@echo 'make test-long  run the tests that take long'
 	@echo 'make soak       send a real server random requests, events and faults for an hour (ARGS="--minutes 5 --seed 3")'
 	@echo 'make bench      make every figure (two and a half hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
+	@echo 'make docs       write the generated tables of docs/, and build the site into site/'
 	@echo 'make clean      remove .venv and all that was built'
 
 setup:
@@ -49,6 +51,11 @@ demo: prior-if-soon
 bench: prior
 	@OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.suite $(ARGS)
 
+lint: setup
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+
 test: model
 	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not long' $(ARGS)
 
@@ -58,6 +65,10 @@ test-long: model
 soak: model
 	@PYTHONPATH=tests/support .venv/bin/python -m aasd_testing.fuzz.soak $(ARGS)
 
+docs: setup
+	@.venv/bin/python tools/docs.py
+	@.venv/bin/mkdocs build --strict
+
 clean:
-	rm -rf .venv .bench build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .bench site build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ from vllm_aasd.verification import rules
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
 
-The longest draft that the adaptive length may choose: 16 let answers that copy emit 4 % more tokens a step than 8 do
+The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
 (`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
 and with adapters vLLM wants room for so many tokens of every request in a batch.
 """
@@ -21,7 +21,7 @@ longest draft whatever is drafted: on the V2 model runner with asynchronous sche
 these lengths and none (`vllm_aasd.drafting.widths`).
 
 By the projection of fixed lengths (`benchmarks.projection`): none of them is slower than no speculation on any accelerator
-and model under any of its assumptions, and up to 128 requests each is within 3 % of the best length's speed in the mean. And
+and model under any of its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. And
 until it is learnt that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/test_widths.py`): together
 that leaves little choice of the 49.
 """

@@ -29,12 +29,6 @@ from benchmarks import (
 # The README
 
 
-def test_the_readme_is_what_the_committed_results_say():
-    text = readme.README.read_text()
-    assert readme.updated(text) == text, "run `python -m benchmarks.plot --readme`"
-    assert {found[1] for found in readme._BLOCK.findall(text)} == set(readme.TABLES)
-
-
 def test_a_result_that_is_missing_is_said_and_an_unknown_table_refused(tmp_path):
     block = "<!-- speed: drawn by benchmarks.plot -->\nold\n<!-- end -->"
     assert "Not published yet (`benchmarks/results/end_to_end.json`)." in readme.updated(block, tmp_path)

@@ -1,10 +1,8 @@
 """The figures: their names, what is read of the counters, and the line in the log."""
 
-from pathlib import Path
-
 import torch
 
-from vllm_aasd.counters import LENGTH_BOUNDS, METRICS, TIME_BOUNDS, Counters, metrics_table, summary
+from vllm_aasd.counters import LENGTH_BOUNDS, METRICS, TIME_BOUNDS, Counters, summary
 from vllm_aasd.kernels import count
 
 
@@ -88,7 +86,3 @@ def test_the_line_in_the_log():
     )
     before = counters.read()
     assert summary(before, counters.read()) is None, "nothing new"
-
-
-def test_the_readme_has_the_table():
-    assert metrics_table() in (Path(__file__).parents[2] / "README.md").read_text()

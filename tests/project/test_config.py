@@ -1,15 +1,12 @@
-"""The settings: what is accepted, what is refused and with which words, and where they are documented."""
+"""The settings: what is accepted, and what is refused and with which words."""
 
 import dataclasses
-import pathlib
 from typing import get_args
 
 import pytest
 
 from vllm_aasd import config
 from vllm_aasd.config import Settings
-
-README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 def test_defaults_are_valid_and_survive_parsing():
@@ -97,9 +94,3 @@ def test_every_setting_is_typed_documented_and_ranged():
         assert metadata["doc"].endswith(".")
         assert (str in kinds) == bool(metadata["choices"]), field.name
         assert bool(kinds & {int, float}) == bool(metadata["within"]), field.name
-
-
-def test_the_readme_holds_the_table_that_the_code_draws():
-    assert config.settings_table() in README.read_text(), (
-        "write the output of `python -c 'from vllm_aasd.config import *; print(settings_table())'` to README.md"
-    )
