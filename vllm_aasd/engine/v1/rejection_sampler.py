@@ -328,6 +328,7 @@ def _is_argmax(sampling_metadata: SamplingMetadata) -> bool:
         sampling_metadata.all_greedy
         and sampling_metadata.no_penalties
         and sampling_metadata.max_num_logprobs is None
+        and not sampling_metadata.logprob_token_ids
         and sampling_metadata.allowed_token_ids_mask is None
         and not sampling_metadata.bad_words_token_ids
         and (thinking is None or not thinking.has_tracked_requests())
