@@ -4,7 +4,6 @@
 import random
 import types
 
-import numpy as np
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams

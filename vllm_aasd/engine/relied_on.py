@@ -140,9 +140,7 @@ V1: tuple[Seam | Members, ...] = (
             "_dummy_run",
         ),
     ),
-    Members(
-        f"{_V1}.gpu_input_batch", "InputBatch", ("req_ids", "block_table", "generators", "req_prompt_embeds")
-    ),
+    Members(f"{_V1}.gpu_input_batch", "InputBatch", ("req_ids", "block_table", "generators", "req_prompt_embeds")),
     Seam(
         f"{_V1}.lora_model_runner_mixin",
         "LoRAModelRunnerMixin._set_active_loras",

@@ -265,7 +265,9 @@ class AASDProposer:
                 for row, sampled in enumerate(sampled_token_ids)
             ]
             with self.faults.contained("draft"):
-                found = self._ngram.propose(self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+                found = self._ngram.propose(
+                    self._max_draft_tokens, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+                )
                 return [
                     draft[: self._draft_limit(req_ids[row], num_tokens_no_spec[row])] if draft else draft
                     for row, draft in enumerate(found)
