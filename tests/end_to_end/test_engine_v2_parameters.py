@@ -1,4 +1,4 @@
-"""Thinking budgets, chosen log-probabilities and prompts of embeddings on the V2 model runner, its kernels interpreted."""
+"""Thinking budgets and chosen log-probabilities on the V2 model runner, its kernels interpreted."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,7 +12,7 @@ BUDGETS = (None, 3, 0)
 TEXT = "one two three one two three one two three"
 
 
-def rounds(tokenizer, embedded=()):
+def rounds(tokenizer):
     thinking = []
     for budget, text in zip(BUDGETS, (TEXT, "red green red green red", "a b a b a b a"), strict=True):
         prompt, asked = tokenizer.encode(text), {"temperature": 0.0, "max_tokens": 10}
@@ -23,15 +23,13 @@ def rounds(tokenizer, embedded=()):
     chosen = greedy([prompt], 6, logprob_token_ids=[198, 504, 2])
     scored = greedy([tokenizer.encode("red green red green red")], 6) + chosen
     beside = greedy([tokenizer.encode("a b a b a b a")], 6, logprobs=4) + chosen
-    asked = tokenizer.encode("The capital of France is")
-    former = [*embedded, *asked][: len(asked) - 1]
-    return [thinking, scored, beside, greedy([former], 1), [{**greedy([asked], 6)[0], "embeds": True}]]
+    return [thinking, scored, beside]
 
 
-def run(model, out, embedded=(), **options):
+def run(model, out, **options):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    options |= {"reasoning_config": THINK, "enable_prompt_embeds": True, "max_num_seqs": 3, "block_size": 32}
-    return run_engine(model, rounds(tokenizer, embedded), out, **options)
+    options |= {"reasoning_config": THINK, "max_num_seqs": 3, "block_size": 32}
+    return run_engine(model, rounds(tokenizer), out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +39,10 @@ def plain(demo_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def strict(demo_model, plain, tmp_path_factory):
+def strict(demo_model, tmp_path_factory):
     aasd = {"aasd_verification": "strict", "num_speculative_tokens": 4}
     out = tmp_path_factory.mktemp("strict") / "out.json"
-    return run(demo_model, out, plain["rounds"][-1][0]["token_ids"], aasd=aasd, v2=True)
+    return run(demo_model, out, aasd=aasd, v2=True)
 
 
 def drafted(result, at):
@@ -53,9 +51,15 @@ def drafted(result, at):
     return after["metrics"][name] - before["metrics"].get(name, 0)
 
 
-def test_thinking_ends_where_its_budget_ends(plain, strict):
+def test_thinking_ends_where_its_budget_ends(plain, strict, demo_model):
+    """By this runner's count: vLLM's V1 runner lets a start of several tokens count less."""
+    end = AutoTokenizer.from_pretrained(demo_model).encode("</think>")
     assert drafted(strict, 0) > 5
-    assert token_ids(strict["rounds"][0]) == token_ids(plain["rounds"][0])
+    answers = token_ids(strict["rounds"][0])
+    assert answers[0] == token_ids(plain["rounds"][0])[0]
+    for answer, budget in zip(answers[1:], BUDGETS[1:], strict=True):
+        places = [place for place in range(len(answer)) if answer[place : place + len(end)] == end]
+        assert places[:1] == [budget]
 
 
 @pytest.mark.parametrize("at", [1, 2], ids=["alone", "beside the likeliest"])
@@ -71,8 +75,3 @@ def test_chosen_logprobs_are_reported_in_steps_with_drafts(plain, strict, at):
         for token, at_got, at_want in zip(got[0]["token_ids"], got[0]["logprobs"], want[0]["logprobs"], strict=True):
             assert at_got[str(token)] == pytest.approx(at_want[str(token)], abs=1e-3)
             assert len(at_got) in (4, 5)
-
-
-def test_a_prompt_of_embeddings_is_drafted_for_from_its_output_alone(plain, strict):
-    assert token_ids(strict["rounds"][4]) == token_ids(plain["rounds"][4])
-    assert drafted(strict, 4) == 0, "the row's former prompt holds the answer"
