@@ -231,7 +231,7 @@ def test_v1_gives_a_step_that_it_can_not_verify_to_vllm_at_once(monkeypatch):
     monkeypatch.setattr(verifier, "rejection_sample", broken)
     monkeypatch.setattr(v1_verifier, "_is_argmax", lambda metadata: True)
     sample = v1_verifier._dispatching(lambda *args: "vLLM's")
-    nothing = types.SimpleNamespace(generators={})
+    nothing = types.SimpleNamespace(generators={}, logprob_token_ids=None, thinking_budget_state_holder=None)
     forward = v1_verifier._sparing_copies(lambda *args: sample(None, [1], 1, None, None, None, None, nothing))
     rows = types.SimpleNamespace(
         draft_token_ids=None, num_draft_tokens=[1], max_spec_len=1, cu_num_draft_tokens=None,

@@ -174,15 +174,10 @@ def test_a_step_without_drafts_survives_top_k(installed):
     assert result.shape == (0, 8)
 
 
-@pytest.mark.parametrize(("settings", "is_async", "may_be_plain"), [
-    ({"verification": "strict"}, False, True),
-    ({"verification": "conditional"}, False, False),
-    ({"verification": "strict"}, True, False),
-])  # fmt: skip
-def test_strict_steps_without_drafts_are_sampled_as_without_speculation(settings, is_async, may_be_plain):
-    """Relaxed policies watch all tokens; with asynchronous scheduling vLLM's own path counts what was scheduled."""
-    runner = fake_v1.FakeRunner({"a": [1, 2, 3, 1, 2], "b": [4, 5, 6]}, **settings)
-    runner.use_async_scheduling = is_async
+@pytest.mark.parametrize(("verification", "may_be_plain"), [("strict", True), ("conditional", False)])
+def test_strict_steps_without_drafts_are_sampled_as_without_speculation(verification, may_be_plain):
+    """Relaxed policies watch all tokens."""
+    runner = fake_v1.FakeRunner({"a": [1, 2, 3, 1, 2], "b": [4, 5, 6]}, verification=verification)
     plain = drafted = 0
     for _ in range(30):
         has_drafts = any(runner.drafts.values())

@@ -4,6 +4,7 @@ import inspect
 import logging
 import types
 
+import numpy as np
 import pytest
 import torch
 from vllm.multimodal.inputs import PlaceholderRange
@@ -330,7 +331,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
         WIDTH,
     ]
     sample = v2_verifier._dispatching(stock)
-    with verifier.active(), caplog.at_level(logging.WARNING, "vllm.aasd"):
+    with verifier.active(np.zeros(1, np.int32)), caplog.at_level(logging.WARNING, "vllm.aasd"):
         assert sample(*rows, **kwargs) == emitted
     assert counters.totals[:3].tolist() == [1, 1, 1], "drafts, their tokens, and accepted ones are counted all the same"
     assert seen["draft_sampled"].tolist() == [4, 5, PLACEHOLDER_TOKEN_ID]

@@ -76,6 +76,12 @@ APPLY_SAMPLING_CONSTRAINTS = Seam(
     "apply_sampling_constraints",
     ("logits", "cu_num_draft_tokens", "sampling_metadata"),
 )
+GATHER_CHOSEN_LOGPROBS = Seam(
+    "vllm.v1.sample.sampler",
+    "Sampler.gather_specific_token_logprobs",
+    ("self", "logprobs", "logprob_token_ids", "sampled"),
+    further=(),
+)
 
 V2_INIT_SPECULATOR = Seam("vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states"))
 V2_REJECTION_SAMPLE = Seam(
@@ -106,6 +112,26 @@ V2_REJECTION_SAMPLE = Seam(
         "fly_window_size",
         "fly_entropy_threshold",
         "fly_entropy_top_k",
+    ),
+)
+V2_GET_LOGPROBS = Seam(
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "RejectionSampler._get_logprobs_tensors",
+    ("self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np", "max_num_logprobs"),
+    further=(),
+)
+V2_COMPUTE_LOGPROBS = Seam(
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "compute_topk_scores",
+    (
+        "logits",
+        "num_logprobs",
+        "sampled_token_ids",
+        "cu_num_logits",
+        "logprob_token_ids_state",
+        "expanded_idx_mapping",
+        "max_per_req_token_ids",
+        "logits_mode",
     ),
 )
 

@@ -66,6 +66,9 @@ BOTH: tuple[Seam | Members, ...] = (
             "sampling_type",
             "structured_outputs",
             "temperature",
+            "logprob_token_ids",
+            "min_tokens",
+            "thinking_token_budget",
         ),
     ),
     Members(
@@ -102,6 +105,21 @@ V1: tuple[Seam | Members, ...] = (
     patching.REJECTION_SAMPLER_FORWARD,
     patching.EXPAND_BATCH_TO_TOKENS,
     patching.APPLY_SAMPLING_CONSTRAINTS,
+    patching.GATHER_CHOSEN_LOGPROBS,
+    Seam("vllm.v1.sample.sampler", "Sampler.forward", ("self", "logits", "sampling_metadata", "predict_bonus_token")),
+    Seam("vllm.v1.sample.sampler", "Sampler.compute_logprobs", ("logits",)),
+    Seam(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder.apply_to_logits",
+        ("self", "logits", "predict_bonus_token", "spec_token_ids"),
+    ),
+    Members(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder",
+        ("in_spec_mode", "has_tracked_requests", "update_state"),
+    ),
+    Members("vllm.v1.sample.rejection_sampler", "RejectionSampler", ("sampler", "is_logits_logprobs_mode")),
+    Members("vllm.v1.outputs", "LogprobsTensors", ("logprob_token_ids", "logprobs", "selected_token_ranks")),
     Seam("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
     Seam(
         "vllm.v1.sample.rejection_sampler",
@@ -119,11 +137,10 @@ V1: tuple[Seam | Members, ...] = (
             "kv_caches",
             "requests",
             "discard_request_mask",
-            "use_async_scheduling",
             "_dummy_run",
         ),
     ),
-    Members(f"{_V1}.gpu_input_batch", "InputBatch", ("req_ids", "block_table", "generators")),
+    Members(f"{_V1}.gpu_input_batch", "InputBatch", ("req_ids", "block_table", "generators", "req_prompt_embeds")),
     Seam(
         f"{_V1}.lora_model_runner_mixin",
         "LoRAModelRunnerMixin._set_active_loras",
@@ -172,6 +189,9 @@ V1: tuple[Seam | Members, ...] = (
 V2: tuple[Seam | Members, ...] = (
     patching.V2_INIT_SPECULATOR,
     patching.V2_REJECTION_SAMPLE,
+    patching.V2_GET_LOGPROBS,
+    patching.V2_COMPUTE_LOGPROBS,
+    Seam(f"{_V2}.sample.logprob", "LogprobTokenIdsState.max_num_token_ids", ("self", "idx_mapping_np")),
     Seam(
         f"{_V2}.spec_decode.speculator",
         "BaseSpeculator.propose",
@@ -244,7 +264,7 @@ V2: tuple[Seam | Members, ...] = (
         ("all_token_ids", "total_len", "max_seq_len", "max_num_reqs", "index_to_req_id"),
     ),
     Members(f"{_V2}.block_table", "BlockTables", ("block_tables", "block_sizes")),
-    Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states")),
+    Members(f"{_V2}.sample.sampler", "Sampler", ("logits_processors", "sampling_states", "logprob_token_ids_state")),
     Members(f"{_V2}.sample.states", "SamplingStates", ("temperature",)),
     Members(f"{_V2}.buffer_utils", "UvaBackedTensor", ("np", "gpu", "copy_to_uva")),
 )

@@ -23,7 +23,7 @@ PREFILL = 5
 
 class _State(NamedTuple):
     scheduler_output: SimpleNamespace
-    spec_decode_metadata: SimpleNamespace | None
+    spec_decode_metadata: SimpleNamespace
     hidden_states: torch.Tensor
     logits: torch.Tensor
 
@@ -48,7 +48,6 @@ class FakeRunner:
         max_num_reqs = max_num_reqs or len(prompts)
         self.device = torch.device("cpu")
         self.lora_config = None
-        self.use_async_scheduling = False
         self.kv_caches: list[torch.Tensor] = []
         self.tokens: dict[str, list[int]] = {}
         self.num_computed: dict[str, int] = {}
@@ -63,7 +62,7 @@ class FakeRunner:
         self._blocks = SimpleNamespace(
             block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
         )
-        self.input_batch = SimpleNamespace(req_ids=[], block_table=[self._blocks], generators={})
+        self.input_batch = SimpleNamespace(req_ids=[], block_table=[self._blocks], generators={}, req_prompt_embeds={})
         for req_id, prompt in prompts.items():
             self.add(req_id, prompt)
         self.input_ids = SimpleNamespace(gpu=None)
@@ -90,6 +89,7 @@ class FakeRunner:
         with patch.object(v1, "MIN_SURVIVAL", settings.get("min_survival", v1.MIN_SURVIVAL)):
             self.proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
         self.rejection_sample = v1_verifier._dispatching(strict_greedy)
+        self.forward = v1_verifier._sparing_copies(self._reject)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From the fake's hidden states, the pair of last tokens, to what the target says."""
@@ -159,12 +159,16 @@ class FakeRunner:
             hidden_states=hidden_states,
             logits=logits,
         )
+        self.is_plain = False
         with self.proposer.sampling():
-            self.is_plain = self.execute_model_state.spec_decode_metadata is None
-            if self.is_plain:
-                sampled = self._rows(counts, logits.argmax(-1, keepdim=True))
-            else:
-                sampled = self._sample(logits, counts)
+            output = self.forward(
+                SimpleNamespace(sampler=self._sample_plainly),
+                self.execute_model_state.spec_decode_metadata,
+                None,
+                logits,
+                SimpleNamespace(logprob_token_ids=None, thinking_budget_state_holder=None, all_greedy=False),
+            )
+            sampled = self._rows(counts, output)
             if self.masks:
                 logits.zero_()
             self._emit(sampled)
@@ -177,24 +181,31 @@ class FakeRunner:
         told = self.proposer.trimmed(DraftTokenIds(self.input_batch.req_ids, drafts))
         self.drafts |= zip(told.req_ids, told.draft_token_ids, strict=True)
 
-    def _sample(self, logits: torch.Tensor, counts: dict[str, int]) -> list[list[int]]:
-        num_drafts = list(counts.values())
-        cu = torch.tensor(num_drafts).cumsum(0)
-        bonus_rows = cu + torch.arange(len(num_drafts))
+    def _sample_plainly(
+        self, logits: torch.Tensor, sampling_metadata: SimpleNamespace, predict_bonus_token: bool
+    ) -> torch.Tensor:
+        assert predict_bonus_token, "vLLM's thinking budgets would count rows as drafts'"
+        self.is_plain = True
+        return logits.argmax(-1, keepdim=True)
+
+    def _reject(self, sampler: Any, metadata: SimpleNamespace, draft_probs: None, logits: torch.Tensor, _: Any) -> Any:
+        counts = metadata.num_draft_tokens
+        cu = torch.tensor(counts).cumsum(0)
+        bonus_rows = cu + torch.arange(len(counts))
         is_draft = torch.ones(len(logits), dtype=torch.bool)
         is_draft[bonus_rows] = False
-        drafts = [token for req_id, count in counts.items() for token in self.drafts[req_id][:count]]
-        output = self.rejection_sample(
+        req_ids = self.input_batch.req_ids
+        drafts = [token for row, count in enumerate(counts) for token in self.drafts[req_ids[row]][:count]]
+        return self.rejection_sample(
             torch.tensor(drafts, dtype=torch.int32),
-            num_drafts,
-            max(num_drafts),
+            counts,
+            max(counts),
             cu.int(),
             None,
             logits[is_draft],
             logits[bonus_rows].argmax(-1, keepdim=True),
             SimpleNamespace(all_greedy=True, all_random=False, temperature=None, generators={}),
         )
-        return self._rows(counts, output)
 
     def _rows(self, counts: dict[str, int], output: torch.Tensor) -> list[list[int]]:
         rows = [[token for token in row if token >= 0] for row in output.tolist()]

@@ -26,9 +26,12 @@ def main() -> None:
     scenario = json.load(sys.stdin)
     set_environment()
     from vllm import LLM, SamplingParams
+    from vllm.config import ReasoningConfig
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
+    if "reasoning_config" in scenario["engine"]:
+        scenario["engine"]["reasoning_config"] = ReasoningConfig(**scenario["engine"]["reasoning_config"])
     llm = LLM(disable_log_stats=False, enforce_eager=True, **scenario["engine"])
     tokenizer = llm.get_tokenizer()
 
@@ -53,6 +56,7 @@ def main() -> None:
     rounds, after = [], []
     for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
         requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
+        requests = [(embedded(llm, p) if r.get("embeds") else p, s) for r, (p, s) in zip(batch, requests, strict=True)]
         num_snapshots = len(snapshots)
         with injected(fault):
             outputs = llm.generate(
@@ -98,10 +102,18 @@ def pictures(seeds):
     return {"multi_modal_data": {"image": [Image.fromarray(pixels) for pixels in noise]}}
 
 
+def embedded(llm, prompt):
+    """The prompt as the model's own embeddings of its tokens."""
+    import torch
+
+    model = worker_of(llm).model_runner.get_model()
+    return {"prompt_embeds": model.embed_input_ids(torch.tensor(prompt["prompt_token_ids"])).detach()}
+
+
 def described(output):
     completion = output.outputs[0]
     return {
-        "prompt_token_ids": list(output.prompt_token_ids),
+        "prompt_token_ids": list(output.prompt_token_ids or ()),
         "token_ids": list(completion.token_ids),
         "text": completion.text,
         "finish_reason": completion.finish_reason,

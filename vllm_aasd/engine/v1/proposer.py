@@ -208,16 +208,11 @@ class AASDProposer:
             }
             if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
                 self._num_decode_tokens = scheduled.total_num_scheduled_tokens
-        with self.faults.contained("requests"):
-            is_plain = not any(state.spec_decode_metadata.num_draft_tokens) and not runner.use_async_scheduling
-            if is_plain and all(self._requests[req_id].is_strict for req_id in req_ids):
-                # As without speculation: vLLM's rejection sampler would copy all logits twice for nothing, which takes
-                # 2 % of a step of 32 requests here. Relaxed requests stay with it, for their policies watch all tokens.
-                runner.execute_model_state = state._replace(spec_decode_metadata=None)
         if self._alignment is not None:
             self._alignment.take_up(state)
-            # vLLM is about to mask the logits by the grammar, in place.
-            if state.scheduler_output.has_structured_output_requests:
+            # vLLM is about to change the logits in place: by the grammar, and without drafts by the sampling parameters. All
+            # rows are of the context then.
+            if state.scheduler_output.has_structured_output_requests or not self._num_drafted:
                 self._alignment.write()
 
     def propose(
@@ -251,6 +246,8 @@ class AASDProposer:
         if self.faults.is_off("draft"):
             return drafts
         req_ids = self._runner.input_batch.req_ids
+        # Nothing is written in the row for a prompt of embeddings: it holds its former occupant's.
+        embedded = self._runner.input_batch.req_prompt_embeds
         survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
         least = self._least(len(drafts))
         for row, sampled in enumerate(sampled_token_ids):
@@ -261,6 +258,8 @@ class AASDProposer:
                 context = token_ids_cpu[row, : num_tokens_no_spec[row]]
                 limit = self._draft_limit(req_id, len(context))
                 stored = NO_ALIGNMENT if self._alignment is None else self._alignment.view(row)
+                if row in embedded:
+                    context, stored = context[self._runner.requests[req_id].num_prompt_tokens :], NO_ALIGNMENT
                 self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
                 draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit, least)
                 drafts[row] = self._placeholders.before_first(draft_token_ids.tolist())
@@ -293,10 +292,16 @@ class AASDProposer:
         return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
 
     def _draft_limit(self, req_id: str, num_tokens: int) -> int:
-        """No draft token past what the request may still emit: one token comes without a draft."""
+        """No draft token past what the request may still emit, nor up to where it may stop: one token comes without a draft."""
         request = self._runner.requests[req_id]
-        max_tokens = request.sampling_params.max_tokens if request.sampling_params else None
-        if max_tokens is None:
+        params = request.sampling_params
+        if params is None:
             return self._max_draft_tokens
-        remaining = max_tokens - (num_tokens - request.num_prompt_tokens)
-        return max(0, min(self._max_draft_tokens, remaining - 1))
+        num_emitted = num_tokens - request.num_prompt_tokens
+        limit = self._max_draft_tokens
+        if params.max_tokens is not None:
+            limit = min(limit, params.max_tokens - num_emitted - 1)
+        if params.min_tokens > num_emitted and params.all_stop_token_ids:
+            # vLLM forbids a step's bonus token to stop the request if `min_tokens` weren't reached before its drafts.
+            limit = min(limit, params.min_tokens - num_emitted - 1)
+        return max(0, limit)

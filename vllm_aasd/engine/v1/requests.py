@@ -28,6 +28,13 @@ class V1Request(NamedTuple):
     is_strict: bool
 
 
+def _is_misled_by_drafts(params: SamplingParams | None) -> bool:
+    """Whether vLLM's V1 sampler gives a request with such parameters another answer where it has drafts."""
+    if params is None:
+        return False
+    return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
+
+
 class V1Requests:
     """The requests that a worker serves, from the first step that holds them until they end.
 
@@ -71,7 +78,7 @@ class V1Requests:
         policy = policy_of(settings, params)
         is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
         self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
-        if settings.enabled:
+        if settings.enabled and not _is_misled_by_drafts(params):
             self._drafted.add(req_id)
 
     def is_drafted(self, req_id: str) -> bool:

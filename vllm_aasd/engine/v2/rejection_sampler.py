@@ -1,7 +1,8 @@
 """Our verifier in the place of the V2 model runner's ``rejection_sample``.
 
 vLLM's `RejectionSampler` does the rest as always: it gathers the drafts, marks those that a grammar forbids, applies
-penalties, bad words, temperature, top-k and top-p before us, and reports log-probabilities after us.
+penalties, bad words, temperature, top-k and top-p before us, and reports log-probabilities after us. Those of tokens that a
+request has chosen (``logprob_token_ids``) it forgets where its plain sampler doesn't; here it is reminded.
 """
 
 import contextlib
@@ -12,7 +13,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
@@ -51,6 +55,9 @@ class V2Verifier:
 
     Attributes:
         contained: around what it does, if it `is_on`.
+        idx_mapping: ``[num_reqs]`` integer, the slots of the step's requests.
+        rows: ``[num_logits]`` integer, the slot of each row that was verified last: a large batch comes in parts.
+        chosen: what `compute_topk_scores` is told besides; empty where no request has chosen tokens.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class V2Verifier:
         self._faults = faults
         self.contained = faults.contained("verify", shared=True)
         self._all_greedy = False
+        self.idx_mapping = np.empty(0, np.int32)
+        self.rows: torch.Tensor | None = None
+        self.chosen: dict[str, Any] = {}
 
     @property
     def is_on(self) -> bool:
@@ -69,12 +79,14 @@ class V2Verifier:
         return self._requests.is_current and not self._faults.is_off("verify")
 
     @contextlib.contextmanager
-    def active(self, all_greedy: bool = False) -> Iterator[None]:
+    def active(self, idx_mapping: np.ndarray, all_greedy: bool = False) -> Iterator[None]:
         """While it lasts, vLLM's V2 ``rejection_sample`` in this process is this verifier's.
 
         Args:
+            idx_mapping: ``[num_reqs]`` integer, the slots of the step's requests.
             all_greedy: True only if every request of the step is known to be greedy.
         """
+        self.idx_mapping = idx_mapping
         self._all_greedy = all_greedy
         token = _active.set(self)
         try:
@@ -156,7 +168,13 @@ def install() -> list[patching.Replacement]:
     Raises:
         SeamError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return patching.replace({patching.V2_REJECTION_SAMPLE: _dispatching})
+    return patching.replace(
+        {
+            patching.V2_REJECTION_SAMPLE: _dispatching,
+            patching.V2_GET_LOGPROBS: _asking_for_chosen,
+            patching.V2_COMPUTE_LOGPROBS: _with_chosen,
+        }
+    )
 
 
 def _dispatching(stock: Callable) -> Callable:
@@ -168,6 +186,7 @@ def _dispatching(stock: Callable) -> Callable:
         if verifier is None:
             return stock(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
+        verifier.rows = call["expanded_idx_mapping"]
         # Should it fail: vLLM's sampler is strict, so a filler that it accepts is what the target says.
         with verifier.contained:
             call["draft_sampled"] = verifier.without_fillers(
@@ -184,6 +203,37 @@ def _dispatching(stock: Callable) -> Callable:
         return emitted
 
     return rejection_sample
+
+
+def _asking_for_chosen(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def _get_logprobs_tensors(self: RejectionSampler, *args: Any) -> LogprobsTensors | None:
+        verifier = _active.get()
+        state = self.sampler.logprob_token_ids_state
+        most = 0 if verifier is None else state.max_num_token_ids(verifier.idx_mapping)
+        if most == 0:
+            return stock(self, *args)
+        verifier.chosen = {
+            "logprob_token_ids_state": state,
+            "expanded_idx_mapping": verifier.rows,
+            "max_per_req_token_ids": most,
+        }
+        *others, max_num_logprobs = args
+        try:
+            return stock(self, *others, max(max_num_logprobs, 0))
+        finally:
+            verifier.chosen = {}
+
+    return _get_logprobs_tensors
+
+
+def _with_chosen(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def compute_topk_scores(*args: Any, **kwargs: Any) -> LogprobsTensors:
+        verifier = _active.get()
+        return stock(*args, **kwargs, **({} if verifier is None else verifier.chosen))
+
+    return compute_topk_scores
 
 
 def _foreign(call: dict[str, Any]) -> str | None:

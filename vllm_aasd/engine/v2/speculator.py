@@ -197,7 +197,7 @@ class AASDSpeculator(BaseSpeculator):
             temperature = self._runner.sampler.sampling_states.temperature.np
             all_greedy = not temperature[batch.idx_mapping_np].any()
         try:
-            with self.verifier.active(all_greedy):
+            with self.verifier.active(batch.idx_mapping_np, all_greedy):
                 yield
         finally:
             self._expected = None

@@ -1,0 +1,77 @@
+"""Log-probabilities of tokens that a request has chosen (``logprob_token_ids``), beside requests with drafts.
+
+vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, and gets what that gathers
+for such requests instead: it fails on it beside a request with ``logprobs``, and drops it else. Such requests have no drafts
+here, so all that they need is in their bonus rows.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+
+_rows: ContextVar[list[torch.Tensor] | None] = ContextVar("aasd_bonus_rows", default=None)
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[list[torch.Tensor]]:
+    """While it lasts, vLLM's sampler gathers nothing for such requests; it leaves its rows here instead."""
+    rows: list[torch.Tensor] = []
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)
+
+
+def leaving_rows(stock: Callable) -> Callable:
+    """Make vLLM's ``gather_specific_token_logprobs`` heed `set_aside`."""
+
+    @functools.wraps(stock)
+    def gather(
+        self: Sampler, logprobs: torch.Tensor, logprob_token_ids: dict[int, list[int]], sampled: torch.Tensor
+    ) -> LogprobsTensors | None:
+        rows = _rows.get()
+        if rows is None:
+            return stock(self, logprobs, logprob_token_ids, sampled)
+        rows.append(logprobs)
+        return None
+
+    return gather
+
+
+def put_in(
+    output: SamplerOutput, sampler: RejectionSampler, rows: list[torch.Tensor], chosen: dict[int, list[int]]
+) -> None:
+    """Add the chosen tokens' log-probabilities to a step's output, in place.
+
+    Args:
+        output: of `sampler`; its log-probabilities are those that others have asked for, by request and emitted token.
+        sampler: vLLM's.
+        rows: what was set aside: one tensor, ``[batch_size, vocab_size]``, as vLLM's plain sampler reports bonus rows.
+        chosen: token ids by batch row, of requests without drafts.
+    """
+    (scores,) = rows
+    requests = list(chosen)
+    scores = scores[requests]
+    if not sampler.is_logits_logprobs_mode:
+        scores = sampler.sampler.compute_logprobs(scores)
+    batch_size, width = output.sampled_token_ids.shape
+    sampled = output.sampled_token_ids[requests, 0].long()
+    gathered = sampler.sampler.gather_specific_token_logprobs(scores, dict(enumerate(chosen.values())), sampled)
+    parts = [(slice(None), output.logprobs_tensors)] if output.logprobs_tensors is not None else []
+    parts.append((torch.tensor(requests, device=scores.device) * width, gathered))
+    size = batch_size * width, max(tensors.logprobs.shape[1] for _, tensors in parts)
+    token_ids = gathered.logprob_token_ids.new_zeros(size)
+    logprobs = gathered.logprobs.new_full(size, float("-inf"))
+    ranks = gathered.selected_token_ranks.new_zeros(size[0])
+    for at, tensors in parts:
+        token_ids[at, : tensors.logprobs.shape[1]] = tensors.logprob_token_ids
+        logprobs[at, : tensors.logprobs.shape[1]] = tensors.logprobs
+        ranks[at] = tensors.selected_token_ranks
+    output.logprobs_tensors = LogprobsTensors(token_ids, logprobs, ranks)

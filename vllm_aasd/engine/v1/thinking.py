@@ -1,0 +1,31 @@
+"""Thinking budgets (``thinking_token_budget``) on vLLM's V1 model runner, as they are without speculation.
+
+With speculation configured, vLLM's holder of them counts the rows of a step by its drafts. It forces the end of thinking at
+the wrong token where the start or the end of thinking is itself drafted, and one token late from the second time on, drafts
+or not. So requests with a budget have no drafts here, and the holder isn't told of those of others.
+"""
+
+import torch
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
+
+class UndraftedBudgets:
+    """Stands in the place of the holder for one step: of a request with a budget, there is the bonus token's row only.
+
+    Args:
+        holder: vLLM's.
+    """
+
+    def __init__(self, holder: ThinkingBudgetStateHolder) -> None:
+        holder.in_spec_mode = False
+        self._holder = holder
+        self.has_tracked_requests = holder.has_tracked_requests
+        self.update_state = holder.update_state
+
+    def apply_to_logits(
+        self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: list[list[int]] | None
+    ) -> torch.Tensor:
+        """Force the end of thinking among the bonus rows, ``[batch_size, vocab_size]``, in place; leave draft rows alone."""
+        if not predict_bonus_token:
+            return logits
+        return self._holder.apply_to_logits(logits, predict_bonus_token=False, spec_token_ids=spec_token_ids)
