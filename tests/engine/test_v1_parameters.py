@@ -121,13 +121,11 @@ def test_a_draft_ends_before_the_least_tokens_do():
     assert crosses == {"a": False, "b": True}
 
 
-def serve_embedded(is_embedded, proposes=None):
+def serve_embedded(is_embedded):
     """Lengths of the drafts after each token, for a request whose row holds, or would hold, a prompt that repeats."""
     runner = FakeRunner({}, max_num_reqs=1, verification="strict", memory="process")
     memory = runner.proposer._drafter._memory
     before = memory.copy()
-    if proposes is not None:
-        runner.proposer._ngram = types.SimpleNamespace(propose=proposes)
     if is_embedded:
         runner.input_batch.req_prompt_embeds[0] = torch.zeros(12, 8)
     runner.add("a", [1, 2, 3] * 4, max_tokens=8)
@@ -144,11 +142,3 @@ def test_a_prompt_of_embeddings_is_neither_looked_up_nor_remembered():
     assert serve_embedded(is_embedded=False) == ([0, 0, 4, 0, 3, 3], True)
     # Two tokens of output repeat by the fifth step.
     assert serve_embedded(is_embedded=True) == ([0, 0, 0, 0, 2, 1], False)
-
-
-def test_vllms_ngrams_do_not_look_it_up_either():
-    def proposes(longest, sampled_token_ids, lengths, contexts):
-        return [[1] * longest if sampled else [] for sampled in sampled_token_ids]
-
-    assert max(serve_embedded(False, proposes)[0]) == 4
-    assert max(serve_embedded(True, proposes)[0]) == 0

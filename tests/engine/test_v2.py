@@ -348,7 +348,7 @@ def test_what_vllm_hands_over_by_default_is_ours():
 def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
     replacements = v2.install()
     try:
-        assert len(replacements) == 2 and v2.install() == []
+        assert len(replacements) == 4 and v2.install() == []
         import vllm.v1.worker.gpu.model_runner as host
 
         with pytest.raises(AssertionError):
