@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 _MODULES = {
     "align": {"reference": "align.reference", "cpu": "align.cpu", "cuda": "align.triton"},
     "align_shard": {"reference": "align.shard_reference", "cuda": "align.shard_triton"},
-    "count": {"reference": "count.reference", "cpu": "count.cpu", "cuda": "count.triton"},
+    "count": {"reference": "count.cpu", "cuda": "count.triton"},
     "draft": {"reference": "draft.reference", "cuda": "draft.triton"},
     "recovered": {"reference": "verify.recovered_reference", "cpu": "verify.recovered_cpu"},
     "verify": {"reference": "verify.reference", "cpu": "verify.cpu"},
