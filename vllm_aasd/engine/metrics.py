@@ -1,12 +1,12 @@
 """From the counters of a worker to the server's ``/metrics``, to a line in its log, and to `vllm_aasd.metrics.get`.
 
-The counters live in the worker, ``/metrics`` in the API server. A thread of the worker writes them once a second to a small
-JSON file, and a collector in the API server reads these files when it is scraped, so no process and no step waits.
-vLLM's own paths don't do: its statistics drop what they don't know, and with asynchronous scheduling the
-device runs dry whenever ``collective_rpc`` asks.
+The counters live in the worker, ``/metrics`` in the API server. A thread of the worker writes them once a second to a
+small JSON file, and a collector in the API server reads these files when it is scraped, so no process and no step
+waits. vLLM's own ways don't do: its statistics drop what they don't know, and with asynchronous scheduling the device
+runs dry whenever ``collective_rpc`` asks.
 
-Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tensor-parallel ranks count the same, so only the
-first writes. An engine on another machine than the API server isn't on its page.
+Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tensor-parallel ranks count the same, so only
+the first writes. An engine on another machine than the API server isn't on its page.
 """
 
 import atexit
@@ -79,7 +79,7 @@ class FolderCollector(Collector):
         self._folder = folder
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        """All series of all workers; files that can't be read are left out, since other metrics are on the same page."""
+        """All series of all workers; unreadable files are left out, since other metrics are on the same page."""
         series: dict[tuple[Any, ...], float] = defaultdict(float)
         for path in glob.glob(os.path.join(self._folder, "*.json")):
             try:
