@@ -119,11 +119,10 @@ def summary(before: list[MetricValue], after: list[MetricValue]) -> str | None:
     tokens, lookups = grown["survival_tokens"], grown["store_lookups"]
     if not tokens:
         return None
+    promised, kept = (grown[f"survival_{kind}"] / tokens for kind in ("promised", "accepted"))
+    relaxed = f"{grown['relaxed_tokens']:.0f} tokens ({grown['regret_nats']:.2f} nats)"
     hits = f", Store hit rate: {grown['hits'] / lookups:.1%}" if lookups else ""
-    return (
-        f"Survival promised: {grown['survival_promised'] / tokens:.1%}, kept: {grown['survival_accepted'] / tokens:.1%}, "
-        f"Relaxed: {grown['relaxed_tokens']:.0f} tokens ({grown['regret_nats']:.2f} nats){hits}"
-    )
+    return f"Survival promised: {promised:.1%}, kept: {kept:.1%}, Relaxed: {relaxed}{hits}"
 
 
 def metrics_table() -> str:

@@ -3,15 +3,15 @@
 What is counted, in one vector of float64
     - Draft tokens that only a relaxed policy accepted, and their regret in nats.
     - Requests whose budget ran out, and requests whose collapse guard engaged.
-    - Calibration: draft tokens by tenth of the *survival* that the drafter promised (its estimate that the token will be
-      accepted), the sum of what it promised, and how many were accepted. A calibrated drafter keeps what it promises.
+    - Calibration: draft tokens by tenth of the *survival* that the drafter promised (its estimate that the token will
+      be accepted), the sum of what it promised, and how many were accepted. A calibrated drafter keeps its promises.
 
     A draft token is one whose id isn't negative: neither fillers nor what a grammar forbade are counted.
 
 How
-    The V1 runner is on the host: a compiled loop. The V2 runner is ahead of the device and never waits for it, so there the
-    totals are on the device: one launch of a few atomic additions, read only on demand. Whole numbers below 2^53 are
-    exact in float64, in whatever order they are added.
+    The V1 runner is on the host: a compiled loop. The V2 runner is ahead of the device and never waits for it, so
+    there the totals are on the device: one launch of a few atomic additions, read only on demand. Whole numbers below
+    2^53 are exact in float64, in whatever order they are added.
 """
 
 import torch

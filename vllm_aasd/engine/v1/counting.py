@@ -66,9 +66,10 @@ class V1Counting:
             cu_num_rows[1:] = cu_num_draft_tokens.numpy()
             survival = self._survival[: len(req_ids)]
             survival.fill(UNPROMISED)
-            for row, req_id in enumerate(req_ids if self.drafter is not None else ()):
-                promised = self.drafter.promised(req_id)
-                survival[row, : len(promised)] = promised
+            if self.drafter is not None:
+                for row, req_id in enumerate(req_ids):
+                    promised = self.drafter.promised(req_id)
+                    survival[row, : len(promised)] = promised
             count_arrays(
                 self._totals,
                 draft_token_ids.numpy(),
