@@ -12,10 +12,9 @@ def register() -> None:
     end every vLLM command, so what goes wrong is logged and leaves vLLM as it was.
     """
     try:
-        from vllm_aasd.engine import configuration, request_options, request_totals
+        from vllm_aasd.engine import configuration, request_options
 
         configuration.install()
         request_options.install()
-        request_totals.install()
     except Exception:
         logger.exception("vllm-aasd could not register itself; method 'aasd' isn't available")

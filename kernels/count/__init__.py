@@ -1,20 +1,17 @@
 """Count: what became of the drafts of one step, added to running totals where the drafts are.
 
-What is counted
-    For each request of a step with d draft tokens, of which a were accepted, into one vector of float64, `totals`:
+What is counted, in one vector of float64
+    - Draft tokens that only a relaxed policy accepted, and their regret in nats.
+    - Requests whose budget ran out, and requests whose collapse guard engaged.
+    - Calibration: draft tokens by tenth of the *survival* that the drafter promised (its estimate that the token will
+      be accepted), the sum of what it promised, and how many were accepted. A calibrated drafter keeps its promises.
 
-    - 1 where the budget of its policy ran out, and 1 where the collapse guard engaged;
-    - its drafts (1 if d > 0), d, a, the tokens accepted only thanks to a relaxed policy, and their regret in nats;
-    - 1 under the draft length d, so that lengths make a histogram;
-    - how far the *survival* held that was promised of each draft token (see `vllm_aasd.drafting`): by tenths of it,
-      the tokens, the sum of what was promised, and those accepted. Of a calibrated drafter the two last are equal.
-
-    A draft token is one whose id isn't negative: neither fillers nor what a grammar forbade count.
+    A draft token is one whose id isn't negative: neither fillers nor what a grammar forbade are counted.
 
 How
-    The V1 runner is on the host: a compiled loop. The V2 runner is ahead of the device and never waits for it, so there the
-    totals are the device's, added to by one launch of a few atomic additions, and read only by whoever wants to know.
-    Whole numbers below 2^53 are exact in float64, in whatever order they are added.
+    The V1 runner is on the host: a compiled loop. The V2 runner is ahead of the device and never waits for it, so
+    there the totals are on the device: one launch of a few atomic additions, read only on demand. Whole numbers below
+    2^53 are exact in float64, in whatever order they are added.
 """
 
 from types import ModuleType
@@ -23,42 +20,18 @@ import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape
-from vllm_aasd.kernels.count.reference import (
-    ACCEPTED,
-    DRAFT_TOKENS,
-    DRAFTS,
-    EXHAUSTED,
-    GUARDED,
-    LENGTHS,
-    MAX_DRAFT_TOKENS,
-    REGRET,
-    RELAXED,
-    SIZE,
-    SURVIVAL_ACCEPTED,
-    SURVIVAL_BINS,
-    SURVIVAL_PROMISED,
-    SURVIVAL_TOKENS,
-    UNPROMISED,
-)
 
-__all__ = [
-    "ACCEPTED",
-    "DRAFTS",
-    "DRAFT_TOKENS",
-    "EXHAUSTED",
-    "GUARDED",
-    "LENGTHS",
-    "MAX_DRAFT_TOKENS",
-    "REGRET",
-    "RELAXED",
-    "SIZE",
-    "SURVIVAL_ACCEPTED",
-    "SURVIVAL_BINS",
-    "SURVIVAL_PROMISED",
-    "SURVIVAL_TOKENS",
-    "UNPROMISED",
-    "count_drafts",
-]
+SURVIVAL_BINS = 10
+"""Promised survival is told apart by tenths; 1.0 is in the last."""
+
+UNPROMISED = -1.0
+"""Stands where no survival was promised: such a token says nothing about calibration."""
+
+RELAXED, REGRET, EXHAUSTED, GUARDED, SURVIVAL_TOKENS = range(5)
+SURVIVAL_PROMISED = SURVIVAL_TOKENS + SURVIVAL_BINS
+SURVIVAL_ACCEPTED = SURVIVAL_PROMISED + SURVIVAL_BINS
+SIZE = SURVIVAL_ACCEPTED + SURVIVAL_BINS
+"""The totals: four numbers, and three by tenth of survival; each name is the first index."""
 
 
 def count_drafts(
@@ -74,60 +47,42 @@ def count_drafts(
     exhausted: torch.Tensor,
     guarded: torch.Tensor,
 ) -> None:
-    """Add one step to the totals, without a word to the host; the module's docstring says what is counted.
+    """Add one step to the totals without waiting for the device; the module's docstring says what is counted.
 
     Args:
-        totals: [SIZE] float64, modified in place; the constants of this module are the places in it.
-        draft_token_ids: [num_rows] integer, by row; negative ids are no drafts. Drafts come before what isn't.
+        totals: [SIZE] float64, modified in place; the constants of this module are the indices.
+        draft_token_ids: [num_rows] integer, by row; negative ids are no drafts, and come after a request's drafts.
         cu_num_rows: [num_reqs + 1] integer: request i owns the rows from entry i up to entry i + 1.
         first_draft: which of a request's rows holds its first draft token: 1 where the first row holds the token
             emitted last, as `verify_seeded` takes them; 0 where rows are drafts only, as `verify` takes them.
         num_emitted: [num_reqs] integer: accepted draft tokens, and one more.
         idx_mapping: [num_reqs] integer, the row of `survival` of each request.
-        survival: [>= 1, K] float32, probabilities as promised when the draft was made; `UNPROMISED` where nothing
-            was, and so for a draft token beyond K.
+        survival: [>= 1, K] float32, rows contiguous: probabilities promised when the draft was made; `UNPROMISED` where
+            there is no promise. A request's first K draft tokens are counted.
         relaxed: [num_rows] bool, by the row that tested the draft: `first_draft` rows before the draft's.
-        regret: [num_rows] float32, nats, likewise.
-        exhausted: [num_reqs] bool, whether the budget of a request's policy ran out in this step; [0] for policies
-            without one.
-        guarded: [num_reqs] bool, whether the collapse guard engaged in this step; [0] where there is none.
+        regret: [num_rows] float32, nats, by the same row.
+        exhausted: [num_reqs] bool, whether the budget of a request's policy ran out in this step.
+        guarded: [num_reqs] bool, whether the collapse guard engaged in this step.
 
     Raises:
-        ValueError: an argument has a wrong shape or dtype. Values are not checked; a request has at most
-            `MAX_DRAFT_TOKENS` drafts.
+        ValueError: an argument has a wrong shape or dtype. Values are not checked.
     """
-    num_rows, num_reqs = draft_token_ids.shape[0], num_emitted.shape[0]
-    integers = (torch.int32, torch.int64)
-    check_shape("totals", totals, (SIZE,))
-    check_dtype("totals", totals, torch.float64)
-    check_dtype("draft_token_ids", draft_token_ids, *integers)
-    check_shape("cu_num_rows", cu_num_rows, (num_reqs + 1,))
-    check_shape("idx_mapping", idx_mapping, (num_reqs,))
-    if survival.ndim != 2 or (survival.shape[1] > 1 and survival.stride(1) != 1):
-        raise ValueError(f"survival has shape {tuple(survival.shape)}, expected (rows, K), rows contiguous")
-    check_dtype("survival", survival, torch.float32)
-    check_shape("relaxed", relaxed, (num_rows,))
-    check_dtype("relaxed", relaxed, torch.bool)
-    check_shape("regret", regret, (num_rows,))
-    check_dtype("regret", regret, torch.float32)
-    for name, events in (("exhausted", exhausted), ("guarded", guarded)):
-        check_shape(name, events, (num_reqs,) if events.shape[0] else (0,))
-        check_dtype(name, events, torch.bool)
-    if first_draft not in (0, 1):
-        raise ValueError(f"first_draft is {first_draft}, must be 0 or 1")
-    _implementation(totals.device.type).count_drafts(
-        totals,
-        draft_token_ids,
-        cu_num_rows,
-        first_draft,
-        num_emitted,
-        idx_mapping,
-        survival,
-        relaxed,
-        regret,
-        exhausted,
-        guarded,
-    )
+    by_row, by_request = (draft_token_ids.shape[0],), (num_emitted.shape[0],)
+    for name, tensor, shape, dtypes in (
+        ("totals", totals, (SIZE,), (torch.float64,)),
+        ("draft_token_ids", draft_token_ids, by_row, (torch.int32, torch.int64)),
+        ("cu_num_rows", cu_num_rows, (by_request[0] + 1,), (torch.int32, torch.int64)),
+        ("idx_mapping", idx_mapping, by_request, (torch.int32, torch.int64)),
+        ("survival", survival, (survival.shape[0], survival.shape[-1]), (torch.float32,)),
+        ("relaxed", relaxed, by_row, (torch.bool,)),
+        ("regret", regret, by_row, (torch.float32,)),
+        ("exhausted", exhausted, by_request, (torch.bool,)),
+        ("guarded", guarded, by_request, (torch.bool,)),
+    ):
+        check_shape(name, tensor, shape)
+        check_dtype(name, tensor, *dtypes)
+    step = draft_token_ids, cu_num_rows, first_draft, num_emitted, idx_mapping, survival
+    _implementation(totals.device.type).count_drafts(totals, *step, relaxed, regret, exhausted, guarded)
 
 
 def _implementation(device_type: str) -> ModuleType:

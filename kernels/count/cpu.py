@@ -1,16 +1,14 @@
-"""The compiled CPU path of `count` (numba). What is counted is in `vllm_aasd.kernels.count`."""
+"""The compiled CPU path of `count` (numba), and its specification. See `vllm_aasd.kernels.count`."""
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.count.reference import (
-    ACCEPTED,
-    DRAFT_TOKENS,
-    DRAFTS,
+from vllm_aasd.kernels.count import (
     EXHAUSTED,
     GUARDED,
-    LENGTHS,
     REGRET,
     RELAXED,
     SURVIVAL_ACCEPTED,
@@ -21,73 +19,28 @@ from vllm_aasd.kernels.count.reference import (
 
 
 @compiled
-def count_arrays(
-    totals,
-    draft_token_ids,
-    cu_num_rows,
-    first_draft,
-    num_emitted,
-    idx_mapping,
-    survival,
-    relaxed,
-    regret,
-    exhausted,
-    guarded,
-):
-    """The op on numpy arrays, for who has them: tensors cost ten times as much to hand over as this takes."""
-    for req in range(exhausted.size):
+def count_arrays(totals, ids, cu_num_rows, first_draft, emitted, slots, survival, relaxed, regret, exhausted, guarded):
+    """The op on numpy arrays, for callers that have them: handing over tensors takes ten times as long as this."""
+    for req in range(emitted.size):
         totals[EXHAUSTED] += exhausted[req]
-    for req in range(guarded.size):
         totals[GUARDED] += guarded[req]
-    for req in range(num_emitted.size):
         start = cu_num_rows[req]
-        length = 0
-        for row in range(start + first_draft, cu_num_rows[req + 1]):
-            length += draft_token_ids[row] >= 0
-        if length == 0:
-            continue
-        accepted = num_emitted[req] - 1
-        totals[DRAFTS] += 1
-        totals[DRAFT_TOKENS] += length
-        totals[ACCEPTED] += accepted
-        totals[LENGTHS + length - 1] += 1
-        for row in range(start, start + accepted):
-            totals[RELAXED] += relaxed[row]
-            totals[REGRET] += regret[row]
-        for place in range(min(length, survival.shape[1])):
-            promised = survival[idx_mapping[req], place]
-            if promised < 0:
-                continue
-            tenth = min(int(promised * np.float32(SURVIVAL_BINS)), SURVIVAL_BINS - 1)
-            totals[SURVIVAL_TOKENS + tenth] += 1
-            totals[SURVIVAL_PROMISED + tenth] += promised
-            totals[SURVIVAL_ACCEPTED + tenth] += place < accepted
+        for row in range(start, min(cu_num_rows[req + 1] - first_draft, start + survival.shape[1])):
+            if ids[row + first_draft] < 0:
+                break
+            place = row - start
+            is_accepted = place < emitted[req] - 1
+            if is_accepted:
+                totals[RELAXED] += relaxed[row]
+                totals[REGRET] += regret[row]
+            promised = survival[slots[req], place]
+            if promised >= 0:
+                tenth = min(int(promised * np.float32(SURVIVAL_BINS)), SURVIVAL_BINS - 1)
+                totals[SURVIVAL_TOKENS + tenth] += 1
+                totals[SURVIVAL_PROMISED + tenth] += promised
+                totals[SURVIVAL_ACCEPTED + tenth] += is_accepted
 
 
-def count_drafts(
-    totals: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    cu_num_rows: torch.Tensor,
-    first_draft: int,
-    num_emitted: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    survival: torch.Tensor,
-    relaxed: torch.Tensor,
-    regret: torch.Tensor,
-    exhausted: torch.Tensor,
-    guarded: torch.Tensor,
-) -> None:
+def count_drafts(totals: torch.Tensor, *step: Any) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
-    count_arrays(
-        totals.numpy(),
-        draft_token_ids.numpy(),
-        cu_num_rows.numpy(),
-        first_draft,
-        num_emitted.numpy(),
-        idx_mapping.numpy(),
-        survival.numpy(),
-        relaxed.numpy(),
-        regret.numpy(),
-        exhausted.numpy(),
-        guarded.numpy(),
-    )
+    count_arrays(totals.numpy(), *(each.numpy() if torch.is_tensor(each) else each for each in step))

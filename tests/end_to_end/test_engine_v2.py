@@ -33,6 +33,14 @@ def drafted_and_accepted(result):
     return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
 
 
+def counted(metrics):
+    """Draft tokens and accepted ones, by our own counters."""
+    return tuple(
+        sum(value for name, value in metrics.items() if name.startswith(f"aasd:survival_{kind}:"))
+        for kind in ("tokens", "accepted")
+    )
+
+
 @pytest.fixture(scope="module")
 def plain(demo_model, tmp_path_factory):
     """Without speculation, on the V1 runner: what the target itself says."""
@@ -65,7 +73,6 @@ def speculated(demo_model, tmp_path_factory):
         aasd={**STRICT, **WIDTHS, "aasd_alignment": True},
         record_store=True,
         max_num_batched_tokens=48,
-        per_request_spec_decode_metrics="summary",
     )
 
 
@@ -80,11 +87,10 @@ def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
     drafted, accepted = drafted_and_accepted(speculated)
     assert 0 < accepted < drafted
     # Before faults are injected.
-    figures = speculated["after"][2]["metrics"]
-    for kind in ("draft", "accepted"):
-        ours, vllms = figures[f"aasd:{kind}_tokens"], figures[f"vllm:spec_decode_num_{kind}_tokens"]
-        assert ours == vllms > 0, "counted on the device"
-    assert figures["aasd:store_lookups:hit"] > 0
+    metrics = speculated["after"][2]["metrics"]
+    vllms = tuple(metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert counted(metrics) == vllms, "on the device"
+    assert metrics["aasd:store_lookups:hit"] > 0
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
 
@@ -146,9 +152,8 @@ def test_scheduled_ahead_with_widths_that_are_learnt(plain, demo_model, tmp_path
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][2])
     assert result["rounds"][1][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
     drafted, accepted = drafted_and_accepted(result)
-    ours = result["metrics"]
-    assert 0 < accepted == ours["aasd:accepted_tokens"]
-    assert ours["aasd:draft_tokens"] < drafted, "fillers are no drafts"
+    without_fillers, kept = counted(result["metrics"])
+    assert 0 < accepted == kept and without_fillers < drafted, "fillers are no drafts"
     assert "aasd: a fault" not in result["log"]
 
 
@@ -242,14 +247,13 @@ def loose(demo_model, tmp_path_factory):
         v2=True,
         aasd=aasd,
         record_verification=True,
-        per_request_spec_decode_metrics="summary",
     )
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
 def test_conditional_accepts_exactly_what_the_twin_says(loose):
     result, calls = loose
-    relaxed = 0
+    relaxed, says_relaxed, says_regret = 0, 0, 0.0
     for one in calls:
         call = one["call"]
         policies = VerifyPolicies(*one["policies"])
@@ -263,11 +267,11 @@ def test_conditional_accepts_exactly_what_the_twin_says(loose):
             argmax = call["target_logits"][first : first + len(emitted)].argmax(dim=1)
             is_greedy = call["temperature"][call["idx_mapping"][row]] == 0
             relaxed += int((emitted != argmax).sum()) if is_greedy else 0
+            accepted = slice(first, first + len(emitted) - 1)
+            says_relaxed += int(says.relaxed[accepted].sum())
+            says_regret += float(says.regret[accepted].double().sum())
     assert len(calls) > 4 and relaxed > 0, "the bar must let something by"
-    told = [output["drafts"]["aasd_relaxed_tokens"] for output in result["rounds"][0]]
-    assert sum(told[:2]) == relaxed, "each answer tells of its own"
-    regrets = [output["drafts"]["aasd_regret_nats"] for output in result["rounds"][0]]
-    assert sum(regrets) == pytest.approx(result["metrics"]["aasd:regret_nats"], rel=1e-5)
-    assert sum(told) == result["metrics"]["aasd:relaxed_tokens"]
+    assert result["metrics"]["aasd:relaxed_tokens"] == says_relaxed >= relaxed
+    assert result["metrics"]["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
     drafted, accepted = drafted_and_accepted(result)
     assert accepted == sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in calls)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aasd_testing.engines import greedy, run_engine
 from aasd_testing.prompts import real_prompts
-from vllm_aasd import metrics
 from vllm_aasd.counters import METRICS, PREFIX
 from vllm_aasd.engine.failsafe import PLACES
 
@@ -34,13 +32,7 @@ VLLM = pathlib.Path(sys.executable).parent / "vllm"
 def start(model, log, speculative_config, port, *options):
     command = [VLLM, "serve", model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
-    command += [
-        "--per-request-spec-decode-metrics",
-        "summary",
-        "--speculative-config",
-        json.dumps(speculative_config),
-        *options,
-    ]
+    command += ["--speculative-config", json.dumps(speculative_config), *options]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2", **os.environ}
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -148,32 +140,25 @@ def test_logprobs_of_every_token(client):
     assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
 
 
-def test_the_servers_page_shows_our_figures_and_they_agree_with_vllms(client, server):
+def by_label(samples, name):
+    """The values of a metric's series, by its own label."""
+    return {labels[-1][1]: value for (metric, *labels), value in samples.items() if metric == f"{PREFIX}{name}_total"}
+
+
+def test_the_servers_page_shows_our_metrics_and_they_agree_with_vllms(client, server):
     ask(client, PROMPTS[0])
     ask(client, PROMPTS[0], {})
-    # Figures are at most a second old.
+    # Ours are at most a second old.
     time.sleep(3)
     samples = scraped(server[0])
-    for ours, vllms in (
-        ("aasd:draft_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
-        ("aasd:accepted_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"),
-        ("aasd:draft_length_count", "vllm:spec_decode_num_drafts_total"),
-    ):
-        assert samples[ours, *LABELS] == samples[vllms, *LABELS] > 0, ours
-    assert samples["aasd:accepted_tokens_total", *LABELS] > samples["aasd:relaxed_tokens_total", *LABELS] > 0
+    assert all(by_label(samples, metric.name) for metric in METRICS)
+    drafted, accepted = drafted_and_accepted(server)
+    assert sum(by_label(samples, "survival_tokens").values()) == drafted
+    assert sum(by_label(samples, "survival_accepted").values()) == accepted
+    assert accepted > samples["aasd:relaxed_tokens_total", *LABELS] > 0
     assert samples["aasd:regret_nats_total", *LABELS] > 0
-    assert samples["aasd:store_lookups_total", *LABELS, ("result", "hit")] > 0
-    faults = {name: value for name, value in samples.items() if name[0] == "aasd:faults_total"}
-    assert len(faults) == len(PLACES) and not any(faults.values())
-
-
-def test_everything_that_the_dashboard_asks_for_is_on_the_page(server):
-    shown = {sample[0] for sample in scraped(server[0])}
-    asked = set(re.findall(r"\b(?:aasd|vllm):\w+", metrics.dashboard()))
-    assert asked and asked <= shown
-    assert {PREFIX + metric.name for metric in METRICS} <= {
-        name.removesuffix("_total").removesuffix("_bucket") for name in shown
-    }
+    assert by_label(samples, "store_lookups")["hit"] > 0
+    assert by_label(samples, "faults") == dict.fromkeys(PLACES, 0)
 
 
 def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
@@ -186,41 +171,13 @@ def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
 
 
 def test_the_log_has_a_line_now_and_then(client, server):
-    log, line = server[1], "AASD metrics: Drafted: "
+    log, line = server[1], "AASD metrics: Survival promised: "
     for _ in range(30):
         ask(client, PROMPTS[1])
         if line in log.read_text():
             break
         time.sleep(0.5)
     assert line in log.read_text(), log.read_text()[-2000:]
-
-
-def test_figures_of_each_request_come_with_the_answer(client, server):
-    def relaxed_and_regret():
-        time.sleep(2)
-        samples = scraped(server[0])
-        return [samples[name, *LABELS] for name in ("aasd:relaxed_tokens_total", "aasd:regret_nats_total")]
-
-    before = relaxed_and_regret()
-    jobs = [(prompt, xargs) for prompt in PROMPTS[:3] for xargs in (STRICT, {})]
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda job: ask(client, *job), jobs))
-    found = [answer.metrics["speculative_decoding"] for answer in answers]
-    assert all(one["num_accepted_draft_tokens"] > 0 for one in found)
-    for one in found[::2]:
-        assert (one["aasd_relaxed_tokens"], one["aasd_regret_nats"]) == (0, 0.0)
-    for one in found[1::2]:
-        assert one["num_accepted_draft_tokens"] >= one["aasd_relaxed_tokens"] > 0 and one["aasd_regret_nats"] > 0
-    grown = [after - earlier for after, earlier in zip(relaxed_and_regret(), before, strict=True)]
-    keys = "aasd_relaxed_tokens", "aasd_regret_nats"
-    assert [sum(one[key] for one in found) for key in keys] == pytest.approx(grown, rel=1e-4)
-    assert not any("kv_transfer_params" in answer.model_dump(exclude_none=True) for answer in answers)
-
-
-def test_a_streamed_answer_ends_with_its_figures(client):
-    *_, last = ask(client, PROMPTS[0], {}, stream=True, stream_options={"include_usage": True})
-    found = last.metrics["speculative_decoding"]
-    assert found["num_accepted_draft_tokens"] >= found["aasd_relaxed_tokens"] > 0
 
 
 def test_requests_at_once_get_what_each_asked_for(client, demo_model, tmp_path):
@@ -290,11 +247,15 @@ def test_data_parallel_replicas(demo_model, tmp_path):
         concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool,
     ):
         answers = list(pool.map(lambda prompt: text_of(ask(client, prompt)), PROMPTS))
-        metrics = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
+        time.sleep(3)
+        page = urllib.request.urlopen(address + "/metrics", timeout=10).read().decode()
     assert answers == [output["text"] for output in plain["rounds"][0]]
     assert log.read_text().count("is live: vLLM") == 2
-    accepted = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
-    assert len(accepted) == 2 and all(float(line.rsplit(" ", 1)[1]) > 0 for line in accepted)
+    # vLLM starts as many API servers as replicas by default; whichever answers shows both engines.
+    for name in ("vllm:spec_decode_num_accepted_tokens_total", "aasd:store_lookups_total"):
+        series = [line for line in page.splitlines() if line.startswith(name)]
+        for engine in ("0", "1"):
+            assert sum(float(line.rsplit(" ", 1)[1]) for line in series if f'engine="{engine}"' in line) > 0, name
 
 
 def test_a_bad_setting_stops_the_server_with_its_reason(demo_model, tmp_path):

@@ -1,43 +1,65 @@
-"""The way of the figures: from a worker's counters through a folder to Prometheus, to the log, and to who asks."""
+"""The way of the metrics: from a worker's counters through a folder to Prometheus, to the log, and to `metrics.get`."""
 
 import logging
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
-from vllm.v1.metrics.reader import Counter, Histogram
+from vllm.v1.metrics.reader import Counter
 
 from vllm_aasd import metrics as public
-from vllm_aasd.counters import Counters, Distribution, Figure
+from vllm_aasd.counters import METRICS, Counters, metrics_table, summary
 from vllm_aasd.engine import metrics
 from vllm_aasd.engine.failsafe import MAX_FAULTS, Faults
+from vllm_aasd.kernels import count
 
+ROOT = Path(__file__).parents[2]
 LABELS = {"model_name": "m", "engine": "0"}
 
 
-def shown(collector):
+def shown(collector, own=LABELS):
     """What Prometheus would scrape of a collector, by sample name and its own label."""
     registry = CollectorRegistry()
     registry.register(collector)
     return {
-        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k not in LABELS)): sample.value
+        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k not in own)): sample.value
         for family in text_string_to_metric_families(generate_latest(registry).decode())
         for sample in family.samples
     }
 
 
-def counters_with(drafted, hits=0):
+def counted():
+    """Two drafts: of two tokens, one accepted; and of three, all accepted, one of them by a relaxed policy."""
     counters = Counters("cpu")
-    counters.totals[1] = drafted
-    counters.lookups[0] = hits
-    counters.drafter_time.observe(0.0003)
+    count.count_drafts(
+        counters.totals,
+        torch.tensor([5, 6, 7, 8, 9]),
+        torch.tensor([0, 2, 5]),
+        0,
+        torch.tensor([2, 4]),
+        torch.tensor([0, 1]),
+        torch.tensor([[0.9, 0.4, 0.0], [1.0, 0.95, 0.9]]),
+        torch.tensor([False, False, True, False, False]),
+        torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0]),
+        torch.tensor([False, False]),
+        torch.tensor([True, False]),
+    )
+    counters.lookups += torch.tensor([6, 3, 1])
+    return counters
+
+
+def counters_with(relaxed):
+    counters = Counters("cpu")
+    counters.totals[count.RELAXED] = relaxed
     return counters
 
 
@@ -51,8 +73,9 @@ def wait_for(condition):
 
 
 @pytest.fixture
-def publish(tmp_path):
-    """Starts publishers, and stops them all."""
+def publish(tmp_path, monkeypatch):
+    """Starts publishers, which write every 10 ms, and stops them all."""
+    monkeypatch.setattr(metrics, "WRITE_SECONDS", 0.01)
     publishers = []
 
     def start(counters, folder=tmp_path, engine=0, log_seconds=1000.0, faults=None):
@@ -64,103 +87,113 @@ def publish(tmp_path):
         publisher.stop()
 
 
-def test_every_series_is_shown_from_the_start(publish, tmp_path):
-    publish(Counters("cpu"))
-    samples = shown(metrics.FolderCollector(str(tmp_path)))
-    assert samples["aasd:draft_tokens_total",] == 0 and samples["aasd:store_lookups_total", "stale"] == 0
-    assert samples["aasd:draft_length_bucket", "+Inf"] == 0
+def test_what_was_counted_is_read_and_cleared():
+    counters = counted()
+    got = {(name, *labels.values()): value for name, labels, value in counters.read()}
+    assert list(dict.fromkeys(name for name, *_ in got)) == [m.name for m in METRICS if m.name != "faults"]
+    assert got["relaxed_tokens",] == 1 and got["regret_nats",] == 0.5
+    assert got["budget_exhausted",] == 0 and got["collapse_guard_engaged",] == 1
+    assert got["survival_tokens", "0.9-1.0"] == 4 and got["survival_accepted", "0.9-1.0"] == 4
+    assert abs(got["survival_promised", "0.9-1.0"] - 3.75) < 1e-6
+    assert got["survival_tokens", "0.4-0.5"] == 1 and got["survival_accepted", "0.4-0.5"] == 0
+    assert [got["store_lookups", result] for result in ("hit", "miss", "stale")] == [6, 3, 1]
+    totals = counters.totals
+    counters.clear()
+    assert counters.totals is totals, "the runner holds it"
+    assert counters.read() == Counters("cpu").read() and not any(value for *_, value in counters.read())
 
 
-def test_what_is_counted_later_is_written_and_read(publish, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "WRITE_SECONDS", 0.01)
-    counters = Counters("cpu")
+def test_the_page_follows_the_counters_until_the_end(publish, tmp_path):
+    faults, collector = Faults(), metrics.FolderCollector(str(tmp_path))
+    counters = Counters("cpu", faults.counts)
     publisher = publish(counters)
-    counters.totals[1] = 7
-    counters.drafter_time.observe(0.0003)
-    counters.faults = {"draft": 2}
-    publisher.stepped()
-    time.sleep(0.3)
-    samples = shown(metrics.FolderCollector(str(tmp_path)))
-    assert samples["aasd:draft_tokens_total",] == 7 and samples["aasd:faults_total", "draft"] == 2
-    assert samples["aasd:drafter_time_seconds_bucket", "0.0002"] == 0
-    assert samples["aasd:drafter_time_seconds_bucket", "0.0005"] == 1
-    assert samples["aasd:drafter_time_seconds_count",] == 1
-    assert samples["aasd:drafter_time_seconds_sum",] == 0.0003
+    samples = shown(collector)
+    assert samples["aasd:relaxed_tokens_total",] == 0, "every series from the start"
+    assert {name for name, *_ in samples} == {f"aasd:{metric.name}_total" for metric in METRICS}
+    counters.totals += counted().totals
+    faults.counts["draft"] = 2
+    wait_for(lambda: shown(collector)["aasd:faults_total", "draft"] == 2)
+    assert shown(collector)["aasd:survival_tokens_total", "0.9-1.0"] == 4
+    counters.lookups[0] = 7
+    publisher.stop()
+    assert shown(collector)["aasd:store_lookups_total", "hit"] == 7, "what came last is written too"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
-def test_the_last_figures_are_written_at_the_end(publish, tmp_path):
-    counters = Counters("cpu")
-    publisher = publish(counters)
-    counters.totals[1] = 9
-    with pytest.raises(ZeroDivisionError), metrics.stopped(publisher):
-        raise ZeroDivisionError
-    assert shown(metrics.FolderCollector(str(tmp_path)))["aasd:draft_tokens_total",] == 9
-
-
-def test_vllms_own_collector_of_several_servers_shows_them(publish, tmp_path):
-    """As with --api-server-count: vLLM reads the folder itself. Engines are told apart by label."""
-    publish(counters_with(3))
-    publish(counters_with(4), engine=1)
-    registry = CollectorRegistry()
-    page = generate_latest(MultiProcessCollector(registry, str(tmp_path)) and registry).decode()
-    assert 'aasd:draft_tokens_total{engine="0",model_name="m"} 3.0' in page
-    assert 'aasd:draft_tokens_total{engine="1",model_name="m"} 4.0' in page
-
-
-def test_figures_that_cannot_be_written_cost_nothing_else(publish, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "vllm.aasd"):
-        publish(Counters("cpu"), folder=tmp_path / "gone", engine=3).stepped()
-    assert [record.message for record in caplog.records][0].startswith(
-        "aasd: the figures of engine 3 are not on /metrics"
+def test_engines_have_their_own_series_and_a_dead_ones_stay(publish, tmp_path):
+    code = (
+        "import os, sys; from vllm_aasd.counters import Counters; from vllm_aasd.engine import failsafe, metrics; "
+        "counters = Counters('cpu'); counters.totals[0] = 4; "
+        "metrics.Publisher(counters, failsafe.Faults(), sys.argv[1], 'm', 1, 9.0); os.kill(os.getpid(), 9)"
     )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    publish(counters_with(3))
+    publish(counters_with(2))
+    samples = shown(metrics.FolderCollector(str(tmp_path)), own=("model_name",))
+    relaxed = {engine: value for (name, engine, *_), value in samples.items() if name == "aasd:relaxed_tokens_total"}
+    assert relaxed == {"0": 5, "1": 4}, "two engines of one process and with the same labels are added up"
 
 
-def test_a_fault_is_counted_and_costs_only_figures(publish, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "WRITE_SECONDS", 0.01)
-    faults = Faults()
-    counters = Counters("cpu")
-    publisher = publish(counters, faults=faults)
-    real, counters.read = counters.read, lambda: 1 / 0
+def test_a_full_disk_leaves_the_last_values_and_one_warning(publish, tmp_path, caplog):
+    collector, counters = metrics.FolderCollector(str(tmp_path)), counters_with(3)
+    with caplog.at_level(logging.WARNING, "vllm.aasd"):
+        publisher = publish(counters, engine=0)
+        full = Path(f"{publisher._path}.tmp")
+        full.symlink_to("/dev/full")
+        counters.totals[count.RELAXED] = 5
+        wait_for(lambda: caplog.records)
+        time.sleep(0.1)
+        assert shown(collector)["aasd:relaxed_tokens_total",] == 3
+        full.unlink()
+        wait_for(lambda: shown(collector)["aasd:relaxed_tokens_total",] == 5)
+    assert [record.message for record in caplog.records] == [
+        "aasd: /metrics keeps the last values of engine 0: [Errno 28] No space left on device"
+    ]
+    assert publisher._faults.counts["metrics"] == 0, "it goes on"
+
+
+def test_a_fault_is_counted_and_costs_only_metrics(publish, tmp_path, caplog):
+    faults, counters, collector = Faults(), Counters("cpu"), metrics.FolderCollector(str(tmp_path))
+    real, failing = counters.read, [True]
+    counters.read = lambda: 1 / 0 if failing[0] else real()
+    failing[0] = False
     with caplog.at_level(logging.ERROR, "vllm.aasd"):
-        publisher.stepped()
+        publisher = publish(counters, faults=faults)
+        failing[0] = True
         wait_for(lambda: faults.counts["metrics"])
-        counters.read, counters.totals[1] = real, 5
-        publisher.stepped()
-        wait_for(lambda: shown(metrics.FolderCollector(str(tmp_path)))["aasd:draft_tokens_total",] == 5)
-        counters.read = lambda: 1 / 0
-        wait_for(lambda: publisher.stepped() or faults.is_off("metrics"))
-        publisher.stepped()
+        failing[0], counters.totals[count.RELAXED] = False, 5
+        wait_for(lambda: shown(collector)["aasd:relaxed_tokens_total",] == 5)
+        failing[0] = True
+        wait_for(lambda: faults.is_off("metrics"))
         time.sleep(0.1)
     assert faults.counts["metrics"] == MAX_FAULTS and publisher._thread.is_alive()
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
 
 
-def test_a_damaged_file_leaves_the_rest_of_the_page(tmp_path, caplog):
-    metrics._say_once.cache_clear()
-    (tmp_path / "counter_aasd-1-0.db").write_bytes(b"\x50\0\0\0" + b"\x7f" * 96)
-    with caplog.at_level(logging.ERROR, "vllm.aasd"):
-        for _ in range(3):
-            assert shown(metrics.FolderCollector(str(tmp_path))) == {}
-    assert len(caplog.records) == 1
+def test_a_damaged_file_leaves_the_rest_of_the_page(publish, tmp_path):
+    publish(counters_with(3))
+    (tmp_path / "1-0.json").write_bytes(b'[{"model_name": "m", "\xff')
+    (tmp_path / "2-0.json").symlink_to(tmp_path / "gone")
+    assert shown(metrics.FolderCollector(str(tmp_path)))["aasd:relaxed_tokens_total",] == 3
 
 
-def test_the_line_in_the_log_comes_while_there_is_traffic(publish, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "WRITE_SECONDS", 0.01)
+def test_the_line_in_the_log_comes_while_there_is_traffic(publish, caplog):
     counters = Counters("cpu")
     with caplog.at_level(logging.INFO, "vllm.aasd"):
-        publisher = publish(counters, log_seconds=0.05)
+        publish(counters, log_seconds=0.05)
         time.sleep(0.2)
         assert caplog.records == []
-        counters.totals[0], counters.totals[1], counters.totals[7 + 2] = 1, 3, 1
-        publisher.stepped()
-        time.sleep(0.3)
-    assert [record.message.split(",")[0] for record in caplog.records] == [
-        "Engine 000: AASD metrics: Drafted: 3 tokens"
+        counters.totals += counted().totals
+        wait_for(lambda: caplog.records)
+        time.sleep(0.2)
+    assert [record.message for record in caplog.records] == [
+        "Engine 000: AASD metrics: Survival promised: 83.0%, kept: 80.0%, Relaxed: 1 tokens (0.50 nats)"
     ]
+    assert summary(Counters("cpu").read(), counted().read()).endswith("(0.50 nats), Store hit rate: 60.0%")
 
 
 PARENT = """
-import multiprocessing, os, subprocess, sys
+import multiprocessing, subprocess, sys
 from vllm_aasd.engine import metrics
 
 def child():
@@ -178,7 +211,7 @@ if __name__ == "__main__":
 
 def test_a_server_and_its_children_share_a_folder_and_another_server_has_its_own(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PROMETHEUS_MULTIPROC_DIR", metrics._OURS)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PROMETHEUS_MULTIPROC_DIR", metrics._FOLDER)}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "parent.py")], capture_output=True, text=True, check=True, env=environment
     )
@@ -187,76 +220,76 @@ def test_a_server_and_its_children_share_a_folder_and_another_server_has_its_own
     assert not os.path.exists(first) and not os.path.exists(second), "removed at the end"
 
 
-def test_a_server_without_room_for_a_folder_serves_without_figures(monkeypatch, caplog):
-    def full():
+@pytest.fixture
+def front_end(monkeypatch):
+    """A process that hasn't made its folder yet; what it sets and registers is taken back."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    # To be set by the code under test, so that it is taken back.
+    monkeypatch.setenv(metrics._FOLDER, "")
+    monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)
+    registered = set(REGISTRY._collector_to_names)
+    metrics.serving_folder.cache_clear()
+    yield monkeypatch
+    metrics.serving_folder.cache_clear()
+    for collector in set(REGISTRY._collector_to_names) - registered:
+        REGISTRY.unregister(collector)
+
+
+def test_the_folder_is_private_and_its_metrics_are_on_the_page(front_end, publish):
+    folder = metrics.serving_folder()
+    assert os.stat(folder).st_mode & 0o777 == 0o700 and metrics.serving_folder() == folder
+    publish(counters_with(3), folder)
+    assert 'aasd:relaxed_tokens_total{engine="0",model_name="m"} 3.0' in generate_latest().decode()
+
+
+def test_any_of_several_servers_shows_all_engines(front_end, publish, tmp_path):
+    """As with --api-server-count: vLLM makes a registry with a multi-process collector for each request."""
+    front_end.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    folder = metrics.serving_folder()
+    for engine in range(2):
+        publish(counters_with(3 + engine), folder, engine)
+    registry = CollectorRegistry()
+    page = generate_latest(MultiProcessCollector(registry) and registry).decode()
+    assert 'aasd:relaxed_tokens_total{engine="0",model_name="m"} 3.0' in page
+    assert 'aasd:relaxed_tokens_total{engine="1",model_name="m"} 4.0' in page
+    assert "aasd:" not in generate_latest().decode() and list(tmp_path.iterdir()) == []
+
+
+def test_a_server_without_room_for_a_folder_serves_without_metrics(front_end, caplog):
+    def full(prefix):
         raise OSError("No space left on device")
 
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.delenv(metrics._OURS, raising=False)
-    monkeypatch.setattr(metrics, "_temporary_folder", full)
-    metrics.serving_folder.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "vllm.aasd"):
-            assert metrics.serving_folder() == ""
-    finally:
-        metrics.serving_folder.cache_clear()
+    front_end.setattr(metrics.tempfile, "mkdtemp", full)
+    with caplog.at_level(logging.WARNING, "vllm.aasd"):
+        assert metrics.serving_folder() == ""
     assert "No space left on device" in caplog.text
 
 
-def test_the_folder_of_several_servers_is_vllms(tmp_path, monkeypatch):
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    collectors = set(REGISTRY._collector_to_names)
-    metrics.serving_folder.cache_clear()
-    try:
-        assert metrics.serving_folder() == str(tmp_path)
-    finally:
-        metrics.serving_folder.cache_clear()
-    assert set(REGISTRY._collector_to_names) == collectors
-
-
 class FakeLLM:
-    """As much of an `LLM` as the figures are asked of."""
+    """As much of an `LLM` as the metrics are asked of; what workers answer comes by msgpack."""
 
     def __init__(self, aasd, answers=()):
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(aasd=aasd), model_config=SimpleNamespace(served_model_name="m")
         )
         self.llm_engine = SimpleNamespace(vllm_config=config)
-        self.collective_rpc = {"aasd_figures": list(answers)}.__getitem__
+        answers = msgspec.msgpack.decode(msgspec.msgpack.encode(list(answers)))
+        self.collective_rpc = {"aasd_metrics": answers}.__getitem__
 
 
-def test_who_asks_gets_vllms_own_kinds_of_metrics():
-    figures = [
-        Figure("draft_tokens", "", 5.0),
-        Figure("store_lookups", "hit", 2.0),
-        Figure("drafter_time_seconds", "", Distribution([1.0, 2.0] + [0.0] * 10 + [1.0], 0.5)),
-    ]
+def test_get_returns_vllms_own_kind_of_metrics():
     # A rank that isn't the first answers nothing.
-    got = public.get(FakeLLM(object(), [(1, figures), None]))
+    got = public.get(FakeLLM(object(), [(1, counted().read()), None]))
     labels = {"model_name": "m", "engine": "1"}
-    assert got[:2] == [
-        Counter("aasd:draft_tokens", labels, 5.0),
-        Counter("aasd:store_lookups", {**labels, "result": "hit"}, 2.0),
-    ]
-    assert isinstance(got[2], Histogram) and (got[2].count, got[2].sum) == (4, 0.5)
-    assert list(got[2].buckets.items())[:3] == [("5e-05", 1), ("0.0001", 3), ("0.0002", 3)]
-    assert got[2].buckets["+Inf"] == 4
-
-
-def test_an_llm_with_another_method_is_refused():
+    assert got[:2] == [Counter("aasd:relaxed_tokens", labels, 1.0), Counter("aasd:regret_nats", labels, 0.5)]
+    assert got[-3] == Counter("aasd:store_lookups", {**labels, "result": "hit"}, 6.0)
     with pytest.raises(ValueError, match="doesn't run with method 'aasd'"):
         public.get(FakeLLM(None))
 
 
-def test_figures_travel_as_they_are():
-    """What collective_rpc sends between processes: msgpack knows tuples, strings and numbers."""
-    import msgspec
-
-    figures = counters_with(5).read()
-    sent = msgspec.msgpack.decode(msgspec.msgpack.encode((0, figures)))
-    assert sent[1][0] == ["draft_tokens", "", 5.0]
-    assert all(type(value) in (float, list) for _, _, value in sent[1])
-    assert torch.is_tensor(Counters("cpu").totals)
+def test_the_documentation_has_the_table():
+    page = ROOT / "docs" / "operations.md"
+    assert metrics_table() in (page if page.exists() else ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

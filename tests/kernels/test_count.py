@@ -1,4 +1,6 @@
-"""Counting what became of drafts: the compiled loop and the Triton kernel against the plain twin."""
+"""Counting what became of drafts: the compiled loop and the Triton kernel against what is to be counted."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_aasd.kernels import count
-from vllm_aasd.kernels.count import cpu as count_cpu
-from vllm_aasd.kernels.count import reference as count_reference
 
 WIDTH = 4
 
@@ -34,9 +34,8 @@ def batch(seed, num_reqs, first_draft, id_dtype=torch.int32):
     survival[(survival > 0.6) & (survival < 0.7)] = count.UNPROMISED
     slots = torch.randperm(num_reqs + 3, generator=g)[:num_reqs]
     regret = torch.where(relaxed, torch.rand(len(ids), generator=g), 0.0)
-    events = [torch.rand(num_reqs if seed % 2 else 0, generator=g) < 0.3 for _ in range(2)]
-    emitted = (accepted + 1).to(torch.int32)
-    return ids, cu.to(id_dtype), first_draft, emitted, slots, survival, relaxed, regret, *events
+    events = torch.rand(2, num_reqs, generator=g) < 0.3
+    return ids, cu.to(id_dtype), first_draft, (accepted + 1).to(torch.int32), slots, survival, relaxed, regret, *events
 
 
 def totals(op, *step):
@@ -45,48 +44,64 @@ def totals(op, *step):
     return counted - 0.5
 
 
+def specified(ids, cu, first_draft, emitted, slots, survival, relaxed, regret, exhausted, guarded):
+    """The totals that a step adds, request by request."""
+    want = torch.zeros(count.SIZE, dtype=torch.float64)
+    want[count.EXHAUSTED], want[count.GUARDED] = exhausted.sum(), guarded.sum()
+    for req, (start, end) in enumerate(itertools.pairwise(cu.tolist())):
+        length, accepted = int((ids[start + first_draft : end] >= 0).sum()), int(emitted[req]) - 1
+        want[count.RELAXED] += relaxed[start : start + accepted].sum()
+        want[count.REGRET] += regret[start : start + accepted].double().sum()
+        promised = survival[slots[req], :length]
+        is_accepted = torch.arange(length) < accepted
+        for tenth in range(count.SURVIVAL_BINS):
+            top = 1.1 if tenth == 9 else (tenth + 1) / 10
+            among = (promised >= tenth / 10) & (promised < top)
+            want[count.SURVIVAL_TOKENS + tenth] += among.sum()
+            want[count.SURVIVAL_PROMISED + tenth] += promised[among].double().sum()
+            want[count.SURVIVAL_ACCEPTED + tenth] += (among & is_accepted).sum()
+    return want
+
+
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), num_reqs=st.integers(0, 40), first_draft=st.sampled_from([0, 1]))
-def test_the_compiled_loop_counts_as_the_twin(seed, num_reqs, first_draft):
+def test_the_compiled_loop_counts_what_is_specified(seed, num_reqs, first_draft):
     step = batch(seed, num_reqs, first_draft)
-    torch.testing.assert_close(totals(count_cpu.count_drafts, *step), totals(count_reference.count_drafts, *step))
+    torch.testing.assert_close(totals(count.count_drafts, *step), specified(*step))
 
 
 @pytest.mark.parametrize("first_draft", [0, 1])
-@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50, 51])
-def test_the_triton_kernel_counts_as_the_twin(interpreter, num_reqs, first_draft):
+@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50])
+def test_the_triton_kernel_counts_what_is_specified(interpreter, num_reqs, first_draft):
     step = batch(num_reqs, num_reqs, first_draft, torch.int64)
-    want = totals(count_reference.count_drafts, *step)
     counted = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
     _, after = interpreter.run("vllm_aasd.kernels.count.triton:count_drafts", counted, *step)
-    torch.testing.assert_close(after[0] - 0.5, want)
-    expected = [place for place in range(count.LENGTHS + WIDTH) if place not in (count.EXHAUSTED, count.GUARDED)]
-    assert num_reqs < 50 or all(want[place] > 0 for place in expected)
-    assert num_reqs < 51 or want[count.EXHAUSTED] > 0 < want[count.GUARDED]
+    torch.testing.assert_close(after[0] - 0.5, specified(*step))
+    assert num_reqs < 50 or (specified(*step)[: count.SURVIVAL_TOKENS] > 0).all()
 
 
-def test_one_draft_by_hand():
+@pytest.mark.parametrize("width", [2, 3])
+def test_by_hand(width):
+    """Two requests: one without drafts, one with three draft tokens, of which two are accepted, and a filler."""
     step = (
         torch.tensor([5, 6, 7, -1]),
         torch.tensor([0, 0, 4]),
         0,
         torch.tensor([1, 3]),
         torch.tensor([0, 1]),
-        torch.tensor([[0.9, 0.9, 0.9], [1.0, 0.45, 0.4]]),
+        torch.tensor([[0.9, 0.9, 0.9], [1.0, 0.45, 0.4]])[:, :width],
         torch.tensor([False, True, True, True]),
         torch.tensor([0.0, 0.25, 0.5, 0.5]),
         torch.tensor([False, True]),
         torch.tensor([True, True]),
     )
-    got = totals(count.count_drafts, *step)
     want = torch.zeros(count.SIZE, dtype=torch.float64)
-    want[count.DRAFTS], want[count.DRAFT_TOKENS], want[count.ACCEPTED] = 1, 3, 2
-    want[count.RELAXED], want[count.REGRET], want[count.LENGTHS + 2] = 1, 0.25, 1
-    want[count.EXHAUSTED], want[count.GUARDED] = 1, 2
+    want[count.RELAXED], want[count.REGRET], want[count.EXHAUSTED], want[count.GUARDED] = 1, 0.25, 1, 2
     want[count.SURVIVAL_TOKENS + 9] = want[count.SURVIVAL_PROMISED + 9] = want[count.SURVIVAL_ACCEPTED + 9] = 1
-    want[count.SURVIVAL_TOKENS + 4], want[count.SURVIVAL_PROMISED + 4] = 2, 0.85
+    want[count.SURVIVAL_TOKENS + 4] = width - 1
+    want[count.SURVIVAL_PROMISED + 4] = 0.45 if width == 2 else 0.85
     want[count.SURVIVAL_ACCEPTED + 4] = 1
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(totals(count.count_drafts, *step), want)
 
 
 def test_a_wrong_shape_is_named():

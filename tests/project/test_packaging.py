@@ -93,7 +93,7 @@ def test_an_unlisted_package_is_seen(tmp_path):
 def test_the_wheel_holds_every_file_and_no_other(wheel):
     names = names_in(wheel)
     assert {name for name in names if ".dist-info/" not in name} == installed_files(ROOT)
-    assert {"vllm_aasd/py.typed", "vllm_aasd/grafana/aasd.json", "vllm_aasd/kernels/__init__.py"} <= names
+    assert {"vllm_aasd/py.typed", "vllm_aasd/kernels/__init__.py"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -50,7 +50,7 @@ class AASDSpeculativeConfig(SpeculativeConfig):
     """The settings; never None on a config that `create` made."""
 
     aasd_metrics_folder: str = ""
-    """Where workers write their figures, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
+    """Where workers write their metrics, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
 
     aasd_learns_widths: bool = False
     """Whether `num_speculative_tokens_per_batch_size` is ours, and only what the scheduler begins from."""
@@ -127,7 +127,7 @@ def _create(
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
-    if (args.per_request_spec_decode_metrics != "none" or has_schedule_of_ours) and args.scheduler_cls is None:
+    if has_schedule_of_ours and args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
     if ours.aasd_learns_widths:

@@ -11,7 +11,7 @@ first time, counted, and what follows the ``with`` block serves without that par
 | ``store`` | predictions of that step, or chunk of a prompt, aren't stored | none are stored, drafts come without |
 | ``step_time`` | V1: draft lengths by a fixed bar in this step; V2: by the number of requests | so from here on |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
-| ``metrics`` | a figure isn't counted | none are |
+| ``metrics`` | a step isn't counted | no step is |
 
 **With tensor parallelism** each rank runs the same step on its part of the model, and vLLM takes for granted that all
 ranks come to the same tokens. A fault on every rank alike (a bug) may be contained as anywhere. One on a single

@@ -1,89 +1,71 @@
-"""From the counters of a worker to the server's ``/metrics``, to a line in its log, and to who asks.
+"""From the counters of a worker to the server's ``/metrics``, to a line in its log, and to `vllm_aasd.metrics.get`.
 
-The counters live in the worker, ``/metrics`` in the API server; between them are processes whose messages have no room
-for ours. What was weighed:
+The counters live in the worker, ``/metrics`` in the API server. A thread of the worker writes them once a second to a
+small JSON file, and a collector in the API server reads these files when it is scraped, so no process and no step
+waits. vLLM's own ways don't do: its statistics drop what they don't know, and with asynchronous scheduling the device
+runs dry whenever ``collective_rpc`` asks.
 
-- *vLLM's stat loggers* (``vllm.stat_logger_plugins``): they see the scheduler's statistics only, a typed struct that
-  drops what it doesn't know; and a plugin's mere presence turns statistics on for every server, with any method.
-- *Asking by ``collective_rpc`` now and then*: engine and worker answer between two steps, so with asynchronous scheduling
-  the device runs dry each time.
-- *A field of another feature's statistics* (``kv_connector_stats``): breaks whoever uses that feature.
-- **Files in shared memory, in the format of prometheus_client's multi-process mode**, which is what this does. A thread of
-  the worker writes its figures once a second, into a folder from which they are read when ``/metrics`` is asked. No
-  process waits for another, no step for anything. With several API servers vLLM itself runs in that mode and reads
-  one folder, ``PROMETHEUS_MULTIPROC_DIR``: ours are put there, and any of the servers shows them. With one, the folder is
-  temporary, made where ``method: aasd`` is configured, and a collector there reads it. Without that method nothing is
-  made, registered or shown.
-
-Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Of tensor-parallel ranks, which all count the same,
-the first writes. A figure is at most a second old. An engine on another machine than the API server writes where
-nobody reads; ``vllm_aasd.metrics.get`` asks by RPC, whatever lies between.
+Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tensor-parallel ranks count the same, so only
+the first writes. An engine on another machine than the API server isn't on its page.
 """
 
-import contextlib
+import atexit
 import functools
 import glob
 import itertools
+import json
 import logging
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from prometheus_client import REGISTRY, Metric
-from prometheus_client.mmap_dict import MmapedDict, mmap_key
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
-from vllm_aasd.counters import METRICS, PREFIX, Counters, Distribution, Figure, summary
+from vllm_aasd.counters import METRICS, PREFIX, Counters, MetricValue, summary
+from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
 
 WRITE_SECONDS = 1.0
 
-_SHARED = "PROMETHEUS_MULTIPROC_DIR"
-# "<pid of the process that owns it>:<folder>", for API servers that vLLM starts as children of that process.
-_OURS = "AASD_METRICS_FOLDER"
-_BY_NAME = {metric.name: metric for metric in METRICS}
+# "<pid of the process that made it>:<folder>", for API servers that vLLM starts as children of that process.
+_FOLDER = "AASD_METRICS_FOLDER"
 _numbers = itertools.count()
 
 
 @functools.cache
 def serving_folder() -> str:
-    """The folder into which the workers of this process's engines write; from here on their figures are collected.
+    """The folder that this process's engines write to; from here on, ``/metrics`` shows what is in it.
 
     Empty if there can't be one.
     """
-    shared = os.environ.get(_SHARED)
-    if shared:
-        return shared
-    owner, _, folder = os.environ.get(_OURS, "").partition(":")
+    owner, _, folder = os.environ.get(_FOLDER, "").partition(":")
     parent = multiprocessing.parent_process()
-    # Not what a process inherits that somebody else has started: that is another server.
-    if parent is None or owner != str(parent.pid) or not os.path.isdir(folder):
+    # An inherited variable may also be that of a server that has started another one.
+    if parent is None or owner != str(parent.pid):
         try:
-            folder = _temporary_folder()
+            folder = tempfile.mkdtemp(prefix="vllm-aasd-metrics-")
         except OSError as error:
-            logger.warning("aasd: no figures on /metrics, for want of a folder to keep them in: %s", error)
+            logger.warning("aasd: no metrics on /metrics, since there is no folder to keep them in: %s", error)
             return ""
-        os.environ[_OURS] = f"{os.getpid()}:{folder}"
-    REGISTRY.register(FolderCollector(folder))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
+    collector = FolderCollector(folder)
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        # Several API servers: each request for the page makes a registry of its own, with vLLM's collector only.
+        patching.replace({patching.MULTIPROCESS_COLLECT: collector.after})
+    else:
+        REGISTRY.register(collector)
     return folder
-
-
-def _temporary_folder() -> str:
-    folder = tempfile.TemporaryDirectory(prefix="vllm-aasd-metrics-", ignore_cleanup_errors=True)
-    # Kept until the process ends: the object removes the folder when it is collected.
-    _folders.append(folder)
-    return folder.name
-
-
-_folders: list[tempfile.TemporaryDirectory] = []
 
 
 class FolderCollector(Collector):
@@ -96,77 +78,37 @@ class FolderCollector(Collector):
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def collect(self) -> Iterable[Metric]:
-        """All series, of all workers; nothing where they can't be read."""
-        try:
-            return MultiProcessCollector.merge(glob.glob(os.path.join(self._folder, "*.db")))
-        except Exception:
-            # Other metrics are on the same page.
-            _say_once("aasd: the figures could not be read")
-            return []
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """All series of all workers; unreadable files are left out, since other metrics are on the same page."""
+        series: dict[tuple[Any, ...], float] = defaultdict(float)
+        for path in glob.glob(os.path.join(self._folder, "*.json")):
+            try:
+                with open(path) as file:
+                    of_engine, values = json.load(file)
+            except (OSError, ValueError):
+                continue
+            for name, labels, value in values:
+                series[name, *(of_engine | labels).items()] += value
+        families = {metric.name: CounterMetricFamily(PREFIX + metric.name, metric.doc) for metric in METRICS}
+        for (name, *labels), value in series.items():
+            families[name].add_sample(f"{PREFIX}{name}_total", dict(labels), value)
+        return families.values()
 
-
-@functools.cache
-def _say_once(text: str) -> None:
-    logger.exception(text)
-
-
-class FigureFiles:
-    """One worker's figures in a folder that prometheus_client's multi-process mode reads.
-
-    Args:
-        folder: where.
-        labels: of every series.
-
-    Raises:
-        OSError: the folder isn't there or can't be written.
-    """
-
-    def __init__(self, folder: str, labels: dict[str, str]) -> None:
-        self._labels = labels
-        # The process alone isn't enough: it may hold several engines, and figures of vLLM's own.
-        name = f"aasd-{os.getpid()}-{next(_numbers)}.db"
-        self._files = {kind: MmapedDict(os.path.join(folder, f"{kind}_{name}")) for kind in ("counter", "histogram")}
-        self._written: dict[tuple[str, str, str], float] = {}
-
-    def write(self, figures: Iterable[Figure]) -> None:
-        """Write what has changed since the last time; series that are new begin to exist."""
-        for name, label, value in figures:
-            if isinstance(value, Distribution):
-                bounds = (*_BY_NAME[name].bounds, float("inf"))
-                for bound, count in zip(bounds, value.counts, strict=True):
-                    self._put("histogram", name, "_bucket", count, {"le": floatToGoString(bound)})
-                self._put("histogram", name, "_sum", value.sum, {})
-            else:
-                metric_label = _BY_NAME[name].label
-                self._put("counter", name, "_total", value, {metric_label: label} if metric_label else {})
-
-    def _put(self, kind: str, name: str, suffix: str, value: float, label: dict[str, str]) -> None:
-        place = (name, suffix, *label.values())
-        if self._written.get(place) == value:
-            return
-        self._written[place] = value
-        labels = {**self._labels, **label}
-        metric = _BY_NAME[name]
-        key = mmap_key(PREFIX + name, PREFIX + name + suffix, list(labels), list(labels.values()), metric.doc)
-        self._files[kind].write_value(key, value, 0.0)
-
-    def close(self) -> None:
-        """Let go of the files; what is in them stays."""
-        for file in self._files.values():
-            file.close()
+    def after(self, stock: Callable) -> Callable:
+        """`collect` of another collector, with ours after its own."""
+        return lambda other: itertools.chain(stock(other), self.collect())
 
 
 class Publisher:
-    """Writes a worker's figures while it serves, in a thread of its own.
+    """Writes a worker's metrics while it serves, in a thread of its own.
 
     Args:
         counters: what the worker counts.
-        faults: of the worker; when its place ``metrics`` is off, the figures stay as they are.
+        faults: of the worker; once its place ``metrics`` is off, nothing more is written.
         folder: see `serving_folder`.
         model_name: as vLLM labels it.
         engine: the data-parallel rank.
-        log_seconds: how often a line goes into the log, while there is something to say.
+        log_seconds: how often a line goes to the log, while drafts are verified.
     """
 
     def __init__(
@@ -174,24 +116,19 @@ class Publisher:
     ) -> None:
         self._counters = counters
         self._faults = faults
-        self._log_seconds = log_seconds
+        # A process may hold several engines.
+        self._path = os.path.join(folder, f"{os.getpid()}-{next(_numbers)}.json")
+        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._engine = engine
-        self._stepped = False
-        self._stop = threading.Event()
-        self._logged = self._figures = counters.read()
+        self._log_seconds = log_seconds
         self._next_line = time.monotonic() + log_seconds
-        self._files: FigureFiles | None = None
-        try:
-            self._files = FigureFiles(folder, {"model_name": model_name, "engine": str(engine)})
-            self._files.write(self._figures)
-        except OSError as error:
-            logger.warning("aasd: the figures of engine %d are not on /metrics: %s", engine, error)
+        self._logged = self._values = counters.read()
+        self._written: list[MetricValue] = []
+        self._has_warned = False
+        self._write()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aasd-metrics", daemon=True)
         self._thread.start()
-
-    def stepped(self) -> None:
-        """There may be something new."""
-        self._stepped = True
 
     def stop(self) -> None:
         """Write a last time."""
@@ -199,70 +136,61 @@ class Publisher:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        is_last = again = False
+        is_last = False
         while not is_last:
             is_last = self._stop.wait(WRITE_SECONDS)
-            # Once more after the last step: the device may have been behind.
-            stepped, self._stepped = self._stepped, False
             if not self._faults.is_off("metrics"):
                 with self._faults.contained("metrics"):
-                    if stepped or again or is_last:
-                        self._publish()
-                    self._log_now_and_then()
-            again = stepped
-        if self._files is not None:
-            self._files.close()
+                    self._values = self._counters.read()
+                    self._write()
+                    self._log()
 
-    def _publish(self) -> None:
-        self._figures = self._counters.read()
-        if self._files is not None:
-            self._files.write(self._figures)
-
-    def _log_now_and_then(self) -> None:
-        now = time.monotonic()
-        if now < self._next_line:
+    def _write(self) -> None:
+        if self._values == self._written:
             return
-        self._next_line = now + self._log_seconds
-        line = summary(self._logged, self._figures)
-        self._logged = self._figures
+        temporary = f"{self._path}.tmp"
+        try:
+            with open(temporary, "w") as file:
+                json.dump((self._labels, self._values), file)
+            os.replace(temporary, self._path)
+            self._written = self._values
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("aasd: /metrics keeps the last values of engine %d: %s", self._engine, error)
+            self._has_warned = True
+
+    def _log(self) -> None:
+        if time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + self._log_seconds
+        line = summary(self._logged, self._values)
+        self._logged = self._values
         if line is not None:
             logger.info("Engine %03d: AASD metrics: %s", self._engine, line)
 
 
-@contextlib.contextmanager
-def stopped(publisher: Publisher | None) -> Iterator[None]:
-    """Around the end of a worker: its last figures are written, whatever becomes of the rest."""
-    try:
-        yield
-    finally:
-        if publisher is not None:
-            publisher.stop()
+def get(llm: Any) -> list[Any]:
+    """All metrics since the engine began to serve, as `LLM.get_metrics` gives vLLM's, with or without statistics.
 
+    Args:
+        llm: a `vllm.LLM`.
 
-def collect(llm: Any) -> list[Any]:
-    """The figures of an `LLM`, asked of its workers; see `vllm_aasd.metrics.get`."""
+    Returns:
+        `Counter` of ``vllm.v1.metrics.reader``, with the names (without ``_total``), labels and meanings of the
+        documentation's table, and float values.
+
+    Raises:
+        ValueError: it doesn't run with method ``aasd``.
+    """
     # Heavy, and not for the worker.
-    from vllm.v1.metrics.reader import Counter, Histogram
+    from vllm.v1.metrics.reader import Counter
 
-    if getattr(llm.llm_engine.vllm_config.speculative_config, "aasd", None) is None:
-        raise ValueError("this LLM doesn't run with method 'aasd', so there are no figures of it")
-    model_name = llm.llm_engine.vllm_config.model_config.served_model_name
-    collected: list[Any] = []
-    for answer in llm.collective_rpc("aasd_figures"):
-        if answer is None:
-            continue
-        engine, figures = answer
-        for name, label, value in figures:
-            metric = _BY_NAME[name]
-            labels = {"model_name": model_name, "engine": str(engine)}
-            if metric.bounds is None:
-                labels.update({metric.label: label} if metric.label else {})
-                collected.append(Counter(name=PREFIX + name, labels=labels, value=value))
-                continue
-            counts, total = value
-            bounds = (*(floatToGoString(bound) for bound in metric.bounds), "+Inf")
-            buckets = dict(zip(bounds, itertools.accumulate(counts), strict=True))
-            collected.append(
-                Histogram(name=PREFIX + name, labels=labels, count=sum(counts), sum=total, buckets=buckets)
-            )
-    return collected
+    config = llm.llm_engine.vllm_config
+    if getattr(config.speculative_config, "aasd", None) is None:
+        raise ValueError("this LLM doesn't run with method 'aasd', so it has no metrics of it")
+    model_name = config.model_config.served_model_name
+    return [
+        Counter(name=PREFIX + name, labels={"model_name": model_name, "engine": str(engine), **labels}, value=value)
+        for engine, values in filter(None, llm.collective_rpc("aasd_metrics"))
+        for name, labels, value in values
+    ]

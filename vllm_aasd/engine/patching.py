@@ -43,9 +43,7 @@ VERIFY_SAMPLING_PARAMS = Seam(
     "SamplingParams.verify",
     ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
 )
-PROCESS_OUTPUTS = Seam(
-    "vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", ("self", "engine_core_outputs")
-)
+MULTIPROCESS_COLLECT = Seam("prometheus_client.multiprocess", "MultiProcessCollector.collect", ("self",), further=())
 REJECTION_SAMPLE = Seam(
     "vllm.v1.sample.rejection_sampler",
     "rejection_sample",

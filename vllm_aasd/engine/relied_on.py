@@ -32,7 +32,6 @@ _V1, _V2 = "vllm.v1.worker", "vllm.v1.worker.gpu"
 BOTH: tuple[Seam | Members, ...] = (
     patching.CREATE_SPECULATIVE_CONFIG,
     patching.VERIFY_SAMPLING_PARAMS,
-    patching.PROCESS_OUTPUTS,
     Seam(_WORKER, "Worker.init_device", ("self",)),
     Seam(_WORKER, "Worker.load_model", ("self",)),
     Seam(_WORKER, "Worker.determine_available_memory", ("self",)),
@@ -71,11 +70,7 @@ BOTH: tuple[Seam | Members, ...] = (
             "thinking_token_budget",
         ),
     ),
-    Members(
-        "vllm.engine.arg_utils",
-        "EngineArgs",
-        ("disable_log_stats", "per_request_spec_decode_metrics", "scheduler_cls"),
-    ),
+    Members("vllm.engine.arg_utils", "EngineArgs", ("disable_log_stats", "scheduler_cls")),
     Seam(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
@@ -84,15 +79,10 @@ BOTH: tuple[Seam | Members, ...] = (
     Seam("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self",)),
     Members("vllm.v1.core.sched.scheduler", "Scheduler", ("dynamic_sd_lookup", "max_num_scheduled_tokens")),
     Seam("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", ()),
-    Members("vllm.v1.request", "Request", ("is_finished", "num_stale_output_tokens", "drop_stale_output")),
-    Members("vllm.v1.engine", "EngineCoreOutput", ("request_id", "kv_transfer_params", "spec_decode_metrics")),
-    Members("vllm.v1.outputs", "ModelRunnerOutput", ("req_ids", "req_id_to_index", "sampled_token_ids")),
-    Seam("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ("self",)),
-    Seam("vllm.v1.metrics.stats", "RequestSpecDecodeMetrics.to_dict", ("self",)),
+    Members("vllm.v1.outputs", "ModelRunnerOutput", ("req_id_to_index", "sampled_token_ids")),
     Members("vllm.config", "ModelConfig", ("served_model_name",)),
     Members("vllm.config", "ParallelConfig", ("data_parallel_index",)),
     Members("vllm.v1.metrics.reader", "Counter", ("name", "labels", "value")),
-    Members("vllm.v1.metrics.reader", "Histogram", ("name", "labels", "count", "sum", "buckets")),
     Members(
         "vllm.distributed.parallel_state",
         "GroupCoordinator",

@@ -1,7 +1,4 @@
-"""vLLM's scheduler, which learns how many tokens to draft, and adds up by request what the workers tell.
-
-In force only where one of the two is wanted.
-"""
+"""vLLM's scheduler, which learns how many tokens to draft. In force only where that is wanted."""
 
 from typing import Any
 
@@ -12,9 +9,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_aasd.engine import request_totals
-from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.request_totals import Totals
 from vllm_aasd.engine.width_schedule import WidthSchedule
 
 
@@ -45,46 +39,11 @@ class _WithWidths:
         return super().update_from_output(scheduler_output, model_runner_output)
 
 
-class _WithTotals:
-    """Stands there too: it sends a request's totals with its last output."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._totals: dict[str, Totals] = {}
-        self._totals_contained = Faults().contained("metrics")
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> dict[int, EngineCoreOutputs]:
-        """Also: add up the step, and send what has ended."""
-        with self._totals_contained:
-            self._add_totals(scheduler_output, model_runner_output)
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        with self._totals_contained:
-            for of_client in outputs.values():
-                for output in of_client.outputs:
-                    if output.spec_decode_metrics is not None:
-                        request_totals.send(output, self._totals.pop(output.request_id, Totals()))
-        return outputs
-
-    def _add_totals(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
-        for req_id in scheduler_output.finished_req_ids:
-            self._totals.pop(req_id, None)
-        for req_id, totals in request_totals.by_request(model_runner_output).items():
-            request = self.requests.get(req_id)
-            if request is None or request.is_finished():
-                continue
-            # vLLM throws away what comes from before a preemption.
-            if request.num_stale_output_tokens > 0 and request.drop_stale_output:
-                continue
-            self._totals[req_id] = self._totals.get(req_id, Totals()).plus(totals)
-
-
-class _Scheduler(_WithWidths, _WithTotals, Scheduler):
+class _Scheduler(_WithWidths, Scheduler):
     pass
 
 
-class _AsyncScheduler(_WithWidths, _WithTotals, AsyncScheduler):
+class _AsyncScheduler(_WithWidths, AsyncScheduler):
     pass
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -16,10 +16,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.step_time import knots
 from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.engine.request_totals import StepTotals
-from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.draft import Prior
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
@@ -65,21 +62,6 @@ def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
         logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
         return False
     return is_wanted
-
-
-def step_totals(vllm_config: VllmConfig, faults: Faults) -> StepTotals | None:
-    """What adds up relaxed acceptance by request; None where no answer is to tell it.
-
-    Args:
-        vllm_config: finished.
-        faults: of the worker.
-    """
-    if vllm_config.observability_config.per_request_spec_decode_metrics == "none":
-        return None
-    if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
-        logger.info("aasd: answers tell of drafts, but not of relaxed tokens: scheduler_cls isn't ours")
-        return None
-    return StepTotals(faults)
 
 
 def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:

@@ -17,7 +17,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_aasd import __version__
 from vllm_aasd.alignment import TOP_K
-from vllm_aasd.counters import Figure
+from vllm_aasd.counters import MetricValue
 from vllm_aasd.engine import configuration, metrics, patching, relied_on
 from vllm_aasd.engine.startup import kv_cache_share
 
@@ -120,11 +120,7 @@ class AASDWorker(Worker):
         if self._adapter is None:
             return super().sample_tokens(grammar_output)
         with self._adapter.sampling():
-            output = super().sample_tokens(grammar_output)
-        if self._publisher is not None:
-            self._publisher.stepped()
-        totals = self._adapter.step_totals
-        return output if totals is None else totals.beside(output)
+            return super().sample_tokens(grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """As vLLM's, less what isn't a draft."""
@@ -140,16 +136,19 @@ class AASDWorker(Worker):
         """How often each place of `containment.PLACES` has failed here: for ``collective_rpc("aasd_faults")``."""
         return {} if self._adapter is None else dict(self._adapter.faults.counts)
 
-    def aasd_figures(self) -> tuple[int, list[Figure]] | None:
-        """The engine's number and its figures, from the first rank: for ``collective_rpc("aasd_figures")``."""
+    def aasd_metrics(self) -> tuple[int, list[MetricValue]] | None:
+        """The engine's number and its metrics, from the first rank: for ``collective_rpc("aasd_metrics")``."""
         if self._adapter is None or get_tp_group().rank_in_group != 0:
             return None
         return self.parallel_config.data_parallel_index, self._adapter.counters.read()
 
     def shutdown(self) -> None:
-        """Also: let go of vLLM, and write the last figures."""
-        # vLLM also shuts down workers whose start failed.
-        with metrics.stopped(self._publisher):
+        """Also: let go of vLLM, and write the last metrics."""
+        try:
+            # vLLM also shuts down workers whose start failed.
             if self._adapter is not None:
                 self._adapter.shutdown()
             super().shutdown()
+        finally:
+            if self._publisher is not None:
+                self._publisher.stop()

@@ -75,7 +75,6 @@ class FakeRunner:
                 aasd=with_constants(settings, {"prior": False, "alignment": True}), num_speculative_tokens=WIDTH
             ),
             model_config=model,
-            observability_config=SimpleNamespace(per_request_spec_decode_metrics="summary"),
             scheduler_config=SimpleNamespace(
                 max_num_seqs=max_num_reqs, max_num_batched_tokens=64, scheduler_cls=SCHEDULER
             ),

@@ -94,7 +94,6 @@ class FakeRunner:
                 aasd=with_constants(settings, {"prior": False}), num_speculative_tokens=WIDTH
             ),
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
-            observability_config=SimpleNamespace(per_request_spec_decode_metrics="none"),
             scheduler_config=SimpleNamespace(async_scheduling=fillers),
             lora_config=None,
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),

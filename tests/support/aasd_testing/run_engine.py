@@ -118,7 +118,6 @@ def described(output):
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "num_cached_tokens": output.num_cached_tokens,
-        "drafts": completion.spec_decode_metrics and completion.spec_decode_metrics.to_dict(),
         "logprobs": logprobs(completion.logprobs),
         "prompt_logprobs": logprobs(output.prompt_logprobs),
     }

@@ -3,23 +3,15 @@
 Nothing here can harm a step: what fails is a fault of ``metrics``, see `vllm_aasd.engine.failsafe`.
 """
 
-import functools
-import time
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.kernels.count import UNPROMISED
 from vllm_aasd.kernels.count.cpu import count_arrays
 from vllm_aasd.kernels.verify import VerifyOutput
-
-_NO_EVENTS = np.empty(0, np.bool_)
 
 
 class V1Counting:
@@ -30,26 +22,16 @@ class V1Counting:
         faults: of the worker.
         max_num_reqs: the most requests of a batch.
         max_draft_tokens: the longest draft.
-        step_totals: told by request too; None where nobody asks for that.
 
     Attributes:
         drafter: has what was promised of each request's last draft; None where nothing is promised.
     """
 
-    def __init__(
-        self,
-        counters: Counters,
-        faults: Faults,
-        max_num_reqs: int,
-        max_draft_tokens: int,
-        step_totals: StepTotals | None = None,
-    ) -> None:
+    def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
         self.drafter: Drafter | None = None
-        self._step_totals = step_totals
-        self._counters = counters
         self._faults = faults
         self._contained = faults.contained("metrics")
-        # Views and scratch that last: to make them at every step would cost more than to count.
+        # Views and scratch that last: making them at every step would take longer than counting.
         self._totals = counters.totals.numpy()
         self._cu_num_rows = np.zeros(max_num_reqs + 1, np.int32)
         self._rows = np.arange(max_num_reqs)
@@ -57,116 +39,53 @@ class V1Counting:
 
     def warm_up(self) -> None:
         """Compile, or load from the cache on disk, before a request waits for it."""
-        nothing = torch.empty(0, dtype=torch.int32)
-        with self._contained:
-            self._count([], nothing, nothing, nothing.numpy(), _NO_EVENTS, np.empty(0, np.float32))
+        nothing_drafted = torch.tensor([-1], dtype=torch.int32)
+        self.verified([""], nothing_drafted, torch.tensor([1], dtype=torch.int32), torch.tensor([[0]]))
 
     def verified(
         self,
         req_ids: list[str],
         draft_token_ids: torch.Tensor,
         cu_num_draft_tokens: torch.Tensor,
-        result: VerifyOutput,
-        seconds: float,
+        result: VerifyOutput | torch.Tensor,
     ) -> None:
-        """Count a step that we verified.
+        """Count a step.
 
         Args:
             req_ids: the batch.
             draft_token_ids, cu_num_draft_tokens: as `vllm_aasd.kernels.verify.verify` takes them.
-            result: what that returned.
-            seconds: how long it took.
+            result: what that returned; or the output of vLLM's own sampler, which is strict,
+                ``[batch_size, max_spec_len + 1]`` int32.
         """
-        if self._is_due(draft_token_ids):
-            with self._contained:
-                self._counters.verifier_time.observe(seconds)
-                self._count(
-                    req_ids,
-                    draft_token_ids,
-                    cu_num_draft_tokens,
-                    result.num_accepted.numpy() + 1,
-                    result.relaxed.numpy(),
-                    result.regret.numpy(),
-                    result.exhausted.numpy(),
-                    result.guarded.numpy(),
-                )
-                if self._step_totals is not None:
-                    cu_num_rows = torch.from_numpy(self._cu_num_rows[: len(req_ids) + 1])
-                    self._step_totals.add(cu_num_rows, result.num_accepted + 1, result.relaxed, result.regret)
-
-    def verified_by_vllm(
-        self,
-        req_ids: list[str],
-        draft_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        output_token_ids: torch.Tensor,
-    ) -> None:
-        """Count a step that vLLM's own sampler verified, strictly.
-
-        Args:
-            req_ids: the batch.
-            draft_token_ids, cu_num_draft_tokens: as that takes them.
-            output_token_ids: what it returned, ``[batch_size, max_spec_len + 1]`` int32.
-        """
-        if self._is_due(draft_token_ids):
-            with self._contained:
-                num_emitted = (output_token_ids >= 0).sum(1, dtype=torch.int32).numpy()
-                strict = np.zeros(len(draft_token_ids), np.bool_)
-                self._count(
-                    req_ids, draft_token_ids, cu_num_draft_tokens, num_emitted, strict, strict.astype(np.float32)
-                )
-
-    def _is_due(self, draft_token_ids: torch.Tensor) -> bool:
-        return len(draft_token_ids) > 0 and not self._faults.is_off("metrics")
-
-    def _count(
-        self,
-        req_ids: list[str],
-        draft_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        num_emitted: np.ndarray,
-        relaxed: np.ndarray,
-        regret: np.ndarray,
-        exhausted: np.ndarray = _NO_EVENTS,
-        guarded: np.ndarray = _NO_EVENTS,
-    ) -> None:
-        cu_num_rows = self._cu_num_rows[: len(req_ids) + 1]
-        cu_num_rows[1:] = cu_num_draft_tokens.numpy()
-        survival = self._survival[: len(req_ids)]
-        survival.fill(UNPROMISED)
-        if self.drafter is not None:
-            for row, req_id in enumerate(req_ids):
-                promised = self.drafter.promised(req_id)
-                survival[row, : len(promised)] = promised
-        count_arrays(
-            self._totals,
-            draft_token_ids.numpy(),
-            cu_num_rows,
-            0,
-            num_emitted,
-            self._rows,
-            self._survival,
-            relaxed,
-            regret,
-            exhausted,
-            guarded,
-        )
-
-    def drafted(self, seconds: float) -> None:
-        """Count what a batch's drafts took."""
-        if not self._faults.is_off("metrics"):
-            with self._contained:
-                self._counters.drafter_time.observe(seconds)
+        if len(draft_token_ids) == 0 or self._faults.is_off("metrics"):
+            return
+        with self._contained:
+            if isinstance(result, torch.Tensor):
+                result = _by_vllm(result, len(draft_token_ids))
+            cu_num_rows = self._cu_num_rows[: len(req_ids) + 1]
+            cu_num_rows[1:] = cu_num_draft_tokens.numpy()
+            survival = self._survival[: len(req_ids)]
+            survival.fill(UNPROMISED)
+            if self.drafter is not None:
+                for row, req_id in enumerate(req_ids):
+                    promised = self.drafter.promised(req_id)
+                    survival[row, : len(promised)] = promised
+            count_arrays(
+                self._totals,
+                draft_token_ids.numpy(),
+                cu_num_rows,
+                0,
+                result.num_accepted.numpy() + 1,
+                self._rows,
+                self._survival,
+                result.relaxed.numpy(),
+                result.regret.numpy(),
+                result.exhausted.numpy(),
+                result.guarded.numpy(),
+            )
 
 
-def timed(propose: Callable) -> Callable:
-    """Have an adapter's `propose` tell its `counting` how long it takes."""
-
-    @functools.wraps(propose)
-    def timed_propose(self: Any, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        drafts = propose(self, *args, **kwargs)
-        self.counting.drafted(time.perf_counter() - began)
-        return drafts
-
-    return timed_propose
+def _by_vllm(output_token_ids: torch.Tensor, num_rows: int) -> VerifyOutput:
+    num_accepted = (output_token_ids >= 0).sum(1, dtype=torch.int32) - 1
+    strict, no_events = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(len(num_accepted), dtype=torch.bool)
+    return VerifyOutput(output_token_ids, num_accepted, strict, strict.float(), no_events, no_events)

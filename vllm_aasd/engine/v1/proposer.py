@@ -30,7 +30,7 @@ from vllm_aasd.engine import agreement, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v1.alignment import V1Alignment
-from vllm_aasd.engine.v1.counting import V1Counting, timed
+from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.generators import set_aside
 from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
@@ -65,10 +65,7 @@ class AASDProposer:
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
         self.counters = Counters("cpu", self.faults.counts)
         self._requests = V1Requests(self._settings, self.faults)
-        self.step_totals = startup.step_totals(vllm_config, self.faults)
-        self.counting = V1Counting(
-            self.counters, self.faults, scheduler_config.max_num_seqs, self._max_draft_tokens, self.step_totals
-        )
+        self.counting = V1Counting(self.counters, self.faults, scheduler_config.max_num_seqs, self._max_draft_tokens)
         self._verifier = V1Verifier(
             self._requests,
             scheduler_config.max_num_seqs,
@@ -238,7 +235,6 @@ class AASDProposer:
             self._alignment.write([len(sampled) for sampled in sampled_token_ids])
         return self._drafts(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
 
-    @timed
     def _drafts(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray
     ) -> list[list[int]]:

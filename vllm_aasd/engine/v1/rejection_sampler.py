@@ -9,7 +9,6 @@ mended here too (see `install`).
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
@@ -112,7 +111,6 @@ class V1Verifier:
         Returns:
             ``[batch_size, max_spec_len + 1]`` int32, -1 behind what is emitted.
         """
-        began = time.perf_counter()
         batch_size = len(num_draft_tokens)
         if sampling_metadata.all_greedy:
             is_greedy = torch.ones(batch_size, dtype=torch.bool)
@@ -150,20 +148,14 @@ class V1Verifier:
                 is_greedy,
                 sampling_metadata,
             )
-        self._counting.verified(
-            self._req_ids,
-            draft_token_ids,
-            cu_num_draft_tokens,
-            result,
-            time.perf_counter() - began,
-        )
+        self._counting.verified(self._req_ids, draft_token_ids, cu_num_draft_tokens, result)
         return result.output_token_ids
 
     def count_vllms(
         self, draft_token_ids: torch.Tensor, cu_num_draft_tokens: torch.Tensor, output_token_ids: torch.Tensor
     ) -> None:
         """Count a step that vLLM's own sampler has verified in the place of `rejection_sample`."""
-        self._counting.verified_by_vllm(self._req_ids, draft_token_ids, cu_num_draft_tokens, output_token_ids)
+        self._counting.verified(self._req_ids, draft_token_ids, cu_num_draft_tokens, output_token_ids)
 
     def _recover(
         self,

@@ -130,22 +130,21 @@ class V2Verifier:
             Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 behind them; and how many,
             ``[num_reqs]`` int32.
         """
-        with self._counting.verifier.measured():
-            verified = verify_seeded(
-                target_logits,
-                draft_sampled,
-                cu_num_logits,
-                pos,
-                idx_mapping,
-                expanded_idx_mapping,
-                expanded_local_pos,
-                temperature,
-                seed,
-                num_speculative_steps,
-                self._requests.policies,
-                self._requests.stop_token_ids,
-                all_greedy=self._all_greedy,
-            )
+        verified = verify_seeded(
+            target_logits,
+            draft_sampled,
+            cu_num_logits,
+            pos,
+            idx_mapping,
+            expanded_idx_mapping,
+            expanded_local_pos,
+            temperature,
+            seed,
+            num_speculative_steps,
+            self._requests.policies,
+            self._requests.stop_token_ids,
+            all_greedy=self._all_greedy,
+        )
         self._counting.verified(draft_sampled, cu_num_logits, idx_mapping, verified.num_sampled, verified)
         return verified.sampled, verified.num_sampled
 

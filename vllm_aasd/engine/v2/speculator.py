@@ -82,8 +82,7 @@ class AASDSpeculator(BaseSpeculator):
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.counters = Counters(device, self.faults.counts)
-        self.step_totals = startup.step_totals(vllm_config, self.faults)
-        self._counting = V2Counting(self.counters, self.faults, max_num_reqs, width, device, self.step_totals)
+        self._counting = V2Counting(self.counters, self.faults, max_num_reqs, width, device)
         self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults, self._counting)
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
@@ -273,7 +272,7 @@ class AASDSpeculator(BaseSpeculator):
         if num_speculative_tokens is not None:
             longest = min(longest, num_speculative_tokens)
         if longest > 0 and not self.faults.is_off("draft"):
-            with self.faults.contained("draft", shared=True), self._counting.drafter.measured():
+            with self.faults.contained("draft", shared=True):
                 # No draft token past what the request may still emit: one token comes without a draft.
                 limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
                 self._propose(

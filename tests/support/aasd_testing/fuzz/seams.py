@@ -15,7 +15,6 @@ SEAMS = {
         "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
         "vllm_aasd.engine.v1.counting:count_arrays": "metrics",
         "vllm_aasd.drafting.drafter:Drafter.promised": "metrics",
-        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
     },
     "V2": {
         "vllm_aasd.engine.v2.requests:settings_of": "requests",
@@ -24,7 +23,6 @@ SEAMS = {
         "vllm_aasd.engine.v2.rejection_sampler:verify_seeded": "verify",
         "vllm_aasd.kernels.draft.triton:draft_batch": "draft",
         "vllm_aasd.engine.v2.counting:count_drafts": "metrics",
-        "vllm_aasd.engine.request_totals:StepTotals.add": "metrics",
     },
 }
 
