@@ -12,7 +12,8 @@ import triton.language as tl
 from vllm_aasd.kernels.common.rows_triton import launch_shape, load_block, merge_partials_kernel, store_top_k
 
 
-@triton.jit
+# A request's rows begin anywhere in a batch, and that must not ask for another compilation.
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
 def _partials_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,

@@ -10,7 +10,11 @@ REQUESTS = 16
 """Of one program: with 8 draft tokens each, one of them for each of 128 threads."""
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_columns"])
+# What may change from step to step must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["num_reqs", "num_columns"],
+    do_not_specialize_on_alignment=["cu_num_rows_ptr", "idx_mapping_ptr", "exhausted_ptr", "guarded_ptr"],
+)
 def count_kernel(
     totals_ptr,  # [SIZE]
     draft_token_ids_ptr,  # [num_rows]

@@ -198,19 +198,34 @@ def test_policies_and_stop_tokens_follow_the_slot():
     runner = FakeRunner(max_num_reqs=2)
     requests = runner.speculator.requests
     runner.req_ids.update({0: "a", 1: "b"})
-    many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
+    many = SamplingParams(temperature=0.0, stop_token_ids=[9, 3, 5, 7, 11])
     assert requests.add_request(0, many) is False
-    requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
+    requests.add_request(1, SamplingParams(temperature=1.0, max_tokens=1))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [policies.STRICT, policies.CONDITIONAL]
-    assert requests.policies.parameters[1, policies.BETA] == Settings().beta
-    assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.STRICT]
+    assert requests.policies.parameters[0, policies.BETA] == Settings().beta
+    assert requests.policies.state_rows[0] >= 0 and requests.policies.state_rows[1] == -1
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
     runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.CONDITIONAL]
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.STRICT]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(("num_stops", "rule"), [(64, policies.CONDITIONAL), (32768, policies.STRICT)])
+def test_a_long_list_of_stop_tokens_costs_its_own_request_alone(num_stops, rule):
+    """Beyond the bound the request is strict, and its drafts still count; what the kernel is given stays as it was."""
+    runner = FakeRunner(max_num_reqs=2)
+    requests, prompt = runner.speculator.requests, [1, 2, *target_alone([1, 2], 18)]
+    runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    runner.add(1, prompt, 20, SamplingParams(temperature=0.0, stop_token_ids=list(range(40, 40 + num_stops))))
+    before = requests.stop_token_ids.shape
+    for _ in range(3):
+        emitted = runner.step([0, 1])
+    assert emitted[0] == emitted[1] and len(emitted[1]) > 1
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, rule]
+    assert before == requests.stop_token_ids.shape == (2, policies.MAX_STOP_TOKEN_IDS)
 
 
 def test_a_request_that_wants_no_speculation_gets_no_drafts():

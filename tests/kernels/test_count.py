@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.launches import TARGETS, recorded
 from vllm_aasd.kernels import count
 from vllm_aasd.kernels.count import cpu as count_cpu
 from vllm_aasd.kernels.count import reference as count_reference
+from vllm_aasd.kernels.count import triton as count_triton
 
 WIDTH = 4
 
@@ -50,6 +52,17 @@ def totals(op, *step):
 def test_the_compiled_loop_counts_as_the_twin(seed, num_reqs, first_draft):
     step = batch(seed, num_reqs, first_draft)
     torch.testing.assert_close(totals(count_cpu.count_drafts, *step), totals(count_reference.count_drafts, *step))
+
+
+def test_the_number_of_requests_asks_for_no_other_compilation():
+    """What tells of them lies in one tensor, at places that depend on it."""
+    keys = set()
+    for num_reqs in (3, 16, 50):
+        *step, exhausted, guarded = batch(1, num_reqs, 1)
+        events = torch.stack([exhausted, guarded])
+        (launch,) = recorded(lambda args=(*step, *events): count_triton.count_drafts(torch.zeros(count.SIZE), *args))
+        keys.add(str(launch.specialization(TARGETS["sm_90"])[1:]))
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("first_draft", [0, 1])

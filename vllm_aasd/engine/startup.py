@@ -25,6 +25,7 @@ from vllm_aasd.engine.request_totals import StepTotals
 from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.common.mixture import Prior
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS
 from vllm_aasd.verification.policy import CollapseGuard, Policy, RelaxedPolicy
 from vllm_aasd.verification.registry import POLICIES
 from vllm_aasd.verification.strict import StrictVerification
@@ -49,12 +50,13 @@ def policy_of(settings: Settings, params: SamplingParams | None = None) -> Polic
 
     Returns:
         The policy that the settings name; strict, unless they say otherwise, for requests whose output a grammar
-        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted.
+        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted, and
+        in any case for those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
     """
     if params is not None:
         is_structured = params.structured_outputs is not None and not settings.relax_structured
         has_logprobs = params.num_logprobs is not None and not settings.relax_logprobs
-        if is_structured or has_logprobs:
+        if is_structured or has_logprobs or len(params.all_stop_token_ids) > MAX_STOP_TOKEN_IDS:
             return StrictVerification()
     policy = POLICIES[settings.verification]
     if not issubclass(policy, RelaxedPolicy):
