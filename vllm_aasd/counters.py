@@ -53,8 +53,8 @@ METRICS = (
     Metric("survival_accepted", "Of these, how many were accepted.", "survival"),
     Metric(
         "store_lookups",
-        "Look-ups of stored predictions at matching positions: `hit`, `miss` (nothing stored), or `stale` (left by an "
-        "older owner of the KV block).",
+        "Look-ups of stored predictions at matching positions: `hit`, `miss` (nothing stored), or `stale` (left by a "
+        "rejected draft token).",
         "result",
     ),
     Metric("drafter_time_seconds", "Time to draft for a step's batch.", bounds=TIME_BOUNDS),

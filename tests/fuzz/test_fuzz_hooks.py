@@ -7,7 +7,7 @@ import torch
 from vllm.lora.ops.torch_ops import lora_ops
 
 from aasd_testing import fake_v1
-from aasd_testing.fake_v2 import next_token
+from aasd_testing.fake_v2 import next_token, scheduled
 from aasd_testing.fuzz import mutants
 from aasd_testing.fuzz.cpu_lora import without_adapter_nothing
 from aasd_testing.fuzz.hooks import FuzzHooks, InjectedFault
@@ -40,7 +40,7 @@ def serve(worker, num_steps=20):
 
 
 def end(worker):
-    worker._adapter.begin_step(types.SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=set(PROMPTS)))
+    worker._adapter.begin_step(scheduled(finished=PROMPTS))
 
 
 def is_right(worker):
