@@ -54,6 +54,8 @@ def main() -> None:
     for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
         requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
         num_snapshots = len(snapshots)
+        if scenario["plant"] and rounds:
+            plant(llm, *scenario["plant"])
         with injected(fault):
             outputs = llm.generate(
                 [p for p, _ in requests],
@@ -63,6 +65,8 @@ def main() -> None:
             )
         if fault:
             del snapshots[num_snapshots:]
+        for snapshot in snapshots[num_snapshots:]:
+            snapshot["round"] = len(rounds)
         rounds.append([described(output) for output in outputs])
         after.append({"metrics": counters(llm), "faults": taken_faults(llm) if any(scenario["faults"]) else {}})
     kernels = [name.removeprefix("vllm_aasd.kernels.") for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
@@ -165,6 +169,19 @@ def counters(llm):
     }
 
 
+def plant(llm, token_id, predicted):
+    """Fill the alignment store with what a former owner of every block might have left."""
+    import torch
+
+    adapter = worker_of(llm)._adapter
+    store = getattr(adapter, "_store", None) or adapter._alignment._store
+    certain = torch.zeros(store.top_k)
+    certain[0] = 1.0
+    store.slots[:, : 1 + store.top_k] = predicted
+    store.slots[:, 0] = token_id
+    store.slots[:, 1 + store.top_k :] = certain.view(torch.int32)
+
+
 def record_store(llm):
     """Note, whenever drafts are asked for, what the alignment store holds of the first request's context."""
     import numpy as np
@@ -184,7 +201,8 @@ def record_store(llm):
             token_ids = token_ids_cpu[0, positions].copy()
             store = proposer._alignment._store
             ids, probs, fresh = store.read(torch.from_numpy(token_ids), torch.from_numpy(slots).long())
-            snapshots.append({"ids": ids.tolist(), "probs": probs.tolist(), "fresh": fresh.tolist()})
+            lists = {"ids": ids, "probs": probs, "fresh": fresh}
+            snapshots.append({name: tensor.tolist() for name, tensor in lists.items()} | {"draft": drafts[0]})
         return drafts
 
     proposer.propose = propose
@@ -209,7 +227,7 @@ def record_store_v2(llm):
             slots = tables[slot, positions // block_size].long() * block_size + positions % block_size
             token_ids = runner.req_states.all_token_ids.gpu[slot, positions]
             ids, probs, fresh = speculator._store.read(token_ids, slots)
-            lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids}
+            lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids, "draft": drafts[0]}
             snapshots.append({name: tensor.tolist() for name, tensor in lists.items()})
         return drafts
 
