@@ -69,7 +69,6 @@ def passes_guards(
     """Return where the draft has a probability of at least the floor, and more than stopping has."""
     stop_token_ids_ptr += slot * max_stop
     stop_weight = tl.zeros_like(weight)
-    is_stop = draft != draft
     first = 0
     # A few at a time and up to the padding, for almost all requests have no more: the table's width costs nothing.
     while tl.load(stop_token_ids_ptr + first, mask=first < max_stop, other=-1) >= 0:
@@ -81,12 +80,13 @@ def passes_guards(
             mask=has_softmax[:, None] & is_token[None, :],
             other=float("-inf"),
         ).to(tl.float32)
-        stop_weight += tl.sum(tl.where(stop_z > float("-inf"), tl.exp(stop_z - maximum[:, None]), 0.0), axis=1)
-        is_stop |= tl.max(((draft[:, None] == stops[None, :]) & is_token[None, :]).to(tl.int32), axis=1) > 0
+        weights = tl.where(stop_z > float("-inf"), tl.exp(stop_z - maximum[:, None]), 0.0)
+        # A draft that is a stop token itself exceeds nothing.
+        stop_weight += tl.sum(tl.where(draft[:, None] == stops[None, :], float("inf"), weights), axis=1)
         first += _STOPS
     is_likely = p >= tl.load(parameters_ptr + slot * _NUM_PARAMETERS + _FLOOR)
     # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
-    return has_softmax & is_likely & (weight > stop_weight) & (is_stop == 0)
+    return has_softmax & is_likely & (weight > stop_weight)
 
 
 @triton.jit
