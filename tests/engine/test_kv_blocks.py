@@ -17,13 +17,11 @@ def entering(num_computed_tokens, *block_ids):
 
 
 def step(new=(), cached=()):
-    """A step of vLLM's scheduler; `cached` as (request id, new blocks, computed tokens), of which "r..." are resumed."""
+    """A step of vLLM's scheduler; `cached` as (request id, new blocks, computed tokens), those of "r..." resumed."""
     req_ids, block_ids, computed = zip(*cached, strict=True) if cached else ((), (), ())
     resumed = {req_id for req_id in req_ids if req_id.startswith("r")}
     told = CachedRequestData(list(req_ids), resumed, [], {}, list(block_ids), list(computed), [1] * len(req_ids))
-    return dataclasses.replace(
-        SchedulerOutput.make_empty(), scheduled_new_reqs=list(new), scheduled_cached_reqs=told
-    )
+    return dataclasses.replace(SchedulerOutput.make_empty(), scheduled_new_reqs=list(new), scheduled_cached_reqs=told)
 
 
 @pytest.mark.parametrize(

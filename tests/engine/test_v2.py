@@ -414,7 +414,9 @@ def test_what_fails_to_be_told_leaves_nothing_of_anybody():
     serve(runner, PROMPTS[:1])
     store = runner.speculator._store
     assert (store.table[:, :, 0] >= 0).any()
-    told = types.SimpleNamespace(**{**NO_BLOCKS, "block_ids": ([len(store.table)],)}, prompt_token_ids=[1], mm_features=[])
+    told = types.SimpleNamespace(
+        **{**NO_BLOCKS, "block_ids": ([len(store.table)],)}, prompt_token_ids=[1], mm_features=[]
+    )
     runner.speculator.begin_step(scheduled([told]))
     assert (store.table[:, :, 0] == -1).all() and runner.speculator.faults.counts["store"] == 1
 

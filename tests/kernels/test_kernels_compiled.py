@@ -114,7 +114,7 @@ def test_the_count_sees_a_second_read(interpreter):
 
 def test_no_request_asks_for_another_compilation():
     """Neither its stop tokens, nor where its rows begin in the batch, nor how many requests are remembered."""
-    keys = {}
+    keys, made = {}, kernels.policy_tensors
     for stops, states, start in [(1, 4, 0), (3, 16, 4), (64, 40, 3)]:
         inputs = kernels.Inputs(16, 3, 151936, torch.bfloat16)
         inputs.stop_token_ids[:, :stops] = torch.arange(stops)
@@ -122,7 +122,6 @@ def test_no_request_asks_for_another_compilation():
             tensor = getattr(inputs, name)
             setattr(inputs, name, torch.cat([tensor[:start], tensor])[start:])
         with pytest.MonkeyPatch.context() as patch:
-            made = kernels.policy_tensors
             patch.setattr(
                 kernels, "policy_tensors", lambda *args, n=states: made(*args)._replace(state=torch.zeros(n, 4))
             )
