@@ -201,8 +201,7 @@ def record_store(llm):
             token_ids = token_ids_cpu[0, positions].copy()
             store = proposer._alignment._store
             ids, probs, fresh = store.read(torch.from_numpy(token_ids), torch.from_numpy(slots).long())
-            lists = {"ids": ids, "probs": probs, "fresh": fresh}
-            snapshots.append({name: tensor.tolist() for name, tensor in lists.items()} | {"draft": drafts[0]})
+            snapshots.append({"ids": ids.tolist(), "probs": probs.tolist(), "fresh": fresh.tolist()})
         return drafts
 
     proposer.propose = propose
@@ -227,7 +226,7 @@ def record_store_v2(llm):
             slots = tables[slot, positions // block_size].long() * block_size + positions % block_size
             token_ids = runner.req_states.all_token_ids.gpu[slot, positions]
             ids, probs, fresh = speculator._store.read(token_ids, slots)
-            lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids, "draft": drafts[0]}
+            lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids}
             snapshots.append({name: tensor.tolist() for name, tensor in lists.items()})
         return drafts
 
