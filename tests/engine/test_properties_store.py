@@ -35,7 +35,6 @@ class Request:
 
     def __init__(self, tokens, num_computed, blocks):
         self.tokens, self.num_computed, self.blocks = tokens, num_computed, blocks
-        self.num_copied = 0
 
     def slot(self, position):
         return self.blocks[position // BLOCK] * BLOCK + position % BLOCK
@@ -53,6 +52,7 @@ class PagedCache(RuleBasedStateMachine):
         self.store = AlignmentStore(NUM_BLOCKS, BLOCK, 2, "cpu")
         self.kv = {}  # by slot, the prefix whose KV it holds
         self.stored = {}  # by slot, the prefix whose prediction was stored last
+        self.copied = set()  # slots whose KV was copied, not computed
         self.references = [0] * NUM_BLOCKS
         self.free = list(range(NUM_BLOCKS))
         self.cached = {}  # by prefix, a full block that ends with it
@@ -71,6 +71,7 @@ class PagedCache(RuleBasedStateMachine):
             self.cached = {prefix: held for prefix, held in self.cached.items() if held != block}
             self.store.invalidate([block])
             self.stored = {slot: prefix for slot, prefix in self.stored.items() if slot // BLOCK != block}
+            self.copied = {slot for slot in self.copied if slot // BLOCK != block}
         if block in self.free:
             self.free.remove(block)
         self.references[block] += 1
@@ -106,6 +107,7 @@ class PagedCache(RuleBasedStateMachine):
         for position, is_stored in zip(positions, is_sampled, strict=True):
             assert self.references[request.blocks[position // BLOCK]] == 1, "nobody writes what others read"
             self.kv[request.slot(position)] = tuple(tokens[: position + 1])
+            self.copied.discard(request.slot(position))
             if is_stored:
                 self.stored[request.slot(position)] = tuple(tokens[: position + 1])
         logits = torch.zeros(len(positions), PREDICTED)
@@ -174,9 +176,9 @@ class PagedCache(RuleBasedStateMachine):
         if parent.num_computed % BLOCK:
             source, copy = parent.blocks[num_full], self.take()
             child.blocks.append(copy)
-            child.num_copied = child.num_computed
             for offset in range(BLOCK):
                 self.kv[copy * BLOCK + offset] = self.kv.get(source * BLOCK + offset)
+                self.copied.add(copy * BLOCK + offset)
         self.running.append(child)
 
     @precondition(lambda self: self.running)
@@ -218,7 +220,7 @@ class PagedCache(RuleBasedStateMachine):
                     assert int(ids[position, 0]) == prediction(last) and probs[position, 0] > 0.5
                 else:
                     assert not probs[position].any()
-                if self.aligns_prompts and position >= request.num_copied:
+                if self.aligns_prompts and slot not in self.copied:
                     assert last == prefix, "whoever has computed or shares the KV has the prediction"
 
 
