@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS
 
 VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
@@ -83,8 +84,8 @@ class Inputs:
         self.expanded_local_pos = (torch.arange(self.num_rows) % per_request).int()
         self.seed = torch.arange(num_reqs)
         self.slot_mapping = torch.arange(self.num_rows)
-        self.stop_token_ids = torch.full((num_reqs, 2), 2, dtype=torch.int32)
-        self.stop_token_ids[:, 1] = -1
+        self.stop_token_ids = torch.full((num_reqs, MAX_STOP_TOKEN_IDS), -1, dtype=torch.int32)
+        self.stop_token_ids[:, 0] = 2
 
     def table(self, top_k: int) -> torch.Tensor:
         """An empty alignment table."""

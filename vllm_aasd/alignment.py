@@ -1,5 +1,7 @@
 """AlignmentStore: the target's own predictions for context positions, paged like the KV cache."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -28,10 +30,9 @@ class AlignmentStore:
     """Top-k next-token ids and probabilities of every KV slot.
 
     A slot is the number that the KV cache uses, block * block_size + offset, so an entry lives and moves with
-    the KV of its position: a prefix-cache hit finds it, a preempted request's blocks may be overwritten. Each
-    entry keeps the id of the token at its own position; a reader that asks with another id sees that the
-    entry was left by an older owner of the block. The same token at the same slot under another context is
-    not told apart: such an entry is a worse prediction, never a wrong result, since drafts are verified.
+    the KV of its position: a prefix-cache hit finds it, a preempted request's blocks may be overwritten. What a
+    block's former owner left must be invalidated when the block gets another. Each entry keeps the id of the token
+    at its own position: a reader that asks with another id sees that the entry is of a draft token that was rejected.
 
     Args:
         num_blocks: blocks of the KV cache, at least 1.
@@ -44,7 +45,7 @@ class AlignmentStore:
 
     Attributes:
         table: [num_blocks, block_size, 1 + 2 top_k] int32, laid out as in `vllm_aasd.kernels.align`. One
-            tensor whose first dimension counts blocks, so that copying a block's row copies its entries.
+            tensor whose first dimension counts blocks.
     """
 
     def __init__(self, num_blocks: int, block_size: int, top_k: int, device: torch.device | str) -> None:
@@ -56,7 +57,7 @@ class AlignmentStore:
             raise ValueError(f"top_k is {top_k}, must lie in [1, {MAX_TOP_K}]")
         self.top_k = top_k
         self.table = torch.zeros((num_blocks, block_size, _entry_words(top_k)), dtype=torch.int32, device=device)
-        self.table[:, :, 0] = _NO_TOKEN
+        self.clear()
         self._slots = self.table.view(num_blocks * block_size, _entry_words(top_k))
 
     @property
@@ -73,6 +74,32 @@ class AlignmentStore:
     def nbytes(self) -> int:
         """Bytes that the table takes."""
         return self.table.nbytes
+
+    def invalidate(self, block_ids: Sequence[int]) -> None:
+        """Forget the entries of blocks, in the order of the device's work and without waiting for it.
+
+        To be called when blocks are given to a request whose context they don't hold, before it reads or writes there.
+
+        Args:
+            block_ids: in any order.
+
+        Raises:
+            ValueError: a block outside the table.
+        """
+        if not block_ids:
+            return
+        blocks = torch.tensor(block_ids, dtype=torch.int64)
+        if not 0 <= int(blocks.min()) <= int(blocks.max()) < len(self.table):
+            raise ValueError(
+                f"block_ids holds {int(blocks.min())} to {int(blocks.max())}, must lie in [0, {len(self.table)})"
+            )
+        if self.table.device.type != "cpu":
+            blocks = blocks.pin_memory().to(self.table.device, non_blocking=True)
+        self.table[:, :, 0].index_fill_(0, blocks, _NO_TOKEN)
+
+    def clear(self) -> None:
+        """Forget the entries of all blocks."""
+        self.table[:, :, 0] = _NO_TOKEN
 
     def write(self, logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Store the top k of each row at its slot.
@@ -111,7 +138,7 @@ class AlignmentStore:
         Returns:
             ids: [n, top_k] int32, descending by probability; undefined where not fresh.
             probs: [n, top_k] float32, 0 where not fresh.
-            fresh: [n] bool, whether the entry was written for this token.
+            fresh: [n] bool, whether there is an entry and it was written for this token.
 
         Raises:
             ValueError: shapes differ, or a slot lies outside the table.

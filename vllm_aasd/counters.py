@@ -48,8 +48,8 @@ METRICS = (
     Metric("survival_accepted", "How many of these were accepted.", "survival"),
     Metric(
         "store_lookups",
-        "Look-ups of stored predictions at matching positions: `hit`, `miss` (nothing stored), or `stale` (left by an "
-        "earlier owner of the KV block).",
+        "Look-ups of stored predictions at matching positions: `hit`, `miss` (nothing stored), or `stale` (left by a "
+        "rejected draft token).",
         "result",
     ),
     Metric("faults", "Faults that cost speculation but no answer, by the part that failed.", "place"),

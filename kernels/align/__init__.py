@@ -2,7 +2,7 @@
 
 The entry
     Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position (the input whose
-    output the entry describes, by which a reader recognises an entry that an older owner of the slot left),
+    output the entry describes, by which a reader recognises an entry of a draft token that was rejected),
     then the ids of the k most probable next tokens, descending, the lowest id first among equals, then their
     probabilities as the bits of float32. A probability is e^(z - m) / s over the full vocabulary, with m the
     row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN, +inf, or nothing but

@@ -42,7 +42,8 @@ def _store_top_k(
     tl.store(partial_ptr + 2 * TOP_K, total.to(tl.int32, bitcast=True))
 
 
-@triton.jit
+# A request's rows begin anywhere in a batch, and that must not ask for another compilation.
+@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr", "slot_mapping_ptr"])
 def _merge_partials_kernel(
     partials_ptr,  # [num_parts, num_rows, 1 + 2 TOP_K]
     num_parts,
@@ -103,7 +104,8 @@ def _merge_partials_kernel(
         tl.store(out_ptr + TOP_K + j, value.to(tl.int32, bitcast=True))
 
 
-@triton.jit
+# A request's rows begin anywhere in a batch, and that must not ask for another compilation.
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
 def _partials_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,

@@ -16,7 +16,11 @@ _SURVIVAL_PROMISED = tl.constexpr(count.SURVIVAL_PROMISED)
 _SURVIVAL_ACCEPTED = tl.constexpr(count.SURVIVAL_ACCEPTED)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_columns"])
+# What may change from step to step must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["num_reqs", "num_columns"],
+    do_not_specialize_on_alignment=["cu_num_rows_ptr", "idx_mapping_ptr", "exhausted_ptr", "guarded_ptr"],
+)
 def count_kernel(
     totals_ptr,  # [SIZE]
     draft_token_ids_ptr,  # [num_rows]

@@ -86,7 +86,7 @@ MOST_REMEMBERED = 5
 """How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
 
 HIT, MISS, STALE = range(3)
-"""What a look-up in the alignment store finds: the position's predictions; nothing; what an older owner left."""
+"""What a look-up in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""
 
 
 class MixtureWeights(NamedTuple):

@@ -16,7 +16,10 @@ from vllm_aasd.kernels.verify.relaxation_triton import FLY, passes_guards, relax
 DECIDE = {"num_warps": 16}
 
 
-@triton.jit(do_not_specialize=["num_logits"])
+@triton.jit(
+    do_not_specialize=["num_logits", "num_states"],
+    do_not_specialize_on_alignment=["draft_sampled_ptr", "cu_num_logits_ptr", "pos_ptr", "idx_mapping_ptr"],
+)
 def decide_kernel(
     sampled_ptr,  # [num_reqs, num_speculative_steps + 1]
     num_sampled_ptr,  # [num_reqs]
@@ -48,11 +51,11 @@ def decide_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    STOPS: tl.constexpr,
 ):
     """Decide one request: its accepted prefix, and what follows it unless that is drawn in a race.
 
-    The number of rows changes from step to step: specialised, it would have the kernel compiled again.
+    Numbers of rows and of states change as requests come and go, and so does where a part of a batch begins:
+    specialised, they would have the kernel compiled again.
     """
     req = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
@@ -127,7 +130,6 @@ def decide_kernel(
             stop_token_ids_ptr,
             max_stop,
             vocab_size,
-            STOPS,
         )
         by_rule, exhausted, guarded = relax(
             i,

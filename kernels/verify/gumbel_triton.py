@@ -18,7 +18,8 @@ RACE = {"BLOCK": 1024, "num_warps": 2}
 FINISH = {"num_warps": 1}
 
 
-@triton.jit
+# A part of a batch begins anywhere, and that must not ask for another compilation.
+@triton.jit(do_not_specialize_on_alignment=["draft_sampled_ptr", "cu_num_logits_ptr", "pos_ptr", "idx_mapping_ptr"])
 def _race_kernel(
     winner_ptr,  # [num_reqs, num_blocks]
     score_ptr,  # [num_reqs, num_blocks]

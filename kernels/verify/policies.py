@@ -11,6 +11,11 @@ import torch
 STRICT, CONDITIONAL, FLY, BUDGET = range(4)
 """The rules, by their number in `VerifyPolicies.rule`."""
 
+MAX_STOP_TOKEN_IDS = 64
+"""Stop token ids of a relaxed request at most: the width of the tables that hold them. A request may come with any
+number, and neither memory that requests share nor a kernel may grow with it: one with more is verified strictly, which
+doesn't look at them."""
+
 NUM_PARAMETERS = 8
 # Columns of `VerifyPolicies.parameters`: four that mean something else by rule,
 ALPHA, BETA = 0, 1

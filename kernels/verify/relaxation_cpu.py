@@ -48,9 +48,11 @@ def _stop_weight(row, x, maximum, stops):
     weight = 0.0
     for j in range(stops.size):
         stop = stops[j]
+        if stop < 0:
+            break
         if stop == x:
             return np.inf
-        if 0 <= stop < row.size:
+        if stop < row.size:
             weight += exp_nonpositive(to_float32(row[stop]) - maximum)
     return weight
 

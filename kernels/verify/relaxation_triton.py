@@ -29,6 +29,7 @@ _DECAY, _COOLDOWN = tl.constexpr(policies.DECAY), tl.constexpr(policies.COOLDOWN
 _NUM_STATES = tl.constexpr(policies.NUM_STATES)
 _SPENT, _LEVEL = tl.constexpr(policies.SPENT), tl.constexpr(policies.LEVEL)
 _STRICT_LEFT, _EXHAUSTED = tl.constexpr(policies.STRICT_LEFT), tl.constexpr(policies.EXHAUSTED)
+_STOPS = tl.constexpr(4)
 
 
 @triton.jit
@@ -62,22 +63,28 @@ def passes_guards(
     stop_token_ids_ptr,  # [max_num_reqs, max_stop]
     max_stop,
     vocab_size,
-    STOPS: tl.constexpr,
 ):
     """Return where the draft has a probability of at least the floor, and more than stopping has."""
-    stop = tl.arange(0, STOPS)
-    stops = tl.load(stop_token_ids_ptr + slot * max_stop + stop, mask=stop < max_stop, other=-1)
-    is_token = (stops >= 0) & (stops < vocab_size)
-    stop_z = tl.load(
-        logits_ptr + row[:, None] * logits_stride + stops[None, :],
-        mask=has_softmax[:, None] & is_token[None, :],
-        other=float("-inf"),
-    ).to(tl.float32)
-    stop_weight = tl.sum(tl.where(stop_z > float("-inf"), tl.exp(stop_z - maximum[:, None]), 0.0), axis=1)
-    is_stop = tl.max(((draft[:, None] == stops[None, :]) & is_token[None, :]).to(tl.int32), axis=1) > 0
+    stop_token_ids_ptr += slot * max_stop
+    stop_weight = tl.zeros_like(weight)
+    first = 0
+    # A few at a time and up to the padding, for almost all requests have no more: the table's width costs nothing.
+    while tl.load(stop_token_ids_ptr + first, mask=first < max_stop, other=-1) >= 0:
+        stop = first + tl.arange(0, _STOPS)
+        stops = tl.load(stop_token_ids_ptr + stop, mask=stop < max_stop, other=-1)
+        is_token = (stops >= 0) & (stops < vocab_size)
+        stop_z = tl.load(
+            logits_ptr + row[:, None] * logits_stride + stops[None, :],
+            mask=has_softmax[:, None] & is_token[None, :],
+            other=float("-inf"),
+        ).to(tl.float32)
+        weights = tl.where(stop_z > float("-inf"), tl.exp(stop_z - maximum[:, None]), 0.0)
+        # A draft that is a stop token itself exceeds nothing.
+        stop_weight += tl.sum(tl.where(draft[:, None] == stops[None, :], float("inf"), weights), axis=1)
+        first += _STOPS
     is_likely = p >= tl.load(parameters_ptr + slot * _NUM_PARAMETERS + _FLOOR)
     # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
-    return has_softmax & is_likely & (weight > stop_weight) & (is_stop == 0)
+    return has_softmax & is_likely & (weight > stop_weight)
 
 
 @triton.jit

@@ -19,7 +19,14 @@ from vllm_aasd.kernels.verify.relaxation_triton import FLY
 from vllm_aasd.kernels.verify.seeded_reference import SeededVerifyOutput
 
 
-@triton.jit
+# A part of a batch begins anywhere, and that must not ask for another compilation.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "draft_sampled_ptr",
+        "expanded_idx_mapping_ptr",
+        "expanded_local_pos_ptr",
+    ]
+)
 def _row_statistics_kernel(
     logits_ptr,  # [num_logits, vocab_size]
     logits_stride,
@@ -155,7 +162,6 @@ def verify_seeded(
         BLOCK=shape["BLOCK"],
         ROWS=triton.next_power_of_2(num_speculative_steps + 1),
         BLOCKS=triton.next_power_of_2(num_blocks),
-        STOPS=triton.next_power_of_2(max(1, stop_token_ids.shape[1])),
         **DECIDE,
     )
     if not all_greedy:

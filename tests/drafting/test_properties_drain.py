@@ -1,8 +1,6 @@
 """Requests come, are preempted, come back, end and are aborted at random: their tokens are the target's, and nothing of
 them is left behind."""
 
-import types
-
 import numpy as np
 import pytest
 from vllm.sampling_params import SamplingParams
@@ -122,12 +120,11 @@ def test_v2_drains(fillers):
                 elif rng.random() < 0.05:
                     del running[slot], runner.req_ids[slot]
                     preempted.append((req_id, tokens, params))
-            runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[], finished_req_ids=ended))
+            runner.speculator.begin_step(fake_v2.scheduled(finished=ended))
             ended = set()
             if running:
                 runner.step(rng.permutation(list(running)).tolist(), chunk=int(rng.integers(1, 8)))
-        finished = types.SimpleNamespace(scheduled_new_reqs=[], finished_req_ids={*prompts})
-        runner.speculator.begin_step(finished)
+        runner.speculator.begin_step(fake_v2.scheduled(finished=prompts))
         runner.req_ids.clear()
         assert not [name for name in held_by(runner.speculator) if name.startswith("req ")], seed
         assert all_rows_are_free(runner.speculator.requests._states), seed

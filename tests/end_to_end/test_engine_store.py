@@ -49,3 +49,32 @@ def test_entries_equal_prompt_logprobs(result, round_index):
 def test_the_second_round_came_from_the_prefix_cache(result):
     assert result["rounds"][1][0]["num_cached_tokens"] >= 256
     assert result["rounds"][1][0]["token_ids"] == result["rounds"][0][0]["token_ids"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["V1", "V2"])
+def planted(request, demo_model, tmp_path_factory):
+    """Two contexts of the same tokens but the first, in blocks full of entries of this token; the second one twice."""
+    prompts = [[first, *[500] * 120] for first in (501, 502, 502)]
+    out = tmp_path_factory.mktemp("planted") / "out.json"
+    return run_engine(
+        demo_model,
+        [greedy([prompt], 6) for prompt in prompts],
+        out,
+        v2=request.param,
+        # At generated positions alone, so that what is found elsewhere is another's.
+        aasd={"aasd_alignment": False, "aasd_prior": False, "num_speculative_tokens": 4},
+        record_store=True,
+        plant=[500, 777],
+        block_size=32,
+        max_model_len=192,
+        num_gpu_blocks_override=8,
+    )
+
+
+def test_what_lies_in_blocks_of_other_contexts_is_not_read(planted):
+    """Until a prefix-cache hit shares them, which is the case in the last round."""
+    of = {number: [at for at in planted["store"] if at["round"] == number] for number in (1, 2)}
+    assert sum(of[1][0]["fresh"]) == 1, "where the first token was sampled"
+    assert planted["rounds"][2][0]["num_cached_tokens"] == 96
+    assert of[2][0]["fresh"] == [False, *[True] * 95, *[False] * 24, True]
+    assert planted["rounds"][2][0]["token_ids"] == planted["rounds"][1][0]["token_ids"]

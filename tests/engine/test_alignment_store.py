@@ -88,6 +88,18 @@ def test_reading_does_not_alias_the_table(store):
     assert torch.equal(top, kept[0]) and torch.equal(probs, kept[1])
 
 
+def test_blocks_that_change_hands_are_forgotten_and_no_others(store):
+    slots = torch.arange(12)
+    store.write(predictions(*[(1, 2)] * 12), ids(*range(12)), slots)
+    store.invalidate([2, 0, 2])
+    assert store.read(ids(*range(12)), slots)[2].tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    store.invalidate([])
+    store.write(predictions((7, 8)), ids(9), torch.tensor([9]))
+    assert store.read(ids(9), torch.tensor([9]))[0][0].tolist() == [7, 8]
+    store.clear()
+    assert not store.read(ids(*range(12)), slots)[2].any()
+
+
 def test_bad_sizes_are_named(store):
     for bad, message in [
         ((0, 4, 2), "^num_blocks is 0"),
@@ -103,5 +115,7 @@ def test_bad_sizes_are_named(store):
         store.read(ids(1), torch.tensor([12]))
     with pytest.raises(ValueError, match="slot_mapping"):
         store.write(predictions((3, 4)), ids(1), torch.tensor([12]))
+    with pytest.raises(ValueError, match=r"^block_ids holds 0 to 3, must lie in \[0, 3\)"):
+        store.invalidate([0, 3])
     with pytest.raises(ValueError, match="numpy view needs 'cpu'"):
         AlignmentStore(1, 1, 1, "meta").numpy()

@@ -90,6 +90,23 @@ def test_a_step_is_written_once():
     assert step.held() == {5: 0, 14: 6}
 
 
+@pytest.mark.parametrize("is_after", [False, True])
+def test_what_a_former_owner_of_a_block_left_is_not_drafted_from(is_after):
+    """Its entries lie under the same tokens: they can be told by the block's change of hands alone."""
+    # The target says 1, after which anything may follow.
+    prompt = [1, 6, 1, 7, 1, 8, 1, 9, 0, 0]
+    runner = fake_v1.FakeRunner({"a": prompt}, verification="strict", alignment=False, min_survival=0.0)
+    if is_after:
+        # What such an entry does to a draft.
+        runner._entered.clear()
+    says = 8.0 * torch.nn.functional.one_hot(torch.full((len(prompt),), 31), VOCAB).float()
+    store = runner.proposer._alignment._store
+    store.write(says, torch.tensor(prompt, dtype=torch.int32), torch.arange(len(prompt)))
+    runner.step()
+    runner.step()
+    assert (31 in runner.drafts["a"]) is is_after and runner.drafts["a"]
+
+
 def test_which_rows_are_of_the_context():
     assert is_of_context([2, 0, 3], [2, 0, 1]).tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
     assert is_of_context([], []).tolist() == []
@@ -127,10 +144,10 @@ def test_what_is_stored_follows_what_it_costs(settings, share, expected, monkeyp
     monkeypatch.setattr(v1, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
     runner = fake_v1.FakeRunner({"a": [1, 2, 4, 1, 2, 6, 1]}, verification="strict", **settings)
     runner.max_num_tokens = 64
+    store = runner.proposer._alignment._store.table
     runner.proposer.profile()
     for _ in range(20):
         runner.step()
-    store = runner.kv_caches[0]
     written = int((store.reshape(-1, store.shape[-1])[:, 0] >= 0).sum())
     length = len(runner.tokens["a"])
     # The last token has not been run. Of the prompt's seven, vLLM samples at the end of either chunk.

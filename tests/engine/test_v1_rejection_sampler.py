@@ -15,6 +15,7 @@ from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
+from vllm_aasd.kernels.verify import policies
 
 STOCK = {
     name: getattr(rejection_sampler, name)
@@ -50,13 +51,13 @@ def arguments():
 
 
 def verifier(settings, stop_token_ids=(), options=None, counting=None, **asked):
-    """A verifier of requests "a", which brings `options`, and "b", which brings none."""
+    """A verifier of requests "a", which brings stop tokens and `options`, and "b", which brings none."""
     requests = V1Requests(settings, Faults())
     counting = counting or V1Counting(Counters("cpu"), Faults(), 4, 3)
     made = v1_verifier.V1Verifier(requests, 4, torch.device("cpu"), Faults(), counting)
     params = (
-        SamplingParams(temperature=0.0, stop_token_ids=list(stop_token_ids), extra_args=extra, **asked)
-        for extra in (options, None)
+        SamplingParams(temperature=0.0, stop_token_ids=list(stops), extra_args=extra, **asked)
+        for stops, extra in ((stop_token_ids, options), ((), None))
     )
     states = {req_id: types.SimpleNamespace(sampling_params=of) for req_id, of in zip("ab", params, strict=True)}
     requests.admit(states, states)
@@ -95,6 +96,21 @@ def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(install
     with verifier(Settings(**settings), **asked).active():
         output = rejection_sampler.rejection_sample(**arguments())
     assert output[0].tolist() == ([1, 3, 7] if relaxes else [1, 2, -1])
+
+
+@pytest.mark.parametrize(("num_stops", "relaxes"), [(64, True), (65, False), (32768, False)])
+def test_a_long_list_of_stop_tokens_costs_its_own_request_alone(installed, monkeypatch, num_stops, relaxes):
+    """Beyond the bound the request is strict, and its drafts still count; what the kernel is given stays as it was."""
+    given, verify = [], v1_verifier.verify_op.verify
+    monkeypatch.setattr(v1_verifier.verify_op, "verify", lambda *args: given.append(args) or verify(*args))
+    batch = arguments()
+    batch["target_logits"] = batch["target_logits"][[0, 1, 0, 1]]
+    batch["draft_token_ids"] = batch["draft_token_ids"][[0, 1, 0, 1]]
+    batch.update(num_draft_tokens=[2, 2], cu_num_draft_tokens=torch.tensor([2, 4], dtype=torch.int32))
+    with verifier(Settings(), stop_token_ids=range(100, 100 + num_stops)).active():
+        output = rejection_sampler.rejection_sample(**batch).tolist()
+    assert output == [[1, 3, 7] if relaxes else [1, 2, -1], [1, 3, 7]]
+    assert given[0][-1].shape == (2, policies.MAX_STOP_TOKEN_IDS)
 
 
 def test_a_budget_goes_by_the_request_id(installed):

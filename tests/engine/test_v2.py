@@ -9,8 +9,6 @@ import pytest
 import torch
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
-from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from aasd_testing.fake_v2 import (
     BLOCK,
@@ -21,6 +19,7 @@ from aasd_testing.fake_v2 import (
     WIDTH,
     FakeRunner,
     next_token,
+    scheduled,
     serve,
     target_alone,
 )
@@ -36,6 +35,7 @@ from vllm_aasd.kernels.verify import policies
 from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID
 
 STRICT = {"verification": "strict"}
+NO_BLOCKS = {"block_ids": ([],), "num_computed_tokens": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -166,19 +166,34 @@ def test_policies_and_stop_tokens_follow_the_slot():
     runner = FakeRunner(max_num_reqs=2)
     requests = runner.speculator.requests
     runner.req_ids.update({0: "a", 1: "b"})
-    many = SamplingParams(temperature=1.0, stop_token_ids=[9, 3, 5, 7, 11])
+    many = SamplingParams(temperature=0.0, stop_token_ids=[9, 3, 5, 7, 11])
     assert requests.add_request(0, many) is False
-    requests.add_request(1, SamplingParams(temperature=0.0, max_tokens=1))
+    requests.add_request(1, SamplingParams(temperature=1.0, max_tokens=1))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [policies.STRICT, policies.CONDITIONAL]
-    assert requests.policies.parameters[1, policies.BETA] == Settings().beta
-    assert requests.policies.state_rows[0] == -1 and requests.policies.state_rows[1] >= 0
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.STRICT]
+    assert requests.policies.parameters[0, policies.BETA] == Settings().beta
+    assert requests.policies.state_rows[0] >= 0 and requests.policies.state_rows[1] == -1
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
     runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
     requests.apply_staged_writes()
-    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.CONDITIONAL]
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.STRICT]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(("num_stops", "rule"), [(64, policies.CONDITIONAL), (32768, policies.STRICT)])
+def test_a_long_list_of_stop_tokens_costs_its_own_request_alone(num_stops, rule):
+    """Beyond the bound the request is strict, and its drafts still count; what the kernel is given stays as it was."""
+    runner = FakeRunner(max_num_reqs=2)
+    requests, prompt = runner.speculator.requests, [1, 2, *target_alone([1, 2], 18)]
+    runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    runner.add(1, prompt, 20, SamplingParams(temperature=0.0, stop_token_ids=list(range(40, 40 + num_stops))))
+    before = requests.stop_token_ids.shape
+    for _ in range(3):
+        emitted = runner.step([0, 1])
+    assert emitted[0] == emitted[1] and len(emitted[1]) > 1
+    assert requests.policies.rule.tolist() == [policies.CONDITIONAL, rule]
+    assert before == requests.stop_token_ids.shape == (2, policies.MAX_STOP_TOKEN_IDS)
 
 
 def test_a_request_that_wants_no_speculation_gets_no_drafts():
@@ -255,7 +270,7 @@ def test_a_budget_survives_preemption_and_ends_with_the_request():
     assert [relaxed(0), relaxed(0), relaxed(0)] == [1, 1, 0], "b has a budget of its own"
     enter(1, "a")
     assert relaxed(1) == 0, "nor does another preemption refill it"
-    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[], finished_req_ids={"a"}))
+    runner.speculator.begin_step(scheduled(finished={"a"}))
     enter(1, "a")
     assert relaxed(1) == 1, "once it has ended, the id is another request's"
 
@@ -348,15 +363,33 @@ def test_fewer_draft_tokens_in_a_step_than_configured():
     assert tokens == target_alone(prompt, len(tokens))
 
 
-def test_a_copied_block_takes_its_entries_along():
-    """vLLM's copy-on-write of a partly shared block goes by the tensors in `kv_caches`."""
-    runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
-    serve(runner, PROMPTS[1:2])
-    table = runner.speculator._store.table
-    assert any(tensor is table for tensor in runner.kv_caches)
-    assert not torch.equal(table[0], table[20])
-    copy_kv_cache_blocks_inplace(runner.kv_caches, len(table), [KVCacheBlockCopy(0, 20)])
-    assert torch.equal(table[0], table[20])
+@pytest.mark.parametrize("is_after", [False, True])
+def test_what_a_former_owner_of_a_block_left_is_not_drafted_from(is_after):
+    """Its entries lie under the same tokens: they can be told by the block's change of hands alone."""
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    # The target says 1, after which anything may follow.
+    prompt = [1, 6, 1, 7, 1, 8, 1, 9, 0, 0]
+    runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
+    if is_after:
+        # What such an entry does to a draft.
+        runner.speculator.begin_step(scheduled(runner.entered))
+        runner.entered = []
+    says = 8.0 * torch.nn.functional.one_hot(torch.full((len(prompt),), 31), VOCAB).float()
+    runner.speculator._store.write(says, torch.tensor(prompt, dtype=torch.int32), torch.arange(len(prompt)))
+    runner.step([0])
+    assert runner.counts[0] and (31 in runner.drafts[0]) is is_after
+
+
+def test_what_fails_to_be_told_leaves_nothing_of_anybody():
+    runner = FakeRunner(max_num_reqs=1, alignment=True, **STRICT)
+    serve(runner, PROMPTS[:1])
+    store = runner.speculator._store
+    assert (store.table[:, :, 0] >= 0).any()
+    told = types.SimpleNamespace(
+        **{**NO_BLOCKS, "block_ids": ([len(store.table)],)}, prompt_token_ids=[1], mm_features=[]
+    )
+    runner.speculator.begin_step(scheduled([told]))
+    assert (store.table[:, :, 0] == -1).all() and runner.speculator.faults.counts["store"] == 1
 
 
 def test_placeholders_of_images_are_learnt_and_never_drafted():
@@ -364,17 +397,17 @@ def test_placeholders_of_images_are_learnt_and_never_drafted():
     prompt = [1, 2, *target_alone([1, 2], 18)]
     image = PlaceholderRange(offset=1, length=3, is_embed=torch.tensor([True, False, True]))
     feature = types.SimpleNamespace(mm_position=image)
-    told = types.SimpleNamespace(prompt_token_ids=[7, 31, 8, 31], mm_features=[feature])
+    told = types.SimpleNamespace(**NO_BLOCKS, prompt_token_ids=[7, 31, 8, 31], mm_features=[feature])
     runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
-    runner.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
+    runner.speculator.begin_step(scheduled([told]))
     runner.step([0])
     assert runner.counts[0] == WIDTH, "token 31 alone stands for the image"
     draft = runner.drafts[0].tolist()
     image = types.SimpleNamespace(mm_position=PlaceholderRange(offset=0, length=1))
-    told = types.SimpleNamespace(prompt_token_ids=[draft[2]], mm_features=[image])
+    told = types.SimpleNamespace(**NO_BLOCKS, prompt_token_ids=[draft[2]], mm_features=[image])
     fresh = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
     fresh.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
-    fresh.speculator.begin_step(types.SimpleNamespace(scheduled_new_reqs=[told], finished_req_ids=set()))
+    fresh.speculator.begin_step(scheduled([told]))
     fresh.step([0])
     first = draft.index(draft[2])
     assert fresh.counts[0] == first and fresh.drafts[0, :first].tolist() == draft[:first]

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.launches import TARGETS, recorded
 from vllm_aasd.kernels import count
+from vllm_aasd.kernels.count import triton as count_triton
 
 WIDTH = 4
 
@@ -68,6 +70,17 @@ def specified(ids, cu, first_draft, emitted, slots, survival, relaxed, regret, e
 def test_the_compiled_loop_counts_what_is_specified(seed, num_reqs, first_draft):
     step = batch(seed, num_reqs, first_draft)
     torch.testing.assert_close(totals(count.count_drafts, *step), specified(*step))
+
+
+def test_the_number_of_requests_asks_for_no_other_compilation():
+    """What tells of them lies in one tensor, at places that depend on it."""
+    keys = set()
+    for num_reqs in (3, 16, 50):
+        *step, exhausted, guarded = batch(1, num_reqs, 1)
+        events = torch.stack([exhausted, guarded])
+        (launch,) = recorded(lambda args=(*step, *events): count_triton.count_drafts(torch.zeros(count.SIZE), *args))
+        keys.add(str(launch.specialization(TARGETS["sm_90"])[1:]))
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("first_draft", [0, 1])

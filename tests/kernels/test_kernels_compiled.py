@@ -103,6 +103,25 @@ def test_bytes_moved_over_one_read_of_the_logits(interpreter, job, limit):
     assert counted["over_least"] <= limit
 
 
+def test_no_request_asks_for_another_compilation():
+    """Neither its stop tokens, nor where its rows begin in the batch, nor how many requests are remembered."""
+    keys, made = {}, kernels.policy_tensors
+    for stops, states, start in [(1, 4, 0), (3, 16, 4), (64, 40, 3)]:
+        inputs = kernels.Inputs(16, 3, 151936, torch.bfloat16)
+        inputs.stop_token_ids[:, :stops] = torch.arange(stops)
+        for name in ("token_ids", "slot_mapping", "draft_sampled", "pos", "expanded_idx_mapping", "expanded_local_pos"):
+            tensor = getattr(inputs, name)
+            setattr(inputs, name, torch.cat([tensor[:start], tensor])[start:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                kernels, "policy_tensors", lambda *args, n=states: made(*args)._replace(state=torch.zeros(n, 4))
+            )
+            ops = [JOBS[name].make(inputs) for name in ("verify, sampled, conditional", "align", "align, two shards")]
+        for launch in [launch for op in ops for launch in recorded(op)]:
+            keys.setdefault((launch.name, launch.sizes), set()).add(str(launch.specialization(TARGETS["sm_90"])[1:]))
+    assert len(keys) == 8 and {name: len(each) for name, each in keys.items() if len(each) > 1} == {}
+
+
 def test_sizes_of_one_compile():
     """Triton makes constants of arguments that are 1: one row, one block, one stop token, one slot."""
     inputs = kernels.Inputs(1, 0, 111, torch.float32)

@@ -160,7 +160,8 @@ def random_case(vocab_size, max_spec_len, dtype, seed, rule=None):
         strict_left=(torch.arange(batch_size) == 4) * 2,
     )
     stop_token_ids = torch.randint(-1, vocab_size, (batch_size, 3), generator=g).int()
-    stop_token_ids[stop_token_ids == stop_token_ids[:, :1]] = -1
+    stop_token_ids[:, 1:][stop_token_ids[:, 1:] == stop_token_ids[:, :1]] = -1
+    stop_token_ids = stop_token_ids.sort(descending=True).values
     uniform = torch.rand(n, dtype=torch.float64, generator=g)
     near = near_a_bar(logits, drafts, request, uniform, policy, stop_token_ids)
     drafts[near] = -1

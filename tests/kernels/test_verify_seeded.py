@@ -172,6 +172,10 @@ def test_end_of_sequence_guard_and_bars(path):
         (row, 2, [1], 0.0, 0.1, 0.1, False),
         (row, 1, [2, 3], 0.0, 0.1, 0.1, False),
         (row, 0, [0], 0.0, 0.1, 0.1, True),
+        # However long the list; ids outside the vocabulary are nothing.
+        (row, 1, [7, 8, 9, 10, 2], 0.0, 0.1, 0.1, True),
+        (row, 1, [7, 8, 9, 10, 1], 0.0, 0.1, 0.1, False),
+        (row, 1, [7, 8, 9, 10, 0], 0.0, 0.1, 0.1, False),
         (row, 1, [], 0.0, 0.1, 0.31, False),
         (row, 1, [], 0.0, 0.31, 0.1, False),
         # The entropy is 1.34 nats.

@@ -117,7 +117,7 @@ def batches(draw):
         limit=1.2 + 3 * unit[0],
         cap=3 * unit[1],
         nats=2 * unit[2],
-        stops=torch.randint(-1, vocab_size, (num_reqs, 2), generator=g).tolist(),
+        stops=torch.randint(-1, vocab_size, (num_reqs, 2), generator=g).sort(descending=True).values.tolist(),
         num_speculative_steps=3,
     )
 

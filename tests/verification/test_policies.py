@@ -104,12 +104,16 @@ def test_no_step_allocates_parameter_memory():
     assert unchanged.data_ptr() == stop_token_ids.data_ptr()
 
 
-def test_many_stop_tokens_widen_the_table():
+def test_the_table_of_stop_tokens_has_one_width():
     batch = PolicyBatch(2, "cpu")
-    batch.fill([A, B], [LOOSE, LOOSE], [[1], [2]], greedy(True, True))
-    _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], list(range(20))], greedy(True, True))
+    _, narrow = batch.fill([A, B], [LOOSE, LOOSE], [[1], []], greedy(True, True))
+    most = list(range(columns.MAX_STOP_TOKEN_IDS))
+    _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], most], greedy(True, True))
+    assert narrow.shape == stop_token_ids.shape == (2, columns.MAX_STOP_TOKEN_IDS)
     assert [t for t in stop_token_ids[0].tolist() if t >= 0] == [1]
-    assert [t for t in stop_token_ids[1].tolist() if t >= 0] == list(range(20))
+    assert stop_token_ids[1].tolist() == most
+    with pytest.raises(ValueError, match=r"^stop_token_ids\[1\] has 65 ids, must be at most 64"):
+        batch.fill([A, B], [LOOSE, LOOSE], [[1], [*most, 64]], greedy(True, True))
 
 
 def test_the_op_accepts_the_tensors_and_follows_them():

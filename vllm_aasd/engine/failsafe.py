@@ -8,7 +8,7 @@ first time, counted, and what follows the ``with`` block serves without that par
 | --- | --- | --- |
 | ``requests`` | the request is verified strictly, without drafts | every new request is |
 | ``draft`` | V1: the request has no drafts from here on; V2: the batch has none in this step | no drafts |
-| ``store`` | predictions of that step, or chunk of a prompt, aren't stored | none are stored, drafts come without |
+| ``store`` | predictions of that step, or chunk of a prompt, aren't stored; where it isn't known whose blocks they lie in, all are forgotten | none are stored, drafts come without |
 | ``step_time`` | V1: draft lengths by a fixed bar in this step; V2: by the number of requests | so from here on |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
 | ``metrics`` | a step isn't counted | no step is |

@@ -49,9 +49,24 @@ BOTH: tuple[Seam | Members, ...] = (
     Members(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
-        ("scheduled_new_reqs", "finished_req_ids", "num_scheduled_tokens", "scheduled_spec_decode_tokens"),
+        (
+            "scheduled_new_reqs",
+            "scheduled_cached_reqs",
+            "finished_req_ids",
+            "num_scheduled_tokens",
+            "scheduled_spec_decode_tokens",
+        ),
     ),
-    Members("vllm.v1.core.sched.output", "NewRequestData", ("prompt_token_ids", "mm_features")),
+    Members(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        ("prompt_token_ids", "mm_features", "block_ids", "num_computed_tokens"),
+    ),
+    Members(
+        "vllm.v1.core.sched.output",
+        "CachedRequestData",
+        ("req_ids", "resumed_req_ids", "new_block_ids", "num_computed_tokens"),
+    ),
     Members("vllm.multimodal.inputs", "MultiModalFeatureSpec", ("mm_position",)),
     Members("vllm.multimodal.inputs", "PlaceholderRange", ("extract_embeds_range",)),
     Members(
@@ -124,7 +139,6 @@ V1: tuple[Seam | Members, ...] = (
             "execute_model_state",
             "input_batch",
             "input_ids",
-            "kv_caches",
             "requests",
             "discard_request_mask",
             "_dummy_run",
@@ -228,7 +242,7 @@ V2: tuple[Seam | Members, ...] = (
     Members(
         f"{_V2}.model_runner",
         "GPUModelRunner",
-        ("speculator", "sampler", "model", "get_model", "block_tables", "kv_caches", "execute_model_state"),
+        ("speculator", "sampler", "model", "get_model", "block_tables", "execute_model_state"),
     ),
     Members(
         f"{_V2}.model_runner",

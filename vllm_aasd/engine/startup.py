@@ -19,6 +19,7 @@ from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.draft import Prior
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
@@ -41,10 +42,13 @@ def policy_of(settings: Settings, params: SamplingParams | None = None) -> Polic
 
     Returns:
         What the settings say; strict for requests whose output a grammar constrains (structured output, and tool
-        calls that vLLM makes by it) or whose log-probabilities are wanted, since both promise the target's own.
+        calls that vLLM makes by it) or whose log-probabilities are wanted, since both promise the target's own, and for
+        those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
     """
-    if params is not None and (params.structured_outputs is not None or params.num_logprobs is not None):
-        return STRICT_POLICY
+    if params is not None:
+        promises_own = params.structured_outputs is not None or params.num_logprobs is not None
+        if promises_own or len(params.all_stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            return STRICT_POLICY
     return settings.policy()
 
 

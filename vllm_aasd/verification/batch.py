@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, NUM_PARAMETERS, STRICT, VerifyPolicies
 from vllm_aasd.verification.rules import Policy
 from vllm_aasd.verification.states import RequestStates
 
@@ -36,7 +36,7 @@ class PolicyBatch:
         self._rule_if_greedy, self._rule_if_sampled = np.full((2, max_num_reqs), STRICT, dtype=np.int32)
         self._parameters = np.zeros((max_num_reqs, NUM_PARAMETERS), dtype=np.float32)
         self._state_rows = np.full(max_num_reqs, _NO_ROW, dtype=np.int32)
-        self._stop_token_ids = np.full((max_num_reqs, 4), _NO_TOKEN, dtype=np.int32)
+        self._stop_token_ids = np.full((max_num_reqs, MAX_STOP_TOKEN_IDS), _NO_TOKEN, dtype=np.int32)
 
     def fill(
         self,
@@ -54,11 +54,12 @@ class PolicyBatch:
             is_greedy: [batch_size] bool.
 
         Returns:
-            The op's `policies` and its `stop_token_ids` [batch_size, max_stop] int32, padded with -1. On a
-            CPU the tensors share this object's memory: they are valid until the next call.
+            The op's `policies` and its `stop_token_ids` [batch_size, MAX_STOP_TOKEN_IDS] int32, padded with -1. On
+            a CPU the tensors share this object's memory: they are valid until the next call.
 
         Raises:
-            ValueError: more requests than `max_num_reqs`, or the arguments' lengths differ.
+            ValueError: more requests than `max_num_reqs`, the arguments' lengths differ, or a request has more
+                than `MAX_STOP_TOKEN_IDS` stop tokens.
         """
         n = len(policies)
         if n > len(self._requests):
@@ -93,14 +94,11 @@ class PolicyBatch:
         return torch.from_numpy(values[:n]).to(self._device)
 
     def _write(self, i: int, policy: Policy, stop_token_ids: Sequence[int]) -> None:
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids[{i}] has {len(stop_token_ids)} ids, must be at most {MAX_STOP_TOKEN_IDS}")
         self._rule_if_greedy[i] = policy.rule if policy.relaxes(is_greedy=True) else STRICT
         self._rule_if_sampled[i] = policy.rule if policy.relaxes(is_greedy=False) else STRICT
         self._parameters[i] = policy.parameters
-        width = self._stop_token_ids.shape[1]
-        if len(stop_token_ids) > width:
-            wider = np.full((len(self._requests), 2 * len(stop_token_ids)), _NO_TOKEN, dtype=np.int32)
-            wider[:, :width] = self._stop_token_ids
-            self._stop_token_ids = wider
         self._stop_token_ids[i] = _NO_TOKEN
         self._stop_token_ids[i, : len(stop_token_ids)] = list(stop_token_ids)
         self._requests[i] = (policy, stop_token_ids)

@@ -22,6 +22,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
+            ``plant`` (a token and another: before every round but the first, the whole store is filled with entries of the
+            one that predict the other),
             ``lora`` (path of an adapter for all requests),
             ``faults`` (a list with, for each round, the function of ours that fails in it, "module:Class.method", or None),
             ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and ``ahead`` (V2
@@ -31,7 +33,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
         ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
         each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...], "log": str}``
     """
-    recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification")}
+    recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification", "plant")}
     faults = options.pop("faults", [None] * len(rounds))
     aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
     switches = {f"AASD_TEST_{name.upper()}": str(int(options.pop(name, False))) for name in _SWITCHES}

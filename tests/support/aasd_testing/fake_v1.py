@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
 from aasd_testing.constants import with_constants
-from aasd_testing.fake_v2 import BLOCK, VOCAB, WIDTH, next_token
+from aasd_testing.fake_v2 import BLOCK, VOCAB, WIDTH, next_token, scheduled
 from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.engine.v1 import proposer as v1
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
@@ -48,7 +48,7 @@ class FakeRunner:
         max_num_reqs = max_num_reqs or len(prompts)
         self.device = torch.device("cpu")
         self.lora_config = None
-        self.kv_caches: list[torch.Tensor] = []
+        self.use_async_scheduling = False
         self.tokens: dict[str, list[int]] = {}
         self.num_computed: dict[str, int] = {}
         self.drafts: dict[str, list[int]] = {}
@@ -58,6 +58,7 @@ class FakeRunner:
         self.is_plain = False
         self.num_logits_calls = 0
         self._ended: set[str] = set()
+        self._entered: list[str] = []
         blocks = np.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=np.int32).reshape(max_num_reqs, -1)
         self._blocks = SimpleNamespace(
             block_table=SimpleNamespace(np=blocks), block_size=BLOCK, slot_mapping=SimpleNamespace(gpu=None)
@@ -78,6 +79,7 @@ class FakeRunner:
             scheduler_config=SimpleNamespace(
                 max_num_seqs=max_num_reqs, max_num_batched_tokens=64, scheduler_cls=SCHEDULER
             ),
+            kv_transfer_config=None,
             device_config=SimpleNamespace(device=self.device),
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
@@ -106,6 +108,7 @@ class FakeRunner:
         """A request that was preempted is read again from its beginning, in whatever blocks are free."""
         self.num_computed[req_id], self.drafts[req_id] = 0, []
         self.input_batch.req_ids.append(req_id)
+        self._entered.append(req_id)
 
     def preempt(self, req_id: str) -> None:
         """A request of the batch gives up its row and its blocks; rows behind it move up, as vLLM's do."""
@@ -125,8 +128,19 @@ class FakeRunner:
 
     def step(self) -> None:
         """One step of the engine, prompts in chunks."""
-        ended, self._ended = self._ended, set()
-        self.proposer.begin_step(SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=ended))
+        batch = self.input_batch.req_ids
+        entered = [
+            SimpleNamespace(
+                prompt_token_ids=self.tokens[req_id],
+                mm_features=[],
+                block_ids=(self._blocks.block_table.np[batch.index(req_id)].tolist(),),
+                num_computed_tokens=0,
+            )
+            for req_id in self._entered
+            if req_id in batch
+        ]
+        self.proposer.begin_step(scheduled(entered, self._ended))
+        self._ended, self._entered = set(), []
         self.execute_model_state = None
         if not self.input_batch.req_ids:
             with self.proposer.sampling():

@@ -5,7 +5,8 @@ runner's; its forward pass, sampler and bookkeeping are written out here in plai
 """
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
@@ -25,6 +27,12 @@ from vllm_aasd.engine.v2 import speculator as v2
 VOCAB, BLOCK, MAX_LEN, WIDTH = 32, 4, 64, 4
 PROMPTS = [[1, 2, 4, 1, 2], [3, 3, 5, 6, 0, 2, 1, 3, 3], [6, 5], [0, 1, 1, 2, 3, 5], [4, 4, 4, 4, 4, 4, 4]]
 MAX_TOKENS = 24
+
+
+def scheduled(new_requests: Iterable[Any] = (), finished: Iterable[str] = ()) -> SchedulerOutput:
+    """A step of vLLM's scheduler, of which only this is told."""
+    output = SchedulerOutput.make_empty()
+    return dataclasses.replace(output, scheduled_new_reqs=list(new_requests), finished_req_ids=set(finished))
 
 
 def next_token(before: Any, last: Any) -> Any:
@@ -71,7 +79,7 @@ class FakeRunner:
         self.blocks = torch.arange(max_num_reqs * MAX_LEN // BLOCK, dtype=torch.int32).view(max_num_reqs, -1)
         self.num_scheduled = self.num_added = 0
         self.model = _Model()
-        self.kv_caches: list[torch.Tensor] = []
+        self.entered: list[SimpleNamespace] = []
         self.temperature = np.zeros(max_num_reqs, np.float32)
         self.sampler = SimpleNamespace(
             logits_processors=[],
@@ -96,6 +104,7 @@ class FakeRunner:
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
             scheduler_config=SimpleNamespace(async_scheduling=fillers),
             lora_config=None,
+            kv_transfer_config=None,
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
         self.speculator = v2.AASDSpeculator(config, torch.device("cpu"), req_states)
@@ -122,11 +131,16 @@ class FakeRunner:
         self.total_len[slot] = len(prompt)
         self.drafts[slot] = 0
         self.counts[slot] = 0
+        blocks = self.blocks[slot].tolist()
+        told = SimpleNamespace(prompt_token_ids=prompt, mm_features=[], block_ids=(blocks,), num_computed_tokens=0)
+        self.entered.append(told)
         for processor in self.sampler.logits_processors:
             processor.add_request(slot, params)
 
     def step(self, slots: list[int], chunk: int = MAX_LEN) -> dict[int, list[int]]:
         """One step of the runner; what each request of it emitted. Prompts are read `chunk` tokens at a time."""
+        self.speculator.begin_step(scheduled(self.entered))
+        self.entered = []
         for processor in self.sampler.logits_processors:
             processor.apply_staged_writes()
         ids, positions, starts, sampled_rows, local, expanded, cu, prefilling = [], [], [0], [], [], [], [0], []

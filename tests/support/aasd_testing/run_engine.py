@@ -58,6 +58,8 @@ def main() -> None:
         requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
         requests = [(embedded(llm, p) if r.get("embeds") else p, s) for r, (p, s) in zip(batch, requests, strict=True)]
         num_snapshots = len(snapshots)
+        if scenario["plant"] and rounds:
+            plant(llm, *scenario["plant"])
         with injected(fault):
             outputs = llm.generate(
                 [p for p, _ in requests],
@@ -67,6 +69,8 @@ def main() -> None:
             )
         if fault:
             del snapshots[num_snapshots:]
+        for snapshot in snapshots[num_snapshots:]:
+            snapshot["round"] = len(rounds)
         rounds.append([described(output) for output in outputs])
         after.append({"metrics": counters(llm), "faults": taken_faults(llm) if any(scenario["faults"]) else {}})
     kernels = [name.removeprefix("vllm_aasd.kernels.") for name in sys.modules if name.startswith("vllm_aasd.kernels.")]
@@ -174,6 +178,19 @@ def counters(llm):
         for m in metrics
         if hasattr(m, "value")
     }
+
+
+def plant(llm, token_id, predicted):
+    """Fill the alignment store with what a former owner of every block might have left."""
+    import torch
+
+    adapter = worker_of(llm)._adapter
+    store = getattr(adapter, "_store", None) or adapter._alignment._store
+    certain = torch.zeros(store.top_k)
+    certain[0] = 1.0
+    store.slots[:, : 1 + store.top_k] = predicted
+    store.slots[:, 0] = token_id
+    store.slots[:, 1 + store.top_k :] = certain.view(torch.int32)
 
 
 def record_store(llm):

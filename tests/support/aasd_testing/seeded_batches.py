@@ -120,7 +120,7 @@ def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
         spent=unit[1],
         level=unit[2],
         strict_left=[2 if i % 7 == 4 else 0 for i in range(num_reqs)],
-        stops=torch.randint(-1, vocab_size, (num_reqs, 3), generator=g).tolist(),
+        stops=[torch.randint(0, vocab_size, (i % 10,), generator=g).tolist() for i in range(num_reqs)],
         num_speculative_steps=max(1, *counts, 1) - 1,
     )
     # Rows of another stride than the vocabulary, as the runner's padded logits have.

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.drafting.drafter import AlignmentView
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.kv_blocks import disown
 
 
 class V1Alignment:
@@ -25,6 +27,7 @@ class V1Alignment:
         group: the KV cache group that the store's slots are those of.
         model: the target, whose ``compute_logits`` is asked for those inside of prompts.
         faults: of the worker.
+        loads_kv: whether a KV connector may fill blocks.
 
     Attributes:
         with_prompts: whether the positions inside of prompts are stored, too, whose logits are made for it.
@@ -37,14 +40,20 @@ class V1Alignment:
         group: int,
         model: torch.nn.Module,
         faults: Faults,
+        loads_kv: bool = False,
     ) -> None:
         self.with_prompts = False
+        self._loads_kv = loads_kv
         self._runner = runner
         self._store = store
         self._group = group
         self._model = model
         self._faults = faults
         self._state: Any = None
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Forget what former owners left in blocks that a step gives to requests."""
+        disown(self._store, scheduled, self._group, self._loads_kv, self._faults)
 
     def take_up(self, state: Any) -> None:
         """Hold what a step has computed until `write`; the runner's ``execute_model_state``."""

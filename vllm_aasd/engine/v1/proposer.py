@@ -49,6 +49,7 @@ class AASDProposer:
         scheduler_config = vllm_config.scheduler_config
         self._settings = speculative_config.aasd
         self._model_config = vllm_config.model_config
+        self._loads_kv = vllm_config.kv_transfer_config is not None
         self._is_adaptive = self._settings.draft_length == "adaptive"
         self._max_draft_tokens = startup.max_draft_tokens(self._settings, speculative_config.num_speculative_tokens)
         self._max_step_tokens = min(
@@ -112,9 +113,7 @@ class AASDProposer:
             runner.device,
         )
         align.warm_up(runner.device, self._model_config.dtype)
-        # vLLM's copy-on-write of KV blocks then carries the entries along.
-        runner.kv_caches.append(store.table)
-        self._alignment = V1Alignment(runner, store, group, self._model, self.faults)
+        self._alignment = V1Alignment(runner, store, group, self._model, self.faults, self._loads_kv)
         self._alignment.with_prompts = startup.may_align_prompts(
             self._settings.alignment is not False, has_lora=runner.lora_config is not None
         )
@@ -151,10 +150,12 @@ class AASDProposer:
         )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Begin to time a step, learn what stands for images in new requests, and drop the state of ended ones."""
+        """Begin to time a step, learn what stands for images in new requests, and drop what ended ones left."""
         self._began = time.perf_counter()
         self._num_decode_tokens = None
         self._num_drafted = {}
+        if self._alignment is not None:
+            self._alignment.begin_step(scheduled)
         with self.faults.contained("requests"):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
         with self.faults.contained("requests"):

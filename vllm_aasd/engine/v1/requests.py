@@ -9,6 +9,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.startup import policy_of
+from vllm_aasd.kernels.verify.policies import STRICT
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 
@@ -17,7 +18,7 @@ class V1Request(NamedTuple):
 
     Attributes:
         policy: by which its draft tokens are accepted.
-        stop_token_ids: the distinct ids that end it.
+        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't look at them.
         is_seeded: whether it samples by a seed of its own.
         is_strict: whether its output is exactly the target's, as that of sampled requests is under most policies.
     """
@@ -73,9 +74,9 @@ class V1Requests:
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> None:
         settings = settings_of(params, self._settings)
-        stop_token_ids = sorted(params.all_stop_token_ids) if params else []
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
         policy = policy_of(settings, params)
+        stop_token_ids = sorted(params.all_stop_token_ids) if params and policy.rule != STRICT else []
         is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
         self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
         if settings.enabled and not _is_misled_by_drafts(params):

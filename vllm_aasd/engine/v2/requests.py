@@ -13,7 +13,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.request_options import settings_of
 from vllm_aasd.engine.startup import policy_of
-from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS, STRICT, VerifyPolicies
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, NUM_PARAMETERS, STRICT, VerifyPolicies
 from vllm_aasd.verification.states import RequestStates
 
 _NO_TOKEN = -1
@@ -60,15 +60,8 @@ class RequestSlots(LogitsProcessor):
         self._state_rows = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self._states = RequestStates(max_num_reqs, device)
         self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
-        self._stop_token_ids = self._wide(max_num_reqs, 4)
-        self._retired: list[UvaBackedTensor] = []
+        self._stop_token_ids = UvaBackedTensor((max_num_reqs, MAX_STOP_TOKEN_IDS), dtype=torch.int32)
         self._changed = True
-
-    @staticmethod
-    def _wide(max_num_reqs: int, width: int) -> UvaBackedTensor:
-        tensor = UvaBackedTensor((max_num_reqs, width), dtype=torch.int32)
-        tensor.np[:] = _NO_TOKEN
-        return tensor
 
     @property
     def policies(self) -> VerifyPolicies:
@@ -77,7 +70,8 @@ class RequestSlots(LogitsProcessor):
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
-        """``[max_num_reqs, max_stop]`` int32 by slot, padded with -1; to be asked for at every step."""
+        """``[max_num_reqs, MAX_STOP_TOKEN_IDS]`` int32 by slot, padded with -1; of slots with a strict policy, anything.
+        To be asked for at every step."""
         return self._stop_token_ids.gpu
 
     @property
@@ -98,19 +92,11 @@ class RequestSlots(LogitsProcessor):
 
     def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
         settings = settings_of(sampling_params, self._settings)
-        stop_token_ids = sorted(sampling_params.all_stop_token_ids)
-        width = self._stop_token_ids.np.shape[1]
-        if len(stop_token_ids) > width:
-            # Rare, and the only thing here that ever grows.
-            wider = self._wide(len(self._max_seq_len), 2 * len(stop_token_ids))
-            wider.np[:, :width] = self._stop_token_ids.np
-            # A step that is still running may read it.
-            self._retired.append(self._stop_token_ids)
-            self._stop_token_ids = wider
-        self._stop_token_ids.np[req_idx] = _NO_TOKEN
-        self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
         policy = policy_of(settings, sampling_params)
         if policy.relaxes(is_greedy=sampling_params.temperature == 0.0):
+            stop_token_ids = sorted(sampling_params.all_stop_token_ids)
+            self._stop_token_ids.np[req_idx] = _NO_TOKEN
+            self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
             self._parameters.np[req_idx] = policy.parameters
             self._state_rows.np[req_idx] = self._states.row_of(self._req_ids[req_idx])
             self._rule.np[req_idx] = policy.rule

@@ -30,6 +30,7 @@ from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
 from vllm_aasd.engine import agreement, patching, startup
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.kv_blocks import disown
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2.counting import V2Counting
@@ -91,6 +92,8 @@ class AASDSpeculator(BaseSpeculator):
         self._runner: GPUModelRunner | None = None
         self._store: AlignmentStore | None = None
         self._store_layer = ""
+        self._group = 0
+        self._loads_kv = vllm_config.kv_transfer_config is not None
         self._hooks: list[RemovableHandle] = []
         self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -132,8 +135,7 @@ class AASDSpeculator(BaseSpeculator):
             self._store = AlignmentStore(kv_cache_config.num_blocks, block_size, top_k, self._device)
             self._store_layer = kv_cache_config.kv_cache_groups[group].layer_names[0]
             table, block_tables = self._store.slots, tables.block_tables[group].gpu
-            # vLLM's copy-on-write of KV blocks then carries the entries along.
-            runner.kv_caches.append(self._store.table)
+            self._group = group
         prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._propose = functools.partial(
@@ -167,7 +169,9 @@ class AASDSpeculator(BaseSpeculator):
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Learn what stands for images in new requests, and drop what the verifier remembers of ended ones."""
+        """Learn what stands for images in new requests, and drop what ended ones left."""
+        if self._store is not None:
+            disown(self._store, scheduled, self._group, self._loads_kv, self.faults)
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
