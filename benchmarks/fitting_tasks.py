@@ -5,7 +5,7 @@ import re
 from pydoc_data.topics import topics
 
 from benchmarks.builtin import builtin_tasks
-from vllm_aasd.tuning.tasks import Task
+from benchmarks.tasks import Task
 
 _PER_KIND = 20
 # What end_to_end measures on are the first tasks of each category.

@@ -1,4 +1,4 @@
-"""Kernels: what the Triton kernels cost in registers and in bytes, beside vLLM's own for the same job.
+"""Kernels: what the Triton kernels cost in registers and in bytes, next to vLLM's own for the same job.
 
     python -m benchmarks.kernels
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import report, results
 
 VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
@@ -31,6 +31,7 @@ NUM_SLOTS = 1024
 NUM_RUNS = 1 << 18
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
+MEASURED = ("registers", "shared_bytes", "spill_bytes", "stack_bytes")
 # Narrow blocks, for which partial results weigh most; the interpreter takes some seconds a job.
 COUNTED = {"num_reqs": 4, "num_drafts": 3, "vocab_size": 32768}
 
@@ -158,7 +159,7 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
 
 
 def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with what a position, and the prior of runs and tokens, predict."""
+    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
@@ -239,58 +240,44 @@ JOBS = (
 
 def main() -> None:
     """Compile, count, write the result, print its tables."""
-    parser = results.arguments(__doc__, out="kernels.json")
+    parser = results.arguments(__doc__, "kernels.json")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.show:
-        print(tables(results.read(arguments.show)))
-        return
     from benchmarks import interpreted
 
     interpreted.let_vllm_see_triton()
     if arguments.count:
         # numpy warns where the interpreter computes what a kernel goes on to discard.
         warnings.simplefilter("ignore")
-        json.dump(count(), sys.stdout)
+        json.dump([count_one(job, **COUNTED) for job in JOBS if job.reads_logits], sys.stdout)
         return
     builds = compile_all()
-    traffic = json.loads(
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.kernels", "--count"],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            check=True,
-        ).stdout.splitlines()[-1]
-    )
-    conditions = results.metadata(
+    command = [sys.executable, "-m", "benchmarks.kernels", "--count"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    counted = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    metadata = results.metadata(
         vocab_size=VOCAB_SIZE, num_speculative_steps=NUM_SPECULATIVE_STEPS, top_k=TOP_K, counted=COUNTED
     )
-    result = {"metadata": conditions, "builds": builds, "traffic": traffic}
+    result = {"metadata": metadata, "builds": builds, "traffic": json.loads(counted.splitlines()[-1])}
     results.write(arguments.out, result)
-    print(tables(result))
+    print(f"{results.heading(result)}\n\n{report.kernels(result)}")
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """Compile every distinct launch of every job for every target."""
+    """Compile every distinct launch of every job for every target: the most that any launch of a kernel takes."""
     from benchmarks.launches import TARGETS, build, distinct, recorded
 
-    rows = []
+    most: dict[tuple[bool, str, str], dict[str, int]] = {}
     for num_reqs, dtype in BATCHES:
         inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)
         for stock, (name, target) in itertools.product((False, True), TARGETS.items()):
             calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
-            rows += [
-                {"stock": stock, "kernel": launch.name, "sizes": launch.sizes, "requests": num_reqs}
-                | {"dtype": str(dtype).removeprefix("torch."), "target": name}
-                | dataclasses.asdict(build(launch, target))
-                for launch in distinct(launch for call in calls for launch in recorded(call, target))
-            ]
-    return rows
-
-
-def count() -> list[dict[str, Any]]:
-    """Count each job's bytes; to be run where TRITON_INTERPRET is set."""
-    return [count_one(job, **COUNTED) for job in JOBS if job.reads_logits]
+            for launch in distinct(launch for call in calls for launch in recorded(call, target)):
+                built = build(launch, target)
+                kernel = most.setdefault((stock, launch.name, name), {})
+                for field in MEASURED:
+                    kernel[field] = max(getattr(built, field), kernel.get(field, 0))
+    return [{"stock": stock, "kernel": name, "target": target, **of} for (stock, name, target), of in most.items()]
 
 
 def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:
@@ -309,37 +296,6 @@ def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict
         "other_bytes": traffic.other_bytes,
         "over_least": (traffic.logits_bytes + traffic.other_bytes) / inputs.logits.nbytes,
     }
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The result as text."""
-    traffic = [
-        [row["job"], f"{row['logits_bytes'] / row['least_bytes']:.4f}",
-         f"{row['other_bytes'] / row['least_bytes']:.4f}", f"{row['over_least']:.4f}"]
-        for row in result["traffic"]
-    ]  # fmt: skip
-    builds = [
-        [("vLLM: " if row["stock"] else "") + row["kernel"], row["sizes"], row["dtype"], row["target"]]
-        + [
-            str(row[field])
-            for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes", "parked_scalars")
-        ]
-        + [f"{row['wide_loads']} / {row['narrow_loads']}"]
-        for row in result["builds"]
-    ]
-    return "\n".join(
-        (
-            results.heading(result),
-            "",
-            results.table(["job", "logits", "anything else", "bytes over one read of all rows"], traffic),
-            "",
-            results.table(
-                ["kernel", "sizes", "logits", "target", "warps", "registers", "shared, B", "spilled, B",
-                 "stack, B", "parked scalars", "16-byte / other loads"],
-                builds,
-            ),
-        )
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
