@@ -4,8 +4,6 @@
 `edit` the answer repeats its input. They change only with the version of Python.
 """
 
-import ast
-import functools
 import json
 import pathlib
 import re
@@ -41,23 +39,24 @@ def in_file() -> Iterator[Task]:
 
 
 def cross_file() -> Iterator[Task]:
-    """Code to continue, after the definition of what its next line uses from another file."""
+    """The same after the head of a file of the same package that it imports from."""
     for package in _PACKAGES:
         for path in sorted((LIBRARY / package).glob("[a-z]*.py")):
             lines = _lines(path)
-            found = _first_use(path, lines)
-            if found is None:
-                continue
-            at, source, definition = found
-            before = f"# {_name(source)}\n{definition[:_SNIPPET_CHARS].rstrip()}\n\n\n# {_name(path)}\n"
-            before += _last("".join(lines[:at]), _CODE_CHARS - _SNIPPET_CHARS)
-            yield _completion("code_crossfile", path, at, before)
+            at = next((i for i in range(len(lines) * 3 // 5, len(lines)) if _is_worth_guessing(lines[i])), None)
+            found = re.search(r"^from \.(\w+) import", "".join(lines[:at]), re.MULTILINE)
+            source = path.parent / f"{found[1]}.py" if found else path
+            if at is not None and source != path and source.is_file():
+                before = f"# {_name(source)}\n{source.read_text()[:_SNIPPET_CHARS]}\n\n\n# {_name(path)}\n"
+                before += _last("".join(lines[:at]), _CODE_CHARS - _SNIPPET_CHARS)
+                yield _completion("code_crossfile", path, at, before)
 
 
 def documentation() -> Iterator[Task]:
     """Quotes from a text, and copies of it with one word changed; the topics of Python's own ``help()``."""
     for topic in sorted(topics):
-        text = _whole_paragraphs(topics[topic].strip())
+        text = topics[topic].strip()
+        text = text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS].rpartition("\n\n")[0]
         if len(text) < _SHORTEST_TEXT:
             continue
         quote = f"Quote the three most important sentences of this text, word by word.\n\n{text}"
@@ -74,49 +73,6 @@ def _completion(category: str, path: pathlib.Path, at: int, before: str) -> Task
     return Task(f"{_name(path)}:{at + 1}", category, text, before)
 
 
-def _first_use(path: pathlib.Path, lines: list[str]) -> tuple[int, pathlib.Path, str] | None:
-    """The first line in a function that uses a name of a file next to it; that file, the definition."""
-    tree = _parsed(path)
-    sources = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            source = _beside(path, node)
-            for alias in node.names:
-                definition = _definition(source, alias.name) if source else None
-                if definition:
-                    sources[alias.asname or alias.name] = source, definition
-    names = sorted(
-        (node.lineno, node.id)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for statement in function.body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and node.id in sources
-    )
-    for number, name in names:
-        if number > 20 and _is_worth_guessing(lines[number - 1]):
-            return number - 1, *sources[name]
-    return None
-
-
-def _beside(path: pathlib.Path, node: ast.ImportFrom) -> pathlib.Path | None:
-    package = ".".join(path.parent.relative_to(LIBRARY).parts)
-    module = node.module or ""
-    if node.level == 0 and module.startswith(package + "."):
-        module = module.removeprefix(package + ".")
-    elif node.level != 1:
-        return None
-    source = path.parent / f"{module}.py"
-    return source if source.is_file() else None
-
-
-def _definition(source: pathlib.Path, name: str) -> str | None:
-    for node in _parsed(source).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
-            return "".join(_lines(source)[node.lineno - 1 : node.end_lineno])
-    return None
-
-
 def _is_worth_guessing(line: str) -> bool:
     """Code of some length, not a comment, a quoted text or the like."""
     bare = line.strip()
@@ -128,15 +84,6 @@ def _last(text: str, chars: int) -> str:
     if len(text) <= chars:
         return text
     return text[-chars:].partition("\n")[2]
-
-
-def _whole_paragraphs(text: str) -> str:
-    return text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS].rpartition("\n\n")[0]
-
-
-@functools.cache
-def _parsed(path: pathlib.Path) -> ast.Module:
-    return ast.parse("".join(_lines(path)))
 
 
 def _lines(path: pathlib.Path) -> list[str]:

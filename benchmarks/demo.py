@@ -9,6 +9,7 @@ tokens per step, and the answers.
 import argparse
 import itertools
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -65,7 +66,7 @@ def ask(label: str, prompts: list[list[int]], arguments: argparse.Namespace) -> 
     if methods.METHODS[label] is not None:
         engine |= {"speculative_config": methods.METHODS[label], "per_request_spec_decode_metrics": "summary"}
     sampling = {"temperature": 0.0, "max_tokens": arguments.max_tokens}
-    with Engine(label, engine) as started:
+    with Engine(label, engine, threads=os.cpu_count() or 1) as started:
         # The first request pays for what is compiled or allocated on first use.
         started.run([{"prompt_token_ids": prompts[0][::-1], "sampling": sampling}])
         answers = []
@@ -76,29 +77,18 @@ def ask(label: str, prompts: list[list[int]], arguments: argparse.Namespace) -> 
 
 
 def side_by_side(question: str, plain: dict[str, Any], aasd: dict[str, Any], width: int) -> str:
-    """Two columns, without speculation and with aasd, marked where they first differ."""
+    """Two columns, without speculation and with aasd."""
     column = max(min(width, 200) // 2 - 2, 20)
     speeds = [len(one["token_ids"]) / one["last_token"] for one in (plain, aasd)]
     heads = f"without: {speeds[0]:.1f} tokens/s", f"aasd: {speeds[1]:.1f} tokens/s, {speeds[1] / speeds[0]:.2f}x"
     columns = [
-        [head, "", *(line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""])]
-        for head, text in zip(heads, mark_difference(plain["text"], aasd["text"]), strict=True)
+        [head, "", *(line for part in one["text"].splitlines() for line in textwrap.wrap(part, column) or [""])]
+        for head, one in zip(heads, (plain, aasd), strict=True)
     ]
     rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(
         [f"--- {question} ".ljust(width, "-"), *(f"{left:{column}} | {right}".rstrip() for left, right in rows)]
     )
-
-
-def mark_difference(one: str, other: str) -> tuple[str, str]:
-    """Both texts, with ``>>`` before the first word that isn't the same; as they are if they are equal."""
-    if one == other:
-        return one, other
-    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    # Back to the beginning of the word.
-    while first > 0 and not one[first - 1].isspace():
-        first -= 1
-    return f"{one[:first]}>>{one[first:]}", f"{other[:first]}>>{other[first:]}"
 
 
 def summary(plain: list[dict[str, Any]], aasd: list[dict[str, Any]]) -> str:
@@ -108,17 +98,13 @@ def summary(plain: list[dict[str, Any]], aasd: list[dict[str, Any]]) -> str:
     # An answer's first token and step are its prefill's.
     tokens_per_step = sum(len(one["token_ids"]) - 1 for one in aasd) / max(sum(one["steps"] - 1 for one in aasd), 1)
     equal = sum(one["token_ids"] == other["token_ids"] for one, other in zip(plain, aasd, strict=True))
-    text = (
-        f"All {len(plain)}: {speeds[0]:.1f} tokens/s without, {speeds[1]:.1f} with aasd ({speeds[1] / speeds[0]:.2f}x); "
-        f"{tokens_per_step:.2f} tokens per step; {accepted} of {drafted} draft tokens accepted; "
-        f"{equal} of {len(plain)} answers are the same."
-    )
-    if equal < len(plain):
-        text += (
-            '\nAnswers may differ a little: the default, "aasd_verification": "conditional", also accepts tokens that are '
-            'close rivals of the model\'s choice. With "strict", only near ties may fall differently.'
-        )
-    return text
+    lines = [
+        f"{speeds[0]:.1f} tokens/s without, {speeds[1]:.1f} with aasd ({speeds[1] / speeds[0]:.2f}x), "
+        f"{tokens_per_step:.2f} tokens per step, {accepted} of {drafted} draft tokens accepted.",
+        f"{equal} of {len(plain)} answers are the same. By default aasd also accepts close rivals of the model's",
+        'choice; with "aasd_verification": "strict" only near ties may fall differently.',
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

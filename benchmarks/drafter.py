@@ -17,7 +17,7 @@ import pathlib
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,32 +49,16 @@ _STEPS = (1.4, 1.2, 1.1)
 _CALIBRATION = 0.5
 
 
-class Stage(NamedTuple):
-    """The drafter with some of its parts.
-
-    Attributes:
-        name: what was added to the stage before.
-        seen: what it sees of a trace.
-        prior, ngrams, memory, adaptive: whether it has them.
-    """
-
-    name: str
-    seen: Callable[[Trace], Trace] = lambda trace: trace
-    prior: bool = False
-    ngrams: bool = False
-    memory: bool = False
-    adaptive: bool = False
-
-
-STAGES = (
-    Stage("retrieval only", replay.without_predictions),
-    Stage("+ alignment, generated positions", replay.generated_only),
-    Stage("+ alignment, prompt positions"),
-    Stage("+ prior of tokens", prior=True),
-    Stage("+ prior of n-grams", prior=True, ngrams=True),
-    Stage("+ memory", prior=True, ngrams=True, memory=True),
-    Stage("+ adaptive length", prior=True, ngrams=True, memory=True, adaptive=True),
-)
+STAGES: dict[str, tuple[Callable[[Trace], Trace], frozenset[str]]] = {
+    "retrieval only": (replay.without_predictions, frozenset()),
+    "+ alignment, generated positions": (replay.generated_only, frozenset()),
+    "+ alignment, prompt positions": (replay.unchanged, frozenset()),
+    "+ prior of tokens": (replay.unchanged, frozenset({"prior"})),
+    "+ prior of n-grams": (replay.unchanged, frozenset({"prior", "ngrams"})),
+    "+ memory": (replay.unchanged, frozenset({"prior", "ngrams", "memory"})),
+    "+ adaptive length": (replay.unchanged, frozenset({"prior", "ngrams", "memory", "adaptive"})),
+}
+"""By name: what the drafter sees of a trace, and which parts it has."""
 
 
 def main() -> None:
@@ -215,15 +199,15 @@ def ablation(traces: Sequence[Trace], prior: Prior) -> dict[str, dict[str, Any]]
     # Not by category, as traffic comes: the memory learns from one request for the next.
     mixed = random.Random(0).sample(list(traces), len(traces))
     groups = [trace.category for trace in mixed]
-    found: dict[str, dict[str, Any]] = {stage.name: {} for stage in STAGES}
+    found: dict[str, dict[str, Any]] = {name: {} for name in STAGES}
     for price in PRICES:
         before = None
-        for stage in STAGES:
-            runs = run_stage(stage, mixed, prior, price)
+        for name in STAGES:
+            runs = run_stage(name, mixed, prior, price)
             emitted, steps, seconds, drafted = (
                 [getattr(one, key) for one in runs] for key in ("emitted", "steps", "seconds", "drafted")
             )
-            found[stage.name][str(price)] = {
+            found[name][str(price)] = {
                 "mal": stratified_ratio(emitted, steps, groups),
                 "drafted": stratified_ratio(drafted, steps, groups)["value"],
                 "acceptance_rate": sum(int(one.accepted.sum()) for one in runs) / max(sum(drafted), 1),
@@ -234,14 +218,15 @@ def ablation(traces: Sequence[Trace], prior: Prior) -> dict[str, dict[str, Any]]
     return found
 
 
-def run_stage(stage: Stage, traces: Sequence[Trace], prior: Prior, price: float) -> list[Replay]:
+def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) -> list[Replay]:
     """What a stage does on each trace; one drafter for all, so that a memory learns."""
-    memory = new_memory(prior) if stage.memory else None
-    known = prior if stage.ngrams else prior._replace(runs=no_memory())
-    longest = NUM_DRAFT_TOKENS if stage.adaptive else FIXED_DRAFT_LENGTH
-    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if stage.prior else None, memory)
-    lengths = draft_lengths if stage.adaptive else replay.whole_drafts
-    return [replay.replay([stage.seen(trace)], drafter, longest, price, lengths) for trace in traces]
+    seen, parts = STAGES[name]
+    known = prior if "ngrams" in parts else prior._replace(runs=no_memory())
+    longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
+    memory = new_memory(prior) if "memory" in parts else None
+    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if "prior" in parts else None, memory)
+    lengths = draft_lengths if "adaptive" in parts else replay.whole_drafts
+    return [replay.replay([seen(trace)], drafter, longest, price, lengths) for trace in traces]
 
 
 if __name__ == "__main__":

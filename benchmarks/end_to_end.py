@@ -30,7 +30,7 @@ from benchmarks.rounds import Found, Place, measure, staggered
 from benchmarks.tasks import Task, by_category, load_tokenizer, read_tasks, tokenize
 
 SLACK = 64
-"""Tokens that the engines hold beyond the longest prompt and answer, so that no draft is cut short."""
+"""Tokens beyond the longest prompt and answer, so that no draft is cut short."""
 
 
 def main() -> None:
@@ -68,8 +68,21 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         has_prior=methods.has_prior(arguments.model, chosen),
         num_prompts={str(concurrency): by for concurrency, by in sizes.items()},
     )
-    store = Store(arguments.out, [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, prompts])
-    found = store.load() if arguments.resume else {}
+    unfinished = arguments.out.with_suffix(".unfinished")
+    settings = [metadata["commit"], metadata["versions"], metadata["conditions"], chosen, prompts]
+    key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
+    found: Found = {}
+    if arguments.resume and unfinished.exists():
+        saved = json.loads(unfinished.read_text())
+        if saved["key"] != key:
+            raise ValueError(f"{unfinished} is of a run with other settings; run without --resume")
+        found = {Place(*place): entry for place, entry in saved["found"]}
+
+    def save(found: Found) -> None:
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": key, "found": list(found.items())}))
+        partial.replace(unfinished)
+
     with contextlib.ExitStack() as stack:
         engines = {}
         for label, config in chosen.items():
@@ -77,44 +90,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             engines[label] = stack.enter_context(start(label, config, arguments))
             print(f"{label}: started in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         warm_up(engines, requests, max(arguments.concurrency))
-        measure(engines, requests, sizes, arguments.rounds, arguments.passes, found, store.save)
+        measure(engines, requests, sizes, arguments.rounds, arguments.passes, found, save)
         checked = {} if arguments.temperature > 0 else check(engines, chosen, prompts, found, arguments.dtype)
-    store.path.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     figures = comparison.figures(found, list(chosen))
     return {"metadata": metadata, "methods": chosen, "exactness": checked, "figures": figures}
-
-
-class Store:
-    """What was measured so far, kept next to the result, so that an interrupted run can go on.
-
-    Args:
-        out: path of the result.
-        settings: all that the measurements depend on.
-    """
-
-    def __init__(self, out: pathlib.Path, settings: Any) -> None:
-        self.path = out.with_suffix(".unfinished")
-        self._key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
-
-    def save(self, found: Found) -> None:
-        """Write what was found; an earlier file is replaced only when this one is complete."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": self._key, "found": list(found.items())}))
-        partial.replace(self.path)
-
-    def load(self) -> Found:
-        """Read what was found; nothing without a file.
-
-        Raises:
-            ValueError: if the file is of other settings.
-        """
-        if not self.path.exists():
-            return {}
-        saved = json.loads(self.path.read_text())
-        if saved["key"] != self._key:
-            raise ValueError(f"{self.path} is of a run with other settings; run without --resume")
-        return {Place(*place): entry for place, entry in saved["found"]}
 
 
 def read_all(arguments: argparse.Namespace) -> list[Task]:
@@ -207,7 +187,7 @@ def _arguments() -> argparse.Namespace:
         default=list(methods.METHODS),
         help="the first is compared with",
     )
-    add("--aasd", nargs="+", default=[], type=methods.settings, metavar="JSON", help="also aasd with these settings")
+    add("--aasd", nargs="+", default=[], type=json.loads, metavar="JSON", help="also aasd with these settings")
     add("--concurrency", nargs="+", type=_positive, default=[1, 8, 32], help="requests at once (default 1 8 32)")
     add(
         "--limit",

@@ -6,11 +6,9 @@ that process itself, one step after the other, without HTTP and detokenizing.
 
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from typing import Any, Self
 
@@ -28,31 +26,20 @@ class Engine:
         label: its name in messages.
         engine: arguments of ``vllm.LLM``.
         core: the only CPU core that it may run on; None for any.
-        threads: of OpenMP; None for what the environment says.
+        threads: of OpenMP.
         mend_sampling: whether to mend vLLM's own sampler on CPUs, see `mend_sampling`.
     """
 
     def __init__(
-        self,
-        label: str,
-        engine: dict[str, Any],
-        core: int | None = None,
-        threads: int | None = None,
-        mend_sampling: bool = False,
+        self, label: str, engine: dict[str, Any], core: int | None = None, threads: int = 1, mend_sampling: bool = False
     ) -> None:
         self._label = label
         self._scenario = {"engine": engine, "core": core, "mend_sampling": mend_sampling}
-        self._environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            **os.environ,
-            # The engine core runs in the child itself, so that each of its steps is seen.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        if threads is not None:
-            self._environment["OMP_NUM_THREADS"] = str(threads)
+        self._environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "OMP_NUM_THREADS": str(threads)}
+        # The engine core runs in the child itself, so that each of its steps is seen.
+        self._environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
     def __enter__(self) -> Self:
-        # Deleted when closed, so nothing is left over whatever happens.
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine"],
@@ -94,7 +81,7 @@ class Engine:
         return found["answers"], found["seconds"]
 
     def forget(self) -> None:
-        """Drop what the engine keeps of earlier requests: cached prefixes, answers that methods draft from."""
+        """Drop what the engine keeps of earlier requests: cached prefixes, and answers to draft from."""
         self._ask({"forget": True})
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +107,7 @@ def main() -> None:
     # Standard output belongs to the answers; what vLLM prints there goes to the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(messages,), daemon=True).start()
-    scenario = json.loads(messages.get())
+    scenario = json.loads(sys.stdin.readline())
     if scenario["core"] is not None:
         # Before torch counts the cores.
         os.sched_setaffinity(0, {scenario["core"]})
@@ -132,18 +117,18 @@ def main() -> None:
     engine = LLM(**scenario["engine"]).llm_engine
     if scenario["mend_sampling"]:
         mend_sampling()
-    reply: dict[str, Any] = {}
+    print("{}", file=channel, flush=True)
     num_sent = 0
-    while True:
-        print(json.dumps(reply), file=channel, flush=True)
-        message = json.loads(messages.get())
+    for line in sys.stdin:
+        message = json.loads(line)
+        reply: dict[str, Any] = {}
         if "forget" in message:
             engine.reset_prefix_cache()
             engine.collective_rpc(_forget_answers)
-            reply = {}
         else:
             reply = answer(engine, message["run"], message["concurrency"], num_sent)
             num_sent += len(message["run"])
+        print(json.dumps(reply), file=channel, flush=True)
 
 
 def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_id: int) -> dict[str, Any]:
@@ -221,12 +206,6 @@ def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:
 
 def _logprobs(of: Any) -> list[dict[int, float] | None] | None:
     return of and [at and {token: entry.logprob for token, entry in at.items()} for at in of]
-
-
-def _read(messages: "queue.SimpleQueue[str]") -> None:
-    for line in sys.stdin:
-        messages.put(line)
-    os._exit(1)
 
 
 if __name__ == "__main__":

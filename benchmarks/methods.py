@@ -1,8 +1,6 @@
 """The methods that are compared: their speculative configs, their labels, and which of them promise exact answers."""
 
-import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +40,8 @@ def chosen(names: Sequence[str], variants: Sequence[dict[str, Any]]) -> dict[str
         raise ValueError("suffix needs `pip install --no-deps arctic-inference==0.1.1`")
     found: dict[str, Config] = {name: METHODS[name] for name in names}
     for settings in variants:
+        if not isinstance(settings, dict):
+            raise ValueError(f"--aasd takes JSON objects, not {settings!r}")
         words = [f"{key.removeprefix('aasd_')}={value}" for key, value in settings.items()]
         found[" ".join(["aasd", *words])] = {"method": "aasd", **settings}
     return found
@@ -62,14 +62,3 @@ def has_prior(model: str, methods: Mapping[str, Config]) -> bool:
 def is_exact(config: Config) -> bool:
     """Whether the method promises the greedy answers of plain decoding."""
     return config is None or config["method"] != "aasd" or config.get("aasd_verification") == "strict"
-
-
-def settings(text: str) -> dict[str, Any]:
-    """Read settings of aasd from the command line: a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a JSON object")
-    return value

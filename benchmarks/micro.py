@@ -10,6 +10,7 @@ ring larger than the CPU's caches. What is timed is first compared with its refe
 sampler.
 """
 
+import functools
 import gc
 import importlib
 import inspect
@@ -84,15 +85,18 @@ def time_drafts(tokens: np.ndarray, length: int, num_steps: int, vocab_size: int
     if len(tokens) < length + NEW_TOKENS * num_steps:
         raise SystemExit(f"error: the text has {len(tokens)} tokens, too few for a context of {length}")
     contexts = [tokens[: length + NEW_TOKENS * step] for step in range(1, num_steps + 1)]
-    view, nothing = (_alignment(tokens, vocab_size, known) for known in (True, False))
-    found: dict[str, Any] = {"context": length}
-    for name, seen in (("aasd", view), ("aasd, nothing stored", nothing)):
-        drafter = Drafter(vocab_size, NUM_SPECULATIVE_TOKENS_V1, MIN_SURVIVAL)
-        # The prompt, once.
-        drafter.draft("a", tokens[:length], seen, 0)
-        found[name] = microseconds(
-            [lambda c=c, d=drafter, s=seen: d.draft("a", c, s, NUM_SPECULATIVE_TOKENS_V1) for c in contexts]
-        )
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vocab_size, (len(tokens), TOP_K)).astype(np.int32)
+    # The true next token is the likeliest at one half of the positions, the least likely elsewhere.
+    ids[np.arange(len(tokens)), np.where(rng.random(len(tokens)) < 0.5, 0, TOP_K - 1)] = np.append(tokens[1:], 0)
+    probs = np.full((len(tokens), TOP_K), [0.5, 0.2, 0.1, 0.1], np.float32)
+    table = np.concatenate([tokens[:, None], ids, probs.view(np.int32)], axis=1)
+    view = AlignmentView(table, np.zeros(1, np.int32), len(tokens))
+    drafter = Drafter(vocab_size, NUM_SPECULATIVE_TOKENS_V1, MIN_SURVIVAL)
+    # The prompt, once.
+    drafter.draft("a", tokens[:length], view, 0)
+    draft = lambda context: drafter.draft("a", context, view, NUM_SPECULATIVE_TOKENS_V1)
+
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
     # What the proposer reads of vLLM's configuration.
@@ -104,21 +108,11 @@ def time_drafts(tokens: np.ndarray, length: int, num_steps: int, vocab_size: int
             parallel_config=types.SimpleNamespace(tensor_parallel_size=1),
         )
     )
-    sizes = [np.array([len(context)], np.int32) for context in contexts]
-    found["vllm ngram"] = microseconds([lambda s=s: ngram.propose(5, [[0]], s, tokens[None]) for s in sizes])
-    return found
-
-
-def _alignment(tokens: np.ndarray, vocab_size: int, is_known: bool) -> AlignmentView:
-    rng = np.random.default_rng(0)
-    table = np.full((len(tokens), 1 + 2 * TOP_K), -1, np.int32)
-    if is_known:
-        ids = rng.integers(0, vocab_size, (len(tokens), TOP_K)).astype(np.int32)
-        # The true next token is the likeliest at one half of the positions, the least likely elsewhere.
-        ids[np.arange(len(tokens)), np.where(rng.random(len(tokens)) < 0.5, 0, TOP_K - 1)] = np.append(tokens[1:], 0)
-        probs = np.full((len(tokens), TOP_K), [0.5, 0.2, 0.1, 0.1], np.float32)
-        table[:] = np.concatenate([tokens[:, None], ids, probs.view(np.int32)], axis=1)
-    return AlignmentView(table, np.zeros(1, np.int32), len(tokens))
+    propose = lambda context: ngram.propose(5, [[0]], np.array([len(context)], np.int32), tokens[None])
+    return {"context": length} | {
+        name: microseconds([functools.partial(call, context) for context in contexts])
+        for name, call in (("aasd", draft), ("vllm ngram", propose))
+    }
 
 
 class Batch:
@@ -138,6 +132,10 @@ class Batch:
         stop = torch.full((self.size, 1), 2, dtype=torch.int32)
         draft = self.draft_token_ids, self.cu_num_draft_tokens, NUM_DRAFT_TOKENS
         return *draft, self.logits, self.bonus_token_ids, is_greedy, None, self._policies[rule], stop
+
+    def run(self, name: str) -> torch.Tensor:
+        """The batch verified by a rule, or by "vllm"."""
+        return self.stock() if name == "vllm" else verify_op.verify(*self.arguments(name)).output_token_ids
 
     def stock(self) -> torch.Tensor:
         """The batch through vLLM's own function, with this platform's kernels as a worker has them."""
@@ -170,18 +168,15 @@ def time_verification(size: int, vocab_size: int, case: str, num_steps: int) -> 
         logits[torch.arange(num_rows), top] = 20.0
         ring.append(Batch(logits, (top if case == "argmax" else rival).int()))
     for rule in RULES:
-        got = verify_op.verify(*ring[0].arguments(rule)).output_token_ids
+        got = ring[0].run(rule)
         want = verify_reference.verify(*ring[0].arguments(rule)).output_token_ids
         if not torch.equal(got, want) or (rule == "strict" and not torch.equal(got, ring[0].stock())):
             sys.exit(f"{rule} differs from its reference or from vLLM's sampler; nothing is timed")
-    calls: dict[str, list[Callable[[], object]]] = {
-        rule: [lambda b=b, r=rule: verify_op.verify(*b.arguments(r)) for b in ring] for rule in RULES
-    }
-    calls["vllm"] = [batch.stock for batch in ring]
-    rounds: dict[str, list[list[float]]] = {name: [] for name in calls}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in (*RULES, "vllm")}
     for _ in range(4):
-        for name, of in calls.items():
-            rounds[name].append(microseconds([of[i % len(of)] for i in range(num_steps // 4 + 3)]))
+        for name, of in rounds.items():
+            calls = [functools.partial(batch.run, name) for batch in ring]
+            of.append(microseconds([calls[i % len(calls)] for i in range(num_steps // 4 + 3)]))
     return {name: np.median(of, axis=0).tolist() for name, of in rounds.items()}
 
 

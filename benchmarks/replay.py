@@ -9,6 +9,7 @@ drafter: at each step the draft is compared with how the answer went on. What is
 import argparse
 import hashlib
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -132,6 +133,11 @@ def generated_only(trace: Trace) -> Trace:
     return trace._replace(table=table)
 
 
+def unchanged(trace: Trace) -> Trace:
+    """The trace with all predictions."""
+    return trace
+
+
 def without_predictions(trace: Trace) -> Trace:
     """The trace as retrieval alone sees it."""
     return trace._replace(table=np.full_like(trace.table, -1))
@@ -148,7 +154,7 @@ def recorded(tasks: Sequence[Task], arguments: argparse.Namespace) -> list[Trace
     # Answers are plain vLLM's: nothing of ours changes them.
     versions = {name: version for name, version in results.versions().items() if name in ("vllm", "torch")}
     settings = [prompts, model_key(arguments.model), arguments.max_tokens, arguments.dtype, versions]
-    path = FOLDER / f"traces-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.npz"
+    path = FOLDER / f"traces-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pickle"
     if not path.exists():
         print(f"recording {len(tasks)} answers", file=sys.stderr, flush=True)
         engine = {
@@ -164,8 +170,11 @@ def recorded(tasks: Sequence[Task], arguments: argparse.Namespace) -> list[Trace
         with Engine("none", engine, threads=1) as plain:
             answers, _ = plain.run([{"prompt_token_ids": prompt, "sampling": sampling} for prompt in prompts])
         of = zip(tasks, prompts, answers, strict=True)
-        save(path, [trace(task.category, prompt, answer) for task, prompt, answer in of])
-    return load(path)
+        FOLDER.mkdir(exist_ok=True)
+        traces = [tuple(trace(task.category, prompt, answer)) for task, prompt, answer in of]
+        path.with_suffix(".partial").write_bytes(pickle.dumps(traces))
+        path.with_suffix(".partial").replace(path)
+    return [Trace(*parts) for parts in pickle.loads(path.read_bytes())]
 
 
 def trace(category: str, prompt: list[int], answer: dict[str, Any]) -> Trace:
@@ -182,30 +191,6 @@ def trace(category: str, prompt: list[int], answer: dict[str, Any]) -> Trace:
             probs = np.exp(np.array([logprob for _, logprob in likeliest], np.float32))
             table[position, 1 + TOP_K : 1 + TOP_K + len(likeliest)] = probs.view(np.int32)
     return Trace(category, token_ids, len(prompt), table)
-
-
-def save(path: Any, traces: Sequence[Trace]) -> None:
-    """Write traces; an earlier file is replaced only when this one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.savez_compressed(
-            file,
-            categories=np.array([one.category for one in traces]),
-            prompt_lengths=np.array([one.num_prompt_tokens for one in traces]),
-            ends=np.cumsum([len(one.token_ids) for one in traces]),
-            token_ids=np.concatenate([one.token_ids for one in traces]),
-            tables=np.concatenate([one.table for one in traces]),
-        )
-    partial.replace(path)
-
-
-def load(path: Any) -> list[Trace]:
-    """Read what `save` wrote."""
-    with np.load(path) as held:
-        token_ids, tables = (np.split(held[key], held["ends"][:-1]) for key in ("token_ids", "tables"))
-        parts = zip(held["categories"].tolist(), token_ids, held["prompt_lengths"].tolist(), tables, strict=True)
-        return [Trace(*part) for part in parts]
 
 
 def reliability(predicted: np.ndarray, accepted: np.ndarray, num_bins: int = 10) -> dict[str, Any]:

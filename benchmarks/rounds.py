@@ -118,11 +118,7 @@ def rows_of(answers: Sequence[dict[str, Any]], seconds: float, prompts: Sequence
 
 
 class Progress:
-    """Prints how far the loop is and how long it will take, on a terminal at once, elsewhere once a minute.
-
-    Args:
-        total: requests in all.
-    """
+    """Prints how far the loop is and how long it will still take, at most once a minute; `total` is requests in all."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
@@ -132,10 +128,8 @@ class Progress:
         """Count requests that every method has answered."""
         self._done += num_requests
         now = time.monotonic()
-        left = (now - self._began) * (self._total / self._done - 1) / 60
-        text = f"{self._done} of {self._total} requests answered by every method, about {left:.0f} min left"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if self._done == self._total else "", file=sys.stderr, flush=True)
-        elif now - self._said > 60 or self._done == self._total:
+        if now - self._said > 60 or self._done == self._total:
             self._said = now
+            left = (now - self._began) * (self._total / self._done - 1) / 60
+            text = f"{self._done} of {self._total} requests answered by every method, about {left:.0f} min left"
             print(text, file=sys.stderr, flush=True)
