@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-A page has ``<!-- table: NAME -->`` and ``<!-- end -->`` around each table that is drawn from `benchmarks/results`.
+A page has ``<!-- NAME -->`` and ``<!-- end -->`` around each table that is drawn from `benchmarks/results`.
 """
 
 import json
@@ -16,7 +16,8 @@ from benchmarks.results import interval, number, table
 
 Result = Mapping[str, Any]
 PAGES = (results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md")
-_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COLUMNS = {"ngram": "vLLM `ngram`", "suffix": "vLLM `suffix`", "aasd": "aasd"}
 
 
 def main() -> None:
@@ -29,70 +30,62 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results have them.
-
-    Raises:
-        KeyError: it has a marker of an unknown table.
-    """
-    return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+    """A page with its tables as the results have them; what others have marked stays."""
+    return _MARKED.sub(lambda of: f"{of[1]}{TABLES[of[2]]()}\n{of[3]}" if of[2] in TABLES else of[0], text)
 
 
-def speed_results(is_sampled: bool) -> dict[str, dict[str, Result]]:
-    """By model and concurrency, the newest result of `benchmarks.end_to_end` that has it."""
-    found: dict[str, dict[str, Result]] = {}
+def speed_results(is_sampled: bool) -> dict[str, dict[str, dict[str, tuple[str, Result]]]]:
+    """By model, concurrency and column of the tables, the newest result that has it, and the method's label there."""
+    found: dict[str, dict[str, dict[str, tuple[str, Result]]]] = {}
     every = [results.read(path) for path in sorted(results.RESULTS.glob("end_to_end*.json"))]
     for result in sorted(every, key=lambda one: one["metadata"]["time"]):
         conditions = result["metadata"]["conditions"]
         if (conditions["temperature"] > 0) == is_sampled:
-            found.setdefault(conditions["model"], {}).update(dict.fromkeys(result["figures"], result))
+            for key in result["figures"]:
+                # Of several of aasd, the last counts.
+                newer = {label.split()[0]: (label, result) for label in result["methods"]}
+                found.setdefault(conditions["model"], {}).setdefault(key, {}).update(newer)
     order = lambda key: [int(digits) for digits in re.findall(r"\d+", key)]
     return {model: {key: of[key] for key in sorted(of, key=order)} for model, of in found.items()}
 
 
-def readme() -> str:
-    """The README's one table: greedy, 1, 8 and 32 at once, per output token and end to end, with its caption."""
-    parts = []
-    for by_concurrency in speed_results(False).values():
-        of = {key: by_concurrency[key] for key in ("1", "8", "32") if key in by_concurrency}
-        rows = []
-        for key, result in of.items():
-            mean = result["figures"][key][MEAN]
-            plain = mean["none"]
-            rows.append([key, f"{plain['tpot_ms']:.0f} ms per token, {plain['tokens_per_s']:.0f} tokens/s"])
-            for label in _columns(result):
-                cell = mean.get(label)
-                rows[-1].append(f"**{cell['tpot']['value']:.2f}x** ({cell['speed']['value']:.2f}x)" if cell else "-")
-        header = ["requests at once", "no speculation", "vLLM `ngram`", "vLLM `suffix`", "aasd"]
-        meaning = "Speed per output token after the first (in parentheses: tokens/s, prompt included)."
-        parts.append(f"{table(header, rows)}\n\n{meaning} {_caption(of)}")
-    return "\n\n".join(parts)
+def speed(is_sampled: bool, keys: tuple[str, ...] = ()) -> str:
+    """Speed per output token, then end to end, as ratios to no speculation with their intervals; with a caption.
 
-
-def speed(is_sampled: bool) -> str:
-    """Every load: time per output token and end to end, as ratios to no speculation with their intervals."""
+    Args:
+        is_sampled: whether at temperature > 0.
+        keys: the concurrencies; all by default, with no speculation in absolute figures where they are given.
+    """
     parts = []
-    for by_concurrency in speed_results(is_sampled).values():
+    for by_key in speed_results(is_sampled).values():
         rows = []
-        for key, result in by_concurrency.items():
-            mean = result["figures"][key][MEAN]
-            for name, kind in (("per output token", "tpot"), ("end to end", "speed")):
-                rows.append([key, name, *(interval(mean.get(label, {}).get(kind)) for label in _columns(result))])
-        header = ["requests at once", "speed", "vLLM `ngram`", "vLLM `suffix`", "aasd"]
-        parts.append(f"{table(header, rows)}\n\n{_caption(by_concurrency)}")
+        chosen = {key: by_key[key] for key in keys or by_key if key in by_key}
+        for key, columns in chosen.items():
+            plain = _found(columns, key, MEAN, "none")
+            cells = [_found(columns, key, MEAN, name) for name in _COLUMNS]
+            if keys:
+                first = f"{plain['tpot_ms']:.0f} ms per token, {plain['tokens_per_s']:.0f} tokens/s"
+                ratios = [f"**{of['tpot']['value']:.2f}** ({of['speed']['value']:.2f})" if of else "-" for of in cells]
+                rows.append([key, first, *ratios])
+            else:
+                rows.append(
+                    [key, *("; ".join(map(interval, (of["tpot"], of["speed"]))) if of else "-" for of in cells)]
+                )
+        header = ["requests at once", *(["no speculation"] if keys else []), *_COLUMNS.values()]
+        parts.append(f"{table(header, rows)}\n\n{_caption(chosen)}")
     return "\n\n".join(parts)
 
 
 def categories() -> str:
     """Greedy, by category: speed per output token at 1, 8 and 32 at once."""
     parts = []
-    for by_concurrency in speed_results(False).values():
-        of = {key: by_concurrency[key] for key in ("1", "8", "32") if key in by_concurrency}
-        columns = [(key, label) for key, result in of.items() for label in _columns(result)]
-        header = ["category", *(f"{label.split()[0]}, {key}" for key, label in columns)]
-        names = next(iter(of.values()))["figures"][next(iter(of))]
-        cells = {name: [of[key]["figures"][key][name].get(label) for key, label in columns] for name in names}
-        rows = [[name, *(number(one and one["tpot"]["value"]) for one in line)] for name, line in cells.items()]
-        parts.append(table(header, rows))
+    for by_key in speed_results(False).values():
+        columns = [(key, name) for key in ("1", "8", "32") if key in by_key for name in _COLUMNS]
+        rows = []
+        for category in next(iter(by_key["1"].values()))[1]["figures"]["1"]:
+            cells = [_found(by_key[key], key, category, name) for key, name in columns]
+            rows.append([category, *(number(of["tpot"]["value"] if of else None) for of in cells)])
+        parts.append(table(["category", *(f"{name}, {key}" for key, name in columns)], rows))
     return "\n\n".join(parts)
 
 
@@ -123,13 +116,10 @@ def ablation(result: Result) -> str:
 
 
 def calibration(result: Result) -> str:
-    """Predicted survival and observed acceptance of draft tokens, by category."""
-    rows = []
-    for category, of in result["calibration"].items():
-        count = sum(bin_[0] for bin_ in of["bins"])
-        means = [sum(bin_[0] * bin_[place] for bin_ in of["bins"]) / count for place in (1, 2)]
-        rows.append([category, str(count), *map(number, means), number(of["ece"], 3)])
-    return table(["prompts", "draft tokens", "predicted", "accepted", "expected calibration error"], rows)
+    """Predicted survival and observed acceptance of draft tokens, by tenths of the former, over all categories."""
+    bins = result["calibration"]["all"]["bins"]
+    rows = [["accepted", *(number(bin_[2]) for bin_ in bins)], ["draft tokens", *(str(bin_[0]) for bin_ in bins)]]
+    return table(["predicted", *(number(bin_[1]) for bin_ in bins)], rows)
 
 
 def fit(result: Result) -> str:
@@ -154,13 +144,14 @@ def quality(result: Result) -> str:
 
 
 def micro(result: Result) -> str:
-    """Microseconds of drafts by context, and of verification by batch."""
+    """Microseconds of drafts by context, and of verification by batch, with the largest vocabulary."""
     parts = []
     for name, keys in (("drafts", ["context"]), ("verification", ["vocab_size", "requests", "drafts"])):
         timed = [key for key in result[name][0] if key not in keys]
         rows = [
             [*(str(row[key]) for key in keys), *(f"{row[key][0]:.0f} / {row[key][1]:.0f}" for key in timed)]
             for row in result[name]
+            if row.get("vocab_size") == result[name][-1].get("vocab_size")
         ]
         parts.append(table([*keys, *(f"{key}, us" for key in timed)], rows))
     return "\n\n".join(parts)
@@ -176,24 +167,25 @@ def kernels(result: Result) -> str:
     return table(["registers per thread", *next(iter(by_kernel.values()))], rows)
 
 
-def _columns(result: Result) -> list[str]:
-    """The labels of ngram, suffix and aasd in a result; of several of aasd, the last."""
-    aasd = [label for label in result["methods"] if label.split()[0] == "aasd"]
-    return ["ngram", "suffix", *aasd[-1:]]
+def _found(columns: Mapping[str, tuple[str, Result]], key: str, category: str, name: str) -> dict[str, Any]:
+    """The figures of a column in a category; empty without any."""
+    label, result = columns.get(name, ("", {"figures": {}}))
+    return result["figures"].get(key, {}).get(category, {}).get(label, {})
 
 
-def _caption(by_concurrency: Mapping[str, Result]) -> str:
+def _caption(chosen: Mapping[str, Mapping[str, tuple[str, Result]]]) -> str:
     """What a table shows, and how it was measured: model, machine, commands."""
-    every = list({id(result): result for result in by_concurrency.values()}.values())
-    metadata = every[-1]["metadata"]
+    every = [found for columns in chosen.values() for found in columns.values()]
+    label, newest = max(every, key=lambda found: (found[0].startswith("aasd"), found[1]["metadata"]["time"]))
+    metadata = newest["metadata"]
     conditions, machine = metadata["conditions"], metadata["machine"]
     how = f"temperature {conditions['temperature']:g}" if conditions["temperature"] else "greedy"
-    commands = "; ".join(f"`{_command(one)}` (commit {one['metadata']['commit'][:9]})" for one in every)
-    config = every[-1]["methods"][_columns(every[-1])[-1]]
+    commands = dict.fromkeys(f"`{_command(one)}` (commit {one['metadata']['commit'][:9]})" for _, one in every)
     return (
-        f"{conditions['model']}, {conditions['dtype']}, {how}, aasd as `{json.dumps(config)}`, answers of up to "
-        f"{conditions['max_tokens']} tokens; {machine['cpu']}, {conditions['threads']} of {machine['cores']} cores, "
-        f"vLLM {metadata['versions']['vllm']}; {metadata['time'][:10]}. {commands}."
+        "Speed per output token after the first, and end to end with the prompt's time, relative to no speculation. "
+        f"{conditions['model']}, {conditions['dtype']}, {how}, aasd as `{json.dumps(newest['methods'][label])}`, "
+        f"answers of up to {conditions['max_tokens']} tokens; {machine['cpu']}, {conditions['threads']} of "
+        f"{machine['cores']} cores, vLLM {metadata['versions']['vllm']}; {metadata['time'][:10]}. {'; '.join(commands)}."
     )
 
 
@@ -207,7 +199,7 @@ def _drawn(draw: Callable[[Result], str], file: str) -> Callable[[], str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "readme": readme,
+    "speed": lambda: speed(False, ("1", "8", "32")),
     "speed_greedy": lambda: speed(False),
     "speed_sampled": lambda: speed(True),
     "categories": categories,
