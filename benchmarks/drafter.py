@@ -104,8 +104,8 @@ def load_prior(model: str) -> Prior:
         FileNotFoundError: there is none.
     """
     key = model_key(model)
-    path = prior_file.cache_path(key)
-    if not path.exists():
+    path = key and prior_file.cache_path(key)
+    if not key or not path or not path.exists():
         raise FileNotFoundError(f"no prior for {model}; make it with `python -m vllm_aasd.prior {model}`")
     from transformers import AutoConfig
 
@@ -190,7 +190,8 @@ def calibration(traces: Sequence[Trace], prior: Prior) -> dict[str, Any]:
     """`replay.reliability` of the served drafter per category and of ``all``, at the lowest price."""
     found = run(traces, prior, PRICES[0])
     rows = {category: (one.predicted, one.accepted) for category, one in found.items()}
-    rows["all"] = tuple(np.concatenate(column) for column in zip(*rows.values(), strict=True))
+    predicted, accepted = (np.concatenate(column) for column in zip(*rows.values(), strict=True))
+    rows["all"] = predicted, accepted
     return {category: replay.reliability(*row) for category, row in rows.items()}
 
 

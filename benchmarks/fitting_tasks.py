@@ -40,7 +40,7 @@ def fitting_tasks() -> list[Task]:
     names = sorted(topics, reverse=True)
     texts = [re.sub(r"\n{3,}", "\n\n", topics[name]).strip()[:2800] for name in names]
     texts = [text for text in texts if len(text) > 1000]
-    tasks = []
+    tasks: list[Task] = []
 
     def add(category: str, asked: list[str]) -> None:
         tasks.extend(Task(f"{category}/{i}", category, text) for i, text in enumerate(asked[:_PER_KIND]))

@@ -101,7 +101,7 @@ def recorded(op: Callable[[], Any], target: GPUTarget = TARGETS["sm_90"]) -> lis
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
     """Drop launches that run the machine code of an earlier one."""
-    found = {}
+    found: dict[Any, Launch] = {}
     for launch in launches:
         _, signature, constexprs, attrs = launch.specialization(TARGETS["sm_90"])
         found.setdefault((launch.kernel, str((signature, constexprs, attrs, launch.sizes))), launch)
@@ -147,7 +147,7 @@ def _from_cubin(cubin: bytes, shared: int, warps: int) -> Build:
 
 def _from_amdgcn(assembly: str, shared: int, warps: int) -> Build:
     def number(field: str) -> int:
-        return int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])
+        return int(re.findall(rf"\.{field}:\s+(\d+)", assembly)[0])
 
     loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly)
     wide = sum(load == "dwordx4" for load in loads)

@@ -102,7 +102,7 @@ def time_drafts(tokens: np.ndarray, length: int, num_steps: int, vocab_size: int
     # What the proposer reads of vLLM's configuration.
     ngram = NgramProposer(
         types.SimpleNamespace(
-            speculative_config=types.SimpleNamespace(**METHODS["ngram"]),
+            speculative_config=types.SimpleNamespace(**METHODS["ngram"] or {}),
             model_config=types.SimpleNamespace(max_model_len=len(tokens) + 1),
             scheduler_config=types.SimpleNamespace(max_num_seqs=1),
             parallel_config=types.SimpleNamespace(tensor_parallel_size=1),

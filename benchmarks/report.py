@@ -144,7 +144,7 @@ def quality(result: Result) -> str:
 
 
 def micro(result: Result) -> str:
-    """Microseconds of drafts by context, and of verification by batch, with the largest vocabulary."""
+    """Microseconds of drafts by context, and of verification by batch with the largest vocabulary."""
     parts = []
     for name, keys in (("drafts", ["context"]), ("verification", ["vocab_size", "requests", "drafts"])):
         timed = [key for key in result[name][0] if key not in keys]
@@ -185,7 +185,8 @@ def _caption(chosen: Mapping[str, Mapping[str, tuple[str, Result]]]) -> str:
         "Speed per output token after the first, and end to end with the prompt's time, relative to no speculation. "
         f"{conditions['model']}, {conditions['dtype']}, {how}, aasd as `{json.dumps(newest['methods'][label])}`, "
         f"answers of up to {conditions['max_tokens']} tokens; {machine['cpu']}, {conditions['threads']} of "
-        f"{machine['cores']} cores, vLLM {metadata['versions']['vllm']}; {metadata['time'][:10]}. {'; '.join(commands)}."
+        f"{machine['cores']} cores, vLLM {metadata['versions']['vllm']}; {metadata['time'][:10]}. "
+        f"{'; '.join(commands)}."
     )
 
 
