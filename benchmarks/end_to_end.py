@@ -53,7 +53,9 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run every method over everything, and judge the answers."""
     chosen = methods.chosen(arguments.methods, arguments.aasd)
-    limits = dict(zip(arguments.concurrency, _per_concurrency(arguments), strict=True))
+    num_loads = len(arguments.concurrency)
+    per_load = arguments.limit * num_loads if len(arguments.limit) == 1 else arguments.limit
+    limits = dict(zip(arguments.concurrency, per_load, strict=True))
     tasks = by_category(read_all(arguments), max(limits.values()), arguments.categories)
     sizes = {c: {category: min(limit, len(of)) for category, of in tasks.items()} for c, limit in limits.items()}
     tokenizer = load_tokenizer(arguments.model)
@@ -167,12 +169,6 @@ def check(
     return verdicts
 
 
-def _per_concurrency(arguments: argparse.Namespace) -> list[int]:
-    if len(arguments.limit) not in (1, len(arguments.concurrency)):
-        raise ValueError(f"--limit takes one number, or one per concurrency, and has {len(arguments.limit)}")
-    return arguments.limit * (len(arguments.concurrency) if len(arguments.limit) == 1 else 1)
-
-
 def _arguments() -> argparse.Namespace:
     parser = results.arguments(__doc__, "end_to_end.json")
     add = parser.add_argument
@@ -188,33 +184,26 @@ def _arguments() -> argparse.Namespace:
         help="the first is compared with",
     )
     add("--aasd", nargs="+", default=[], type=json.loads, metavar="JSON", help="also aasd with these settings")
-    add("--concurrency", nargs="+", type=_positive, default=[1, 8, 32], help="requests at once (default 1 8 32)")
+    add("--concurrency", nargs="+", type=int, default=[1, 8, 32], help="requests at once (default 1 8 32)")
     add(
         "--limit",
         nargs="+",
-        type=_positive,
+        type=int,
         default=[8],
         help="prompts per category, one or per concurrency (default 8)",
     )
-    add("--rounds", type=_positive, default=3, help="default %(default)s")
-    add("--passes", type=_positive, default=1, help="how often prompts come in a round (default %(default)s)")
-    add("--max-tokens", type=_positive, default=96, help="per answer (default %(default)s)")
-    add("--max-prompt-tokens", type=_positive, default=1500, help="longer prompts lose their middle (default 1500)")
+    add("--rounds", type=int, default=3, help="default %(default)s")
+    add("--passes", type=int, default=1, help="how often prompts come in a round (default %(default)s)")
+    add("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
+    add("--max-prompt-tokens", type=int, default=1500, help="longer prompts lose their middle (default 1500)")
     add("--temperature", type=float, default=0.0, help="default %(default)s, greedy")
     add("--dtype", choices=methods.NEAR_TIE, default="bfloat16", help="default %(default)s")
     add("--core", type=int, help="the only CPU core that the engines may use")
-    add("--threads", type=_positive, default=1, help="of OpenMP, in each engine (default %(default)s)")
+    add("--threads", type=int, default=1, help="of OpenMP, in each engine (default %(default)s)")
     add("--prefix-caching", action="store_true", help="keep prefixes within a round")
     add("--eager", action="store_true", help="don't compile; for a quick look, not for figures")
     add("--resume", action="store_true", help="continue an interrupted run of the same settings")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

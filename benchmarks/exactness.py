@@ -7,21 +7,12 @@ likely as its likeliest. The bound is `benchmarks.methods.NEAR_TIE`.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.engine import Engine
 
-
-class Difference(NamedTuple):
-    """The first difference of two answers.
-
-    Attributes:
-        shared: the prompt's tokens and those that both answers begin with.
-        tokens: what either has next; None where one ends.
-    """
-
-    shared: tuple[int, ...]
-    tokens: tuple[int | None, int | None]
+Difference = tuple[tuple[int, ...], tuple[int | None, int | None]]
+"""The first difference of two answers: the prompt and what both begin with; what either has next, None for its end."""
 
 
 def first_difference(prompt: Sequence[int], one: Sequence[int], other: Sequence[int]) -> Difference | None:
@@ -31,7 +22,7 @@ def first_difference(prompt: Sequence[int], one: Sequence[int], other: Sequence[
     same = [a == b for a, b in zip(one, other, strict=False)]
     at = same.index(False) if False in same else len(same)
     first, second = (answer[at] if at < len(answer) else None for answer in (one, other))
-    return Difference((*prompt, *one[:at]), (first, second))
+    return (*prompt, *one[:at]), (first, second)
 
 
 def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, float]:
@@ -46,14 +37,14 @@ def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, 
         answer ends and the other goes on, for ending is a token too.
     """
     found = dict.fromkeys(differences, math.inf)
-    judged = [one for one in found if None not in one.tokens]
+    judged = [one for one in found if None not in one[1]]
     sampling = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 1}
     requests = [
-        {"prompt_token_ids": [*one.shared, token], "sampling": sampling} for one in judged for token in one.tokens
+        {"prompt_token_ids": [*shared, token], "sampling": sampling} for shared, tokens in judged for token in tokens
     ]
     answers = engine.run(requests, 8)[0] if requests else []
     for index, answer in enumerate(answers):
-        one, token = judged[index // 2], judged[index // 2].tokens[index % 2]
+        one, token = judged[index // 2], judged[index // 2][1][index % 2]
         at = answer["prompt_logprobs"][-1]
         # Where something isn't a number there is no tie.
         gap = math.inf if math.isnan(sum(at.values())) else max(at.values()) - at[str(token)]
