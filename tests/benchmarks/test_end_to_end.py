@@ -204,7 +204,8 @@ def test_figures_of_a_category_known_answers():
     per_step = {"mal": 2.0, "drafted": 6 / 5, "accepted": 4 / 5}
     times = {"tokens_per_s": 11 / 4, "ttft_ms": 200.0, "tpot_ms": 100.0, "in_flight": 0.3}
     assert tables["8"]["a"]["none"] == per_step | times | {"equal": 1.0}
-    assert tables["8, pass 2"]["a"]["x"]["equal"] == 0 and tables["8, pass 2"]["a"]["x"]["tpot"]["value"] == 2
+    again = tables["8, pass 2"]["a"]["x"]
+    assert again["equal"] == 0 and again["tpot"]["value"] == 2 and again["speed"]["value"] == pytest.approx(1200 / 700)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
