@@ -51,13 +51,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="timed per figure (default %(default)s)")
     arguments = parser.parse_args()
     results.require_model(arguments)
+
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    # This platform's kernels, as a worker has them; first, for vLLM looks for them in all modules that are loaded.
+    current_platform.register_triton_kernel_overrides()
+    stock = rejection_sampler.rejection_sample
     tokenizer = load_tokenizer(arguments.model)
     texts = [inspect.getsource(importlib.import_module(name)) for name in _SOURCES]
     tokens = np.array(tokenizer.encode("".join(texts)), np.int32)
     drafts = [time_drafts(tokens, length, arguments.steps, len(tokenizer)) for length in arguments.contexts]
     verification = [
         {"vocab_size": vocab_size, "requests": size, "drafts": case}
-        | time_verification(size, vocab_size, case, arguments.steps)
+        | time_verification(size, vocab_size, case, arguments.steps, stock)
         for vocab_size in arguments.vocab_sizes
         for size in arguments.batch_sizes
         for case in ("argmax", "rival")
@@ -118,8 +125,8 @@ def time_drafts(tokens: np.ndarray, length: int, num_steps: int, vocab_size: int
 class Batch:
     """One step's input to both samplers: ``[batch_size * NUM_DRAFT_TOKENS, vocab_size]`` float32 logits, and drafts."""
 
-    def __init__(self, logits: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
-        self.logits, self.draft_token_ids = logits, draft_token_ids
+    def __init__(self, logits: torch.Tensor, draft_token_ids: torch.Tensor, stock: Callable[..., torch.Tensor]) -> None:
+        self.logits, self.draft_token_ids, self._stock = logits, draft_token_ids, stock
         self.size = len(draft_token_ids) // NUM_DRAFT_TOKENS
         self.cu_num_draft_tokens = torch.arange(1, self.size + 1, dtype=torch.int32) * NUM_DRAFT_TOKENS
         self.bonus_token_ids = torch.zeros((self.size, 1), dtype=torch.int32)
@@ -138,12 +145,8 @@ class Batch:
         return self.stock() if name == "vllm" else verify_op.verify(*self.arguments(name)).output_token_ids
 
     def stock(self) -> torch.Tensor:
-        """The batch through vLLM's own function, with this platform's kernels as a worker has them."""
-        from vllm.platforms import current_platform
-        from vllm.v1.sample import rejection_sampler
-
-        current_platform.register_triton_kernel_overrides()
-        return rejection_sampler.rejection_sample(
+        """The batch through vLLM's own function."""
+        return self._stock(
             self.draft_token_ids,
             [NUM_DRAFT_TOKENS] * self.size,
             NUM_DRAFT_TOKENS,
@@ -155,7 +158,9 @@ class Batch:
         )
 
 
-def time_verification(size: int, vocab_size: int, case: str, num_steps: int) -> dict[str, list[float]]:
+def time_verification(
+    size: int, vocab_size: int, case: str, num_steps: int, stock: Callable[..., torch.Tensor]
+) -> dict[str, list[float]]:
     """Every rule and vLLM's sampler over the same batches, in four rounds in turn; the medians over rounds."""
     rng = torch.Generator().manual_seed(0)
     num_rows = size * NUM_DRAFT_TOKENS
@@ -166,7 +171,7 @@ def time_verification(size: int, vocab_size: int, case: str, num_steps: int) -> 
         logits[torch.arange(num_rows), rival] = 19.9
         # Where both fall on one token it is the argmax either way.
         logits[torch.arange(num_rows), top] = 20.0
-        ring.append(Batch(logits, (top if case == "argmax" else rival).int()))
+        ring.append(Batch(logits, (top if case == "argmax" else rival).int(), stock))
     for rule in RULES:
         got = ring[0].run(rule)
         want = verify_reference.verify(*ring[0].arguments(rule)).output_token_ids
