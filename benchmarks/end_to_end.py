@@ -38,7 +38,8 @@ def main() -> None:
     arguments = _arguments()
     results.require_model(arguments)
     try:
-        result = compare(arguments)
+        # Rounded as in the file, so that what is printed can be printed again.
+        result = results.rounded(compare(arguments))
     except (EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
