@@ -25,10 +25,8 @@ import torch
 
 from benchmarks import report, results
 from benchmarks.kernels import policy_tensors
-from benchmarks.methods import METHODS
 from benchmarks.tasks import load_tokenizer
 from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1
-from vllm_aasd.drafting.drafter import AlignmentView, Drafter
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.kernels.verify import reference as verify_reference
 
@@ -55,7 +53,7 @@ def main() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
 
-    # This platform's kernels, as a worker has them; first, for vLLM looks for them in all modules that are loaded.
+    # This platform's kernels, as a worker has them. First, since vLLM's search for them fails once numba is loaded.
     current_platform.register_triton_kernel_overrides()
     stock = rejection_sampler.rejection_sample
     tokenizer = load_tokenizer(arguments.model)
@@ -91,6 +89,9 @@ def time_drafts(tokens: np.ndarray, length: int, num_steps: int, vocab_size: int
     """Drafts of one request whose context has `length` tokens at first."""
     if len(tokens) < length + NEW_TOKENS * num_steps:
         raise SystemExit(f"error: the text has {len(tokens)} tokens, too few for a context of {length}")
+    from benchmarks.methods import METHODS
+    from vllm_aasd.drafting.drafter import AlignmentView, Drafter
+
     contexts = [tokens[: length + NEW_TOKENS * step] for step in range(1, num_steps + 1)]
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab_size, (len(tokens), TOP_K)).astype(np.int32)
