@@ -23,7 +23,7 @@ help:
 	@echo 'make test       run the tests (ARGS="arguments of pytest")'
 	@echo 'make test-long  run the tests that take long'
 	@echo 'make soak       send a real server random requests, events and faults for an hour (ARGS="--minutes 5 --seed 3")'
-	@echo 'make bench      make every figure (two and a half hours on a quiet machine; ARGS="--data question.jsonl", or "--quick")'
+	@echo 'make bench      measure speed against no speculation, ngram and suffix, and update the tables (ARGS="--data FILE --resume")'
 	@echo 'make docs       write the generated tables of docs/, and build the site into site/'
 	@echo 'make clean      remove .venv and all that was built'
 
@@ -49,7 +49,8 @@ demo: prior-if-soon
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 bench: prior
-	@OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.suite $(ARGS)
+	@.venv/bin/python -m benchmarks.end_to_end --builtin --methods none ngram suffix aasd --concurrency 1 8 32 --limit 8 8 32 --rounds 2 --core 0 $(ARGS)
+	@.venv/bin/python -m benchmarks.report
 
 lint: setup
 	@.venv/bin/ruff check

@@ -1,4 +1,1 @@
-"""What the plugin is measured with: a demonstration, and one program per figure in the README.
-
-Run them from the root of the repository, as ``python -m benchmarks.demo``; see ``benchmarks/README.md``.
-"""
+"""What the plugin is measured with; see ``docs/benchmarks.md``. Run from the root of the repository, as modules."""

@@ -1,12 +1,9 @@
 """Tasks that need no download: code and documentation that ship with Python.
 
-They stand for what AASD is made for: `code_infile` as LCC (Guo et al., 2023), `code_crossfile` as RepoBench-P
-(Liu et al., 2023), `quote` and `edit` for answers that repeat their input. Which they are depends on nothing
-but the version of Python.
+`code_infile` is like LCC (Guo et al., 2023), `code_crossfile` like RepoBench-P (Liu et al., 2023); in `quote` and
+`edit` the answer repeats its input. They change only with the version of Python.
 """
 
-import ast
-import functools
 import json
 import pathlib
 import re
@@ -14,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 
-from vllm_aasd.tuning.tasks import Task
+from benchmarks.tasks import Task
 
 LIBRARY = pathlib.Path(json.__file__).parents[1]
 
@@ -22,17 +19,8 @@ _CODE_CHARS = 4500
 _SNIPPET_CHARS = 2200
 _TEXT_CHARS = 2400
 _SHORTEST_TEXT = 1200
-_PACKAGES = (
-    "asyncio",
-    "concurrent/futures",
-    "email",
-    "http",
-    "importlib",
-    "json",
-    "logging",
-    "multiprocessing",
-)
-_PACKAGES += ("unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "xml/sax")
+_PACKAGES = ["asyncio", "concurrent/futures", "email", "http", "importlib", "json", "logging", "multiprocessing"]
+_PACKAGES += ["unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "xml/sax"]
 
 
 def builtin_tasks() -> list[Task]:
@@ -41,91 +29,48 @@ def builtin_tasks() -> list[Task]:
 
 
 def in_file() -> Iterator[Task]:
-    """Code to go on with: a library file up to a line in its second half. Scored by that line."""
+    """Code to continue: a library file up to a line in its second half."""
     for path in sorted(LIBRARY.glob("[a-z]*.py")):
         lines = _lines(path)
         at = next((i for i in range(len(lines) * 3 // 5, len(lines)) if _is_worth_guessing(lines[i])), None)
         before = _last("".join(lines[:at]), _CODE_CHARS)
         if at is not None and len(before) >= _CODE_CHARS // 2:
-            yield _completion("code_infile", path, at, before, lines[at])
+            yield _completion("code_infile", path, at, before)
 
 
 def cross_file() -> Iterator[Task]:
-    """Code to go on with, behind the definition of what its next line uses from another file."""
+    """The same after the head of a file of the same package that it imports from."""
     for package in _PACKAGES:
         for path in sorted((LIBRARY / package).glob("[a-z]*.py")):
             lines = _lines(path)
-            found = _first_use(path, lines)
-            if found is None:
-                continue
-            at, source, definition = found
-            before = f"# {_name(source)}\n{definition[:_SNIPPET_CHARS].rstrip()}\n\n\n# {_name(path)}\n"
-            before += _last("".join(lines[:at]), _CODE_CHARS - _SNIPPET_CHARS)
-            yield _completion("code_crossfile", path, at, before, lines[at])
+            at = next((i for i in range(len(lines) * 3 // 5, len(lines)) if _is_worth_guessing(lines[i])), None)
+            found = re.search(r"^from \.(\w+) import", "".join(lines[:at]), re.MULTILINE)
+            source = path.parent / f"{found[1]}.py" if found else path
+            if at is not None and source != path and source.is_file():
+                before = f"# {_name(source)}\n{source.read_text()[:_SNIPPET_CHARS]}\n\n\n# {_name(path)}\n"
+                before += _last("".join(lines[:at]), _CODE_CHARS - _SNIPPET_CHARS)
+                yield _completion("code_crossfile", path, at, before)
 
 
 def documentation() -> Iterator[Task]:
     """Quotes from a text, and copies of it with one word changed; the topics of Python's own ``help()``."""
     for topic in sorted(topics):
-        text = _whole_paragraphs(topics[topic].strip())
+        text = topics[topic].strip()
+        text = text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS].rpartition("\n\n")[0]
         if len(text) < _SHORTEST_TEXT:
             continue
         quote = f"Quote the three most important sentences of this text, word by word.\n\n{text}"
-        yield Task(topic, "quote", quote, f"{text}\n\nThe most important sentences again:\n\n", "copied")
+        yield Task(topic, "quote", quote, f"{text}\n\nThe most important sentences again:\n\n")
         words = Counter(re.findall(r"\b[a-z]{5,}\b", text))
         word = max(words, key=lambda w: (words[w], w))
-        changed = re.sub(rf"\b{word}\b", word.upper(), text)
         edit = f"Write this text again, with {word!r} in capital letters and nothing else changed.\n\n{text}"
         raw = f"{text}\n\nThe same, with {word!r} in capital letters:\n\n"
-        yield Task(topic, "edit", edit, raw, "edit_similarity", changed)
+        yield Task(topic, "edit", edit, raw)
 
 
-def _completion(category: str, path: pathlib.Path, at: int, before: str, line: str) -> Task:
+def _completion(category: str, path: pathlib.Path, at: int, before: str) -> Task:
     text = f"Continue this Python code. Write only what follows.\n\n```python\n{before}```"
-    return Task(f"{_name(path)}:{at + 1}", category, text, before, "next_line", line.rstrip("\n"))
-
-
-def _first_use(path: pathlib.Path, lines: list[str]) -> tuple[int, pathlib.Path, str] | None:
-    """The first line in a function that uses a name of a file beside; that file, the definition."""
-    tree = _parsed(path)
-    sources = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            source = _beside(path, node)
-            for alias in node.names:
-                definition = _definition(source, alias.name) if source else None
-                if definition:
-                    sources[alias.asname or alias.name] = source, definition
-    names = sorted(
-        (node.lineno, node.id)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for statement in function.body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and node.id in sources
-    )
-    for number, name in names:
-        if number > 20 and _is_worth_guessing(lines[number - 1]):
-            return number - 1, *sources[name]
-    return None
-
-
-def _beside(path: pathlib.Path, node: ast.ImportFrom) -> pathlib.Path | None:
-    package = ".".join(path.parent.relative_to(LIBRARY).parts)
-    module = node.module or ""
-    if node.level == 0 and module.startswith(package + "."):
-        module = module.removeprefix(package + ".")
-    elif node.level != 1:
-        return None
-    source = path.parent / f"{module}.py"
-    return source if source.is_file() else None
-
-
-def _definition(source: pathlib.Path, name: str) -> str | None:
-    for node in _parsed(source).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
-            return "".join(_lines(source)[node.lineno - 1 : node.end_lineno])
-    return None
+    return Task(f"{_name(path)}:{at + 1}", category, text, before)
 
 
 def _is_worth_guessing(line: str) -> bool:
@@ -135,19 +80,10 @@ def _is_worth_guessing(line: str) -> bool:
 
 
 def _last(text: str, chars: int) -> str:
-    """The last lines of a text that are no longer together than so many characters."""
+    """The last lines of a text, at most `chars` characters."""
     if len(text) <= chars:
         return text
     return text[-chars:].partition("\n")[2]
-
-
-def _whole_paragraphs(text: str) -> str:
-    return text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS].rpartition("\n\n")[0]
-
-
-@functools.cache
-def _parsed(path: pathlib.Path) -> ast.Module:
-    return ast.parse("".join(_lines(path)))
 
 
 def _lines(path: pathlib.Path) -> list[str]:

@@ -1,34 +1,31 @@
-"""The demonstration: one model, the same questions, with and without aasd, side by side.
+"""The demonstration: one model, the same questions, without speculation and with aasd, side by side.
 
-    python -m benchmarks.demo
-    python -m benchmarks.demo --model Qwen/Qwen2.5-7B-Instruct --max-tokens 256 -- --max-model-len 8192
+    python -m benchmarks.demo --max-tokens 256
 
-Starts ``vllm serve`` twice, first without speculation and then with ``{"method": "aasd"}``, sends each server
-the same questions one at a time (greedy, streaming), and prints tokens per second, tokens per step,
-acceptance, and the answers. What follows ``--`` goes to both servers.
+Starts one engine after the other, asks each the same questions one at a time (greedy), and prints tokens per second,
+tokens per step, and the answers.
 """
 
 import argparse
 import itertools
 import json
+import os
 import shutil
-import signal
 import sys
 import textwrap
-import time
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks import results
-from benchmarks.server import Server, ServerError, SpecCounters
-
-AASD = {"method": "aasd"}
+from benchmarks import methods, results
+from benchmarks.engine import Engine, EngineError
+from benchmarks.tasks import Task, load_tokenizer, tokenize
 
 _TEXT_LENGTH = 1800
-PROMPTS = tuple(
-    f"{task}\n\n{topics[topic].strip()[:_TEXT_LENGTH]}"
+# About Python's own documentation, which comes with Python.
+QUESTIONS = tuple(
+    Task(topic, "demo", f"{task}\n\n{topics[topic].strip()[:_TEXT_LENGTH]}")
     for task, topic in (
-        ("Summarise this text in three sentences.", "exceptions"),
+        ("Summarize this text in three sentences.", "exceptions"),
         ("Quote the two most important sentences of this text, word by word.", "naming"),
         ("Rewrite this text as a list, keeping its words.", "truth"),
         ("What does this text say about the order of evaluation? Quote it.", "booleans"),
@@ -36,190 +33,78 @@ PROMPTS = tuple(
         ("Continue this text.", "with"),
     )
 )
-"""Questions about Python's own documentation, which comes with Python."""
-
-WARM_UP = "Say hello."
-
-
-class Answer(NamedTuple):
-    """What came back for one prompt.
-
-    Attributes:
-        text: the answer.
-        num_tokens: its length.
-        seconds: from sending the prompt to the answer's end.
-        first_token_seconds: to its first token.
-        counters: what the server counted meanwhile.
-    """
-
-    text: str
-    num_tokens: int
-    seconds: float
-    first_token_seconds: float
-    counters: SpecCounters
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the whole answer, its prefill included."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens behind the first by decode steps; a step emits what it accepts and one token more."""
-        steps = self.num_tokens - 1 - self.counters.accepted_tokens
-        return (self.num_tokens - 1) / max(steps, 1)
 
 
 def main() -> None:
-    """Run the demonstration; exit code 1 and the end of the server's log if a server fails."""
+    """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results.add_model_argument(parser)
     parser.add_argument("--max-tokens", type=int, default=128, help="length of an answer (default %(default)s)")
-    parser.add_argument("server_arguments", nargs="*", help="for both servers, behind --")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     arguments = parser.parse_args()
     results.require_model(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # As Ctrl-C: by an exception, so that the server is stopped.
-        signal.signal(number, lambda *_: sys.exit(1))
-    print(f"Model: {arguments.model}. {len(PROMPTS)} questions, greedy, {arguments.max_tokens} tokens at most.")
+    tokenizer = load_tokenizer(arguments.model)
+    prompts = tokenize(tokenizer, QUESTIONS, 1500)
+    print(f"Model: {arguments.model}. {len(prompts)} questions, greedy, at most {arguments.max_tokens} tokens.")
     try:
-        plain = ask("without speculation", arguments, [])
-        aasd = ask("with aasd", arguments, ["--speculative-config", json.dumps(AASD)])
-    except ServerError as error:
+        found = [ask(label, prompts, arguments) for label in ("none", "aasd")]
+    except EngineError as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")
-    for prompt, one, other in zip(PROMPTS, plain, aasd, strict=True):
-        print(f"\n{comparison(prompt, one, other, shutil.get_terminal_size().columns)}")
-    print(f"\n{summary(plain, aasd)}")
+    for answer in itertools.chain(*found):
+        answer["text"] = tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
+    for question, plain, aasd in zip(QUESTIONS, *found, strict=True):
+        print(f"\n{side_by_side(question.text.splitlines()[0], plain, aasd, shutil.get_terminal_size().columns)}")
+    print(f"\n{summary(*found)}")
 
 
-def ask(label: str, arguments: argparse.Namespace, speculation: list[str]) -> list[Answer]:
-    """Start a server, ask it everything, and stop it."""
-    status(f"Server {label}: starting (about a minute)\n")
-    with Server(
-        arguments.model,
-        [*arguments.server_arguments, *speculation],
-        lambda text: status(f"Server {label}: starting, {text}"),
-    ) as server:
-        try:
-            # The first request pays for what is compiled or allocated on first use.
-            answer(server, WARM_UP, 8)
-            answers = []
-            for number, prompt in enumerate(PROMPTS, start=1):
-                status(f"Server {label}: question {number} of {len(PROMPTS)}")
-                answers.append(answer(server, prompt, arguments.max_tokens))
-        except Exception as error:
-            raise ServerError(f"{type(error).__name__}: {error}\n{server.log_tail()}") from error
-        status(f"Server {label}: stopping")
-    status(f"Server {label}: {len(answers)} questions answered\n")
+def ask(label: str, prompts: list[list[int]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start an engine, ask it everything, and stop it; see `Engine.run` for what an answer is."""
+    print(f"{label}: starting the engine (about a minute)", flush=True)
+    engine = {"model": arguments.model, "max_model_len": 2048, "max_num_seqs": 8, **arguments.engine}
+    if methods.METHODS[label] is not None:
+        engine |= {"speculative_config": methods.METHODS[label], "per_request_spec_decode_metrics": "summary"}
+    sampling = {"temperature": 0.0, "max_tokens": arguments.max_tokens}
+    with Engine(label, engine, threads=os.cpu_count() or 1) as started:
+        # The first request pays for what is compiled or allocated on first use.
+        started.run([{"prompt_token_ids": prompts[0][::-1], "sampling": sampling}])
+        answers = []
+        for number, prompt in enumerate(prompts, 1):
+            print(f"{label}: question {number} of {len(prompts)}", flush=True)
+            answers += started.run([{"prompt_token_ids": prompt, "sampling": sampling}])[0]
     return answers
 
 
-def answer(server: Server, prompt: str, max_tokens: int) -> Answer:
-    """Send one prompt, and take in the answer as it comes."""
-    # vLLM brings it; importing it takes a second, which nobody should wait for before the first line.
-    from openai import OpenAI
-
-    before = server.spec_counters()
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        pieces, first, usage = [], None, None
-        begin = time.perf_counter()
-        for chunk in client.chat.completions.create(
-            model="model",
-            messages=[{"role": "user", "content": prompt}],
-            temperature=0,
-            max_tokens=max_tokens,
-            stream=True,
-            stream_options={"include_usage": True},
-        ):
-            usage = chunk.usage or usage
-            if chunk.choices and chunk.choices[0].delta.content:
-                first = first or time.perf_counter()
-                pieces.append(chunk.choices[0].delta.content)
-        end = time.perf_counter()
-    counters = server.spec_counters().since(before)
-    return Answer("".join(pieces), usage.completion_tokens, end - begin, (first or end) - begin, counters)
-
-
-def comparison(prompt: str, plain: Answer, aasd: Answer, width: int) -> str:
-    """Two columns, without speculation and with aasd, marked where they first differ."""
+def side_by_side(question: str, plain: dict[str, Any], aasd: dict[str, Any], width: int) -> str:
+    """Two columns, without speculation and with aasd."""
     column = max(min(width, 200) // 2 - 2, 20)
-    gain = aasd.tokens_per_second / plain.tokens_per_second
-    heads = (
-        f"without: {plain.tokens_per_second:.1f} tokens/s",
-        f"aasd: {aasd.tokens_per_second:.1f} tokens/s, {gain:.2f}x",
-    )
+    speeds = [len(one["token_ids"]) / one["last_token"] for one in (plain, aasd)]
+    heads = f"without: {speeds[0]:.1f} tokens/s", f"aasd: {speeds[1]:.1f} tokens/s, {speeds[1] / speeds[0]:.2f}x"
     columns = [
-        [head, ""] + [line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
-        for head, text in zip(heads, mark_difference(plain.text, aasd.text), strict=True)
+        [head, "", *(line for part in one["text"].splitlines() for line in textwrap.wrap(part, column) or [""])]
+        for head, one in zip(heads, (plain, aasd), strict=True)
     ]
     rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(
-        (
-            f"--- {prompt.splitlines()[0]} ".ljust(width, "-"),
-            f"{aasd.tokens_per_step:.2f} tokens per step; {acceptance(aasd.counters)}",
-            *(f"{left.ljust(column)} | {right}".rstrip() for left, right in rows),
-        )
+        [f"--- {question} ".ljust(width, "-"), *(f"{left:{column}} | {right}".rstrip() for left, right in rows)]
     )
 
 
-def mark_difference(one: str, other: str) -> tuple[str, str]:
-    """Both texts, with ``>>`` before the first word that isn't the same; as they are if they are equal."""
-    if one == other:
-        return one, other
-    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    # Back to the beginning of the word.
-    while first > 0 and not one[first - 1].isspace():
-        first -= 1
-    return tuple(f"{text[:first]}>>{text[first:]}" for text in (one, other))
-
-
-def acceptance(counters: SpecCounters) -> str:
-    """How many draft tokens were accepted, in words."""
-    if not counters.draft_tokens:
-        return "nothing drafted"
-    rate = counters.accepted_tokens / counters.draft_tokens
-    return f"{counters.accepted_tokens} of {counters.draft_tokens} draft tokens accepted ({rate:.0%})"
-
-
-def summary(plain: list[Answer], aasd: list[Answer]) -> str:
+def summary(plain: list[dict[str, Any]], aasd: list[dict[str, Any]]) -> str:
     """All questions together."""
-
-    def total(answers: list[Answer]) -> Any:
-        tokens, seconds = sum(a.num_tokens for a in answers), sum(a.seconds for a in answers)
-        first = sum(a.first_token_seconds for a in answers) / len(answers)
-        return (
-            tokens / seconds,
-            first,
-            SpecCounters(*map(sum, zip(*(a.counters for a in answers), strict=True))),
-        )
-
-    (plain_speed, plain_first, _), (speed, first, counters) = total(plain), total(aasd)
-    decoded = sum(a.num_tokens - 1 for a in aasd)
-    equal = sum(one.text == other.text for one, other in zip(plain, aasd, strict=True))
+    speeds = [sum(len(one["token_ids"]) for one in of) / sum(one["last_token"] for one in of) for of in (plain, aasd)]
+    drafted, accepted = (sum(one[key] for one in aasd) for key in ("drafted", "accepted"))
+    # An answer's first token and step are its prefill's.
+    tokens_per_step = sum(len(one["token_ids"]) - 1 for one in aasd) / max(sum(one["steps"] - 1 for one in aasd), 1)
+    equal = sum(one["token_ids"] == other["token_ids"] for one, other in zip(plain, aasd, strict=True))
     lines = [
-        f"All {len(plain)}: {plain_speed:.1f} tokens/s without, {speed:.1f} with aasd "
-        f"({speed / plain_speed:.2f}x); first token after {plain_first:.2f} s and {first:.2f} s; "
-        f"{decoded / max(decoded - counters.accepted_tokens, 1):.2f} tokens per step; "
-        f"{acceptance(counters)}; {equal} of {len(plain)} answers are the same."
+        f"{speeds[0]:.1f} tokens/s without, {speeds[1]:.1f} with aasd ({speeds[1] / speeds[0]:.2f}x), "
+        f"{tokens_per_step:.2f} tokens per step, {accepted} of {drafted} draft tokens accepted.",
+        f"{equal} of {len(plain)} answers are the same. By default aasd also accepts close rivals of the model's",
+        'choice; with "aasd_verification": "strict" only near ties may fall differently.',
     ]
-    if equal < len(plain):
-        lines.append(
-            'Answers may differ a little: the default, "aasd_verification": "conditional", also accepts near '
-            "rivals of the model's own choice, and near ties fall either way when a batch is rounded "
-            'differently. "strict" leaves only the latter.'
-        )
     return "\n".join(lines)
-
-
-def status(text: str) -> None:
-    """What is going on: one line that overwrites itself on a terminal; elsewhere only whole lines."""
-    if sys.stdout.isatty():
-        shown = text if text.endswith("\n") else text[: shutil.get_terminal_size().columns - 1]
-        print(f"\r\x1b[K{shown}", end="", flush=True)
-    elif text.endswith("\n"):
-        print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

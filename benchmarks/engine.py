@@ -1,6 +1,7 @@
-"""Real vLLM engines in processes of their own: requests go in as token ids, tokens, steps and times come out.
+"""A real vLLM engine in a process of its own: requests go in as token ids; tokens, steps and times come out.
 
-The other end of the pipe is `benchmarks.engine_process`.
+`Engine` starts this module as a program, whose standard input and output carry lines of JSON. The engine core runs in
+that process itself, one step after the other, without HTTP and detokenizing.
 """
 
 import json
@@ -8,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from typing import Any, Self
 
 from benchmarks.results import ROOT
@@ -19,40 +20,29 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """One engine in a process of its own, from `__enter__` to `__exit__`; between two runs it sleeps.
+    """One engine, from `__enter__` to `__exit__`; between two runs it sleeps.
 
     Args:
-        label: how it is called in messages.
+        label: its name in messages.
         engine: arguments of ``vllm.LLM``.
         core: the only CPU core that it may run on; None for any.
-        threads: of OpenMP; None for what the environment says.
-        mend_sampling: whether to mend vLLM's own: see `benchmarks.engine_process.mend_sampling`.
+        threads: of OpenMP.
+        mend_sampling: whether to mend vLLM's own sampler on CPUs, see `mend_sampling`.
     """
 
     def __init__(
-        self,
-        label: str,
-        engine: dict[str, Any],
-        core: int | None = None,
-        threads: int | None = None,
-        mend_sampling: bool = False,
+        self, label: str, engine: dict[str, Any], core: int | None = None, threads: int = 1, mend_sampling: bool = False
     ) -> None:
         self._label = label
         self._scenario = {"engine": engine, "core": core, "mend_sampling": mend_sampling}
-        self._environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            **os.environ,
-            # The engine core runs in the child itself, so that each of its steps is seen.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        if threads is not None:
-            self._environment["OMP_NUM_THREADS"] = str(threads)
+        self._environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "OMP_NUM_THREADS": str(threads)}
+        # The engine core runs in the child itself, so that each of its steps is seen.
+        self._environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
     def __enter__(self) -> Self:
-        # Deleted when closed, so nothing is left behind whatever happens.
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engine_process"],
+            [sys.executable, "-m", "benchmarks.engine"],
             cwd=ROOT,
             env=self._environment,
             # Left open: the child ends when it is closed, however this process ends.
@@ -62,8 +52,7 @@ class Engine:
             text=True,
         )
         try:
-            self._send(self._scenario)
-            self.ready = self._receive()["ready"]
+            self._ask(self._scenario)
         except BaseException:
             self._stop()
             raise
@@ -72,83 +61,152 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def run(
-        self,
-        requests: list[dict[str, Any]],
-        concurrency: int | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[list[dict[str, Any]], float]:
+    def run(self, requests: list[dict[str, Any]], concurrency: int | None = None) -> tuple[list[dict[str, Any]], float]:
         """Send requests, and wait until all are answered.
 
         Args:
-            requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for
-                ``vllm.SamplingParams``; with ``"score_from": n`` the prompt's tokens from ``n`` on are
-                scored.
-            concurrency: so many in flight, the next one sent when one ends; None for all at once.
-            progress: called after each answer with their number.
+            requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for ``vllm.SamplingParams``.
+            concurrency: requests in flight, the next one sent when one ends; None for all at once.
 
         Returns:
-            The answers in the requests' order, and the seconds from the first request to the last answer.
-            Per answer ``token_ids``; ``emitted``, the tokens of each step that emitted any; ``sent``,
-            ``first_token`` and ``last_token`` in seconds since the run began; ``draft_tokens`` and
-            ``accepted_tokens``; ``drafted`` and ``accepted``, the same by verified draft; ``logprobs``, per
-            token a dict of token id to logprob, where they were asked for; ``prompt_logprobs``, the same per
-            token of the prompt, None for the first; ``scores``, per scored token its logprob, and that of the
-            likeliest one.
+            The answers in the requests' order, and the seconds from the first request to the last answer. Per answer
+            ``token_ids``; ``steps`` that emitted any; ``sent``, ``first_token`` and ``last_token`` in seconds since the
+            run began; ``drafted`` and ``accepted`` tokens, of vLLM's own metrics; ``logprobs`` and ``prompt_logprobs``
+            where they were asked for, per token a dict of token id to logprob, or None.
 
         Raises:
             EngineError: if the process ends early.
         """
-        self._send(
-            {
-                "run": requests,
-                "concurrency": concurrency or max(len(requests), 1),
-                "count": progress is not None,
-            }
-        )
-        answers: dict[int, dict[str, Any]] = {}
-        while True:
-            message = self._receive()
-            if "seconds" in message:
-                return [answers[index] for index in range(len(requests))], message["seconds"]
-            if "done" in message:
-                progress(message["done"])
-            else:
-                answers[message.pop("index")] = message
+        found = self._ask({"run": requests, "concurrency": concurrency or max(len(requests), 1)})
+        return found["answers"], found["seconds"]
 
     def forget(self) -> None:
-        """Drop what the engine has learnt from earlier requests: see `benchmarks.engine_process.forget`."""
-        self._send({"forget": True})
-        self._receive()
+        """Drop what the engine keeps of earlier requests: cached prefixes, and answers to draft from."""
+        self._ask({"forget": True})
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
             print(json.dumps(message), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline() if self._process.stdout else ""
         except BrokenPipeError:
-            raise self._error() from None
-
-    def _receive(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+            line = ""
         if not line:
-            raise self._error()
+            code = self._process.wait()
+            self._log.seek(0)
+            raise EngineError(f"{self._label}: the engine ended with {code}\n{self._log.read()[-4000:]}")
         return json.loads(line)
-
-    def _error(self) -> EngineError:
-        code = self._process.wait()
-        self._log.seek(0)
-        return EngineError(f"{self._label}: the engine ended with {code}\n{self._log.read()[-4000:]}")
 
     def _stop(self) -> None:
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            try:
-                stream.close()
-            except BrokenPipeError:
-                continue
+        self._process.communicate()
+        self._log.close()
 
 
-def progress_line(text: str) -> None:
-    """One line that overwrites itself, on a terminal; nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+def main() -> None:
+    """Serve one engine until standard input is closed."""
+    # Standard output belongs to the answers; what vLLM prints there goes to the log.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    scenario = json.loads(sys.stdin.readline())
+    if scenario["core"] is not None:
+        # Before torch counts the cores.
+        os.sched_setaffinity(0, {scenario["core"]})
+
+    from vllm import LLM
+
+    engine = LLM(**scenario["engine"]).llm_engine
+    if scenario["mend_sampling"]:
+        mend_sampling()
+    print("{}", file=channel, flush=True)
+    num_sent = 0
+    for line in sys.stdin:
+        message = json.loads(line)
+        reply: dict[str, Any] = {}
+        if "forget" in message:
+            engine.reset_prefix_cache()
+            engine.collective_rpc(_forget_answers)
+        else:
+            reply = answer(engine, message["run"], message["concurrency"], num_sent)
+            num_sent += len(message["run"])
+        print(json.dumps(reply), file=channel, flush=True)
+
+
+def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_id: int) -> dict[str, Any]:
+    """Answer requests, `concurrency` in flight, as if as many clients each waited for their answer."""
+    from vllm import SamplingParams
+
+    # An id that comes again would let vLLM's suffix decoding drop what it has learned.
+    waiting = [
+        (str(first_id + index), request["prompt_token_ids"], SamplingParams(detokenize=False, **request["sampling"]))
+        for index, request in enumerate(requests)
+    ][::-1]
+    logs: dict[str, dict[str, Any]] = {}
+    finished = {}
+    begin = time.perf_counter()
+    while waiting or logs:
+        while waiting and len(logs) < concurrency:
+            request_id, token_ids, params = waiting.pop()
+            logs[request_id] = {"sent": time.perf_counter() - begin, "steps": 0, "tokens": 0}
+            engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+        outputs = engine.step()
+        now = time.perf_counter() - begin
+        for output in outputs:
+            log = logs[output.request_id]
+            if len(output.outputs[0].token_ids) > log["tokens"]:
+                log.setdefault("first_token", now)
+                log |= {"last_token": now, "steps": log["steps"] + 1, "tokens": len(output.outputs[0].token_ids)}
+            if output.finished:
+                finished[output.request_id] = output, logs.pop(output.request_id)
+    seconds = time.perf_counter() - begin
+    # Only now: the run isn't made to wait for JSON.
+    return {
+        "answers": [_answer(*finished[str(first_id + index)]) for index in range(len(requests))],
+        "seconds": seconds,
+    }
+
+
+def mend_sampling() -> None:
+    """Mend two faults of vLLM's CPU build, which make its own methods sample garbage at temperature > 0.
+
+    The verifier that comes with the mend does nothing here: without aasd, vLLM's own function is called.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_aasd.engine.v1 import rejection_sampler
+
+        rejection_sampler.install()
+
+
+def _forget_answers(worker: Any) -> None:
+    config = worker.vllm_config.speculative_config
+    if config is not None and config.method == "suffix":
+        from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
+
+        worker.model_runner.drafter = SuffixDecodingProposer(worker.vllm_config)
+    elif hasattr(worker, "aasd_clear_memory"):
+        worker.aasd_clear_memory()
+
+
+def _answer(output: Any, log: dict[str, Any]) -> dict[str, Any]:
+    completion = output.outputs[0]
+    metrics = completion.spec_decode_metrics
+    return {
+        "token_ids": list(completion.token_ids),
+        "steps": log["steps"],
+        "sent": log["sent"],
+        "first_token": log.get("first_token"),
+        "last_token": log.get("last_token"),
+        "drafted": metrics.num_draft_tokens if metrics else 0,
+        "accepted": sum(j * times for j, times in enumerate(metrics.histogram)) if metrics else 0,
+        "logprobs": _logprobs(completion.logprobs),
+        "prompt_logprobs": _logprobs(output.prompt_logprobs),
+    }
+
+
+def _logprobs(of: Any) -> list[dict[int, float] | None] | None:
+    return of and [at and {token: entry.logprob for token, entry in at.items()} for at in of]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,45 +1,28 @@
-"""Whether answers that should be the greedy ones are, but for near ties; judged by teacher forcing.
+"""Whether a method's greedy answers are plain decoding's.
 
-Two runs of one model in bfloat16 batch their rows differently, so they round differently, and where two
-tokens are nearly as likely either may come. So an answer that differs isn't wrong for that alone: at its
-first difference, the target, given the prompt and what both answers share, must find both tokens about as
+A batch with drafts is rounded differently, so an exact method's answer may differ where two tokens are nearly tied.
+At its first difference, the target, given the prompt and what both answers share, must find both tokens about as
 likely as its likeliest. The bound is `benchmarks.methods.NEAR_TIE`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from benchmarks.engine import Engine
 
-
-class Difference(NamedTuple):
-    """The first difference of two answers.
-
-    Attributes:
-        shared: the prompt's tokens and those that both answers begin with.
-        tokens: what either has next; None where one ends.
-    """
-
-    shared: tuple[int, ...]
-    tokens: tuple[int | None, int | None]
+Difference = tuple[tuple[int, ...], tuple[int | None, int | None]]
+"""The first difference of two answers: the prompt and what both begin with; what either has next, None for its end."""
 
 
 def first_difference(prompt: Sequence[int], one: Sequence[int], other: Sequence[int]) -> Difference | None:
-    """Where two answers to a prompt part; None if they are equal."""
+    """Where two answers to a prompt differ first; None if they are equal."""
     if one == other:
         return None
-    at = common_prefix(one, other)
-    tokens = tuple(answer[at] if at < len(answer) else None for answer in (one, other))
-    return Difference((*prompt, *one[:at]), tokens)
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    same = [a == b for a, b in zip(one, other, strict=False)]
+    at = same.index(False) if False in same else len(same)
+    first, second = (answer[at] if at < len(answer) else None for answer in (one, other))
+    return (*prompt, *one[:at]), (first, second)
 
 
 def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, float]:
@@ -47,30 +30,26 @@ def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, 
 
     Args:
         engine: of the target.
-        differences: to be judged, each once.
+        differences: to be judged.
 
     Returns:
-        Per difference, nats from the target's likeliest token there to the less likely of the two; infinite
-        where one answer ends and the other goes on, for ending is a token too.
+        Per difference, nats from the target's likeliest token there to the less likely of the two; infinite where one
+        answer ends and the other goes on, for ending is a token too.
     """
-    found = dict.fromkeys(differences, float("inf"))
-    judged = [one for one in found if None not in one.tokens]
-    requests = [scoring_request([*one.shared, token]) for one in judged for token in one.tokens]
+    found = dict.fromkeys(differences, math.inf)
+    judged = [one for one in found if None not in one[1]]
+    sampling = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 1}
+    requests = [
+        {"prompt_token_ids": [*shared, token], "sampling": sampling} for shared, tokens in judged for token in tokens
+    ]
     answers = engine.run(requests, 8)[0] if requests else []
-    for index, one in enumerate(judged):
-        scores = [answer["scores"][0] for answer in answers[2 * index : 2 * index + 2]]
-        # numpy's maximum, for Python's passes over what isn't a number.
-        found[one] = float(np.max([best - logprob for logprob, best in scores]))
+    for index, answer in enumerate(answers):
+        one, token = judged[index // 2], judged[index // 2][1][index % 2]
+        at = answer["prompt_logprobs"][-1]
+        # Where something isn't a number there is no tie.
+        gap = math.inf if math.isnan(sum(at.values())) else max(at.values()) - at[str(token)]
+        found[one] = max(gap, found[one]) if index % 2 else gap
     return found
-
-
-def scoring_request(token_ids: list[int]) -> dict[str, Any]:
-    """A request that scores its last token; the one token more that it generates doesn't matter."""
-    return {
-        "prompt_token_ids": token_ids,
-        "sampling": {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 1},
-        "score_from": len(token_ids) - 1,
-    }
 
 
 def verdict(
@@ -84,21 +63,19 @@ def verdict(
         bound: the widest that is a tie, in nats.
 
     Returns:
-        ``num_answers``; ``num_different`` of them; ``num_wider``, those beyond the bound; ``is_exact`` if
-        there is none; ``largest_gap_nats``, None where that is infinite or not a number.
+        ``answers``, how many; ``different`` and ``wider`` than the bound, how many of them; ``largest_gap_nats``, None
+        where that is infinite.
     """
     wide = [found[one] for one in differences if one is not None]
     largest = max(wide, default=0.0)
     return {
-        "num_answers": len(differences),
-        "num_different": len(wide),
-        "num_wider": sum(not gap <= bound for gap in wide),
-        "largest_gap_nats": round(largest, 4) if math.isfinite(largest) else None,
-        # Not `>`: a gap that isn't a number is no tie.
-        "is_exact": all(gap <= bound for gap in wide),
+        "answers": len(differences),
+        "different": len(wide),
+        "wider": sum(gap > bound for gap in wide),
+        "largest_gap_nats": largest if math.isfinite(largest) else None,
     }
 
 
 def failed(verdicts: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     """The methods, by label, whose answers aren't what they promise."""
-    return [label for label, found in verdicts.items() if found and not found["is_exact"]]
+    return [label for label, found in verdicts.items() if found and found["wider"]]

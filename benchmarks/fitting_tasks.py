@@ -5,34 +5,32 @@ import re
 from pydoc_data.topics import topics
 
 from benchmarks.builtin import builtin_tasks
-from vllm_aasd.tuning.tasks import Task
+from benchmarks.tasks import Task
 
 _PER_KIND = 20
 # What end_to_end measures on are the first tasks of each category.
 _FIRST_CODE_TASK = 40
 
-_CHAT = (
-    "Write a short story about a lighthouse keeper who finds a letter.",
-    "Explain how a refrigerator works.",
-    "Give me a recipe for lentil soup, with the steps numbered.",
-    "What are the main causes of the French Revolution?",
-    "How do vaccines protect people?",
-    "Plan a three-day trip to Lisbon.",
-    "Write an email to my landlord about a broken heater.",
-    "Compare cats and dogs as pets.",
-    "What is the difference between a virus and a bacterium?",
-    "Explain supply and demand to a child.",
-    "Write a poem about the sea in winter.",
-    "How do I learn to play the guitar?",
-    "List ten ideas for a science fair project.",
-    "What is inflation and how is it measured?",
-    "Describe the water cycle.",
-    "Who was Marie Curie and why is she famous?",
-    "Write a product description for a wooden desk lamp.",
-    "How can I sleep better?",
-    "Write a function in Python that reverses a linked list, and explain it.",
-    "Write a SQL query that finds the second highest salary.",
-)
+_CHAT = """Write a short story about a lighthouse keeper who finds a letter.
+Explain how a refrigerator works.
+Give me a recipe for lentil soup, with the steps numbered.
+What are the main causes of the French Revolution?
+How do vaccines protect people?
+Plan a three-day trip to Lisbon.
+Write an email to my landlord about a broken heater.
+Compare cats and dogs as pets.
+What is the difference between a virus and a bacterium?
+Explain supply and demand to a child.
+Write a poem about the sea in winter.
+How do I learn to play the guitar?
+List ten ideas for a science fair project.
+What is inflation and how is it measured?
+Describe the water cycle.
+Who was Marie Curie and why is she famous?
+Write a product description for a wooden desk lamp.
+How can I sleep better?
+Write a function in Python that reverses a linked list, and explain it.
+Write a SQL query that finds the second highest salary.""".splitlines()
 
 
 def fitting_tasks() -> list[Task]:
@@ -42,7 +40,7 @@ def fitting_tasks() -> list[Task]:
     names = sorted(topics, reverse=True)
     texts = [re.sub(r"\n{3,}", "\n\n", topics[name]).strip()[:2800] for name in names]
     texts = [text for text in texts if len(text) > 1000]
-    tasks = []
+    tasks: list[Task] = []
 
     def add(category: str, asked: list[str]) -> None:
         tasks.extend(Task(f"{category}/{i}", category, text) for i, text in enumerate(asked[:_PER_KIND]))
@@ -56,7 +54,7 @@ def fitting_tasks() -> list[Task]:
     code = [task for task in builtin_tasks() if task.category == "code_infile"][_FIRST_CODE_TASK:]
     add("code", [task.text for task in code])
     add("sums", [_sum(rng) for _ in range(_PER_KIND)])
-    add("chat", list(_CHAT))
+    add("chat", _CHAT)
     return tasks
 
 

@@ -1,28 +1,18 @@
-"""Kernels: what the Triton kernels cost in registers and in bytes, beside vLLM's own for the same job.
+"""Kernels: what the Triton kernels cost in registers and spills, on GPUs that needn't be here.
 
     python -m benchmarks.kernels
 
-Nothing is timed, and no GPU is needed. Registers, shared memory, spills and load widths are read from the
-machine code of the launches that the ops really make (`benchmarks.launches`), compiled ahead of time. Bytes
-are counted while the same ops run in Triton's interpreter (`benchmarks.interpreted.Traffic`), for requests
-whose drafts are all accepted but the last, beside one read of all of the rows. vLLM's greedy kernels stay
-below that where a request has a rejection: they read its bonus row in a later launch, if it is needed.
+Nothing is timed. The figures are read from the machine code of the launches that the ops really make
+(`benchmarks.launches`), compiled ahead of time. Tests use the same jobs, and also count the bytes that they move.
 """
 
-import argparse
 import dataclasses
-import itertools
-import json
-import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import report, results
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS
 
 VOCAB_SIZE = 151936
@@ -32,20 +22,16 @@ NUM_SLOTS = 1024
 NUM_RUNS = 1 << 18
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
-# Narrow blocks, for which partial results weigh most; the interpreter takes some seconds a job.
-COUNTED = {"num_reqs": 4, "num_drafts": 3, "vocab_size": 32768}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A line of the table: one thing to do, by an op of ours or of vLLM."""
+    """One thing to do, by an op."""
 
     name: str
     make: Callable[["Inputs"], Callable[[], Any]]
     """From inputs to the call that does it, on CPU tensors."""
-    is_stock: bool = False
     reads_logits: bool = True
-    """Whether its bytes are to be counted beside those of the logits."""
 
 
 class Inputs:
@@ -155,7 +141,7 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
 
 
 def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with what a position, and the prior of runs and tokens, predict."""
+    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
@@ -192,29 +178,6 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
     return make
 
 
-def stock_verify(temperature: float) -> Callable[[Inputs], Callable]:
-    """vLLM's V2 `rejection_sample` for one-hot drafts."""
-
-    def make(inputs: Inputs) -> Callable[[], Any]:
-        from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
-
-        return lambda: rejection_sample(
-            inputs.logits,
-            None,
-            inputs.draft_sampled,
-            inputs.cu_num_logits,
-            inputs.pos,
-            inputs.idx_mapping,
-            inputs.expanded_idx_mapping,
-            inputs.expanded_local_pos,
-            torch.full((inputs.num_reqs,), temperature),
-            inputs.seed,
-            inputs.num_drafts,
-        )
-
-    return make
-
-
 # A further kernel is a further entry.
 JOBS = (
     Job("verify, greedy, strict", verify(0.0, "strict")),
@@ -227,114 +190,32 @@ JOBS = (
     Job("draft, retrieval alone", draft(0, 0), reads_logits=False),
     Job("draft, top 2 and prior", draft(2, 8), reads_logits=False),
     Job("draft, top 4 and prior", draft(4, 8), reads_logits=False),
-    Job("vLLM's rejection_sample, greedy", stock_verify(0.0), is_stock=True),
-    Job("vLLM's rejection_sample, sampled", stock_verify(1.0), is_stock=True),
 )
 
 
 def main() -> None:
-    """Compile, count, write the result, print its tables."""
-    parser = results.arguments(__doc__, out="kernels.json")
-    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.show:
-        print(tables(results.read(arguments.show)))
-        return
-    from benchmarks import interpreted
-
-    interpreted.let_vllm_see_triton()
-    if arguments.count:
-        # numpy warns where the interpreter computes what a kernel goes on to discard.
-        warnings.simplefilter("ignore")
-        json.dump(count(), sys.stdout)
-        return
-    builds = compile_all()
-    traffic = json.loads(
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.kernels", "--count"],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            check=True,
-        ).stdout.splitlines()[-1]
-    )
-    conditions = results.metadata(
-        vocab_size=VOCAB_SIZE, num_speculative_steps=NUM_SPECULATIVE_STEPS, top_k=TOP_K, counted=COUNTED
-    )
-    result = {"metadata": conditions, "builds": builds, "traffic": traffic}
+    """Compile, write the result, print its table."""
+    arguments = results.arguments(__doc__, "kernels.json").parse_args()
+    metadata = results.metadata(vocab_size=VOCAB_SIZE, num_speculative_steps=NUM_SPECULATIVE_STEPS, top_k=TOP_K)
+    result = {"metadata": metadata, "builds": compile_all()}
     results.write(arguments.out, result)
-    print(tables(result))
+    print(f"{results.heading(result)}\n\n{report.kernels(result)}")
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """Compile every distinct launch of every job for every target."""
+    """Compile every distinct launch of every job for every target: the most that any launch of a kernel takes."""
     from benchmarks.launches import TARGETS, build, distinct, recorded
 
-    rows = []
+    most: dict[tuple[str, str], dict[str, int]] = {}
     for num_reqs, dtype in BATCHES:
-        inputs = Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)
-        for stock, (name, target) in itertools.product((False, True), TARGETS.items()):
-            calls = [job.make(inputs) for job in JOBS if job.is_stock == stock]
-            rows += [
-                {"stock": stock, "kernel": launch.name, "sizes": launch.sizes, "requests": num_reqs}
-                | {"dtype": str(dtype).removeprefix("torch."), "target": name}
-                | dataclasses.asdict(build(launch, target))
-                for launch in distinct(launch for call in calls for launch in recorded(call, target))
-            ]
-    return rows
-
-
-def count() -> list[dict[str, Any]]:
-    """Count each job's bytes; to be run where TRITON_INTERPRET is set."""
-    return [count_one(job, **COUNTED) for job in JOBS if job.reads_logits]
-
-
-def count_one(job: Job, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:
-    """Count one job's bytes on bfloat16 logits; the least possible is to read each of the rows once."""
-    from benchmarks.interpreted import Traffic
-
-    inputs = Inputs(num_reqs, num_drafts, vocab_size, torch.bfloat16)
-    call = job.make(inputs)
-    with Traffic(inputs.logits) as traffic:
-        call()
-    return {
-        "job": job.name,
-        "stock": job.is_stock,
-        "least_bytes": inputs.logits.nbytes,
-        "logits_bytes": traffic.logits_bytes,
-        "other_bytes": traffic.other_bytes,
-        "over_least": (traffic.logits_bytes + traffic.other_bytes) / inputs.logits.nbytes,
-    }
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The result as text."""
-    traffic = [
-        [row["job"], f"{row['logits_bytes'] / row['least_bytes']:.4f}",
-         f"{row['other_bytes'] / row['least_bytes']:.4f}", f"{row['over_least']:.4f}"]
-        for row in result["traffic"]
-    ]  # fmt: skip
-    builds = [
-        [("vLLM: " if row["stock"] else "") + row["kernel"], row["sizes"], row["dtype"], row["target"]]
-        + [
-            str(row[field])
-            for field in ("num_warps", "registers", "shared_bytes", "spill_bytes", "stack_bytes", "parked_scalars")
-        ]
-        + [f"{row['wide_loads']} / {row['narrow_loads']}"]
-        for row in result["builds"]
-    ]
-    return "\n".join(
-        (
-            results.heading(result),
-            "",
-            results.table(["job", "logits", "anything else", "bytes over one read of all rows"], traffic),
-            "",
-            results.table(
-                ["kernel", "sizes", "logits", "target", "warps", "registers", "shared, B", "spilled, B",
-                 "stack, B", "parked scalars", "16-byte / other loads"],
-                builds,
-            ),
-        )
-    )  # fmt: skip
+        calls = [job.make(Inputs(num_reqs, NUM_SPECULATIVE_STEPS, VOCAB_SIZE, dtype)) for job in JOBS]
+        for name, target in TARGETS.items():
+            for launch in distinct(launch for call in calls for launch in recorded(call, target)):
+                built = build(launch, target)
+                kernel = most.setdefault((launch.name.removesuffix("_kernel"), name), {})
+                for field in ("registers", "shared_bytes", "spill_bytes", "stack_bytes"):
+                    kernel[field] = max(getattr(built, field), kernel.get(field, 0))
+    return [{"kernel": name, "target": target, **of} for (name, target), of in most.items()]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ derives them; nothing about a kernel is written a second time. `build` compiles 
 and reads from the machine code what it costs.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -60,22 +60,25 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What one launch's machine code costs on one target."""
+    """What one launch's machine code costs on one target.
+
+    Attributes:
+        registers: per thread; vector registers on AMD.
+        shared_bytes: of a program.
+        spill_bytes: registers spilled to memory, per thread; on AMD 4 bytes for each vector register.
+        stack_bytes: local memory per thread.
+        parked_scalars: on AMD, scalars kept in the lanes of vector registers, which touches no memory.
+        num_warps: of a program.
+        wide_loads: global load instructions of 16 bytes per thread, or 32, which sm_100 has.
+    """
 
     registers: int
-    """Per thread; vector registers on AMD."""
     shared_bytes: int
     spill_bytes: int
-    """Registers spilled to memory, NVIDIA: bytes of local memory per thread; AMD: vector registers x 4."""
     stack_bytes: int
-    """Local memory per thread."""
     parked_scalars: int
-    """AMD: scalars kept in the lanes of vector registers, which touches no memory."""
     num_warps: int
     wide_loads: int
-    """Global load instructions of 16 bytes per thread, or 32, which sm_100 has."""
-    narrow_loads: int
-    """Global load instructions of fewer bytes: scalars, masked ends of rows, vectors of 2 to 8 bytes."""
 
 
 def recorded(op: Callable[[], Any], target: GPUTarget = TARGETS["sm_90"]) -> list[Launch]:
@@ -91,14 +94,14 @@ def recorded(op: Callable[[], Any], target: GPUTarget = TARGETS["sm_90"]) -> lis
         launches.append(Launch(kernel, tuple(grid), args, kwargs))
 
     on_hip = "7.0" if target.backend == "hip" else None
-    with _replaced(jit.JITFunction, "run", take_note), _replaced(torch.version, "hip", on_hip):
+    with mock.patch.object(jit.JITFunction, "run", take_note), mock.patch.object(torch.version, "hip", on_hip):
         op()
     return launches
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
     """Drop launches that run the machine code of an earlier one."""
-    found = {}
+    found: dict[Any, Launch] = {}
     for launch in launches:
         _, signature, constexprs, attrs = launch.specialization(TARGETS["sm_90"])
         found.setdefault((launch.kernel, str((signature, constexprs, attrs, launch.sizes))), launch)
@@ -138,34 +141,18 @@ def _from_cubin(cubin: bytes, shared: int, warps: int) -> Build:
     wide = sum(".128" in load or ".256" in load for load in loads)
     # Spills are loads and stores of local memory, which has a stack frame without them too.
     spills = sum(_width(access) for access in re.findall(r"\bSTL[A-Z0-9.]*", sass))
-    return Build(
-        resources["REG"],
-        shared,
-        spills,
-        resources["STACK"] + resources["LOCAL"],
-        0,
-        warps,
-        wide,
-        len(loads) - wide,
-    )
+    stack = resources["STACK"] + resources["LOCAL"]
+    return Build(resources["REG"], shared, spills, stack, 0, warps, wide)
 
 
 def _from_amdgcn(assembly: str, shared: int, warps: int) -> Build:
     def number(field: str) -> int:
-        return int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])
+        return int(re.findall(rf"\.{field}:\s+(\d+)", assembly)[0])
 
     loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly)
     wide = sum(load == "dwordx4" for load in loads)
-    return Build(
-        number("vgpr_count"),
-        shared,
-        4 * number("vgpr_spill_count"),
-        number("private_segment_fixed_size"),
-        number("sgpr_spill_count"),
-        warps,
-        wide,
-        len(loads) - wide,
-    )
+    spills, stack = 4 * number("vgpr_spill_count"), number("private_segment_fixed_size")
+    return Build(number("vgpr_count"), shared, spills, stack, number("sgpr_spill_count"), warps, wide)
 
 
 def _width(access: str) -> int:
@@ -176,13 +163,3 @@ def _width(access: str) -> int:
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([_NVIDIA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

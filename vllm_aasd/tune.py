@@ -1,232 +1,175 @@
-"""Find the verification that is fastest on your own prompts and does no more to the answers than you allow.
+"""Find the fastest verification whose effect on the answers to your own prompts stays within bounds.
 
-    python -m vllm_aasd.tune --model MODEL --prompts FILE ... [--limit 32] [--max-tokens 128] [--rounds 2]
-                             [--settings JSON ...] [--min-agreement 0.9] [--max-copied 0.02] [--max-repeated 0.02]
-                             [--json OUT] [--plot OUT.svg] [arguments of vLLM's engine]
+    python -m vllm_aasd.tune --model MODEL --prompts FILE [--settings JSON ...] [vLLM's arguments]
 
-A FILE holds one JSON object a line: ``prompt``, or ``messages`` as of the OpenAI API, perhaps with a ``reference`` that
-the answer is to hold and a ``category``; or Spec-Bench's or HotpotQA's format. One engine answers all prompts under
-every setting in turn, each request bringing its setting as a request's own options; so the settings are compared on
-the same machine, at the same load, within seconds of each other. Greedy throughout: what sampled requests get is strict
-unless ``aasd_relax_sampling`` says otherwise.
+FILE holds one JSON object a line: ``prompt``, or ``messages`` as in the OpenAI API; optionally a ``reference`` that the
+answer must contain, and a ``category``. One engine answers all prompts, greedily, under every setting in turn.
 """
 
 import argparse
 import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_aasd.tuning import figures, report
-from vllm_aasd.tuning.candidates import DEFAULTS, OFF, STRICT, Candidate, candidates, parsed
-from vllm_aasd.tuning.json_lines import DataError
-from vllm_aasd.tuning.prompts import tokenise
-from vllm_aasd.tuning.scores import score
-from vllm_aasd.tuning.tasks import Task, by_category, read_tasks
+from vllm_aasd import tuning
+from vllm_aasd.config import Settings
+from vllm_aasd.overrides import with_overrides
+
+OFF, STRICT = "no speculation", "strict"
+DEFAULTS: tuple[dict[str, Any], ...] = (
+    {"aasd_verification": "conditional"},
+    {"aasd_verification": "conditional", "aasd_beta": 0.3},
+    {"aasd_verification": "fly"},
+    {"aasd_verification": "budget"},
+)
+_COLUMNS = {"speed": "speed", "rouge_l": "agreement (ROUGE-L)", "equal": "equal answers", "copied": "copied"}
+_COLUMNS |= {"repeated": "repeated", "score": "task score"}
+
+
+class Prompt(NamedTuple):
+    """One prompt: its token ids, its category, and the score of an answer given the plain one, if it has any."""
+
+    token_ids: list[int]
+    category: str
+    score: Callable[[list[int], list[int]], float] | None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command.
+    """Run the command; ends with a message where the prompts or the arguments can't be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--settings", nargs="+", type=json.loads, default=DEFAULTS, metavar="JSON")
+    for name, number in (("max-tokens", 128), ("rounds", 2)):
+        parser.add_argument(f"--{name}", type=int, default=number, help="default: %(default)s")
+    for name, share in (("min-agreement", 0.9), ("max-copied", 0.02), ("max-repeated", 0.02)):
+        parser.add_argument(f"--{name}", type=float, default=share, help="bound; default: %(default)s")
+    ours, of_vllm = parser.parse_known_args(arguments)
+    try:
+        ways = candidates(ours.settings)
+        lines = read(ours.prompts)
+        # Here, so that --help and bad arguments don't wait for vLLM.
+        from vllm_aasd.engine import trial
+
+        engine = trial.Trial(ours.model, of_vllm)
+        bounds = {"rouge_l": ours.min_agreement, "copied": ours.max_copied, "repeated": ours.max_repeated}
+        prompts = [_prompt(engine.tokenizer, line) for line in lines]
+        print(summary(compare(engine, ways, prompts, ours.max_tokens, ours.rounds, bounds)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def candidates(settings: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The request options to compare, by name: no speculation, strict, then each of `settings`.
 
     Raises:
-        SystemExit: with a message, where the prompts or the arguments are of no use.
+        ValueError: a setting is unknown or out of range; the text names it.
     """
-    parser = argument_parser()
-    ours, engine_arguments = parser.parse_known_args(arguments)
-    try:
-        result = compare(ours, engine_arguments)
-        if ours.json is not None:
-            ours.json.write_text(json.dumps(result, indent=1) + "\n")
-        if ours.plot is not None:
-            report.figure(result).savefig(ours.plot)
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f"error: {error}; --plot needs matplotlib: pip install vllm-aasd[bench]")
-    print(summary(result))
+    found: dict[str, Mapping[str, Any]] = {OFF: {"aasd_enabled": False}, STRICT: {"aasd_verification": STRICT}}
+    for one in settings:
+        if not isinstance(one, dict):
+            raise ValueError(f"--settings takes JSON objects, not {one!r}")
+        with_overrides(Settings(allow_request_override="any"), one)
+        found[", ".join(f"{key.removeprefix('aasd_')} {value}" for key, value in one.items()) or "default"] = one
+    return found
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """What the command takes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_aasd.tune",
-        description="Measure verification settings on your own prompts, speed against damage.",
-        epilog="All other arguments are those of vLLM's engine, such as --max-num-seqs 32 (how many requests at once).",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="path or name of the target model")
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="one JSON object a line")
-    parser.add_argument("--limit", type=_number(int, 1), default=32, help="prompts of each category (default: 32)")
-    parser.add_argument("--max-tokens", type=_number(int, 2), default=128, help="of an answer (default: 128)")
-    parser.add_argument("--rounds", type=_number(int, 1), default=2, help="how often each is timed (default: 2)")
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        type=_options,
-        default=DEFAULTS,
-        metavar="JSON",
-        help="settings to compare beside strict, as a request would bring them",
-    )
-    parser.add_argument(
-        "--drafting",
-        type=_options,
-        default={},
-        metavar="JSON",
-        help="further keys of --speculative-config, for all rows",
-    )
-    parser.add_argument(
-        "--temperature", type=_number(float, 0), default=0.7, help="of the row of plain sampling; 0 for none"
-    )
-    parser.add_argument("--top-p", type=_number(float, 0, 1), default=0.9, help="of that row")
-    parser.add_argument(
-        "--min-agreement", type=_number(float, 0, 1), default=0.9, help="bound: least ROUGE-L to no speculation"
-    )
-    for name, what in (("copied", "tokens copied from the prompt"), ("repeated", "runs repeated")):
-        parser.add_argument(
-            f"--max-{name}",
-            type=_number(float, 0, 1),
-            default=0.02,
-            help=f"bound: more {what}, as a share (default: 0.02)",
-        )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for all figures")
-    parser.add_argument("--plot", type=Path, metavar="OUT", help="SVG or PNG file for the plot")
-    return parser
+def read(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of prompts.
+
+    Raises:
+        ValueError: for a line that isn't one; the text names it.
+    """
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if not isinstance(found[-1], dict) or not (found[-1].get("prompt") or found[-1].get("messages")):
+            raise ValueError(f"{path}:{number}: neither 'prompt' nor 'messages'")
+    return found
 
 
-def compare(ours: argparse.Namespace, engine_arguments: list[str]) -> dict[str, Any]:
-    """Measure.
+def compare(
+    engine: Any,
+    ways: Mapping[str, Mapping[str, Any]],
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    rounds: int,
+    bounds: Mapping[str, float],
+    sampling: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Measure every way of answering.
 
     Args:
-        ours: as from `argument_parser`.
-        engine_arguments: vLLM's own.
+        engine: see `vllm_aasd.engine.trial.Trial`.
+        ways: request options by name, `OFF` and `STRICT` among them.
+        max_tokens, rounds: of an answer; how often each is timed.
+        bounds: for what may be recommended, see `vllm_aasd.tuning.excess`.
+        sampling: vLLM's sampling parameters, by name, of those that aren't greedy; they are never recommended.
 
     Returns:
-        ``runs``: by name, the figures (see `vllm_aasd.tuning.figures.figures`), the options, what exceeds the bounds, and
-        ``rows``, one per prompt; ``recommended``: the name of one of them; and the bounds.
-
-    Raises:
-        DataError: the prompts can't be read.
-        ValueError: a setting isn't allowed.
+        ``bounds``; ``recommended``, a name; ``runs``, by name: options, figures, and what exceeds the bounds.
     """
-    compared = candidates(ours.settings, ours.temperature, ours.top_p)
-    read = [task for path in ours.prompts for task in read_tasks(path)]
-    tasks = [task for members in by_category(read, ours.limit, None).values() for task in members]
-
-    # Here, so that --help and bad arguments don't wait for vLLM.
-    from vllm_aasd.engine import trial
-
-    engine = trial.Trial(trial.engine_arguments(ours.model, engine_arguments, ours.drafting))
-    # One more, for the engine says something of its own where answers are scored.
-    prompts = tokenise(engine.tokenizer, tasks, engine.max_model_len - ours.max_tokens - 1)
-    answers, accepted = _timed(engine, compared, prompts, ours.max_tokens, ours.rounds)
-    rows = _judged(engine, tasks, prompts, answers)
-    bounds = figures.Bounds(ours.min_agreement, ours.max_copied, ours.max_repeated)
-    groups = [task.category for task in tasks]
-    found = {
-        name: figures.figures(rows[name], rows[OFF], rows[STRICT], accepted[name] // ours.rounds, groups)
-        for name in rows
-    }
-    over = {name: figures.excess(found[name], found[OFF], bounds) for name in found}
-    allowed = [one.name for one in compared if one.is_offered and not over[one.name]]
+    sampling = sampling or {}
+    token_ids, groups = [one.token_ids for one in prompts], [one.category for one in prompts]
+    # Fills the prefix cache, and compiles what is compiled late.
+    engine.answer(token_ids, max_tokens, ways[OFF], {})
+    answers: dict[str, list[Any]] = {}
+    seconds = {name: [0.0] * len(prompts) for name in ways}
+    accepted = dict.fromkeys(ways, 0.0)
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            found, count = engine.answer(token_ids, max_tokens, ways[name], sampling.get(name, {}))
+            answers.setdefault(name, found)
+            accepted[name] += count / rounds
+            seconds[name] = [total + one / rounds for total, (_, one) in zip(seconds[name], found, strict=True)]
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for name, given in answers.items():
+        for prompt, (one, _), (off, _), time in zip(prompts, given, answers[OFF], seconds[name], strict=True):
+            score = prompt.score(one, off) if prompt.score else None
+            rows[name].append(tuning.row(prompt.token_ids, one, off, time, score))
+    runs = {name: tuning.figures(rows[name], rows[OFF], rows[STRICT], accepted[name], groups) for name in ways}
+    over = {name: tuning.excess(runs[name], runs[OFF], bounds) for name in ways}
+    offered = [name for name in ways if name != OFF and name not in sampling and not over[name]]
     return {
-        "bounds": bounds._asdict(),
-        "recommended": figures.fastest(found, allowed, STRICT),
-        "runs": {
-            one.name: {"options": one.options, **found[one.name], "exceeds": over[one.name], "rows": rows[one.name]}
-            for one in compared
-        },
+        "bounds": dict(bounds),
+        "recommended": tuning.fastest(runs, offered, STRICT),
+        "runs": {name: {"options": dict(ways[name]), **runs[name], "exceeds": over[name]} for name in ways},
     }
 
 
-def summary(result: dict[str, Any]) -> str:
-    """The table, and the configuration to take."""
-    chosen = result["recommended"]
-    bounds = result["bounds"]
-    lines = [report.table(result), ""]
+def summary(result: Mapping[str, Any]) -> str:
+    """The table in Markdown, and the configuration to take."""
+    lines = [f"| | tokens per step | {' | '.join(_COLUMNS.values())} | exceeds |", "| --- " * (len(_COLUMNS) + 3) + "|"]
     for name, run in result["runs"].items():
-        if run["exceeds"] and name != OFF:
-            lines.append(f"{name}: exceeds the bounds in {', '.join(run['exceeds'])}")
-    lines.append(
-        f"Fastest within the bounds (agreement at least {bounds['agreement']:g}, copied at most {bounds['copied']:g} and "
-        f"repeated at most {bounds['repeated']:g} more than without speculation, no lower score beyond noise): {chosen}."
-    )
-    if chosen == STRICT:
-        lines.append("No relaxed setting within them is faster than strict beyond the noise.")
-    lines.append(f"--speculative-config '{json.dumps({'method': 'aasd', **result['runs'][chosen]['options']})}'")
+        mal = "-" if run["mal"] is None else f"{run['mal']:.2f}"
+        lines.append(
+            f"| {name} | {mal} | {' | '.join(_cell(run[key]) for key in _COLUMNS)} | {', '.join(run['exceeds'])} |"
+        )
+    chosen = result["recommended"]
+    options = json.dumps({"method": "aasd", **result["runs"][chosen]["options"]})
+    lines += ["", f"Fastest within the bounds, beyond the noise: {chosen}", f"--speculative-config '{options}'"]
     return "\n".join(lines)
 
 
-def _timed(
-    engine: Any, compared: Sequence[Candidate], prompts: list[list[int]], max_tokens: int, rounds: int
-) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """Each one's answers of the first round, with the seconds of all, and how many draft tokens were accepted in all."""
-    # Fills the prefix cache, and compiles what is compiled late.
-    engine.answer(prompts, max_tokens, compared[0].options, {})
-    answers: dict[str, list[Any]] = {}
-    accepted = {one.name: 0 for one in compared}
-    began = time.monotonic()
-    for number in range(rounds):
-        # Another order in each round, so that no one always comes behind the same.
-        for done, one in enumerate(compared[::-1] if number % 2 else compared):
-            found, count = engine.answer(prompts, max_tokens, one.options, one.sampling)
-            accepted[one.name] += count
-            before = answers.get(one.name, [answer._replace(decode_seconds=0.0) for answer in found])
-            answers[one.name] = [
-                first._replace(decode_seconds=first.decode_seconds + answer.decode_seconds / rounds)
-                for first, answer in zip(before, found, strict=True)
-            ]
-            share = (number * len(compared) + done + 1) / (rounds * len(compared))
-            left = (time.monotonic() - began) * (1 / share - 1)
-            print(f"round {number + 1} of {rounds}: {one.name} done, {left:.0f} s left", file=sys.stderr, flush=True)
-    return answers, accepted
+def _cell(found: Mapping[str, Any] | None) -> str:
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found) if found and found["value"] is not None else "-"
 
 
-def _judged(
-    engine: Any, tasks: Sequence[Task], prompts: Sequence[list[int]], answers: dict[str, list[Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    """By name and prompt, what an answer comes to."""
-    # Many settings give the same answers.
-    places = dict.fromkeys((index, *answer.token_ids) for run in answers.values() for index, answer in enumerate(run))
-    scored = dict(zip(places, engine.score([(prompts[index], list(ids)) for index, *ids in places]), strict=True))
-    rows = {}
-    for name, run in answers.items():
-        rows[name] = []
-        for index, (task, prompt, answer, off) in enumerate(zip(tasks, prompts, run, answers[OFF], strict=True)):
-            parts = {
-                "prompt": prompt,
-                "token_ids": answer.token_ids,
-                "first": off.token_ids,
-                "reference": task.reference,
-            }
-            # Without a reference a score holds an answer against the first one, as agreement does.
-            task_score = score(task.score if task.reference is not None else None, engine.tokenizer, **parts)
-            judged = scored[index, *answer.token_ids]
-            judged_row = figures.row(prompt, answer.token_ids, off.token_ids, answer.decode_seconds, judged, task_score)
-            rows[name].append({"task": task.task_id, "category": task.category, **judged_row})
-    return rows
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        return parsed(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _number(kind: type, low: float, high: float = float("inf")) -> Any:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            words = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it takes a number {words}")
-        return value
-
-    return read
+def _prompt(tokenizer: Any, line: Mapping[str, Any]) -> Prompt:
+    messages = line.get("messages") or [{"role": "user", "content": line["prompt"]}]
+    if tokenizer.chat_template is None:
+        token_ids = tokenizer.encode(messages[-1]["content"])
+    else:
+        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    reference = line.get("reference")
+    contains = lambda answer, plain: float(str(reference).lower() in tokenizer.decode(answer).lower())
+    return Prompt(token_ids, str(line.get("category", "all")), None if reference is None else contains)
 
 
 if __name__ == "__main__":

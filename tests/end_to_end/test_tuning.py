@@ -6,54 +6,74 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from vllm_aasd import tune
+from vllm_aasd import tune, tuning
 from vllm_aasd.engine import trial
-from vllm_aasd.tuning import candidates, figures, report, tasks
-from vllm_aasd.tuning.json_lines import DataError
 
 PROMPT = list(range(100, 120))
-BOUNDS = figures.Bounds(agreement=0.9, copied=0.02, repeated=0.02)
-
-
-def one_row(answer, reference, seconds=1.0, scored=(), score=None):
-    return figures.row(PROMPT, answer, reference, seconds, scored, score)
+BOUNDS = {"rouge_l": 0.9, "copied": 0.02, "repeated": 0.02}
 
 
 def test_a_row_by_hand():
     answer = [1, *range(100, 108), 2, 3, 4, 5, 2, 3, 4, 5]
-    scored = [(-0.5, -0.5)] * 16 + [(-1.75, -0.25)]
-    found = one_row(answer, answer[:-1], 2.0, scored, 0.5)
-    assert found == {
+    assert tuning.row(PROMPT, answer, answer[:-1], 2.0, 0.5) == {
         "tokens": 17,
         "decode_tokens": 16,
         "seconds": 2.0,
-        "rouge_l": pytest.approx(32 / 33, abs=1e-4),
+        "rouge_l": pytest.approx(32 / 33),
         "equal": 0,
         "copied": 8,
         "repeated": 1,
-        "runs": 14,
-        "not_argmax": 1,
-        "regret": 1.5,
+        "ngrams": 14,
         "score": 0.5,
     }
 
 
-def test_figures_by_hand():
-    off = [one_row([1, 2, 3], [1, 2, 3], 4.0, score=1.0), one_row([4, 5], [4, 5], 3.0, score=None)]
-    ours = [one_row([1, 2, 3], [1, 2, 3], 2.0, score=0.0), one_row([4, 6], [4, 5], 1.0, score=None)]
-    found = figures.figures(ours, off, off, num_accepted=1, groups=["a", "a"])
-    assert found["speed"]["value"] == pytest.approx((7 / 3) / (3 / 3))
-    assert found["mal"] == 3 / 2
-    assert found["rouge_l"]["value"] == 0.75 and found["equal"]["value"] == 0.5
+def lcs(a, b):
+    if not a or not b:
+        return 0
+    return 1 + lcs(a[:-1], b[:-1]) if a[-1] == b[-1] else max(lcs(a[:-1], b), lcs(a, b[:-1]))
+
+
+def test_rouge_l_is_that_of_the_definition():
+    assert tuning.rouge_l([], []) == 1.0 and tuning.rouge_l([], [1]) == 0.0
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        a, b = (rng.integers(0, 3, rng.integers(1, 8)).tolist() for _ in range(2))
+        assert tuning.rouge_l(a, b) == 2 * lcs(a, b) / (len(a) + len(b))
+
+
+def test_copied_tokens_lie_in_long_enough_spans():
+    assert tuning.num_copied(PROMPT[3:11], PROMPT) == 8 and tuning.num_copied(PROMPT[3:10], PROMPT) == 0
+    # Two spans that overlap in the prompt count each token once; the tokens around them don't count.
+    assert tuning.num_copied([1, *PROMPT[:10], 2, *PROMPT[5:13]], PROMPT) == 18
+
+
+def test_figures_by_hand_weigh_groups_alike():
+    off = [tuning.row(PROMPT, [1, 2, 3], [1, 2, 3], 4.0, 1.0), tuning.row(PROMPT, [4, 5], [4, 5], 3.0, None)]
+    ours = [tuning.row(PROMPT, [1, 2, 3], [1, 2, 3], 2.0, 0.0), tuning.row(PROMPT, [4, 6], [4, 5], 1.0, None)]
+    found = tuning.figures(ours, off, off, num_accepted=1, groups=["a", "a"])
+    assert found["speed"]["value"] == found["speed_to_strict"]["value"] == pytest.approx((7 / 3) / (3 / 3))
+    assert found["mal"] == 3 / 2 and found["rouge_l"]["value"] == 0.75 and found["equal"]["value"] == 0.5
     assert found["score"]["value"] == 0 and found["score_drop"]["value"] == 1
+    assert tuning.stratified_ratio([1, 1, 1, 0], [1] * 4, ["a", "a", "a", "b"]) == {
+        "value": 0.5,
+        "low": 0.5,
+        "high": 0.5,
+    }
 
 
-def test_groups_weigh_the_same_however_many_prompts_they_have():
-    rows = [one_row([1], [1])] * 3 + [one_row([1], [2])]
-    found = figures.figures(rows, rows, rows, 0, ["a", "a", "a", "b"])
-    assert found["equal"]["value"] == 0.5
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    # Two groups of 30, of means 1 and 3; the percentile bootstrap of 30 falls a little short of 95%.
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        values = np.concatenate([rng.exponential(1.0, 30), rng.normal(3.0, 1.0, 30)])
+        figure = tuning.stratified_ratio(values, np.ones(60), ["a"] * 30 + ["b"] * 30)
+        covered += figure["low"] <= 2.0 <= figure["high"]
+    assert 176 <= covered <= 198
 
 
 def figure(value, low=None, high=None):
@@ -73,14 +93,14 @@ def found(**changed):
         ({"copied": figure(0.125)}, ["copied"]),
         ({"copied": figure(0.115)}, []),
         ({"repeated": figure(0.125)}, ["repeated"]),
-        ({"repeated": figure(float("nan"))}, []),
+        ({"repeated": {"value": None, "low": None, "high": None}}, []),
         ({"score_drop": figure(0.2, 0.01, 0.4)}, ["score_drop"]),
         ({"score_drop": figure(0.2, -0.01, 0.4)}, []),
         ({"score_drop": None}, []),
     ],
 )
 def test_what_exceeds_the_bounds(changed, over):
-    assert figures.excess(found(**changed), found(), BOUNDS) == over
+    assert tuning.excess(found(**changed), found(), BOUNDS) == over
 
 
 def test_strict_is_recommended_unless_another_is_faster_beyond_the_noise():
@@ -90,20 +110,9 @@ def test_strict_is_recommended_unless_another_is_faster_beyond_the_noise():
         "a": {"speed": figure(1.6), "speed_to_strict": figure(1.07, 1.01, 1.1)},
         "b": {"speed": figure(1.7), "speed_to_strict": figure(1.1, 1.01, 1.2)},
     }
-    assert figures.fastest(speeds, ["strict", "noise", "a", "b"], "strict") == "b"
-    assert figures.fastest(speeds, ["noise", "a"], "strict") == "a"
-    assert figures.fastest(speeds, ["noise"], "strict") == figures.fastest(speeds, [], "strict") == "strict"
-
-
-def test_candidates_have_names_and_are_checked():
-    named = candidates.candidates(candidates.DEFAULTS, 0.7, 0.9)
-    names = [one.name for one in named]
-    assert names[:3] == ["no speculation", "strict", "no speculation, sampled at 0.7, top-p 0.9"]
-    assert "conditional, beta 0.3, floor 0.05" in names and len(set(names)) == len(names)
-    assert [one.is_offered for one in named[:4]] == [False, True, False, True]
-    assert len(candidates.candidates([], 0, 1)) == 2
-    with pytest.raises(ValueError, match="aasd_floor=0 is not allowed"):
-        candidates.candidates([{"aasd_floor": 0}], 0, 1)
+    assert tuning.fastest(speeds, ["strict", "noise", "a", "b"], "strict") == "b"
+    assert tuning.fastest(speeds, ["noise", "a"], "strict") == "a"
+    assert tuning.fastest(speeds, ["noise"], "strict") == tuning.fastest(speeds, [], "strict") == "strict"
 
 
 def lines(path, *values):
@@ -111,77 +120,54 @@ def lines(path, *values):
     return path
 
 
-def test_prompts_of_a_chat_and_their_references(tmp_path):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
-    path = lines(tmp_path / "mine.jsonl", {"messages": messages, "reference": "Ada"}, {"prompt": "Why?", "id": "x"})
-    assert tasks.read_tasks(path) == [
-        tasks.Task("1", "mine", "Who?", None, "answer", "Ada", (messages[0],)),
-        tasks.Task("x", "mine", "Why?", "Why?"),
-    ]
-
-
-@pytest.mark.parametrize("messages", ["Who?", [], ["Who?"], [{"role": "user"}], [{"role": "user", "content": 1}]])
-def test_a_bad_conversation_is_refused_with_its_line(tmp_path, messages):
-    with pytest.raises(DataError, match=r"mine\.jsonl:1: '(messages|content)' must be"):
-        tasks.read_tasks(lines(tmp_path / "mine.jsonl", {"messages": messages}))
-
-
 class FakeTrial:
     """A target that copies under loose rules, and takes a second for each token that wasn't a draft's."""
 
-    max_model_len = 64
-    tokenizer = types.SimpleNamespace(chat_template=None, encode=lambda text: [7, *map(ord, text)])
+    tokenizer = types.SimpleNamespace(
+        chat_template=None, encode=lambda text: [7, *map(ord, text)], decode=lambda ids: "Ada" if ids[0] == 1 else ""
+    )
 
-    def __init__(self, engine):
-        self.engine = engine
+    def __init__(self, model, arguments):
+        assert "--speculative-config" not in arguments
 
     def answer(self, prompts, max_tokens, options, sampling):
-        is_off = options.get("aasd_enabled") is False
-        loose = options.get("aasd_floor", 1) < 0.1
-        answers = [
-            trial.Answer(
-                (prompt * 9)[:9] if loose else [1, 2, 3, 4, 5, 6, 7, 8, 9], 2.0 if is_off else 1.0 / (1 + loose)
-            )
-            for prompt in prompts
-        ]
+        is_off, loose = options.get("aasd_enabled") is False, options.get("aasd_beta", 1) < 0.5
+        seconds = 2.0 if is_off else 1.0 / (1 + loose)
+        answers = [((prompt * 9)[:9] if loose else [1, 2, 3, 4, 5, 6, 7, 8, 9], seconds) for prompt in prompts]
         return answers, len(prompts) * (0 if is_off else 4)
-
-    def score(self, places):
-        return [[(-0.1, -0.1)] * len(answer) for _, answer in places]
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, "Trial", FakeTrial)
-    prompts = lines(tmp_path / "p.jsonl", *({"prompt": f"question {i}"} for i in range(4)))
-    return ["--model", "none", "--prompts", str(prompts), "--max-tokens", "9"]
+    messages = [{"role": "user", "content": "question 0"}]
+    prompts = [{"messages": messages, "reference": "ada"}, *({"prompt": f"question {i}"} for i in range(1, 4))]
+    return ["--model", "none", "--prompts", str(lines(tmp_path / "p.jsonl", *prompts)), "--max-tokens", "9"]
 
 
-def test_the_command_from_prompts_to_the_configuration(fake, tmp_path, capsys):
-    out, plot = tmp_path / "out.json", tmp_path / "out.svg"
-    tune.main([*fake, "--json", str(out), "--plot", str(plot), "--settings", '{"aasd_floor": 0.05}'])
+def test_the_command_from_prompts_to_the_configuration(fake, capsys):
+    tune.main([*fake, "--settings", '{"aasd_beta": 0.3}'])
     printed = capsys.readouterr().out
-    result = json.loads(out.read_text())
-    runs = result["runs"]
-    assert list(runs)[-1] == "conditional, floor 0.05"
-    assert runs["strict"]["speed"]["value"] == 2 and runs["strict"]["mal"] == 2.0
-    loose = runs["conditional, floor 0.05"]
-    assert loose["speed"]["value"] == 4 and loose["exceeds"] == ["rouge_l", "copied"]
-    assert "conditional, floor 0.05: exceeds the bounds in rouge_l, copied" in printed
+    assert "| strict | 2.00 | 2.00 [2.00, 2.00] | 1.00" in printed
+    assert re.search(r"\| beta 0.3 \| 2.00 \| 4.00 .*\| rouge_l, copied, score_drop \|", printed)
     assert """--speculative-config '{"method": "aasd", "aasd_verification": "strict"}'""" in printed
-    assert report.table(result) in printed and plot.read_text().count("<svg") == 1
-    tune.main([*fake, "--settings", '{"aasd_floor": 0.05}', "--min-agreement", "0", "--max-copied", "1"])
-    assert """--speculative-config '{"method": "aasd", "aasd_floor": 0.05}'""" in capsys.readouterr().out
+    lines(tune.Path(fake[3]), {"prompt": "question"})
+    tune.main([*fake, "--settings", '{"aasd_beta": 0.3}', "--min-agreement", "0", "--max-copied", "1"])
+    assert """--speculative-config '{"method": "aasd", "aasd_beta": 0.3}'""" in capsys.readouterr().out
+
+
+def test_the_defaults_are_settings_that_requests_may_bring():
+    assert list(tune.candidates(tune.DEFAULTS))[:3] == ["no speculation", "strict", "verification conditional"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--settings", '{"aasd_flor": 1}'], "Unknown request option 'aasd_flor'"),
-        (["--settings", "[1]"], r"'\[1\]' isn't a JSON object"),
-        (["--rounds", "0"], "0 is not allowed: it takes a number of at least 1"),
-        (["--min-agreement", "2"], "2 is not allowed: it takes a number from 0 to 1"),
-        (["--speculative-config", "{}"], "--speculative-config is what is to be found"),
+        (["--settings", '{"aasd_bata": 1}'], "Unknown request option 'aasd_bata'"),
+        (["--settings", '{"aasd_beta": -1}'], "aasd_beta=-1 is not allowed"),
+        (["--settings", "[1]"], r"--settings takes JSON objects, not \[1\]"),
+        (["--settings", "{"], "argument --settings"),
+        (["--prompts", "none.jsonl"], "none.jsonl"),
     ],
 )
 def test_bad_arguments_end_it_with_a_message(fake, capsys, arguments, message):
@@ -190,49 +176,32 @@ def test_bad_arguments_end_it_with_a_message(fake, capsys, arguments, message):
     assert re.search(message, f"{ended.value}{capsys.readouterr().err}")
 
 
-def test_prompts_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match=r"error: .*none\.jsonl"):
-        tune.main(["--model", "none", "--prompts", str(tmp_path / "none.jsonl")])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}'])
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: "):
+        tune.read(path)
+
+
+def test_a_speculative_config_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        trial.Trial("none", ["--speculative-config", "{}"])
+    assert "--settings takes the settings to compare" in capsys.readouterr().err
 
 
 @pytest.mark.engine
 @pytest.mark.long
 def test_the_real_engine(demo_model, tmp_path):
-    """Strict is what no speculation is; a bar that lets anything by isn't, and is seen to copy or to part."""
+    """Strict is what no speculation is; a loose rule without its guard isn't, and is seen to copy or to differ."""
     passage = "The quick brown fox jumps over the lazy dog while seven wizards box. " * 6
-    prompts = lines(
-        tmp_path / "p.jsonl", *({"prompt": f"{passage}\nSay in other words what animal {i} does."} for i in range(4))
-    )
-    out = tmp_path / "out.json"
-    loose = {"aasd_beta": 0.1, "aasd_floor": 1e-4, "aasd_collapse_guard": False}
-    arguments = [
-        "--limit",
-        "4",
-        "--max-tokens",
-        "32",
-        "--rounds",
-        "1",
-        "--json",
-        str(out),
-        "--settings",
-        json.dumps(loose),
-    ]
-    engine = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.4"]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm_aasd.tune",
-        "--model",
-        demo_model,
-        "--prompts",
-        str(prompts),
-        *arguments,
-        *engine,
-    ]
-    subprocess.run(command, check=True)
-    runs = json.loads(out.read_text())["runs"]
-    assert runs["strict"]["equal"]["value"] == 1 and runs["strict"]["not_argmax"]["value"] == 0
-    assert runs["strict"]["mal"] > 1 == runs["no speculation"]["mal"]
-    last = list(runs.values())[-1]
-    assert last["regret"]["value"] > 0.001 and last["mal"] > runs["strict"]["mal"]
-    assert next(run for name, run in runs.items() if "sampled" in name)["equal"]["value"] < 1
+    prompts = [{"prompt": f"{passage}\nSay in other words what animal {i} does."} for i in range(4)]
+    loose = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_collapse_guard": False}
+    command = [sys.executable, "-m", "vllm_aasd.tune", "--model", demo_model, "--max-tokens", "32", "--rounds", "1"]
+    command += ["--prompts", str(lines(tmp_path / "p.jsonl", *prompts)), "--settings", json.dumps(loose)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.4"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    plain, strict, other = rows[2:5]
+    assert plain[1] == "1.00" and float(strict[1]) > 1 and strict[4].startswith("1.00 [1.00")
+    assert float(other[1]) > float(strict[1]) and "rouge_l" in other[-1]

@@ -1,31 +1,22 @@
 """No context makes a step of the drafter slow: its work is counted where it could grow with the context."""
 
-import pathlib
-import sys
-
 import numpy as np
 import pytest
 
+from aasd_testing import contexts
 from vllm_aasd.drafting.drafter import MAX_MATCHES, NUM_ORDERS, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
 from vllm_aasd.kernels.draft.cpu import ORDERS_USED
 from vllm_aasd.kernels.draft.index_cpu import MOST_PROBES
 
-# Behind what is installed, and only for this import: the root also holds `kernels`, a name that transformers looks for.
-ROOT = str(pathlib.Path(__file__).parents[2])
-sys.path.append(ROOT)
-from benchmarks import adversarial  # noqa: E402
-
-sys.path.remove(ROOT)
-
 LENGTH, VOCAB, K = 3000, 40_000, 8
 MOST_VOTING = K * ORDERS_USED * MAX_MATCHES
 
 
-@pytest.fixture(scope="module", params=adversarial.CONTEXTS)
+@pytest.fixture(scope="module", params=contexts.CONTEXTS)
 def context(request):
-    return request.param, adversarial.CONTEXTS[request.param](LENGTH, VOCAB)
+    return request.param, contexts.CONTEXTS[request.param](LENGTH, VOCAB)
 
 
 def test_votes_of_a_step_are_bounded(context):
@@ -67,7 +58,7 @@ def distances(index, order):
 
 
 def test_colliding_runs_are_forgotten_not_confused():
-    tokens = adversarial.colliding(LENGTH, VOCAB)
+    tokens = contexts.colliding(LENGTH, VOCAB)
     index = SuffixIndex(NUM_ORDERS, K, LENGTH)
     index.extend(tokens)
     num_found = 0

@@ -17,7 +17,7 @@ from vllm_aasd.kernels.common import rows_triton  # noqa: E402
 
 # The kernels that read the logits.
 READERS = {"row_statistics_kernel", "race_kernel", "partials_kernel"}
-JOBS = {job.name: job for job in kernels.JOBS if job.reads_logits and not job.is_stock}
+JOBS = {job.name: job for job in kernels.JOBS if job.reads_logits}
 # (jobs, requests, drafts, vocabulary, dtype). One request takes narrow blocks, many take wide ones; these jobs
 # launch every kernel.
 QUICK = [

@@ -12,9 +12,12 @@ import triton.language as tl
 # transformers looks for.
 _ROOT = str(Path(__file__).parents[3])
 sys.path.append(_ROOT)
-from benchmarks import interpreted, kernels  # noqa: E402
+from benchmarks import kernels  # noqa: E402
 
 sys.path.remove(_ROOT)
+
+from aasd_testing import interpreted  # noqa: E402
+
 interpreted.let_vllm_see_triton()
 
 from vllm.v1.worker.gpu.sample import gumbel  # noqa: E402
@@ -47,6 +50,12 @@ def numbers(seed: int, position: int, ids: torch.Tensor, ours: bool) -> torch.Te
     return out
 
 
-def count_bytes(job: str, *shape: int) -> dict[str, Any]:
-    """What a job of `benchmarks.kernels` moves, by its name; `shape` as for its `count_one`."""
-    return kernels.count_one(next(one for one in kernels.JOBS if one.name == job), *shape)
+def count_bytes(name: str, num_reqs: int, num_drafts: int, vocab_size: int) -> dict[str, Any]:
+    """The bytes that a job of `benchmarks.kernels` moves on bfloat16 logits; the least is to read each row once."""
+    inputs = kernels.Inputs(num_reqs, num_drafts, vocab_size, torch.bfloat16)
+    call = next(job for job in kernels.JOBS if job.name == name).make(inputs)
+    with interpreted.Traffic(inputs.logits) as traffic:
+        call()
+    least = inputs.logits.nbytes
+    moved = traffic.logits_bytes + traffic.other_bytes
+    return {"least_bytes": least, "logits_bytes": traffic.logits_bytes, "over_least": moved / least}

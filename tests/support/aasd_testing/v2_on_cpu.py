@@ -5,8 +5,6 @@ asynchronous scheduling only where `schedule_ahead` is called.
 """
 
 import os
-import sys
-from pathlib import Path
 
 
 def prepare() -> None:
@@ -14,13 +12,8 @@ def prepare() -> None:
     # Triton decides while it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
     from aasd_testing import interpreter
+    from aasd_testing.interpreted import let_vllm_see_triton
 
-    # The root only for this import: it also holds `kernels`, a name that transformers looks for.
-    root = str(Path(__file__).parents[3])
-    sys.path.append(root)
-    from benchmarks.interpreted import let_vllm_see_triton
-
-    sys.path.remove(root)
     let_vllm_see_triton()
     interpreter._patch_language_once()
 

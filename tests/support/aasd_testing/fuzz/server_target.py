@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -20,14 +19,9 @@ from aasd_testing.fuzz.limits import PROFILES
 from aasd_testing.fuzz.observed import Finding, Observation, Reference
 from aasd_testing.fuzz.oracle import in_log
 from aasd_testing.fuzz.prompts_of_tokens import Prompts
+from aasd_testing.fuzz.server import Server
 
 ROOT = pathlib.Path(__file__).parents[4]
-
-# The root only for this import: it also holds `kernels`, a name that transformers looks for.
-sys.path.append(str(ROOT))
-from benchmarks.server import Server  # noqa: E402
-
-sys.path.remove(str(ROOT))
 
 MAX_IN_FLIGHT = 24
 """Requests that are sent before one has ended; three times what the engine runs at once."""

@@ -13,32 +13,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
-
-_COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+)_total\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
-_FINISHED = re.compile(r'^vllm:request_success_total\{[^}]*finished_reason="(\w+)"[^}]*\} ([0-9.e+]+)$', re.MULTILINE)
+from typing import Self
 
 
 class ServerError(RuntimeError):
     """The server could not be started, or ended by itself; the text holds the end of its log."""
-
-
-class SpecCounters(NamedTuple):
-    """vLLM's own counters of speculative decoding; all 0 for a server that doesn't speculate.
-
-    Attributes:
-        drafts: steps of requests that verified a draft.
-        draft_tokens: tokens in those drafts.
-        accepted_tokens: those of them that were accepted.
-    """
-
-    drafts: int
-    draft_tokens: int
-    accepted_tokens: int
-
-    def since(self, earlier: "SpecCounters") -> "SpecCounters":
-        """What was counted after ``earlier``."""
-        return SpecCounters(*(now - then for now, then in zip(self, earlier, strict=True)))
 
 
 class Server:
@@ -99,18 +78,6 @@ class Server:
         self._log.seek(0)
         return "\n".join(self._log.read().splitlines()[-lines:])
 
-    def spec_counters(self) -> SpecCounters:
-        """Read the counters from ``/metrics``."""
-        return parse_counters(self._metrics())
-
-    def num_finished(self) -> dict[str, int]:
-        """How many requests have ended, by vLLM's reason: ``stop``, ``length``, ``abort``, ``error``, ..."""
-        return parse_finished(self._metrics())
-
-    def _metrics(self) -> str:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
-            return response.read().decode()
-
     def _wait(self) -> None:
         begin = time.monotonic()
         while time.monotonic() - begin < self._timeout:
@@ -144,23 +111,6 @@ class Server:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-
-
-def parse_counters(text: str) -> SpecCounters:
-    """Read the counters from the text of ``/metrics``, summed over engines."""
-    totals = dict.fromkeys(SpecCounters._fields, 0)
-    for name, value in _COUNTER.findall(text):
-        if name in totals:
-            totals[name] += int(float(value))
-    return SpecCounters(**totals)
-
-
-def parse_finished(text: str) -> dict[str, int]:
-    """Read the ended requests by reason from the text of ``/metrics``, summed over engines."""
-    totals: dict[str, int] = {}
-    for reason, value in _FINISHED.findall(text):
-        totals[reason] = totals.get(reason, 0) + int(float(value))
-    return totals
 
 
 def vllm_command() -> pathlib.Path:
