@@ -23,13 +23,13 @@ from typing import Any
 from aasd_testing.fuzz import cases
 from aasd_testing.fuzz.observed import Finding, Observation, Reference, failures
 from aasd_testing.fuzz.oracle import judge_case
+from aasd_testing.fuzz.server import ServerError
 from aasd_testing.fuzz.server_target import ROOT, ServerTarget, references
 from aasd_testing.tiny_models import lora_adapter
 
 # The root only for this import: it also holds `kernels`, a name that transformers looks for.
 sys.path.append(str(ROOT))
 from benchmarks import results
-from benchmarks.server import ServerError
 
 sys.path.remove(str(ROOT))
 
