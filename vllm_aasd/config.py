@@ -8,26 +8,24 @@ from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.verification import rules
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
-"""`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
+"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
 
-The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
-(`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
-and with adapters vLLM wants room for so many tokens of every request in a batch.
+It is the longest draft that the adaptive length may choose. In a replay, 16 let answers that copy emit 4% more tokens a
+step than 8, and longer drafts cost nothing where they don't pay. On V2 a step is as wide as its longest draft, and with
+adapters vLLM wants room for that many tokens of every request in a batch.
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""Up to how many requests at once the longest draft is how long at first, and none beyond, where a step takes the time of the
-longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling. What is best is learnt from there, among
-these lengths and none (`vllm_aasd.drafting.widths`).
+"""The longest draft by the number of concurrent requests, and none beyond, as the V2 model runner starts with asynchronous
+scheduling, where a step takes the time of its longest draft. The scheduler learns from there which of these lengths is best.
 
-By the projection of fixed lengths (`benchmarks.projection`): none of them is slower than no speculation on any accelerator
-and model under any of its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. And
-until it is learnt that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/test_widths.py`): together
-that leaves little choice of the 49.
+By a projection from acceptance measured on a CPU to GPU step times, none of them is slower than no speculation, and up to
+128 requests each is within 3% of the best fixed length. Until the scheduler has learned that nothing is ever accepted,
+they cost at most a tenth of the time, over 300 steps.
 """
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
-"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
+"""The same under data parallelism, where vLLM drops the schedule."""
 
 
 _FIXED = "it is a constant now. Leave it out"

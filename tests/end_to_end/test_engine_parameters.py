@@ -15,7 +15,7 @@ THINK = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 BUDGETS = (None, 4, None, 9, 0, 17)
 UNDRAFTED = {"extra_args": {"aasd_enabled": False}}
 # A text that is copied, so that drafts of eight are accepted: the bonus token after them is one of these.
-COPIED = np.random.default_rng(5).permutation(np.arange(2000, 12000))[:24].tolist()
+COPIED = np.random.default_rng(3).permutation(np.arange(2000, 12000))[:24].tolist()
 STOPS = range(5, 17)
 NUM_EMBEDDED = 16
 
