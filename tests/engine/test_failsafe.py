@@ -401,7 +401,7 @@ def test_v2_a_request_that_could_not_be_taken_in_is_strict_and_has_no_drafts(mon
     requests = fake_v2.FakeRunner(max_num_reqs=2).speculator.requests
     requests._max_seq_len[:] = MAX_LEN
     requests.add_request(0, SamplingParams(temperature=0.0))
-    inject(monkeypatch, v2_requests, "policy_of")
+    inject(monkeypatch, v2_requests, "verification_of")
     requests.add_request(0, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
     assert requests.policies.rule[0] == STRICT and requests.max_len[0] == 0
