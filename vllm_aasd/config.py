@@ -18,11 +18,11 @@ and with adapters vLLM wants room for so many tokens of every request in a batch
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
 """Up to how many requests at once the longest draft is how long at first, and none beyond, where a step takes the time of the
 longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling. What is best is learnt from there, among
-these lengths and none (`vllm_aasd.drafting.widths`).
+these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
 
 By the projection of fixed lengths (`benchmarks.projection`): none of them is slower than no speculation on any accelerator
 and model under any of its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. And
-until it is learnt that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/test_widths.py`): together
+until it is learnt that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`): together
 that leaves little choice of the 49.
 """
 

@@ -125,7 +125,7 @@ FAULTS = {
     "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
     "vllm_aasd.alignment:AlignmentStore.write": "store",
     "vllm_aasd.engine.v1.alignment:V1Alignment._align": "store",
-    "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
+    "vllm_aasd.drafting.draft_length:lengths_and_gain": "step_time",
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
     "vllm_aasd.engine.v1.counting:count_arrays": "metrics",

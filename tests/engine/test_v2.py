@@ -290,7 +290,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
     v2_verifier._say_once.cache_clear()
     counters, faults = Counters("cpu"), Faults()
     counting = V2Counting(counters, faults, 1, WIDTH, torch.device("cpu"))
-    counting.promise(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
+    counting.predict(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
     verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None, faults, counting)
     seen = {}
     emitted = torch.tensor([[5, 7, -1]]), torch.tensor([2], dtype=torch.int32)

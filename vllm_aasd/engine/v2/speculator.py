@@ -166,7 +166,7 @@ class AASDSpeculator(BaseSpeculator):
         )
 
     def profile(self) -> None:
-        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
+        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Learn what stands for images in new requests, and drop what ended ones left."""
@@ -290,7 +290,7 @@ class AASDSpeculator(BaseSpeculator):
                 )
                 self._placeholders.cut(drafts, num_drafts)
                 self._num_valid_drafts[idx_mapping] = num_drafts
-                self._counting.promise(idx_mapping, self._survival[:num_reqs])
+                self._counting.predict(idx_mapping, self._survival[:num_reqs])
                 return drafts
         num_drafts.zero_()
         self._num_valid_drafts[idx_mapping] = 0
