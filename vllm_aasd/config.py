@@ -85,8 +85,8 @@ class Settings:
     )
     alignment: bool | str = setting(
         "auto",
-        "Store the target's predictions at prompt positions too, which runs lm_head over the prompt. `auto` does so if "
-        "that costs at most 3% of a prompt's time, measured at start-up. `false` stores them at generated positions only.",
+        "Store the target's predictions, which runs lm_head over the prompt. `auto` does so if that costs at most 3% of a "
+        "prompt's time, measured at start-up, and never on the V2 model runner. `false` stores none.",
         choices=("auto",),
     )
     verification: str = setting(

@@ -308,7 +308,7 @@ V2_SEAMS = {
     "staged writes": ("requests", lambda runner: runner.speculator.requests._max_len, "copy_to_uva"),
     "drafting": ("draft", lambda runner: runner.speculator, "_propose"),
     "store": ("store", lambda runner: AlignmentStore, "write"),
-    "prompts' store": ("store", lambda runner: v2.AASDSpeculator, "_align_prompt"),
+    "prompts' store": ("store", lambda runner: runner.speculator._prompt_logits, "store"),
     "verifier": ("verify", lambda runner: v2_verifier, "verify_seeded"),
     "fillers": ("verify", lambda runner: v2_verifier.V2Verifier, "without_fillers"),
     "counting": ("metrics", lambda runner: v2_counting, "count_drafts"),

@@ -125,7 +125,7 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
 def _warn_once() -> None:
     # Without the value: it is the user's, and the log isn't.
     logger.warning(
-        "aasd: a request came with %s* options that its front end should have refused (is the plugin installed "
-        "there?); the server's settings serve it, and this isn't said again",
+        "aasd: a request came with %s* options that its front end should have refused (is the plugin installed there?); "
+        "the server's settings serve it, and this isn't said again",
         PREFIX,
     )

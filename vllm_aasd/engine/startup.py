@@ -38,10 +38,10 @@ def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
 
 
 def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
-    """Whether predictions may be stored at prompt positions too; says in the log where they may not."""
+    """Whether predictions may be stored at prompt positions; says in the log where they may not."""
     if is_wanted and has_lora:
         # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
-        logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
+        logger.info("aasd: with LoRA, no predictions are stored at prompt positions")
         return False
     return is_wanted
 

@@ -105,6 +105,10 @@ class AASDProposer:
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return
+        with_prompts = startup.may_align_prompts(self._settings.alignment is not False, runner.lora_config is not None)
+        # Predictions at generated positions alone don't improve drafts (`benchmarks.ablation`), but teach the memory.
+        if not with_prompts and memory is None:
+            return
         store = AlignmentStore(
             kv_cache_config.num_blocks,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
@@ -113,9 +117,7 @@ class AASDProposer:
         )
         align.warm_up(runner.device, self._model_config.dtype)
         self._alignment = V1Alignment(runner, store, group, self._model, self.faults, self._loads_kv)
-        self._alignment.with_prompts = startup.may_align_prompts(
-            self._settings.alignment is not False, has_lora=runner.lora_config is not None
-        )
+        self._alignment.with_prompts = with_prompts
 
     @torch.inference_mode()
     def profile(self) -> None:
@@ -135,7 +137,6 @@ class AASDProposer:
         if self._alignment is not None and self._settings.alignment == "auto":
             self._alignment.with_prompts &= alignment_share <= startup.MAX_ALIGNMENT_SHARE
             if not self._alignment.with_prompts and self._settings.memory == "off":
-                # At generated positions alone they make drafts no better (`benchmarks.ablation`), and take time.
                 self._alignment = None
         is_stored = self._alignment is not None and self._alignment.with_prompts
         logger.info(
