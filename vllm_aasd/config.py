@@ -11,19 +11,17 @@ NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
-(`benchmarks.drafter_quality`), and cost nothing where they aren't worth it. On V2 steps are as wide as the longest draft,
-and with adapters vLLM wants room for so many tokens of every request in a batch.
+(`benchmarks.drafter`), and cost nothing where they aren't worth it. On V2 a step takes the time of the longest
+draft, and with adapters vLLM wants room for this many tokens of every request in a batch.
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""Up to how many requests at once the longest draft is how long at first, and none beyond, where a step takes the time of the
-longest draft whatever is drafted: on the V2 model runner with asynchronous scheduling. What is best is learnt from there, among
-these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
+"""Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
+on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
 
-By the projection of fixed lengths (`benchmarks.projection`): none of them is slower than no speculation on any accelerator
-and model under any of its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. And
-until it is learnt that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`): together
-that leaves little choice of the 49.
+By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
+its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
+that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`).
 """
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
@@ -39,7 +37,7 @@ REMOVED = {
     "aasd_budget_floor": _BUDGET,
     "aasd_budget_kappa": _BUDGET,
     "aasd_budget_per_step": _BUDGET,
-    "aasd_draft": "for n-grams of the request's own text, use vLLM's method 'ngram' (or 'ngram_gpu') in place of 'aasd'.",
+    "aasd_draft": "for n-grams of the request's own text, set method to 'ngram' (or 'ngram_gpu') instead of 'aasd'.",
     "aasd_floor": f"{_FIXED}, and set aasd_beta.",
     "aasd_fly_floor": f"{_FIXED}, and set aasd_fly_threshold.",
     "aasd_guard_cooldown": _GUARD,
@@ -62,14 +60,14 @@ class Settings:
 
     enabled: bool = setting(
         True,
-        "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only requests "
-        "that say `true` get it.",
+        "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only "
+        "requests that say `true` get it.",
         looser="none",
     )
     draft_length: int | str = setting(
         "adaptive",
-        "The longest draft, within `num_speculative_tokens`. `adaptive` drafts as many tokens as are worth their share of "
-        "the next step's time, over the whole batch. A number is the most that each request gets at any load.",
+        "The longest draft, within `num_speculative_tokens`. `adaptive` drafts as many tokens as are worth their share "
+        "of the next step's time, over the whole batch. A number is the most that each request gets at any load.",
         choices=("adaptive",),
         within=(1, 128),
     )
@@ -79,14 +77,14 @@ class Settings:
     )
     memory: str = setting(
         "off",
-        "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while the "
-        "server runs. Tenants share it.",
+        "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while "
+        "the server runs. Tenants share it.",
         choices=("off", "process"),
     )
     alignment: bool | str = setting(
         "auto",
-        "Store the target's predictions, which runs lm_head over the prompt. `auto` does so if that costs at most 3% of a "
-        "prompt's time, measured at start-up, and never on the V2 model runner. `false` stores none.",
+        "Store the target's predictions, which runs lm_head over the prompt. `auto` does so if that costs at most 3% "
+        "of a prompt's time, measured at start-up, and never on the V2 model runner. `false` stores none.",
         choices=("auto",),
     )
     verification: str = setting(

@@ -20,7 +20,7 @@ DEFAULT_WEIGHTS = MixtureWeights(
     doubt=np.float32(2.5),
     memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
-"""Found by ``python -m benchmarks.drafter_quality fit`` (``benchmarks/results/fit.json``), but for the memory's, which
+"""Found by ``python -m benchmarks.drafter fit`` (``benchmarks/results/fit.json``), but for the memory's, which
 were chosen by hand."""
 
 MIN_SURVIVAL = 0.02

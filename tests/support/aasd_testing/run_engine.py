@@ -135,7 +135,7 @@ def logprobs(positions):
 
 @contextlib.contextmanager
 def injected(fault):
-    """While it lasts, a function of the plugin fails whenever it is called; named "module:function" or "module:Class.method"."""
+    """While it lasts, a function of the plugin fails when called; named "module:function" or "module:Class.method"."""
     if fault is None:
         yield
         return

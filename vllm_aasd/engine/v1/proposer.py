@@ -106,7 +106,7 @@ class AASDProposer:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return
         with_prompts = startup.may_align_prompts(self._settings.alignment is not False, runner.lora_config is not None)
-        # Predictions at generated positions alone don't improve drafts (`benchmarks.ablation`), but teach the memory.
+        # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`), but teach the memory.
         if not with_prompts and memory is None:
             return
         store = AlignmentStore(

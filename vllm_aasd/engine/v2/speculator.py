@@ -104,7 +104,7 @@ class AASDSpeculator(BaseSpeculator):
         """Set up all that drafting needs, and beside the KV cache that has just been laid out, the alignment store.
 
         There is a store only where prompts are aligned: predictions at generated positions alone don't improve drafts
-        (`benchmarks.ablation`), and take time.
+        (`benchmarks.drafter`), and take time.
         """
         group = startup.full_attention_group(kv_cache_config)
         if group is None:
