@@ -17,7 +17,8 @@ draft, and with adapters vLLM wants room for this many tokens of every request i
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
 """Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
-on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
+on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best
+is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
 
 By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
 its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
