@@ -266,9 +266,9 @@ def test_steps_on_both_sides_of_a_prompt_are_no_neighbours():
     assert made.overhead() > 1.1
 
 
-def test_a_request_with_a_seed_is_drafted_for_whatever_is_looked_at():
+def test_a_request_with_a_seed_is_drafted_for_whatever_is_probed():
     made, drafted = chooser(), []
-    for step in range(200):
+    for _ in range(200):
         lengths = made.choose(WEAK, np.arange(8) == 3)
         drafted.append(int(lengths[3]))
         made.observe(8 + int(lengths.sum()), device(8 + int(lengths.sum())), bool(lengths.any()))

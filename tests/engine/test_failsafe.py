@@ -25,7 +25,6 @@ from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v2 import counting as v2_counting
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import requests as v2_requests
-from vllm_aasd.engine.v2 import speculator as v2
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
 
 PROMPTS = {"a": [1, 2, 4, 1, 2, 6, 1], "b": [3, 3, 5, 6, 0, 2, 1, 3, 3]}

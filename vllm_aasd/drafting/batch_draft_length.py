@@ -38,8 +38,8 @@ class BatchDraftLength:
     """Chooses the draft length of each step, and learns from what steps emit and take.
 
     A step of R requests and n draft tokens each emits R (1 + s_1 + ... + s_n) tokens in expectation, s_i being the
-    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one whose rate
-    is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they are learned,
+    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one whose
+    rate is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they are learned,
     at powers of two of requests and interpolated between, from neighboring steps of which one is a *probe*: now and
     then a step has the next smaller or next larger length, one step in 33 at most in the long run, and fewer where they
     cost much. So no device has to be described, and nothing is timed at start-up. The s_i are learned from all requests
@@ -118,7 +118,7 @@ class BatchDraftLength:
         return self._probes[round(math.log2(num_requests))]
 
     def _rates(self, num_requests: int, num_fitting: int) -> dict[int, float]:
-        """Tokens by time, in any unit, of each length that fits and whose time pairs of steps compare with the first's."""
+        """Tokens by time, in any unit, of each length that fits and whose time relative to the first's is known."""
         emitted = list(itertools.accumulate(self.survival(), initial=1.0))
         costs = self._costs.of(num_requests)
         first = min(self._lengths.index(self._first[num_requests]), num_fitting - 1)
