@@ -38,12 +38,12 @@ class BatchDraftLength:
     """Chooses the draft length of each step, and learns from what steps emit and take.
 
     A step of R requests and n draft tokens each emits R (1 + s_1 + ... + s_n) tokens in expectation, s_i being the
-    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one whose
-    rate is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they are learned,
-    at powers of two of requests and interpolated between, from neighboring steps of which one is a *probe*: now and
-    then a step has the next smaller or next larger length, one step in 33 at most in the long run, and fewer where they
-    cost much. So no device has to be described, and nothing is timed at start-up. The s_i are learned from all requests
-    together; requests that begin bring with them what is usual, in proportion to their number.
+    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one
+    whose rate is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they
+    are learned, at powers of two of requests and interpolated between, from neighboring steps of which one is a
+    *probe*: now and then a step has the next smaller or next larger length, one step in 33 at most in the long run, and
+    fewer where they cost much. So no device has to be described, and nothing is timed at start-up. The s_i are learned
+    from all requests together; requests that begin bring with them what is usual, in proportion to their number.
 
     Args:
         by_requests: ``[max_num_reqs + 1]``, the draft length to begin from by the number of requests; entry 0 is
