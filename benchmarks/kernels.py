@@ -108,13 +108,11 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
 def policy_tensors(rule: str, num_reqs: int) -> Any:
     """The `VerifyPolicies` of so many requests under the policy of a name, greedy and sampled ones alike."""
     from vllm_aasd.config import Settings
-    from vllm_aasd.engine.startup import policy_of
     from vllm_aasd.verification.batch import PolicyBatch
 
-    policy = policy_of(Settings(verification=rule, relax_sampling=True))
+    policy = Settings(verification=rule).policy()
     req_ids = [str(i) for i in range(num_reqs)]
-    is_greedy = torch.ones(num_reqs, dtype=torch.bool)
-    return PolicyBatch(num_reqs, "cpu").fill(req_ids, [policy] * num_reqs, [[]] * num_reqs, is_greedy)[0]
+    return PolicyBatch(num_reqs).fill(req_ids, [policy] * num_reqs, [[]] * num_reqs)[0]
 
 
 def align(inputs: Inputs) -> Callable[[], Any]:

@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks import results
 from benchmarks.engine import Engine
 from benchmarks.tasks import Task, load_tokenizer, tokenize
+from vllm_aasd.drafting.draft_length import draft_lengths
 from vllm_aasd.drafting.drafter import AlignmentView, Drafter
-from vllm_aasd.drafting.lengths import draft_lengths
 from vllm_aasd.engine.model_key import model_key
 
 TOP_K = 4

@@ -8,24 +8,25 @@ from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.verification import rules
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
-"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
+"""`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
 
-It is the longest draft that the adaptive length may choose. In a replay, 16 let answers that copy emit 4% more tokens a
-step than 8, and longer drafts cost nothing where they don't pay. On V2 a step is as wide as its longest draft, and with
-adapters vLLM wants room for that many tokens of every request in a batch.
+The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
+(`benchmarks.drafter`), and cost nothing where they aren't worth it. On V2 a step takes the time of the longest
+draft, and with adapters vLLM wants room for this many tokens of every request in a batch.
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""The longest draft by the number of concurrent requests, and none beyond, as the V2 model runner starts with asynchronous
-scheduling, where a step takes the time of its longest draft. The scheduler learns from there which of these lengths is best.
+"""Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
+on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best
+is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
 
-By a projection from acceptance measured on a CPU to GPU step times, none of them is slower than no speculation, and up to
-128 requests each is within 3% of the best fixed length. Until the scheduler has learned that nothing is ever accepted,
-they cost at most a tenth of the time, over 300 steps.
+By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
+its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
+that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`).
 """
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
-"""The same under data parallelism, where vLLM drops the schedule."""
+"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
 
 
 _FIXED = "it is a constant now. Leave it out"
@@ -37,7 +38,7 @@ REMOVED = {
     "aasd_budget_floor": _BUDGET,
     "aasd_budget_kappa": _BUDGET,
     "aasd_budget_per_step": _BUDGET,
-    "aasd_draft": "for n-grams of the request's own text, use vLLM's method 'ngram' (or 'ngram_gpu') in place of 'aasd'.",
+    "aasd_draft": "for n-grams of the request's own text, set method to 'ngram' (or 'ngram_gpu') instead of 'aasd'.",
     "aasd_floor": f"{_FIXED}, and set aasd_beta.",
     "aasd_fly_floor": f"{_FIXED}, and set aasd_fly_threshold.",
     "aasd_guard_cooldown": _GUARD,
@@ -60,14 +61,14 @@ class Settings:
 
     enabled: bool = setting(
         True,
-        "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only requests "
-        "that say `true` get it.",
+        "Enable speculation. A request can turn it off for itself with `false`; on a server with `false`, only "
+        "requests that say `true` get it.",
         looser="none",
     )
     draft_length: int | str = setting(
         "adaptive",
-        "The longest draft, within `num_speculative_tokens`. `adaptive` drafts as many tokens as are worth their share of "
-        "the next step's time, over the whole batch. A number is the most that each request gets at any load.",
+        "The longest draft, within `num_speculative_tokens`. `adaptive` drafts as many tokens as are worth their share "
+        "of the next step's time, over the whole batch. A number is the most that each request gets at any load.",
         choices=("adaptive",),
         within=(1, 128),
     )
@@ -77,14 +78,14 @@ class Settings:
     )
     memory: str = setting(
         "off",
-        "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while the "
-        "server runs. Tenants share it.",
+        "Learn from all requests what follows short n-grams: `off`, or `process` to keep at most 10 MiB of it while "
+        "the server runs. Tenants share it.",
         choices=("off", "process"),
     )
     alignment: bool | str = setting(
         "auto",
-        "Store the target's predictions at prompt positions too, which runs lm_head over the prompt. `auto` does so if "
-        "that costs at most 3% of a prompt's time, measured at start-up. `false` stores them at generated positions only.",
+        "Store the target's predictions, which runs lm_head over the prompt. `auto` does so if that costs at most 3% "
+        "of a prompt's time, measured at start-up, and never on the V2 model runner. `false` stores none.",
         choices=("auto",),
     )
     verification: str = setting(

@@ -204,7 +204,8 @@ def draft_batch(
     entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
     # One more block, never fresh (no context holds token -1), stands for those outside the table.
     nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
-    entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
+    if num_blocks:
+        entries = np.concatenate([entries, nowhere])
     prior = Prior(prior_ids.cpu().numpy(), prior_probs.cpu().numpy(), runs.cpu().numpy())
     found = np.zeros(3, np.int64)
     weights = MixtureWeights(

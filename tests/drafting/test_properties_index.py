@@ -85,9 +85,9 @@ class Indexes(RuleBasedStateMachine):
         drafts, survival = self.drafter.draft(req_id, np.array(context, np.int32), NO_ALIGNMENT, limit)
         twins, estimated = twins_draft(context, limit)
         # The only other thing that the survival rests on is a factor learnt of the request.
-        expected = self.drafter._requests[req_id].trust.apply(estimated)
+        expected = self.drafter._requests[req_id].calibration.apply(estimated)
         assert_same_drafts((drafts.tolist(), survival.tolist()), (twins.tolist(), expected.tolist()), min_survival=0)
-        assert np.all(np.diff(survival) <= 0) and self.drafter.promised(req_id) is survival
+        assert np.all(np.diff(survival) <= 0) and self.drafter.predicted_survival(req_id) is survival
         return drafts.tolist()
 
     @rule(req_id=IDS, length=STARTS, seed=SEEDS)

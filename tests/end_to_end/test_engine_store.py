@@ -61,8 +61,8 @@ def planted(request, demo_model, tmp_path_factory):
         [greedy([prompt], 6) for prompt in prompts],
         out,
         v2=request.param,
-        # At generated positions alone, so that what is found elsewhere is another's.
-        aasd={"aasd_alignment": False, "aasd_prior": False, "num_speculative_tokens": 4},
+        # What is planted has only generated positions written, so that what is found elsewhere is another's.
+        aasd={"aasd_alignment": True, "aasd_prior": False, "num_speculative_tokens": 4},
         record_store=True,
         plant=[500, 777],
         block_size=32,

@@ -33,12 +33,12 @@ def drafted_and_accepted(result):
 def speculated(demo_model, tmp_path_factory):
     """The same, eight requests at once; then four of them again, from the prefix cache, with log-probabilities.
 
-    Predictions at generated tokens are stored, whatever the machine makes `auto` choose; and the drafts' length doesn't
+    Predictions are stored, whatever the machine makes `auto` choose; and the drafts' length doesn't
     follow its step times, by which there were once too few of them to tell anything.
     """
     out = tmp_path_factory.mktemp("strict") / "out.json"
     rounds = [greedy(PROMPTS, MAX_TOKENS), greedy(PROMPTS[:4], MAX_TOKENS, logprobs=2)]
-    return run_engine(demo_model, rounds, out, aasd={**STRICT, "aasd_alignment": False, "aasd_draft_length": 8})
+    return run_engine(demo_model, rounds, out, aasd={**STRICT, "aasd_alignment": True, "aasd_draft_length": 8})
 
 
 def test_forty_real_prompts_eight_at_once(plain, speculated):
@@ -125,7 +125,7 @@ FAULTS = {
     "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
     "vllm_aasd.alignment:AlignmentStore.write": "store",
     "vllm_aasd.engine.v1.alignment:V1Alignment._align": "store",
-    "vllm_aasd.drafting.load:lengths_and_gain": "step_time",
+    "vllm_aasd.drafting.draft_length:lengths_and_gain": "step_time",
     "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
     "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
     "vllm_aasd.engine.v1.counting:count_arrays": "metrics",

@@ -23,7 +23,7 @@ from vllm_aasd.engine.failsafe import PLACES
 pytestmark = pytest.mark.engine
 
 PROMPTS = real_prompts(6, max_chars=700)
-LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": False, "aasd_alpha": 10.0, "aasd_beta": 0.0}
+LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": True, "aasd_alpha": 10.0, "aasd_beta": 0.0}
 STRICT = {"aasd_verification": "strict"}
 LABELS = ("engine", "0"), ("model_name", "demo")
 VLLM = pathlib.Path(sys.executable).parent / "vllm"

@@ -12,7 +12,7 @@ from aasd_testing.fake_v2 import MAX_LEN, VOCAB, WIDTH, next_token
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting import load
+from vllm_aasd.drafting import draft_length
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
 from vllm_aasd.engine.failsafe import MAX_FAULTS, PLACES, Faults
@@ -25,7 +25,6 @@ from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v2 import counting as v2_counting
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import requests as v2_requests
-from vllm_aasd.engine.v2 import speculator as v2
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
 
 PROMPTS = {"a": [1, 2, 4, 1, 2, 6, 1], "b": [3, 3, 5, 6, 0, 2, 1, 3, 3]}
@@ -84,17 +83,17 @@ def accepted_v1():
 V1_SEAMS = {
     "admission": ("requests", v1_requests, "settings_of"),
     "drafting": ("draft", Drafter, "draft"),
-    "trust": ("draft", Drafter, "verified"),
+    "calibration": ("draft", Drafter, "verified"),
     "store": ("store", AlignmentStore, "write"),
-    "length": ("step_time", load, "lengths_and_gain"),
+    "length": ("step_time", draft_length, "lengths_and_gain"),
     "step time": ("step_time", StepTimeModel, "observe"),
     "curve": ("step_time", StepTimeModel, "relative"),
-    "filling": ("step_time", load.LengthsByLoad, "least"),
+    "filling": ("step_time", draft_length.LengthsByLoad, "min_draft_tokens"),
     "verifier": ("verify", v1_verifier.verify_op, "verify"),
     "policies": ("verify", v1_verifier.PolicyBatch, "fill"),
     "end of requests": ("requests", Drafter, "forget"),
     "counting": ("metrics", v1_counting, "count_arrays"),
-    "promises": ("metrics", Drafter, "promised"),
+    "promises": ("metrics", Drafter, "predicted_survival"),
 }
 
 
@@ -308,7 +307,7 @@ V2_SEAMS = {
     "staged writes": ("requests", lambda runner: runner.speculator.requests._max_len, "copy_to_uva"),
     "drafting": ("draft", lambda runner: runner.speculator, "_propose"),
     "store": ("store", lambda runner: AlignmentStore, "write"),
-    "prompts' store": ("store", lambda runner: v2.AASDSpeculator, "_align_prompt"),
+    "prompts' store": ("store", lambda runner: runner.speculator._prompt_logits, "store"),
     "verifier": ("verify", lambda runner: v2_verifier, "verify_seeded"),
     "fillers": ("verify", lambda runner: v2_verifier.V2Verifier, "without_fillers"),
     "counting": ("metrics", lambda runner: v2_counting, "count_drafts"),
@@ -343,7 +342,7 @@ def test_v2_without_faults_accepts_drafts():
 def test_v2_promises_that_cannot_be_kept_cost_metrics_only():
     unharmed = accepted_v2(fillers=False)
     runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=False, alignment=True, verification="strict")
-    runner.speculator._counting._promised = None
+    runner.speculator._counting._predicted_survival = None
     serve_v2(runner)
     counts = runner.speculator.faults.counts
     assert counts["metrics"] == sum(counts.values()) >= MAX_FAULTS and runner.accepted == unharmed
@@ -390,7 +389,7 @@ def test_v2_stale_policies_are_never_verified_by(monkeypatch):
     requests.add_request(0, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
     requests.add_request(0, SamplingParams(temperature=0.0, extra_args={"aasd_verification": "strict"}))
-    inject(monkeypatch, requests._rule, "copy_to_uva", times=1)
+    inject(monkeypatch, requests._columns["rule"], "copy_to_uva", times=1)
     requests.apply_staged_writes()
     assert requests.policies.rule[0] == CONDITIONAL and not runner.speculator.verifier.is_on
     requests.apply_staged_writes()
@@ -401,7 +400,7 @@ def test_v2_a_request_that_could_not_be_taken_in_is_strict_and_has_no_drafts(mon
     requests = fake_v2.FakeRunner(max_num_reqs=2).speculator.requests
     requests._max_seq_len[:] = MAX_LEN
     requests.add_request(0, SamplingParams(temperature=0.0))
-    inject(monkeypatch, v2_requests, "policy_of")
+    inject(monkeypatch, v2_requests, "verification_of")
     requests.add_request(0, SamplingParams(temperature=0.0))
     requests.apply_staged_writes()
     assert requests.policies.rule[0] == STRICT and requests.max_len[0] == 0

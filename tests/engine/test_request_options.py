@@ -65,7 +65,7 @@ def test_other_methods_take_no_notice(verify):
 
 def admitted(settings, *options):
     requests = V1Requests(settings, Faults())
-    params = [SamplingParams(extra_args=extra) for extra in options]
+    params = [SamplingParams(temperature=0.0, extra_args=extra) for extra in options]
     states = {str(number): types.SimpleNamespace(sampling_params=one) for number, one in enumerate(params)}
     requests.admit(states, states)
     return requests
@@ -76,7 +76,7 @@ def test_a_worker_ignores_what_should_have_been_refused_and_says_so_once(caplog)
     bad = {"aasd_beta": "secret", "aasd_enabled": False}
     with caplog.at_level(logging.WARNING, "vllm.aasd"):
         requests = admitted(Settings(), bad, {"aasd_verification": "strict"}, None, {"aasd_nonsense": [1]})
-    rules = [requests[str(number)].policy.rule for number in range(4)]
+    rules = [requests[str(number)].verification.policy.rule for number in range(4)]
     assert rules == [CONDITIONAL, STRICT, CONDITIONAL, CONDITIONAL]
     assert requests.is_drafted("0"), "of a bad request nothing is followed, so that it is the server's own"
     assert len(caplog.records) == 1 and "secret" not in caplog.text
@@ -84,9 +84,9 @@ def test_a_worker_ignores_what_should_have_been_refused_and_says_so_once(caplog)
 
 def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
     requests = admitted(Settings(), {"aasd_beta": 0.75}, {"aasd_enabled": 0})
-    policy = requests["0"].policy
+    policy = requests["0"].verification.policy
     requests.admit(["0", "1"], {})
-    assert requests["0"].policy is policy and policy.parameters[BETA] == 0.75
+    assert requests["0"].verification.policy is policy and policy.parameters[BETA] == 0.75
     assert requests.is_drafted("0") and not requests.is_drafted("1")
     requests.forget(["1", "never seen"])
     assert len(requests) == 1
@@ -96,10 +96,19 @@ def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
 
 def test_requests_that_ask_for_nothing_have_the_servers_policy():
     requests = admitted(Settings(verification="strict"), None, {"other": 1})
-    assert requests["0"].policy == requests["1"].policy == STRICT_POLICY
+    assert requests["0"].verification.policy == requests["1"].verification.policy == STRICT_POLICY
 
 
 def test_a_pooling_request_has_no_sampling_parameters():
     requests = V1Requests(Settings(), Faults())
     requests.admit(["p"], {"p": types.SimpleNamespace(sampling_params=None)})
-    assert requests["p"].stop_token_ids == []
+    assert requests["p"].verification.stop_token_ids == []
+
+
+@pytest.mark.parametrize(
+    ("relaxes_sampling", "temperature", "is_strict"), [(0, 0.7, True), (1, 0.7, False), (0, 0.0, False)]
+)
+def test_sampled_requests_stay_strict_unless_asked(relaxes_sampling, temperature, is_strict):
+    params = SamplingParams(temperature=temperature, stop_token_ids=[5, 3])
+    asked = request_options.verification_of(Settings(relax_sampling=bool(relaxes_sampling)), params)
+    assert asked.is_strict is is_strict and asked.stop_token_ids == ([] if is_strict else [3, 5])

@@ -133,7 +133,7 @@ def test_each_step_is_counted(installed):
     counters = Counters("cpu")
     counting = V1Counting(counters, Faults(), 4, 3)
     promises = {"a": np.array([0.9, 0.55, 0.5], np.float32), "b": np.empty(0, np.float32)}
-    counting.drafter = types.SimpleNamespace(promised=promises.__getitem__)
+    counting.drafter = types.SimpleNamespace(predicted_survival=promises.__getitem__)
     with verifier(Settings(), counting=counting).active():
         rejection_sampler.rejection_sample(**arguments())
         nothing = {"draft_token_ids": torch.empty(0, dtype=torch.int32), "num_draft_tokens": [0, 0]}

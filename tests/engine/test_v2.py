@@ -118,38 +118,59 @@ def test_the_store_holds_raw_predictions_by_kv_slot():
         tokens = (prompt + target_alone(prompt))[: int(runner.num_computed[slot])]
         positions = torch.arange(len(tokens))
         kv_slots = runner.blocks[slot, positions // BLOCK].long() * BLOCK + positions % BLOCK
-        ids, probs, fresh = runner.speculator._store.read(torch.tensor(tokens), kv_slots)
+        ids, probs, fresh = runner.speculator._alignment.store.read(torch.tensor(tokens), kv_slots)
         assert fresh.all()
         says = [next_token(before, last) for before, last in zip([0, *tokens], tokens, strict=False)]
         assert ids[:, 0].tolist() == says
         assert (probs[:, 0] > 0.9).all()
 
 
-def test_generated_positions_only_by_default():
-    runner = FakeRunner(max_num_reqs=1, **STRICT)
-    serve(runner, PROMPTS[1:2])
-    prompt = PROMPTS[1]
-    positions = torch.arange(len(prompt))
-    kv_slots = runner.blocks[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
-    *_, fresh = runner.speculator._store.read(torch.tensor(prompt), kv_slots)
-    assert fresh.tolist() == [False] * (len(prompt) - 1) + [True]
+@pytest.mark.parametrize("alignment", ["auto", False])
+def test_without_prompts_no_predictions_are_stored(alignment, monkeypatch):
+    """At generated positions alone they don't improve drafts: there is no store, no hook and no write."""
+    stores = []
+    monkeypatch.setattr(v2, "AlignmentStore", lambda *args: stores.append(args))
+    runner = FakeRunner(max_num_reqs=1, alignment=alignment, **STRICT)
+    assert serve(runner, PROMPTS[1:2]) == [target_alone(PROMPTS[1])]
+    assert not stores and not runner.model.head._forward_hooks
+    assert sum(runner.accepted) > 0 and runner.speculator._propose.keywords["table"].shape == (0, 1)
+
+
+def test_drafting_goes_on_where_vllm_lowers_the_models_length():
+    """With `--max-model-len auto`: token ids are allocated for the longer one, block tables for the shorter."""
+    for alignment in (True, False):
+        runner = FakeRunner(max_num_reqs=1, allocated_len=2 * MAX_LEN, alignment=alignment, **STRICT)
+        assert serve(runner, PROMPTS[:1]) == [target_alone(PROMPTS[0])]
+        assert sum(runner.accepted) > 0 and not any(runner.speculator.faults.counts.values())
+
+
+def test_a_slot_without_a_request_is_strict():
+    """vLLM 0.33's profiling run tells of parameters for slots that hold no request."""
+    runner = FakeRunner(max_num_reqs=1)
+    runner.req_ids.clear()
+    requests = runner.speculator.requests
+    requests.add_request(0, SamplingParams(temperature=0.0))
+    requests.apply_staged_writes()
+    assert requests.policies.rule.tolist() == [policies.STRICT]
+    assert not any(runner.speculator.faults.counts.values())
 
 
 def test_logits_of_another_call_or_shape_are_not_stored():
-    runner = FakeRunner(max_num_reqs=1, **STRICT)
-    before = runner.speculator._store.table.clone()
+    runner = FakeRunner(max_num_reqs=1, alignment=True, **STRICT)
+    alignment = runner.speculator._alignment
+    before = alignment.store.table.clone()
     runner.model.compute_logits(torch.tensor([[1, 2]]))
-    runner.speculator._expected = torch.tensor([1], dtype=torch.int32), torch.tensor([0])
-    runner.speculator._store_sampled(torch.zeros(1, VOCAB // 2))
-    assert torch.equal(runner.speculator._store.table, before)
-    assert runner.speculator._expected is None
+    alignment._expected = torch.tensor([1], dtype=torch.int32), torch.tensor([0])
+    alignment._store_sampled(torch.zeros(1, VOCAB // 2))
+    assert torch.equal(alignment.store.table, before)
+    assert alignment._expected is None
 
 
 def test_dummy_runs_touch_nothing():
     runner = FakeRunner(max_num_reqs=2, alignment=True, **STRICT)
     serve(runner, PROMPTS[:1])
     speculator = runner.speculator
-    before = speculator._store.table.clone(), speculator._num_valid_drafts.clone()
+    before = speculator._alignment.store.table.clone(), speculator._num_valid_drafts.clone()
     batch = type("Batch", (), {"num_reqs": 2})()
     rows = torch.zeros(5, 2, dtype=torch.int64)
     calls = []
@@ -158,7 +179,7 @@ def test_dummy_runs_touch_nothing():
     drafts = speculator.propose(batch, None, None, rows, *nothing[:1], *nothing[:6], dummy_run=True, is_profile=True)
     assert drafts.shape == (2, WIDTH) and int(drafts.abs().sum()) == 0
     assert calls == [5], "the profiling run must see a chunk of logits"
-    assert torch.equal(speculator._store.table, before[0])
+    assert torch.equal(speculator._alignment.store.table, before[0])
     assert torch.equal(speculator._num_valid_drafts, before[1])
 
 
@@ -290,7 +311,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
     v2_verifier._say_once.cache_clear()
     counters, faults = Counters("cpu"), Faults()
     counting = V2Counting(counters, faults, 1, WIDTH, torch.device("cpu"))
-    counting.promise(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
+    counting.predict(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
     verifier = V2Verifier(torch.tensor([1], dtype=torch.int32), None, faults, counting)
     seen = {}
     emitted = torch.tensor([[5, 7, -1]]), torch.tensor([2], dtype=torch.int32)
@@ -366,7 +387,7 @@ def test_fewer_draft_tokens_in_a_step_than_configured():
 @pytest.mark.parametrize("is_after", [False, True])
 def test_what_a_former_owner_of_a_block_left_is_not_drafted_from(is_after):
     """Its entries lie under the same tokens: they can be told by the block's change of hands alone."""
-    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, **STRICT)
+    runner = FakeRunner(max_num_reqs=1, fillers=False, min_survival=0.0, alignment=True, **STRICT)
     # The target says 1, after which anything may follow.
     prompt = [1, 6, 1, 7, 1, 8, 1, 9, 0, 0]
     runner.add(0, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
@@ -375,7 +396,9 @@ def test_what_a_former_owner_of_a_block_left_is_not_drafted_from(is_after):
         runner.speculator.begin_step(scheduled(runner.entered))
         runner.entered = []
     says = 8.0 * torch.nn.functional.one_hot(torch.full((len(prompt),), 31), VOCAB).float()
-    runner.speculator._store.write(says, torch.tensor(prompt, dtype=torch.int32), torch.arange(len(prompt)))
+    # Those of its own prompt would lie over them.
+    runner.speculator._alignment.store_prompts = lambda *args: None
+    runner.speculator._alignment.store.write(says, torch.tensor(prompt, dtype=torch.int32), torch.arange(len(prompt)))
     runner.step([0])
     assert runner.counts[0] and (31 in runner.drafts[0]) is is_after
 
@@ -383,7 +406,7 @@ def test_what_a_former_owner_of_a_block_left_is_not_drafted_from(is_after):
 def test_what_fails_to_be_told_leaves_nothing_of_anybody():
     runner = FakeRunner(max_num_reqs=1, alignment=True, **STRICT)
     serve(runner, PROMPTS[:1])
-    store = runner.speculator._store
+    store = runner.speculator._alignment.store
     assert (store.table[:, :, 0] >= 0).any()
     told = types.SimpleNamespace(
         **{**NO_BLOCKS, "block_ids": ([len(store.table)],)}, prompt_token_ids=[1], mm_features=[]

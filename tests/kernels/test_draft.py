@@ -212,8 +212,8 @@ def test_the_least_is_drafted_whatever_its_survival(least):
 
 def test_the_least_is_no_more_than_the_limit_and_what_is_known():
     context = np.array([1, 2, 3, 4, 1], np.int32)
-    assert len(Drafter(10, 8, 0.99).draft("a", context, NO_ALIGNMENT, 3, least=5)[0]) == 3
-    assert len(Drafter(10, 8, 0.99).draft("a", context[:4], NO_ALIGNMENT, 8, least=5)[0]) == 0
+    assert len(Drafter(10, 8, 0.99).draft("a", context, NO_ALIGNMENT, 3, min_draft_tokens=5)[0]) == 3
+    assert len(Drafter(10, 8, 0.99).draft("a", context[:4], NO_ALIGNMENT, 8, min_draft_tokens=5)[0]) == 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vllm_aasd.config import REMOVED, Settings
-from vllm_aasd.engine.startup import policy_of
 from vllm_aasd.kernels.verify import verify
 from vllm_aasd.overrides import looser_than, with_overrides
 from vllm_aasd.verification.batch import PolicyBatch
@@ -194,8 +193,8 @@ def test_what_is_no_looser_accepts_nothing_that_the_server_would_reject(rule):
     grid.append(STRICT)
     accepted = {}
     for settings in grid:
-        policies, stops = PolicyBatch(num_reqs, "cpu").fill(
-            [str(i) for i in range(num_reqs)], [policy_of(settings)] * num_reqs, [[]] * num_reqs, is_greedy
+        policies, stops = PolicyBatch(num_reqs).fill(
+            [str(i) for i in range(num_reqs)], [settings.policy()] * num_reqs, [[]] * num_reqs
         )
         result = verify(drafts, cu_num, width, logits, bonus, is_greedy, None, policies, stops)
         accepted[settings] = result.num_accepted.clone()

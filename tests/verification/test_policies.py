@@ -15,12 +15,7 @@ from vllm_aasd.verification.states import RequestStates
 
 STRICT = STRICT_POLICY
 LOOSE = conditional(0.25, 0.75, relaxes_sampling=False, collapse_guard=False)
-LOOSE_SAMPLED = conditional(0.25, 0.75, relaxes_sampling=True, collapse_guard=False)
 A, B, C = "request a", "request b", "request c"
-
-
-def greedy(*flags):
-    return torch.tensor(flags)
 
 
 def relaxed(policies):
@@ -30,8 +25,18 @@ def relaxed(policies):
 @pytest.mark.parametrize(
     ("settings", "rule", "columns_of_rule", "floor"),
     [
-        ({"verification": "conditional", "alpha": 0.25, "beta": 0.75}, columns.CONDITIONAL, {"ALPHA": 0.25, "BETA": 0.75}, 0.3),
-        ({"verification": "fly", "fly_window": 5, "fly_threshold": 0.7}, columns.FLY, {"WINDOW": 5, "THRESHOLD": 0.7}, 0.01),
+        (
+            {"verification": "conditional", "alpha": 0.25, "beta": 0.75},
+            columns.CONDITIONAL,
+            {"ALPHA": 0.25, "BETA": 0.75},
+            0.3,
+        ),
+        (
+            {"verification": "fly", "fly_window": 5, "fly_threshold": 0.7},
+            columns.FLY,
+            {"WINDOW": 5, "THRESHOLD": 0.7},
+            0.01,
+        ),
         (
             {"verification": "budget", "budget_nats": 3.0},
             columns.BUDGET,
@@ -39,7 +44,7 @@ def relaxed(policies):
             0.01,
         ),
     ],
-)  # fmt: skip
+)
 def test_each_setting_has_its_column(settings, rule, columns_of_rule, floor):
     policy = Settings(**settings).policy()
     assert policy.rule == rule and len(policy.parameters) == NUM_PARAMETERS
@@ -60,75 +65,64 @@ def test_every_rule_has_a_policy():
 
 
 def test_rows_follow_the_batchs_order():
-    batch = PolicyBatch(4, "cpu")
-    policies, stop_token_ids = batch.fill(
-        [A, B, C], [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]], greedy(True, True, False)
-    )
-    assert relaxed(policies) == [False, True, False], "sampled requests stay strict unless asked"
+    batch = PolicyBatch(4)
+    policies, stop_token_ids = batch.fill([A, B, C], [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]])
+    assert relaxed(policies) == [False, True, True]
     for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.3)):
         assert policies.parameters[1:, column].tolist() == pytest.approx([value, value])
     assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[2], [], [3, 4]]
     assert stop_token_ids.dtype == torch.int32 and stop_token_ids.is_contiguous()
 
 
-def test_sampled_requests_are_relaxed_where_the_policy_says_so():
-    policies, _ = PolicyBatch(2, "cpu").fill([A, B], [LOOSE_SAMPLED, LOOSE_SAMPLED], [[], []], greedy(True, False))
-    assert relaxed(policies) == [True, True]
-
-
 def test_moved_and_replaced_requests_leave_nothing_behind():
-    batch = PolicyBatch(3, "cpu")
+    batch = PolicyBatch(3)
     first, second = [7, 8], [9]
-    batch.fill([A, B, C], [LOOSE, STRICT, LOOSE_SAMPLED], [first, second, []], greedy(True, True, False))
-    policies, stop_token_ids = batch.fill([B, A], [STRICT, LOOSE], [second, first], greedy(True, True))
+    batch.fill([A, B, C], [LOOSE, STRICT, LOOSE], [first, second, []])
+    policies, stop_token_ids = batch.fill([B, A], [STRICT, LOOSE], [second, first])
     assert relaxed(policies) == [False, True] and policies.parameters.shape == (2, NUM_PARAMETERS)
     assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[9], [7, 8]]
-    policies, _ = batch.fill([B, A], [STRICT, LOOSE], [second, first], greedy(False, False))
-    assert relaxed(policies) == [False, False], "whether a request samples is looked at every step"
 
 
 def test_either_a_new_policy_or_new_stop_tokens_are_noticed():
-    batch = PolicyBatch(1, "cpu")
+    batch = PolicyBatch(1)
     stops = [7]
-    batch.fill([A], [LOOSE], [stops], greedy(True))
-    assert relaxed(batch.fill([A], [STRICT], [stops], greedy(True))[0]) == [False]
-    assert 8 in batch.fill([A], [STRICT], [[8]], greedy(True))[1]
+    batch.fill([A], [LOOSE], [stops])
+    assert relaxed(batch.fill([A], [STRICT], [stops])[0]) == [False]
+    assert 8 in batch.fill([A], [STRICT], [[8]])[1]
 
 
 def test_no_step_allocates_parameter_memory():
-    batch = PolicyBatch(3, "cpu")
-    first, _ = batch.fill([A, B], [LOOSE, STRICT], [[], []], greedy(True, True))
-    again, stop_token_ids = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []], greedy(True, True, True))
+    batch = PolicyBatch(3)
+    first, _ = batch.fill([A, B], [LOOSE, STRICT], [[], []])
+    again, stop_token_ids = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []])
     assert [t.data_ptr() for t in first[1:]] == [t.data_ptr() for t in again[1:]]
-    unchanged = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []], greedy(True, True, True))[1]
+    unchanged = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []])[1]
     assert unchanged.data_ptr() == stop_token_ids.data_ptr()
 
 
 def test_the_table_of_stop_tokens_has_one_width():
-    batch = PolicyBatch(2, "cpu")
-    _, narrow = batch.fill([A, B], [LOOSE, LOOSE], [[1], []], greedy(True, True))
+    batch = PolicyBatch(2)
+    _, narrow = batch.fill([A, B], [LOOSE, LOOSE], [[1], []])
     most = list(range(columns.MAX_STOP_TOKEN_IDS))
-    _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], most], greedy(True, True))
+    _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], most])
     assert narrow.shape == stop_token_ids.shape == (2, columns.MAX_STOP_TOKEN_IDS)
     assert [t for t in stop_token_ids[0].tolist() if t >= 0] == [1]
     assert stop_token_ids[1].tolist() == most
     with pytest.raises(ValueError, match=r"^stop_token_ids\[1\] has 65 ids, must be at most 64"):
-        batch.fill([A, B], [LOOSE, LOOSE], [[1], [*most, 64]], greedy(True, True))
+        batch.fill([A, B], [LOOSE, LOOSE], [[1], [*most, 64]])
 
 
 def test_the_op_accepts_the_tensors_and_follows_them():
     logits = torch.log(torch.tensor([[0.5, 0.4, 0.1]])).expand(3, -1).contiguous()
     loose = conditional(0.0, 0.3, relaxes_sampling=False, collapse_guard=False)
-    policies, stop_token_ids = PolicyBatch(8, "cpu").fill(
-        [A, B, C], [STRICT, loose, loose], [[2], [2], [1]], greedy(True, True, True)
-    )
+    policies, stop_token_ids = PolicyBatch(8).fill([A, B, C], [STRICT, loose, loose], [[2], [2], [1]])
     result = verify(
         torch.tensor([1, 1, 1], dtype=torch.int32),
         torch.tensor([1, 2, 3], dtype=torch.int32),
         1,
         logits,
         torch.tensor([9, 9, 9]),
-        greedy(True, True, True),
+        torch.ones(3, dtype=torch.bool),
         None,
         policies,
         stop_token_ids,
@@ -137,20 +131,20 @@ def test_the_op_accepts_the_tensors_and_follows_them():
 
 
 def test_bad_batches_are_named():
-    batch = PolicyBatch(1, "cpu")
-    with pytest.raises(ValueError, match="^policies has 2 requests, must be at most 1"):
-        batch.fill([A, B], [STRICT, STRICT], [[], []], greedy(True, True))
-    with pytest.raises(ValueError, match="^req_ids has 1 requests, stop_token_ids 0 and"):
-        batch.fill([A], [STRICT], [], greedy(True))
-    with pytest.raises(ValueError, match="^max_num_reqs is 0"):
-        PolicyBatch(0, "cpu")
+    batch = PolicyBatch(1)
+    with pytest.raises(ValueError, match=r"^policies has 2 requests, must be at most 1"):
+        batch.fill([A, B], [STRICT, STRICT], [[], []])
+    with pytest.raises(ValueError, match=r"^req_ids has 1 requests and stop_token_ids 0, expected 1"):
+        batch.fill([A], [STRICT], [])
+    with pytest.raises(ValueError, match=r"^max_num_reqs is 0"):
+        PolicyBatch(0)
 
 
 def test_what_is_remembered_follows_the_request_until_it_ends():
-    batch = PolicyBatch(2, "cpu")
+    batch = PolicyBatch(2)
 
     def fill(*req_ids):
-        return batch.fill(req_ids, [LOOSE] * len(req_ids), [[]] * len(req_ids), greedy(*[True] * len(req_ids)))[0]
+        return batch.fill(req_ids, [LOOSE] * len(req_ids), [[]] * len(req_ids))[0]
 
     policies = fill(A, B)
     policies.state[policies.state_rows[0]] = 7.0
@@ -168,7 +162,7 @@ def test_what_is_remembered_follows_the_request_until_it_ends():
 
 
 def test_strict_requests_are_not_remembered():
-    policies, _ = PolicyBatch(2, "cpu").fill([A, B], [STRICT, LOOSE], [[], []], greedy(True, True))
+    policies, _ = PolicyBatch(2).fill([A, B], [STRICT, LOOSE], [[], []])
     assert policies.state_rows[0] == -1 and policies.state_rows[1] >= 0
 
 

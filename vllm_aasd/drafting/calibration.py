@@ -1,4 +1,4 @@
-"""How far the survival that the drafter estimates holds for one request, learnt from its own verifications."""
+"""How far the survival that the drafter estimates holds for one request, learned from its own verifications."""
 
 import math
 
@@ -6,24 +6,24 @@ import numpy as np
 
 _RATE = 0.03
 _LOWEST, _HIGHEST = 0.3, 1.1
-# Per step without a draft: after 40 of them two thirds of the distrust are gone, and drafting is tried again.
+# Per step without a draft: after 40 of them two thirds of the correction are gone, and drafting is tried again.
 _FORGETTING = 0.03
 
 
-class Trust:
-    """One factor on the probability of each draft token, near 1 where the estimate holds.
+class AcceptanceCalibration:
+    """One scale on the probability of each draft token, near 1 where the estimate holds.
 
     A request whose drafts keep failing ends with survivals that are worth no step time, and so stops paying
-    for them; while it drafts nothing, the factor drifts back to 1, and it is tried again.
+    for them; while it drafts nothing, the scale drifts back to 1, and it is tried again.
 
     Attributes:
-        factor: on the probability that a draft token is accepted, given that those before it were.
+        scale: of the probability that a draft token is accepted, given that those before it were.
     """
 
-    __slots__ = ("factor",)
+    __slots__ = ("scale",)
 
     def __init__(self) -> None:
-        self.factor = 1.0
+        self.scale = 1.0
 
     def apply(self, survival: np.ndarray) -> np.ndarray:
         """The survival to be expected of a draft.
@@ -35,10 +35,10 @@ class Trust:
             ``[n]`` float32, of the drafter's estimate and this request's record, at most 1.
         """
         # Plain numbers: a draft is short, and each operation of numpy's costs more than all of this.
-        factor, product = self.factor, 1.0
+        scale, product = self.scale, 1.0
         expected = np.empty(len(survival), np.float32)
         for position, conditional in enumerate(_conditional(survival)):
-            product *= min(conditional * factor, 1.0)
+            product *= min(conditional * scale, 1.0)
             expected[position] = product
         return expected
 
@@ -50,11 +50,11 @@ class Trust:
             num_accepted: how many of its tokens were accepted.
         """
         if not len(survival):
-            self.factor += _FORGETTING * (1.0 - self.factor)
+            self.scale += _FORGETTING * (1.0 - self.scale)
             return
         expected = sum(_conditional(survival[: num_accepted + 1]))
-        factor = self.factor * math.exp(_RATE * (num_accepted - expected))
-        self.factor = min(max(factor, _LOWEST), _HIGHEST)
+        scale = self.scale * math.exp(_RATE * (num_accepted - expected))
+        self.scale = min(max(scale, _LOWEST), _HIGHEST)
 
 
 def _conditional(survival: np.ndarray) -> list[float]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_aasd.drafting.calibration import Trust
+from vllm_aasd.drafting.calibration import AcceptanceCalibration
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_memory, no_prior
@@ -20,7 +20,7 @@ DEFAULT_WEIGHTS = MixtureWeights(
     doubt=np.float32(2.5),
     memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
-"""Found by ``python -m benchmarks.drafter_quality fit`` (``benchmarks/results/fit.json``), but for the memory's, which
+"""Found by ``python -m benchmarks.drafter fit`` (``benchmarks/results/fit.json``), but for the memory's, which
 were chosen by hand."""
 
 MIN_SURVIVAL = 0.02
@@ -45,20 +45,20 @@ class AlignmentView(NamedTuple):
     block_size: int
 
 
-NOTHING_PROMISED = np.empty(0, np.float32)
+NOTHING_PREDICTED = np.empty(0, np.float32)
 
 NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 1)
 
 
 class _Request:
-    """What is held for one request: its index, how far its estimates hold, and what its last draft promised."""
+    """What is held for one request: its index, its calibration, and the survival predicted for its last draft."""
 
-    __slots__ = ("index", "promised", "trust")
+    __slots__ = ("calibration", "index", "predicted_survival")
 
     def __init__(self, index: SuffixIndex) -> None:
         self.index = index
-        self.trust = Trust()
-        self.promised = NOTHING_PROMISED
+        self.calibration = AcceptanceCalibration()
+        self.predicted_survival = NOTHING_PREDICTED
 
 
 class Drafter:
@@ -69,8 +69,8 @@ class Drafter:
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
         prior: what the target says outside of any context; none by default.
-        memory: what other requests taught, read and written here in the place of the prior's runs, from which it may have
-            begun; none by default. See `vllm_aasd.kernels.draft`.
+        memory: what other requests taught, read and written here in the place of the prior's runs, from which it may
+            have begun; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
         lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft.cpu`.
     """
@@ -113,16 +113,16 @@ class Drafter:
         token_ids: np.ndarray,
         alignment: AlignmentView,
         max_draft_tokens: int,
-        least: int = 0,
+        min_draft_tokens: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Take in what is new of a request's context, and draft its continuation.
+        """Learn what is new of a request's context, and draft its continuation.
 
         Args:
             request_id: the request, as `forget` will name it.
             token_ids: ``[n]`` int32, the whole context, prompt and output.
             alignment: where the target's stored distributions of this context lie; `NO_ALIGNMENT` for none.
-            max_draft_tokens: the longest draft this time; 0 only takes in the context.
-            least: how many tokens are drafted whatever their survival, as far as there are candidates.
+            max_draft_tokens: the longest draft this time; 0 only learns the context.
+            min_draft_tokens: how many tokens are drafted whatever their survival, as far as there are candidates.
 
         Returns:
             ``draft_token_ids [m]`` int32, a view that the next call overwrites, and ``survival [m]`` float32,
@@ -133,8 +133,8 @@ class Drafter:
             request = _Request(SuffixIndex(NUM_ORDERS, len(self._draft_token_ids), len(token_ids)))
             self._requests[request_id] = request
         index = request.index
-        # The last token has not been run yet, so nothing is stored behind it; of a new request only what its
-        # prompt's last position predicted is learnt.
+        # The last token has not been run yet, so nothing is stored after it; of a new request only what its
+        # prompt's last position predicted is learned.
         first_new = (index.length or len(token_ids) - 1) - 1
         index.extend(token_ids[index.length :])
         draft_op.remember(index.tokens, max(first_new, 0), index.length - 2, *alignment, self._memory)
@@ -148,7 +148,7 @@ class Drafter:
             *self._weights,
             *self._prior,
             MAX_MATCHES,
-            self._min_survival if least == 0 else np.float32(0.0),
+            self._min_survival if min_draft_tokens == 0 else np.float32(0.0),
             self._scores,
             self._seen,
             self._starts,
@@ -156,18 +156,18 @@ class Drafter:
             self._survival,
             self._lookups,
         )
-        survival = request.trust.apply(self._survival[:count])
-        count = max(np.count_nonzero(survival >= self._min_survival), min(least, count))
-        request.promised = survival[:count]
-        return self._draft_token_ids[:count], request.promised
+        survival = request.calibration.apply(self._survival[:count])
+        count = max(np.count_nonzero(survival >= self._min_survival), min(min_draft_tokens, count))
+        request.predicted_survival = survival[:count]
+        return self._draft_token_ids[:count], request.predicted_survival
 
-    def promised(self, request_id: str) -> np.ndarray:
-        """The survival that was promised of the request's last draft, ``[n]`` float32; empty if there was none."""
+    def predicted_survival(self, request_id: str) -> np.ndarray:
+        """The survival that was predicted for the request's last draft, ``[n]`` float32; empty if there was none."""
         request = self._requests.get(request_id)
-        return request.promised if request is not None else NOTHING_PROMISED
+        return request.predicted_survival if request is not None else NOTHING_PREDICTED
 
     def verified(self, request_id: str, num_draft_tokens: int, num_accepted: int) -> None:
-        """Learn what became of a request's last draft; unknown requests are passed over.
+        """Learn what became of a request's last draft; unknown requests are ignored.
 
         Args:
             request_id: the request.
@@ -176,10 +176,10 @@ class Drafter:
         """
         request = self._requests.get(request_id)
         if request is not None:
-            request.trust.observe(request.promised[:num_draft_tokens], num_accepted)
+            request.calibration.observe(request.predicted_survival[:num_draft_tokens], num_accepted)
 
     def abandon(self, request_id: str) -> None:
-        """Drop a request in whose draft an exception was raised, and what that may have left behind for others."""
+        """Drop a request in whose draft an exception was raised, and what that may have left for others."""
         self.forget([request_id])
         self._scores.fill(0)
 
@@ -191,6 +191,6 @@ class Drafter:
             self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended; unknown ones are passed over."""
+        """Drop what is held for requests that have ended; unknown ones are ignored."""
         for request_id in request_ids:
             self._requests.pop(request_id, None)

@@ -1,20 +1,19 @@
-"""How long a step of the target model takes, by the number of tokens in its batch, learnt while serving."""
+"""How long a step of the target model takes, by the number of tokens in its batch, learned while serving."""
 
 import math
 from collections.abc import Iterable
 
 import numpy as np
 
+from vllm_aasd.drafting.probes import PAIR_RATE, bounded
+
 _LEVEL_RATE = 0.2
 _SHAPE_RATE = 0.02
-# Largest error, in nats of time, that a single step may teach: a step ten times as long is an accident.
-_MAX_ERROR = 0.5
 # So many tokens may each be another kernel's.
 _ALL_UP_TO = 16
 # Steps between two evaluations of the curve.
 _REFRESH = 16
-# Of the overhead of drafts, by pair of neighbouring steps; and per step without drafts, in which it can't be seen.
-_OVERHEAD_RATE = 0.1
+# Of the overhead of drafts, per step without drafts, in which it can't be seen.
 _OVERHEAD_FORGETTING = 0.01
 _MAX_OVERHEAD = 0.7
 
@@ -30,7 +29,7 @@ class StepTimeModel:
     moves level or shape by a bounded amount.
 
     Drafts also cost what doesn't depend on how many there are: their step samples by another way, which copies
-    logits and verifies. This *overhead* is learnt from neighbouring steps of which one had drafts and the other
+    logits and verifies. This *overhead* is learned from neighboring steps of which one had drafts and the other
     none, the curve's difference taken off. While there are no drafts it can't be seen, and fades, so that one too
     high doesn't end drafting for good.
 
@@ -38,7 +37,7 @@ class StepTimeModel:
         max_tokens: the most tokens that will be asked about, >= 1.
 
     Attributes:
-        drafts_since_pair: steps with drafts since two neighbouring steps last told of the overhead.
+        drafts_since_pair: steps with drafts since two neighboring steps last told of the overhead.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -78,7 +77,7 @@ class StepTimeModel:
         """Learn from one step.
 
         Args:
-            num_tokens: tokens in the batch, 1 to ``max_tokens``; others are passed over.
+            num_tokens: tokens in the batch, 1 to ``max_tokens``; others are ignored.
             seconds: how long it took, > 0.
             has_drafts: whether draft tokens are among them.
         """
@@ -95,7 +94,7 @@ class StepTimeModel:
             found -= self._log_overhead
         if self._level is None:
             self._level = found
-        error = min(max(found - self._level, -_MAX_ERROR), _MAX_ERROR)
+        error = bounded(found - self._level)
         self._level += _LEVEL_RATE * error
         self._shape[low] += _SHAPE_RATE * (1 - share) * error
         self._shape[high] += _SHAPE_RATE * share * error
@@ -107,8 +106,8 @@ class StepTimeModel:
         self.drafts_since_pair += has_drafts
         if self._before is not None and self._before[0] != has_drafts:
             difference = found - self._before[1] if has_drafts else self._before[1] - found
-            error = min(max(difference - self._log_overhead, -_MAX_ERROR), _MAX_ERROR)
-            rate = max(_OVERHEAD_RATE, 1 / (2 + self._num_pairs))
+            error = bounded(difference - self._log_overhead)
+            rate = max(PAIR_RATE, 1 / (2 + self._num_pairs))
             self._log_overhead = min(max(self._log_overhead + rate * error, 0.0), _MAX_OVERHEAD)
             self._num_pairs += 1
             self.drafts_since_pair = 0
@@ -117,7 +116,7 @@ class StepTimeModel:
         self._before = (has_drafts, found)
 
     def skip(self) -> None:
-        """Take in that a step has passed that says nothing: those beside it are no neighbours."""
+        """Note that a step has passed that says nothing: the steps beside it are no pair."""
         self._before = None
 
     def overhead(self) -> float:

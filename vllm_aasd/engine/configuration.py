@@ -184,7 +184,7 @@ def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> lis
     """The same schedule, without drafts for the most requests, so that vLLM captures CUDA graphs of steps without drafts.
 
     It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for any number
-    of requests, begins as if this weren't there (`vllm_aasd.engine.width_schedule`).
+    of requests, begins as if this weren't there (`vllm_aasd.engine.draft_length_schedule`).
 
     Args:
         schedule: ours; see `_vllm_schedule`.

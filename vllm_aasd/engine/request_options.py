@@ -1,4 +1,5 @@
-"""The options that a request brings: refused where vLLM takes it in, read where it is served.
+"""The options that a request brings: refused where vLLM takes it in, read where it is served, and what they make of
+its verification.
 
 They are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every front end
 of vLLM (`LLM`, the API server) has `SamplingParams.verify` check a request before the engine hears of it, with the
@@ -9,16 +10,18 @@ plugin's work in the front end's process; should a request come by another way, 
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import patching
 from vllm_aasd.fields import PREFIX
+from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
 from vllm_aasd.overrides import with_overrides
+from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -72,6 +75,50 @@ def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
     except ValueError:
         _warn_once()
         return server
+
+
+class Verification(NamedTuple):
+    """How a request is verified.
+
+    Attributes:
+        policy: by which its draft tokens are accepted.
+        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't look at them.
+    """
+
+    policy: Policy
+    stop_token_ids: list[int]
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether its output is exactly the target's."""
+        return self.policy.rule == STRICT
+
+
+def strict() -> Verification:
+    """How a request is verified of which nothing is known."""
+    return Verification(STRICT_POLICY, [])
+
+
+def verification_of(settings: Settings, params: SamplingParams | None) -> Verification:
+    """How a request is verified.
+
+    Args:
+        settings: the request's.
+        params: the request's; None for what isn't generation.
+
+    Returns:
+        What the settings say of greedy requests, or of sampled ones. Strict for requests whose output a grammar
+        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted,
+        since both promise the target's own, and for those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
+    """
+    policy = settings.policy()
+    stop_token_ids = [] if params is None else sorted(params.all_stop_token_ids)
+    if params is not None and (params.structured_outputs is not None or params.num_logprobs is not None):
+        return strict()
+    is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
+    if not policy.relaxes(is_greedy) or len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        return strict()
+    return Verification(policy, stop_token_ids)
 
 
 @functools.cache

@@ -9,41 +9,41 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_aasd.engine.width_schedule import WidthSchedule
+from vllm_aasd.engine.draft_length_schedule import DraftLengthSchedule
 
 
-class _WithWidths:
-    """Stands before either of vLLM's schedulers among the base classes: it learns the widths of drafts."""
+class _WithDraftLengths:
+    """Stands before either of vLLM's schedulers among the base classes: it learns draft lengths."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
-        self._widths: WidthSchedule | None = None
+        self._draft_lengths: DraftLengthSchedule | None = None
         # vLLM has dropped the schedule where it can't follow one.
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
-            self._widths = WidthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
-            self.dynamic_sd_lookup = self._widths
+            self._draft_lengths = DraftLengthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
+            self.dynamic_sd_lookup = self._draft_lengths
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Also: look at the clock."""
         step = super().schedule(*args, **kwargs)
-        if self._widths is not None:
-            self._widths.scheduled(step)
+        if self._draft_lengths is not None:
+            self._draft_lengths.scheduled(step)
         return step
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Also: learn from it."""
-        if self._widths is not None:
-            self._widths.done(scheduler_output, model_runner_output)
+        if self._draft_lengths is not None:
+            self._draft_lengths.done(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
 
-class _Scheduler(_WithWidths, Scheduler):
+class _Scheduler(_WithDraftLengths, Scheduler):
     pass
 
 
-class _AsyncScheduler(_WithWidths, AsyncScheduler):
+class _AsyncScheduler(_WithDraftLengths, AsyncScheduler):
     pass
 
 

@@ -1,4 +1,4 @@
-"""What a worker finds out once, before it serves: its policy, the model's prior, and what its steps cost."""
+"""What a worker finds out once, before it serves: the model's prior, and what its steps cost."""
 
 import logging
 import time
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.config import ModelConfig
-from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
@@ -19,8 +18,6 @@ from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.draft import Prior
-from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS
-from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -33,25 +30,6 @@ _REPETITIONS = 4
 _MOST_TOKENS = 128
 
 
-def policy_of(settings: Settings, params: SamplingParams | None = None) -> Policy:
-    """How a request is verified.
-
-    Args:
-        settings: the request's.
-        params: the request's; None for what holds of requests that ask for nothing special.
-
-    Returns:
-        What the settings say; strict for requests whose output a grammar constrains (structured output, and tool
-        calls that vLLM makes by it) or whose log-probabilities are wanted, since both promise the target's own, and for
-        those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
-    """
-    if params is not None:
-        promises_own = params.structured_outputs is not None or params.num_logprobs is not None
-        if promises_own or len(params.all_stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            return STRICT_POLICY
-    return settings.policy()
-
-
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
     """The longest draft of a request, whatever the load."""
     if settings.draft_length == "adaptive":
@@ -60,10 +38,10 @@ def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
 
 
 def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
-    """Whether predictions may be stored at prompt positions too; says in the log where they may not."""
+    """Whether predictions may be stored at prompt positions; says in the log where they may not."""
     if is_wanted and has_lora:
         # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
-        logger.info("aasd: with LoRA, predictions are stored for generated tokens only")
+        logger.info("aasd: with LoRA, no predictions are stored at prompt positions")
         return False
     return is_wanted
 

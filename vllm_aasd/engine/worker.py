@@ -66,7 +66,8 @@ class AASDWorker(Worker):
     def determine_available_memory(self) -> int:
         """As vLLM's, less what the alignment store will take beside a KV cache of that size."""
         available = super().determine_available_memory()
-        if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
+        has_store = self.speculative_config.aasd.alignment is True and self.lora_config is None
+        if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes or not has_store:
             return available
         return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K))
 

@@ -59,18 +59,26 @@ class _Model(torch.nn.Module):
 
 
 class FakeRunner:
-    """Serves requests greedily; `fillers` schedules every draft column, as asynchronous scheduling does.
+    """Serves requests greedily; `fillers` schedules every draft column, as asynchronous scheduling does, and
+    `allocated_len` is the model's length before vLLM lowered it to `MAX_LEN`.
 
     Attributes:
         width: draft tokens asked for in the next steps; None for all.
         watch: a context that our part of a step runs in.
     """
 
-    def __init__(self, max_num_reqs: int = 3, fillers: bool = True, num_ranks: int = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        max_num_reqs: int = 3,
+        fillers: bool = True,
+        num_ranks: int = 1,
+        allocated_len: int = MAX_LEN,
+        **settings: Any,
+    ) -> None:
         self.fillers = fillers
         self.width: int | None = None
         self.watch: Callable = contextlib.nullcontext
-        self.tokens = torch.zeros(max_num_reqs, MAX_LEN, dtype=torch.int32)
+        self.tokens = torch.zeros(max_num_reqs, allocated_len, dtype=torch.int32)
         self.total_len = torch.zeros(max_num_reqs, dtype=torch.int32)
         self.max_seq_len = np.zeros(max_num_reqs, np.int32)
         self.drafts = torch.zeros(max_num_reqs, WIDTH, dtype=torch.int64)
@@ -92,6 +100,7 @@ class FakeRunner:
         self.accepted: list[int] = []
         req_states = SimpleNamespace(
             max_num_reqs=max_num_reqs,
+            max_model_len=MAX_LEN,
             max_seq_len=self.max_seq_len,
             index_to_req_id=self.req_ids,
             all_token_ids=SimpleNamespace(gpu=self.tokens),

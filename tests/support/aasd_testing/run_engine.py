@@ -135,7 +135,7 @@ def logprobs(positions):
 
 @contextlib.contextmanager
 def injected(fault):
-    """While it lasts, a function of the plugin fails whenever it is called; named "module:function" or "module:Class.method"."""
+    """While it lasts, a function of the plugin fails when called; named "module:function" or "module:Class.method"."""
     if fault is None:
         yield
         return
@@ -181,11 +181,13 @@ def counters(llm):
 
 
 def plant(llm, token_id, predicted):
-    """Fill the alignment store with what a former owner of every block might have left."""
+    """Fill the alignment store with what a former owner of every block might have left, and have no prompt written."""
     import torch
 
     adapter = worker_of(llm)._adapter
-    store = getattr(adapter, "_store", None) or adapter._alignment._store
+    alignment = adapter._alignment
+    alignment.with_prompts, alignment.store_prompts = False, lambda *args: None
+    store = getattr(alignment, "store", None) or alignment._store
     certain = torch.zeros(store.top_k)
     certain[0] = 1.0
     store.slots[:, : 1 + store.top_k] = predicted
@@ -236,7 +238,7 @@ def record_store_v2(llm):
             tables, block_size = runner.block_tables.block_tables[0].gpu, runner.block_tables.block_sizes[0]
             slots = tables[slot, positions // block_size].long() * block_size + positions % block_size
             token_ids = runner.req_states.all_token_ids.gpu[slot, positions]
-            ids, probs, fresh = speculator._store.read(token_ids, slots)
+            ids, probs, fresh = speculator._alignment.store.read(token_ids, slots)
             lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids}
             snapshots.append({name: tensor.tolist() for name, tensor in lists.items()})
         return drafts

@@ -24,7 +24,7 @@ class V1Counting:
         max_draft_tokens: the longest draft.
 
     Attributes:
-        drafter: has what was promised of each request's last draft; None where nothing is promised.
+        drafter: has the survival predicted for each request's last draft; None where there is none.
     """
 
     def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
@@ -68,8 +68,8 @@ class V1Counting:
             survival.fill(UNPROMISED)
             if self.drafter is not None:
                 for row, req_id in enumerate(req_ids):
-                    promised = self.drafter.promised(req_id)
-                    survival[row, : len(promised)] = promised
+                    predicted = self.drafter.predicted_survival(req_id)
+                    survival[row, : len(predicted)] = predicted
             count_arrays(
                 self._totals,
                 draft_token_ids.numpy(),

@@ -22,9 +22,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
+from vllm_aasd.drafting.draft_length import LengthsByLoad, reproducible_lengths
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, Drafter
-from vllm_aasd.drafting.lengths import reproducible_lengths
-from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine import agreement, startup
 from vllm_aasd.engine.failsafe import Faults
@@ -106,6 +105,10 @@ class AASDProposer:
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return
+        with_prompts = startup.may_align_prompts(self._settings.alignment is not False, runner.lora_config is not None)
+        # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`), but teach the memory.
+        if not with_prompts and memory is None:
+            return
         store = AlignmentStore(
             kv_cache_config.num_blocks,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
@@ -114,9 +117,7 @@ class AASDProposer:
         )
         align.warm_up(runner.device, self._model_config.dtype)
         self._alignment = V1Alignment(runner, store, group, self._model, self.faults, self._loads_kv)
-        self._alignment.with_prompts = startup.may_align_prompts(
-            self._settings.alignment is not False, has_lora=runner.lora_config is not None
-        )
+        self._alignment.with_prompts = with_prompts
 
     @torch.inference_mode()
     def profile(self) -> None:
@@ -136,7 +137,6 @@ class AASDProposer:
         if self._alignment is not None and self._settings.alignment == "auto":
             self._alignment.with_prompts &= alignment_share <= startup.MAX_ALIGNMENT_SHARE
             if not self._alignment.with_prompts and self._settings.memory == "off":
-                # At generated positions alone they make drafts no better (`benchmarks.ablation`), and take time.
                 self._alignment = None
         is_stored = self._alignment is not None and self._alignment.with_prompts
         logger.info(
@@ -246,7 +246,7 @@ class AASDProposer:
         # Nothing is written in the row for a prompt of embeddings: it holds its former occupant's.
         embedded = self._runner.input_batch.req_prompt_embeds
         survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
-        least = self._least(len(drafts))
+        min_draft_tokens = self._min_draft_tokens(len(drafts))
         for row, sampled in enumerate(sampled_token_ids):
             req_id = req_ids[row]
             if not sampled or not self._requests.is_drafted(req_id):
@@ -258,7 +258,7 @@ class AASDProposer:
                 if row in embedded:
                     context, stored = context[self._runner.requests[req_id].num_prompt_tokens :], NO_ALIGNMENT
                 self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-                draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit, least)
+                draft_token_ids, expected = self._drafter.draft(req_id, context, stored, limit, min_draft_tokens)
                 drafts[row] = self._placeholders.before_first(draft_token_ids.tolist())
                 survival[row, : len(drafts[row])] = expected[: len(drafts[row])]
                 continue
@@ -269,10 +269,10 @@ class AASDProposer:
         lengths = self._lengths(survival, req_ids)
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
 
-    def _least(self, num_requests: int) -> int:
+    def _min_draft_tokens(self, num_requests: int) -> int:
         if self._is_adaptive and not self.faults.is_off("step_time"):
             with self.faults.contained("step_time"):
-                return self._lengths_by_load.least(num_requests)
+                return self._lengths_by_load.min_draft_tokens(num_requests)
         return 0
 
     def _lengths(self, survival: np.ndarray, req_ids: list[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ mended here too (see `install`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,7 @@ class V1Verifier:
         self._requests = requests
         self._faults = faults
         self.contained = faults.contained("verify", shared=True)
-        self._policies = PolicyBatch(max_num_reqs, device)
+        self._policies = PolicyBatch(max_num_reqs)
         self._req_ids: list[str] = []
         self.has_failed = False
 
@@ -70,8 +70,8 @@ class V1Verifier:
         self._req_ids = req_ids
         self.has_failed = False
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what is remembered of requests that have ended; unknown ones are passed over."""
+    def forget(self, req_ids: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended; unknown ones are ignored."""
         self._policies.forget(req_ids)
 
     @property
@@ -82,7 +82,7 @@ class V1Verifier:
     @property
     def all_strict(self) -> bool:
         """Whether no policy of the batch watches its tokens."""
-        return all(self._requests[req_id].is_strict for req_id in self._req_ids)
+        return all(self._requests[req_id].verification.is_strict for req_id in self._req_ids)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -120,12 +120,9 @@ class V1Verifier:
             uniform_probs = stock_sampler.generate_uniform_probs(
                 len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
             )
-        requests = [self._requests[req_id] for req_id in self._req_ids]
+        asked = [self._requests[req_id].verification for req_id in self._req_ids]
         policies, stop_token_ids = self._policies.fill(
-            self._req_ids,
-            [request.policy for request in requests],
-            [request.stop_token_ids for request in requests],
-            is_greedy,
+            self._req_ids, [one.policy for one in asked], [one.stop_token_ids for one in asked]
         )
         result = verify_op.verify(
             draft_token_ids,

@@ -3,30 +3,23 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.request_options import settings_of
-from vllm_aasd.engine.startup import policy_of
-from vllm_aasd.kernels.verify.policies import STRICT
-from vllm_aasd.verification.rules import STRICT_POLICY, Policy
+from vllm_aasd.engine.request_options import Verification, settings_of, strict, verification_of
 
 
 class V1Request(NamedTuple):
-    """How one request is verified. The same objects at every step, as `PolicyBatch` wants.
+    """What is known of one request. The same objects at every step, as `PolicyBatch` wants.
 
     Attributes:
-        policy: by which its draft tokens are accepted.
-        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't look at them.
+        verification: how its draft tokens are verified.
         is_seeded: whether it samples by a seed of its own.
-        is_strict: whether its output is exactly the target's, as that of sampled requests is under most policies.
     """
 
-    policy: Policy
-    stop_token_ids: list[int]
+    verification: Verification
     is_seeded: bool
-    is_strict: bool
 
 
 def _is_misled_by_drafts(params: SamplingParams | None) -> bool:
@@ -70,15 +63,12 @@ class V1Requests:
                 with self._faults.contained("requests", shared=True):
                     self._admit(req_id, requests[req_id].sampling_params)
                     continue
-            self._requests[req_id] = V1Request(STRICT_POLICY, [], is_seeded=False, is_strict=True)
+            self._requests[req_id] = V1Request(strict(), is_seeded=False)
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> None:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
-        policy = policy_of(settings, params)
-        stop_token_ids = sorted(params.all_stop_token_ids) if params and policy.rule != STRICT else []
-        is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
-        self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
+        self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded)
         if settings.enabled and not _is_misled_by_drafts(params):
             self._drafted.add(req_id)
 

@@ -29,10 +29,11 @@ class V2Counting:
         self._counters = counters
         self._faults = faults
         self._contained = faults.contained("metrics")
-        self._promised = torch.full((max_num_reqs, max_draft_tokens), UNPROMISED, dtype=torch.float32, device=device)
+        shape = max_num_reqs, max_draft_tokens
+        self._predicted_survival = torch.full(shape, UNPROMISED, dtype=torch.float32, device=device)
 
-    def promise(self, idx_mapping: torch.Tensor, survival: torch.Tensor) -> None:
-        """Keep what was promised of the drafts until they are verified.
+    def predict(self, idx_mapping: torch.Tensor, survival: torch.Tensor) -> None:
+        """Keep the survival predicted for the drafts until they are verified.
 
         Args:
             idx_mapping: ``[num_reqs]`` integer, the slot of each row.
@@ -40,7 +41,7 @@ class V2Counting:
         """
         if not self._faults.is_off("metrics"):
             with self._contained:
-                self._promised[idx_mapping] = survival
+                self._predicted_survival[idx_mapping] = survival
 
     def verified(
         self,
@@ -68,5 +69,5 @@ class V2Counting:
                 by_rule = relaxed, relaxed.float(), no_events, no_events
             else:
                 by_rule = result.relaxed, result.regret, result.exhausted, result.guarded
-            step = draft_sampled, cu_num_logits, 1, num_sampled, idx_mapping, self._promised
+            step = draft_sampled, cu_num_logits, 1, num_sampled, idx_mapping, self._predicted_survival
             count_drafts(self._counters.totals, *step, *by_rule)

@@ -1,8 +1,8 @@
 """Our verifier in the place of the V2 model runner's ``rejection_sample``.
 
 vLLM's `RejectionSampler` does the rest as always: it gathers the drafts, marks those that a grammar forbids, applies
-penalties, bad words, temperature, top-k and top-p before us, and reports log-probabilities after us. Those of tokens that a
-request has chosen (``logprob_token_ids``) it forgets where its plain sampler doesn't; here it is reminded.
+penalties, bad words, temperature, top-k and top-p before us, and reports log-probabilities after us. Those of tokens
+that a request has chosen (``logprob_token_ids``) it forgets where its plain sampler doesn't; here it is reminded.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ class V2Verifier:
         """As vLLM's function of that name, for drafts without probabilities; fillers must be marked already.
 
         Returns:
-            Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 behind them; and how many,
+            Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 after them; and how many,
             ``[num_reqs]`` int32.
         """
         verified = verify_seeded(
@@ -208,8 +208,10 @@ def _asking_for_chosen(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def _get_logprobs_tensors(self: RejectionSampler, *args: Any) -> LogprobsTensors | None:
         verifier = _active.get()
+        if verifier is None:
+            return stock(self, *args)
         state = self.sampler.logprob_token_ids_state
-        most = 0 if verifier is None else state.max_num_token_ids(verifier.idx_mapping)
+        most = state.max_num_token_ids(verifier.idx_mapping)
         if most == 0:
             return stock(self, *args)
         verifier.chosen = {

@@ -11,13 +11,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.request_options import settings_of
-from vllm_aasd.engine.startup import policy_of
-from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, NUM_PARAMETERS, STRICT, VerifyPolicies
-from vllm_aasd.verification.states import RequestStates
-
-_NO_TOKEN = -1
-_NO_ROW = -1
+from vllm_aasd.engine.request_options import settings_of, verification_of
+from vllm_aasd.kernels.verify.policies import VerifyPolicies
+from vllm_aasd.verification.table import COLUMNS, PolicyTable
 
 
 class RequestSlots(LogitsProcessor):
@@ -27,9 +23,6 @@ class RequestSlots(LogitsProcessor):
     the forward pass, that host writes are due. Logits are none of its business: it declines every request.
     `UvaBackedTensor` is what vLLM keeps its own sampling parameters in: a step that is still running goes on
     reading the values that it was launched with while the host prepares the next.
-
-    What is remembered of a request (`RequestStates`) goes by its id, so that it survives preemption, which takes the
-    slot away; a slot only says where it is.
 
     Args:
         settings: the server's; a request's own options may change some of them for it.
@@ -55,24 +48,23 @@ class RequestSlots(LogitsProcessor):
         self._max_seq_len = max_seq_len
         self._model_config = model_config
         max_num_reqs = len(max_seq_len)
-        self._rule = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
-        self._parameters = UvaBackedTensor((max_num_reqs, NUM_PARAMETERS), dtype=torch.float32)
-        self._state_rows = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
-        self._states = RequestStates(max_num_reqs, device)
+        self._columns = {
+            name: UvaBackedTensor((max_num_reqs, *shape), dtype=dtype) for name, (shape, dtype) in COLUMNS.items()
+        }
+        self._table = PolicyTable({name: column.np for name, column in self._columns.items()}, device)
         self._max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
-        self._stop_token_ids = UvaBackedTensor((max_num_reqs, MAX_STOP_TOKEN_IDS), dtype=torch.int32)
         self._changed = True
 
     @property
     def policies(self) -> VerifyPolicies:
         """By slot; to be asked for at every step."""
-        return VerifyPolicies(self._rule.gpu, self._parameters.gpu, self._state_rows.gpu, self._states.state)
+        by_name = {name: column.gpu for name, column in self._columns.items() if name != "stop_token_ids"}
+        return VerifyPolicies(**by_name, state=self._table.states.state)
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
-        """``[max_num_reqs, MAX_STOP_TOKEN_IDS]`` int32 by slot, padded with -1; of slots with a strict policy, anything.
-        To be asked for at every step."""
-        return self._stop_token_ids.gpu
+        """``[max_num_reqs, MAX_STOP_TOKEN_IDS]`` int32 by slot, padded with -1; to be asked for at every step."""
+        return self._columns["stop_token_ids"].gpu
 
     @property
     def max_len(self) -> torch.Tensor:
@@ -81,9 +73,10 @@ class RequestSlots(LogitsProcessor):
         return self._max_len.gpu
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Take in who has entered a slot."""
+        """Note which request has entered a slot."""
         # What holds if the rest fails.
-        self._rule.np[req_idx], self._state_rows.np[req_idx], self._max_len.np[req_idx] = STRICT, _NO_ROW, 0
+        self._table.clear(req_idx)
+        self._max_len.np[req_idx] = 0
         self._changed = True
         if not self._faults.is_off("requests"):
             with self._faults.contained("requests", shared=True):
@@ -92,20 +85,16 @@ class RequestSlots(LogitsProcessor):
 
     def _admit(self, req_idx: int, sampling_params: SamplingParams) -> None:
         settings = settings_of(sampling_params, self._settings)
-        policy = policy_of(settings, sampling_params)
-        if policy.relaxes(is_greedy=sampling_params.temperature == 0.0):
-            stop_token_ids = sorted(sampling_params.all_stop_token_ids)
-            self._stop_token_ids.np[req_idx] = _NO_TOKEN
-            self._stop_token_ids.np[req_idx, : len(stop_token_ids)] = stop_token_ids
-            self._parameters.np[req_idx] = policy.parameters
-            self._state_rows.np[req_idx] = self._states.row_of(self._req_ids[req_idx])
-            self._rule.np[req_idx] = policy.rule
+        req_id = self._req_ids.get(req_idx)
+        # None: vLLM's profiling run. It stays strict.
+        if req_id is not None:
+            self._table.write(req_idx, req_id, *verification_of(settings, sampling_params))
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         self._max_len.np[req_idx] = longest if settings.enabled else 0
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """Drop what is remembered of requests that have ended."""
-        self._states.forget(req_ids)
+        self._table.forget(req_ids)
 
     @property
     def is_current(self) -> bool:
@@ -116,9 +105,8 @@ class RequestSlots(LogitsProcessor):
         """Let the device see what was taken in since the last step."""
         if not self._changed:
             return
-        policies = (self._rule, self._parameters, self._state_rows)
         with self._faults.contained("requests", shared=True):
-            for tensor in (*policies, self._max_len, self._stop_token_ids):
+            for tensor in (*self._columns.values(), self._max_len):
                 tensor.copy_to_uva()
             self._changed = False
 

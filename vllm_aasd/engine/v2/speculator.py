@@ -1,9 +1,8 @@
 """The adapter of vLLM's V2 model runner: it hands the device's state to our kernels and never waits for it.
 
-One engine step, in the order in which vLLM and `vllm_aasd.engine.worker` call: the runner's forward pass,
-`sampling` (around the runner's `sample_tokens`), in it the lm_head (`_store_sampled`), the sampler (`V2Verifier`) and
-`propose`. Everything is by request slot or by KV slot on the device, so that nothing here knows which step the host
-is at: with asynchronous scheduling it is ahead.
+One engine step, in the order of calls: the runner's forward pass, `sampling` (around the runner's `sample_tokens`), in
+it the lm_head (`V2Alignment`), the sampler (`V2Verifier`) and `propose`. Everything is by request slot or by KV slot on
+the device, so that nothing here knows which step the host is at: with asynchronous scheduling it is ahead.
 """
 
 import contextlib
@@ -13,10 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from vllm.config import VllmConfig
-from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
@@ -30,9 +26,9 @@ from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
 from vllm_aasd.engine import agreement, patching, startup
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.kv_blocks import disown
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
+from vllm_aasd.engine.v2.alignment import V2Alignment
 from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
@@ -65,9 +61,7 @@ class AASDSpeculator(BaseSpeculator):
         self._req_states = req_states
         width = vllm_config.speculative_config.num_speculative_tokens
         self._max_draft_tokens = startup.max_draft_tokens(settings, width)
-        self._align_prompts = startup.may_align_prompts(
-            settings.alignment is True, has_lora=vllm_config.lora_config is not None
-        )
+        self._align_prompts = startup.may_align_prompts(settings.alignment is True, vllm_config.lora_config is not None)
         self._prompt_logits: PromptLogits | None = None
         self._placeholders = PlaceholderTokens(device)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
@@ -90,12 +84,8 @@ class AASDSpeculator(BaseSpeculator):
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
         self._propose: Callable[..., None] | None = None
         self._runner: GPUModelRunner | None = None
-        self._store: AlignmentStore | None = None
-        self._store_layer = ""
-        self._group = 0
+        self._alignment: V2Alignment | None = None
         self._loads_kv = vllm_config.kv_transfer_config is not None
-        self._hooks: list[RemovableHandle] = []
-        self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to set up: drafting runs beside vLLM's CUDA graphs, not in them."""
@@ -104,42 +94,45 @@ class AASDSpeculator(BaseSpeculator):
         """Nothing to capture."""
 
     def attach(self, runner: GPUModelRunner) -> None:
-        """Take the runner, whose model and sampler are loaded by now.
-
-        The target's raw logits exist for a moment only: the runner masks them in place by the grammar as soon as the
-        model has returned them, and hands them to the sampler, which may copy them or not. So predictions are
-        stored where the model's own logits layer returns, by PyTorch's hook.
-        """
+        """Attach to the runner, whose model and sampler are loaded by now."""
         self._runner = runner
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
-        for module in runner.get_model().modules():
-            if isinstance(module, LogitsProcessor | LogitsProcessorWithLoRA):
-                hook = module.register_forward_hook(lambda module, args, logits: self._store_sampled(logits))
-                self._hooks.append(hook)
-        if not self._hooks:
-            logger.warning("aasd: the model has no logits layer of vLLM's, so no predictions are stored as it decodes")
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
-        """Set up the alignment store beside the KV cache that has just been laid out, and all that drafting needs."""
+        """Set up all that drafting needs, and beside the KV cache that has just been laid out, the alignment store.
+
+        There is a store only where prompts are aligned: predictions at generated positions alone don't improve drafts
+        (`benchmarks.drafter`), and take time.
+        """
         group = startup.full_attention_group(kv_cache_config)
-        top_k, block_size = 0, 1
-        tables = runner.block_tables
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
+        if group is None or self._prompt_logits is None:
+            top_k, block_size = 0, 1
             table = torch.zeros((0, 1), dtype=torch.int32, device=self._device)
             block_tables = torch.zeros((self._req_states.max_num_reqs, 1), dtype=torch.int32, device=self._device)
         else:
-            top_k, block_size = TOP_K, tables.block_sizes[group]
-            self._store = AlignmentStore(kv_cache_config.num_blocks, block_size, top_k, self._device)
-            self._store_layer = kv_cache_config.kv_cache_groups[group].layer_names[0]
-            table, block_tables = self._store.slots, tables.block_tables[group].gpu
-            self._group = group
+            top_k, block_size = TOP_K, runner.block_tables.block_sizes[group]
+            store = AlignmentStore(kv_cache_config.num_blocks, block_size, top_k, self._device)
+            self._alignment = V2Alignment(
+                store,
+                group,
+                kv_cache_config.kv_cache_groups[group].layer_names[0],
+                runner.get_model(),
+                self._prompt_logits,
+                self._vocab_size,
+                self.faults,
+                self._loads_kv,
+            )
+            table, block_tables = store.slots, runner.block_tables.block_tables[group].gpu
         prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._propose = functools.partial(
             draft_batch,
+            # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
+            all_token_ids=self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len],
             table=table,
             block_tables=block_tables,
             block_size=block_size,
@@ -166,12 +159,12 @@ class AASDSpeculator(BaseSpeculator):
         )
 
     def profile(self) -> None:
-        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
+        """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Learn what stands for images in new requests, and drop what ended ones left."""
-        if self._store is not None:
-            disown(self._store, scheduled, self._group, self._loads_kv, self.faults)
+        if self._alignment is not None:
+            self._alignment.begin_step(scheduled)
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
@@ -181,49 +174,26 @@ class AASDSpeculator(BaseSpeculator):
 
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
-        for hook in self._hooks:
-            hook.remove()
+        if self._alignment is not None:
+            self._alignment.shutdown()
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
         """Around the runner's `sample_tokens`: the lm_head's rows are stored, and verified by our rule."""
-        state = self._runner.execute_model_state if self._runner is not None else None
-        if state is None:
+        runner = self._runner
+        if runner is None or runner.execute_model_state is None:
             yield
             return
+        state = runner.execute_model_state
         batch, all_greedy = state.input_batch, False
-        if self._store is not None and state.slot_mappings_by_layer is not None and not self.faults.is_off("store"):
-            with self.faults.contained("store", shared=True):
-                slots = state.slot_mappings_by_layer[self._store_layer]
-                self._expected = batch.input_ids[batch.logits_indices], slots[batch.logits_indices]
         with self.verifier.contained:
-            temperature = self._runner.sampler.sampling_states.temperature.np
+            temperature = runner.sampler.sampling_states.temperature.np
             all_greedy = not temperature[batch.idx_mapping_np].any()
-        try:
-            with self.verifier.active(batch.idx_mapping_np, all_greedy):
-                yield
-        finally:
-            self._expected = None
-
-    def _store_sampled(self, logits: torch.Tensor | None) -> None:
-        # The first call in a step is the one that is sampled from; prompt log-probabilities come later.
-        if self._expected is None:
-            return
-        (token_ids, slots), self._expected = self._expected, None
-        # On ranks that sample for a part of the batch or see a part of the vocabulary there is no whole row.
-        if logits is not None and logits.shape == (len(token_ids), self._vocab_size):
-            with self.faults.contained("store", shared=True):
-                self._store.write(logits, token_ids, slots)
-
-    def _align_prompt(
-        self, batch: InputBatch, slot_mappings: dict[str, torch.Tensor], hidden_states: torch.Tensor
-    ) -> None:
-        """Store predictions at this step's prompt positions, some of them twice: where they are is known here
-        by request, and which rows were sampled from only to the device."""
-        slots = slot_mappings[self._store_layer]
-        for row in batch.is_prefilling_np.nonzero()[0]:
-            rows = slice(int(batch.query_start_loc_np[row]), int(batch.query_start_loc_np[row + 1]))
-            self._prompt_logits.store(hidden_states[rows], batch.input_ids[rows], slots[rows], self._store)
+        with contextlib.ExitStack() as stack:
+            if self._alignment is not None:
+                stack.enter_context(self._alignment.sampling(batch, state.slot_mappings_by_layer))
+            stack.enter_context(self.verifier.active(batch.idx_mapping_np, all_greedy))
+            yield
 
     @torch.inference_mode()
     def propose(
@@ -252,7 +222,7 @@ class AASDSpeculator(BaseSpeculator):
             slot_mappings: KV slots by layer, ``[num_tokens_padded]`` int64; None where there is no KV cache.
             last_hidden_states: ``[num_tokens_padded, hidden_size]``.
             num_sampled: ``[num_reqs]`` int32, tokens emitted in this step; 0 for an unfinished prefill.
-            dummy_run: no request is behind the batch: nothing is stored or drafted.
+            dummy_run: the batch is no request's: nothing is stored or drafted.
             is_profile: vLLM measures memory, so the largest chunk of logits must have been there once.
             num_speculative_tokens: the longest draft of this step, where it is less than the configured.
             **unused: what this and other versions of vLLM pass besides.
@@ -267,10 +237,8 @@ class AASDSpeculator(BaseSpeculator):
             if is_profile and self._prompt_logits is not None:
                 self._prompt_logits.rehearse(last_hidden_states)
             return drafts.zero_()
-        has_slots = self._store is not None and slot_mappings is not None
-        if self._prompt_logits is not None and has_slots and not self.faults.is_off("store"):
-            with self.faults.contained("store", shared=True):
-                self._align_prompt(input_batch, slot_mappings, last_hidden_states)
+        if self._alignment is not None:
+            self._alignment.store_prompts(input_batch, slot_mappings, last_hidden_states)
         idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
         longest = self._max_draft_tokens
         if num_speculative_tokens is not None:
@@ -280,7 +248,6 @@ class AASDSpeculator(BaseSpeculator):
                 # No draft token past what the request may still emit: one token comes without a draft.
                 limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
                 self._propose(
-                    all_token_ids=self._req_states.all_token_ids.gpu,
                     total_len=total_len,
                     idx_mapping=idx_mapping,
                     draft_limits=limits.mul_(num_sampled > 0),
@@ -290,7 +257,7 @@ class AASDSpeculator(BaseSpeculator):
                 )
                 self._placeholders.cut(drafts, num_drafts)
                 self._num_valid_drafts[idx_mapping] = num_drafts
-                self._counting.promise(idx_mapping, self._survival[:num_reqs])
+                self._counting.predict(idx_mapping, self._survival[:num_reqs])
                 return drafts
         num_drafts.zero_()
         self._num_valid_drafts[idx_mapping] = 0

@@ -1,8 +1,8 @@
-"""How many draft positions every request of a step gets where all get equally many, learnt while serving.
+"""How many draft positions every request of a step gets where all get equally many, learned while serving.
 
 Where the next step is scheduled before this one's drafts are known, a step takes the time of its positions whether they
-are drafts or fillers, and all requests get the same number of them, its *width*. What is to be known is then what each
-width emits, and what it takes.
+are drafts or fillers, and all requests get the same number of them: the batch's draft length. What must be known is
+what each length emits, and how long it takes.
 """
 
 import bisect
@@ -11,8 +11,10 @@ import math
 import operator
 from collections.abc import Sequence
 
-# Of draft tokens whose predecessors were all accepted, by position, the share accepted of the default drafter's, fillers
-# counted as rejected (`benchmarks/results/end_to_end.json`, greedy, one request at a time); the last goes on.
+from vllm_aasd.drafting.probes import PAIR_RATE, bounded, steps_between_probes
+
+# Of draft tokens whose predecessors were all accepted, by position, the share accepted of the default drafter's,
+# fillers counted as rejected (`benchmarks/results/end_to_end.json`, greedy, one request at a time); the last goes on.
 _ACCEPTED_AT_FIRST = (0.34, 0.6, 0.75, 0.8)
 # Drafts that this counts for where nothing else is known; and that the usual counts for when a request begins.
 _WEIGHT_AT_FIRST = 64.0
@@ -24,106 +26,103 @@ _MEMORY_NOW = 64
 _MEMORY_USUAL = 4096
 _MEMORY_STEPS = 16
 
-# Steps between two looks at a neighbouring width, at first and later; more where a look is expected to cost more than such
-# a share of the time.
-_FIRST_LOOKS = 4
-_STEPS_BETWEEN_LOOKS = 64
-_LOOKING_SHARE = 1 / 400
-_COST_RATE = 0.1
-# Largest difference, in nats of time, that a single pair of steps may teach.
-_MAX_ERROR = 0.5
+# Steps between two probes of a neighboring length in the long run; more where a probe is expected to cost more than
+# this share of the time.
+_STEPS_BETWEEN_PROBES = 64
+_PROBING_SHARE = 1 / 400
 # Requests that may have come or gone between the steps of a pair, as a share of them.
 _PAIR_TOLERANCE = 1 / 16
 
 
-class WidthsByLoad:
-    """Chooses the width of each step, and learns from what steps emit and take.
+class BatchDraftLength:
+    """Chooses the draft length of each step, and learns from what steps emit and take.
 
-    A step of R requests and width w emits R (1 + s_1 + ... + s_w) tokens in expectation, s_i being the share of drafts that
-    are accepted up to their i-th token, and takes a time T_R(w). The width chosen is the one whose rate is highest among
-    those whose time is known. Of T_R only the ratios of neighbouring widths matter; they are learnt, at powers of two of
-    requests and interpolated between, from neighbouring steps of which one is a *look*: now and then a step has the next
-    smaller or next larger width, one step in 33 at most in the long run, and fewer where they cost much. So no device has to
-    be described, and nothing is timed at start-up. The s_i are learnt from all requests together; requests that begin bring
-    with them what is usual, in proportion to their number.
+    A step of R requests and n draft tokens each emits R (1 + s_1 + ... + s_n) tokens in expectation, s_i being the
+    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one
+    whose rate is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they
+    are learned, at powers of two of requests and interpolated between, from neighboring steps of which one is a
+    *probe*: now and then a step has the next smaller or next larger length, one step in 33 at most in the long run, and
+    fewer where they cost much. So no device has to be described, and nothing is timed at start-up. The s_i are learned
+    from all requests together; requests that begin bring with them what is usual, in proportion to their number.
 
     Args:
-        by_requests: ``[max_num_reqs + 1]``, the width to begin from by the number of requests; entry 0 is unused. The
-            widths chosen from are those that stand here, and 0.
+        by_requests: ``[max_num_reqs + 1]``, the draft length to begin from by the number of requests; entry 0 is
+            unused. The lengths chosen from are those that stand here, and 0.
         max_tokens: the most tokens of a step.
     """
 
     def __init__(self, by_requests: Sequence[int], max_tokens: int) -> None:
         self._first = [0, *by_requests[1:]]
-        self._widths = sorted(set(self._first))
+        self._lengths = sorted(set(self._first))
         self._max_tokens = max_tokens
-        self._usual = _Acceptance(self._widths[-1])
-        self._now = _Acceptance(self._widths[-1])
+        self._usual = _Acceptance(self._lengths[-1])
+        self._now = _Acceptance(self._lengths[-1])
         num_knots = len(by_requests).bit_length() + 1
-        self._costs = _Costs(num_knots, len(self._widths))
-        self._looks = [_Looks(len(self._widths)) for _ in range(num_knots)]
+        self._costs = _Costs(num_knots, len(self._lengths))
+        self._probes = [_Probes(len(self._lengths)) for _ in range(num_knots)]
         self._before: tuple[int, int, float] | None = None
 
     def choose(self, num_requests: int) -> int:
-        """The width of a step.
+        """The draft length of a step.
 
         Args:
             num_requests: of the step, 1 to ``max_num_reqs``.
         """
-        # How many of the widths leave room for every request; one at least.
-        num_fitting = max(1, bisect.bisect_right(self._widths, self._max_tokens // num_requests - 1))
+        # How many of the lengths leave room for every request; one at least.
+        num_fitting = max(1, bisect.bisect_right(self._lengths, self._max_tokens // num_requests - 1))
         rates = self._rates(num_requests, num_fitting)
         best = max(rates, key=rates.__getitem__)
-        looks = self._looks_at(num_requests)
+        probes = self._probes_of(num_requests)
         for near in (best - 1, best + 1):
-            if 0 <= near < num_fitting and looks.is_due(near, rates[best] / rates.get(near, math.inf)):
-                looks.begin(near)
-                return self._widths[near]
-        return self._widths[best]
+            if 0 <= near < num_fitting and probes.is_due(near, rates[best] / rates.get(near, math.inf)):
+                probes.begin(near)
+                return self._lengths[near]
+        return self._lengths[best]
 
     def survival(self) -> list[float]:
         """By position, the share of drafts that are accepted up to and including it."""
         return list(itertools.accumulate(self._now.shares(self._usual.shares()), operator.mul))
 
     def observe(
-        self, num_requests: int, num_new: int, width: int, num_accepted: Sequence[int], seconds: float | None
+        self, num_requests: int, num_new: int, num_spec_tokens: int, num_accepted: Sequence[int], seconds: float | None
     ) -> None:
         """Learn from one step.
 
         Args:
             num_requests: of the step, 1 to ``max_num_reqs``.
             num_new: how many of them it was the first step of.
-            width: draft positions of each request that had any, up to the longest; those not chosen from teach no time.
-            num_accepted: by request that had any, draft tokens accepted, 0 to ``width``.
+            num_spec_tokens: draft positions of each request that had any, up to the longest; lengths not chosen from
+                teach no time.
+            num_accepted: by request that had any, draft tokens accepted, 0 to ``num_spec_tokens``.
             seconds: what the step took; None if it read prompts or its time isn't known.
         """
         if num_new:
             self._now.move_towards(self._usual, min(num_new / num_requests, 1.0))
         if num_accepted:
-            counts = [0] * (width + 1)
+            counts = [0] * (num_spec_tokens + 1)
             for count in num_accepted:
                 counts[count] += 1
             # How many drafts were accepted up to each position, from none on.
             up_to = list(itertools.accumulate(reversed(counts)))[::-1]
             self._now.learn(up_to, _MEMORY_NOW)
             self._usual.learn(up_to, _MEMORY_USUAL)
-        if seconds is None or seconds <= 0 or width not in self._widths:
+        if seconds is None or seconds <= 0 or num_spec_tokens not in self._lengths:
             self._before = None
             return
-        self._looks_at(num_requests).pass_by()
-        before, self._before = self._before, (num_requests, self._widths.index(width), math.log(seconds))
+        self._probes_of(num_requests).pass_by()
+        before, self._before = self._before, (num_requests, self._lengths.index(num_spec_tokens), math.log(seconds))
         if before is not None:
             self._learn_cost(before, self._before)
 
-    def _looks_at(self, num_requests: int) -> "_Looks":
-        return self._looks[round(math.log2(num_requests))]
+    def _probes_of(self, num_requests: int) -> "_Probes":
+        return self._probes[round(math.log2(num_requests))]
 
     def _rates(self, num_requests: int, num_fitting: int) -> dict[int, float]:
-        """Tokens by time, in any unit, of each width that fits and whose time is known: joined to the first by pairs."""
+        """Tokens by time, in any unit, of each length that fits and whose time relative to the first's is known."""
         emitted = list(itertools.accumulate(self.survival(), initial=1.0))
         costs = self._costs.of(num_requests)
-        first = min(self._widths.index(self._first[num_requests]), num_fitting - 1)
-        rates = {first: emitted[self._widths[first]]}
+        first = min(self._lengths.index(self._first[num_requests]), num_fitting - 1)
+        rates = {first: emitted[self._lengths[first]]}
         for direction, ends in ((-1, range(first - 1, -1, -1)), (1, range(first + 1, num_fitting))):
             nats = 0.0
             for at in ends:
@@ -131,7 +130,7 @@ class WidthsByLoad:
                 if step is None:
                     break
                 nats += direction * step
-                rates[at] = emitted[self._widths[at]] * math.exp(-nats)
+                rates[at] = emitted[self._lengths[at]] * math.exp(-nats)
         return rates
 
     def _learn_cost(self, one: tuple[int, int, float], other: tuple[int, int, float]) -> None:
@@ -155,10 +154,10 @@ class _Acceptance:
         self._reached, self._accepted = up_to[:-1], up_to[1:]
 
     def learn(self, up_to: Sequence[int], memory: int) -> None:
-        """Take in drafts of one step.
+        """Learn from drafts of one step.
 
         Args:
-            up_to: ``[width + 1]``, how many were accepted up to each position at least, from none on.
+            up_to: ``[num_spec_tokens + 1]``, how many were accepted up to each position at least, from none on.
             memory: drafts after which one counts for 1/e.
         """
         keep = 1 - 1 / max(_MEMORY_STEPS, memory / up_to[0])
@@ -185,19 +184,19 @@ class _Acceptance:
 
 
 class _Costs:
-    """Nats of time by which the next width takes longer, at powers of two of requests.
+    """Nats of time by which the next length takes longer, at powers of two of requests.
 
     Args:
         num_knots: powers of two, from 1 on.
-        num_widths: widths that there are.
+        num_lengths: draft lengths that there are.
     """
 
-    def __init__(self, num_knots: int, num_widths: int) -> None:
-        self._nats = [[0.0] * (num_widths - 1) for _ in range(num_knots)]
-        self._num_pairs = [[0.0] * (num_widths - 1) for _ in range(num_knots)]
+    def __init__(self, num_knots: int, num_lengths: int) -> None:
+        self._nats = [[0.0] * (num_lengths - 1) for _ in range(num_knots)]
+        self._num_pairs = [[0.0] * (num_lengths - 1) for _ in range(num_knots)]
 
     def of(self, num_requests: int) -> list[float | None]:
-        """By width but the last; None where nothing is known about so many requests."""
+        """By length but the last; None where nothing is known about this many requests."""
         low, share = _power_of_two(num_requests)
         found: list[float | None] = []
         for at in range(len(self._nats[low])):
@@ -208,13 +207,13 @@ class _Costs:
         return found
 
     def learn(self, num_requests: int, at: int, nats: float) -> None:
-        """Take in what a step of the width behind ``at`` took longer than its neighbour of width ``at``."""
+        """Learn from what a step of the length after ``at`` took longer than its neighbor of length ``at``."""
         low, share = _power_of_two(num_requests)
         for knot, part in ((low, 1 - share), (low + 1, share)):
             if part > 0:
                 self._num_pairs[knot][at] += part
-                error = min(max(nats - self._nats[knot][at], -_MAX_ERROR), _MAX_ERROR)
-                rate = max(_COST_RATE * part, part / self._num_pairs[knot][at])
+                error = bounded(nats - self._nats[knot][at])
+                rate = max(PAIR_RATE * part, part / self._num_pairs[knot][at])
                 self._nats[knot][at] = max(self._nats[knot][at] + rate * error, 0.0)
 
 
@@ -224,32 +223,32 @@ def _power_of_two(count: int) -> tuple[int, float]:
     return int(exponent), exponent - int(exponent)
 
 
-class _Looks:
-    """When widths that aren't the best are looked at, with about so many requests.
+class _Probes:
+    """When lengths that aren't the best are probed, with about this many requests.
 
     Args:
-        num_widths: widths that there are.
+        num_lengths: draft lengths that there are.
     """
 
-    def __init__(self, num_widths: int) -> None:
-        self._steps_since = [0] * num_widths
-        self._num_looks = 0
+    def __init__(self, num_lengths: int) -> None:
+        self._steps_since = [0] * num_lengths
+        self._num_probes = 0
 
     def pass_by(self) -> None:
-        """Take in that a step has passed whose time is known."""
+        """Note that a step has passed whose time is known."""
         self._steps_since = [steps + 1 for steps in self._steps_since]
 
     def is_due(self, at: int, slowdown: float) -> bool:
-        """Whether a width should be looked at.
+        """Whether a length should be probed.
 
         Args:
             at: which.
             slowdown: how many times as slow as the best it is; 0 if that isn't known.
         """
-        steps = min(_FIRST_LOOKS * (1 + self._num_looks), _STEPS_BETWEEN_LOOKS)
-        return self._steps_since[at] >= max(steps, (slowdown - 1) / _LOOKING_SHARE)
+        steps = steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)
+        return self._steps_since[at] >= max(steps, (slowdown - 1) / _PROBING_SHARE)
 
     def begin(self, at: int) -> None:
-        """Take in that a width is looked at."""
+        """Note that a length is probed."""
         self._steps_since[at] = 0
-        self._num_looks += 1
+        self._num_probes += 1

@@ -1,10 +1,10 @@
-"""Widths by load, learnt on a simulated device: never worse than no drafts, and near the best that there is."""
+"""Draft lengths by load, learned on a simulated device: never worse than no drafts, and near the best that there is."""
 
 import numpy as np
 import pytest
 
 from aasd_testing.device import Device
-from vllm_aasd.drafting.widths import WidthsByLoad
+from vllm_aasd.drafting.batch_draft_length import BatchDraftLength
 
 MAX_REQUESTS = 256
 WIDTHS = (0, 1, 2, 4, 8)
@@ -15,7 +15,7 @@ MANY_TOKENS = 1 << 20
 
 
 def learner(by_requests=BY_REQUESTS, max_tokens=MANY_TOKENS):
-    return WidthsByLoad(by_requests, max_tokens)
+    return BatchDraftLength(by_requests, max_tokens)
 
 
 class Run:
@@ -85,7 +85,7 @@ def test_another_kind_of_answers_is_noticed(answer, num_steps):
     assert np.mean(run.chosen[-100:]) < 0.5
 
 
-def test_looks_are_rare_and_rarer_where_they_cost():
+def test_probes_are_rare_and_rarer_where_they_cost():
     shares = []
     for cost in (0.002, 0.2):
         run = Run(learner(), 16)
@@ -109,11 +109,11 @@ def dear(widths, **kwargs):
 
 
 def settled(widths, num_requests=8):
-    """The width that it keeps to, looks aside."""
+    """The width that it keeps to, probes aside."""
     return max(set(found := [widths.choose(num_requests) for _ in range(7)]), key=found.count)
 
 
-def test_a_price_is_learnt_from_neighbours_alone():
+def test_a_price_is_learned_from_neighbours_alone():
     by_requests = [0] + [1] * MAX_REQUESTS
     assert settled(learner(by_requests)) == 1
     widths = learner(by_requests)
@@ -172,7 +172,7 @@ def test_who_begins_brings_what_is_usual():
     for _ in range(2000):
         step(widths, 8, 0.01, 4, [0, 0, 0, 0])
     step(widths, 8, None, 1, [], num_new=1)
-    assert widths.survival()[0] < 0.02, "what is usual is learnt too"
+    assert widths.survival()[0] < 0.02, "what is usual is learned too"
     assert np.isfinite(widths.survival()).all()
 
 

@@ -1,4 +1,4 @@
-"""The widths of drafts that vLLM's scheduler asks for, learnt from what it is told of each step."""
+"""The draft lengths that vLLM's scheduler asks for, learned from what it is told of each step."""
 
 import collections
 import logging
@@ -7,7 +7,7 @@ import time
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_aasd.drafting.widths import WidthsByLoad
+from vllm_aasd.drafting.batch_draft_length import BatchDraftLength
 from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
@@ -16,18 +16,18 @@ logger = logging.getLogger("vllm.aasd")
 _MAX_UNDER_WAY = 64
 
 
-class WidthSchedule:
+class DraftLengthSchedule:
     """In the place of the scheduler's ``dynamic_sd_lookup``, of which it is asked for the number of requests' entry.
 
     Args:
-        lookup: vLLM's, see `vllm_aasd.drafting.widths.WidthsByLoad`; it goes on where learning fails.
+        lookup: vLLM's, see `vllm_aasd.drafting.batch_draft_length.BatchDraftLength`; it goes on where learning fails.
         max_step_tokens: the most tokens of a step.
     """
 
     def __init__(self, lookup: list[int], max_step_tokens: int) -> None:
         # With the most requests nothing is scheduled only for the sake of CUDA graphs.
         self._lookup = [*lookup[:-1], lookup[max(len(lookup) - 2, 1)]]
-        self._widths = WidthsByLoad(self._lookup, max_step_tokens)
+        self._draft_length = BatchDraftLength(self._lookup, max_step_tokens)
         self._faults = Faults()
         self._contained = self._faults.contained("step_time")
         # Steps that aren't done yet, oldest first, and when they were scheduled.
@@ -38,11 +38,11 @@ class WidthSchedule:
     def __getitem__(self, num_requests: int) -> int:
         if not self._faults.is_off("step_time"):
             with self._contained:
-                return self._widths.choose(num_requests)
+                return self._draft_length.choose(num_requests)
         return self._lookup[num_requests]
 
     def scheduled(self, step: SchedulerOutput) -> None:
-        """Take in that a step is on its way to the workers."""
+        """Note that a step is on its way to the workers."""
         self._under_way.append((step, time.perf_counter()))
 
     def done(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
@@ -68,7 +68,7 @@ class WidthSchedule:
         is_decode = all(
             num_tokens == 1 + len(drafts.get(req_id, ())) for req_id, num_tokens in step.num_scheduled_tokens.items()
         )
-        self._widths.observe(
+        self._draft_length.observe(
             num_requests,
             len(step.scheduled_new_reqs),
             max(map(len, drafts.values()), default=0),

@@ -1,4 +1,4 @@
-"""vLLM's own asynchronous scheduler with our widths, before a simulated device with a clock of its own."""
+"""vLLM's own asynchronous scheduler with our draft lengths, before a simulated device with a clock of its own."""
 
 import collections
 import logging
@@ -15,8 +15,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from aasd_testing.device import Device
-from vllm_aasd.drafting.widths import WidthsByLoad
-from vllm_aasd.engine import configuration, width_schedule
+from vllm_aasd.drafting.batch_draft_length import BatchDraftLength
+from vllm_aasd.engine import configuration, draft_length_schedule
 from vllm_aasd.engine.failsafe import MAX_FAULTS
 from vllm_aasd.engine.scheduler import AASDScheduler
 
@@ -60,7 +60,7 @@ class Served:
         self.widths, self.num_tokens, self._number = [], 0, 0
         self._rng = np.random.default_rng(1)
         self._under_way = collections.deque()
-        monkeypatch.setattr(width_schedule, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(draft_length_schedule, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
 
     def run(self, num_requests, num_steps):
         """Keep so many requests busy. Returns tokens by second."""
@@ -145,7 +145,7 @@ def test_a_fault_costs_no_step(vllm_config, monkeypatch, failing):
         calls.append(args)
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(WidthsByLoad, failing, fail)
+    monkeypatch.setattr(BatchDraftLength, failing, fail)
     assert served.run(4, 60) > 0
     assert len(calls) == MAX_FAULTS, "then it is off"
     assert served.widths[-1] == 8, "as it began"
@@ -154,7 +154,7 @@ def test_a_fault_costs_no_step(vllm_config, monkeypatch, failing):
 def test_the_time_of_a_step_is_the_devices(vllm_config, monkeypatch):
     """It waits behind the one before, which isn't its own time; and for requests, which is nobody's."""
     steps = []
-    monkeypatch.setattr(WidthsByLoad, "observe", lambda self, *args: steps.append(args))
+    monkeypatch.setattr(BatchDraftLength, "observe", lambda self, *args: steps.append(args))
     device = Device(0.0, 0.0, 0.0)
     device.seconds = lambda num_requests, width: 0.02
     served = Served(vllm_config(), device, monkeypatch)

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aasd_testing import fake_v1
-from vllm_aasd.drafting.calibration import Trust
-from vllm_aasd.drafting.lengths import draft_lengths, lengths_and_gain, reproducible_lengths
-from vllm_aasd.drafting.load import LengthsByLoad
+from vllm_aasd.drafting.calibration import AcceptanceCalibration
+from vllm_aasd.drafting.draft_length import LengthsByLoad, draft_lengths, lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.step_time import StepTimeModel, knots
 
 K = 3
@@ -156,20 +155,20 @@ def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
 @pytest.mark.parametrize(("num_requests", "least"), [(1, 2), (2, 1), (3, 0), (6, 0), (32, 0), (40, 0)])
 def test_drafts_are_filled_up_to_the_fastest_kernel(num_requests, least):
     chooser = LengthsByLoad(32)
-    assert chooser.least(num_requests) == 0, "nothing is known yet"
+    assert chooser.min_draft_tokens(num_requests) == 0, "nothing is known yet"
     chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
-    assert chooser.least(num_requests) == least
+    assert chooser.min_draft_tokens(num_requests) == least
 
 
 def test_what_fills_a_step_is_shared_by_its_requests():
     chooser = LengthsByLoad(16)
     chooser.warm_start([(1, 0.010), (4, 0.010), (5, 0.005), (16, 0.010)])
-    assert [chooser.least(num_requests) for num_requests in range(1, 6)] == [4, 2, 1, 1, 0]
+    assert [chooser.min_draft_tokens(num_requests) for num_requests in range(1, 6)] == [4, 2, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("draft_length", "length"), [("adaptive", 2), (4, 0)])
 def test_v1_fills_drafts_whose_length_follows_the_load(draft_length, length, monkeypatch):
-    monkeypatch.setattr(LengthsByLoad, "least", lambda self, num_requests: 2 if num_requests == 1 else 0)
+    monkeypatch.setattr(LengthsByLoad, "min_draft_tokens", lambda self, num_requests: 2 if num_requests == 1 else 0)
     runner = fake_v1.FakeRunner(
         {"a": [1, 2, 3, 1, 2]}, verification="strict", min_survival=1.0, draft_length=draft_length
     )
@@ -183,7 +182,7 @@ def test_v1_fills_drafts_whose_length_follows_the_load(draft_length, length, mon
 def test_filling_up_for_next_to_nothing_is_not_worth_it():
     chooser = LengthsByLoad(8)
     chooser.warm_start([(1, 0.0102), (2, 0.0100), (8, 0.0200)])
-    assert chooser.least(1) == 0
+    assert chooser.min_draft_tokens(1) == 0
 
 
 def test_a_curve_whose_end_was_timed_too_fast_is_not_drawn_on_downwards():
@@ -267,9 +266,9 @@ def test_steps_on_both_sides_of_a_prompt_are_no_neighbours():
     assert made.overhead() > 1.1
 
 
-def test_a_request_with_a_seed_is_drafted_for_whatever_is_looked_at():
+def test_a_request_with_a_seed_is_drafted_for_whatever_is_probed():
     made, drafted = chooser(), []
-    for step in range(200):
+    for _ in range(200):
         lengths = made.choose(WEAK, np.arange(8) == 3)
         drafted.append(int(lengths[3]))
         made.observe(8 + int(lengths.sum()), device(8 + int(lengths.sum())), bool(lengths.any()))
@@ -286,21 +285,21 @@ def test_knots_begin_at_one_and_end_at_the_largest_size(max_tokens):
 def test_a_request_whose_drafts_fail_stops_paying_and_is_tried_again():
     estimate = np.cumprod(np.full(8, 0.5, np.float32))
     price = 1 + 0.25 * np.arange(20)
-    trust = Trust()
+    calibration = AcceptanceCalibration()
 
     def length():
-        return int(draft_lengths(trust.apply(estimate)[None], price)[0])
+        return int(draft_lengths(calibration.apply(estimate)[None], price)[0])
 
     assert length() > 0
     steps = 0
     while length():
-        trust.observe(trust.apply(estimate)[: length()], 0)
+        calibration.observe(calibration.apply(estimate)[: length()], 0)
         steps += 1
         assert steps < 200, "it must stop"
     assert steps > 3, "one failure is no reason to stop"
     quiet = 0
     while not length():
-        trust.observe(np.empty(0, np.float32), 0)
+        calibration.observe(np.empty(0, np.float32), 0)
         quiet += 1
         assert quiet < 200, "it must be tried again"
 
@@ -308,19 +307,21 @@ def test_a_request_whose_drafts_fail_stops_paying_and_is_tried_again():
 def test_trust_stays_where_estimates_hold():
     rng = np.random.default_rng(1)
     estimate = np.cumprod(np.full(4, 0.6, np.float32))
-    trust, factors = Trust(), []
+    calibration, factors = AcceptanceCalibration(), []
     for _ in range(4000):
-        survival = trust.apply(estimate)
+        survival = calibration.apply(estimate)
         rejected = np.flatnonzero(rng.random(4) > 0.6)
-        trust.observe(survival, int(rejected[0]) if len(rejected) else 4)
-        factors.append(trust.factor)
+        calibration.observe(survival, int(rejected[0]) if len(rejected) else 4)
+        factors.append(calibration.scale)
     assert np.mean(factors) == pytest.approx(1.0, abs=0.05)
 
 
 def test_survival_under_trust_is_still_a_survival():
-    trust = Trust()
-    trust.factor = 1.1
-    assert trust.apply(np.array([1.0, 0.99, 0.5], np.float32)).tolist() == pytest.approx([1.0, 1.0, 0.5 / 0.99 * 1.1])
+    calibration = AcceptanceCalibration()
+    calibration.scale = 1.1
+    assert calibration.apply(np.array([1.0, 0.99, 0.5], np.float32)).tolist() == pytest.approx(
+        [1.0, 1.0, 0.5 / 0.99 * 1.1]
+    )
 
 
 @pytest.mark.parametrize(("survival", "length"), [(0.09, 0), (0.12, 0), (0.14, 1), (0.5, 1)])
