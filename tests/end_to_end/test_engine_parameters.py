@@ -1,4 +1,4 @@
-"""Requests that vLLM's V1 runner mishandles under speculation: they get what they'd get without, and so do their neighbors."""
+"""Requests that vLLM's V1 runner mishandles under speculation get what they'd get without, as do their neighbors."""
 
 import math
 
@@ -21,8 +21,8 @@ NUM_EMBEDDED = 16
 
 
 def rounds(tokenizer, embedded):
-    """Thinking greedy and sampled; chosen log-probabilities, beside others or not; early stops; and embeddings, after a prompt
-    that holds their answer `embedded`."""
+    """Thinking greedy and sampled; chosen log-probabilities, beside others or not; early stops; and embeddings, after a
+    prompt that holds their answer `embedded`."""
 
     def chat(prompt):
         messages = [{"role": "user", "content": prompt}]

@@ -236,18 +236,10 @@ def assert_same_outputs(wanted, got):
 def loose(demo_model, tmp_path_factory):
     """The bar at a low floor, with everything recorded that the verifier was asked."""
     out = tmp_path_factory.mktemp("loose") / "out.json"
-    bar = {"aasd_alpha": 10.0, "aasd_beta": 0.0}
     # A draft for every step that can have one.
-    aasd = {**bar, "num_speculative_tokens": 4}
-    sampled = greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
-    result = run_engine(
-        demo_model,
-        [greedy(PROMPTS[:2], 20) + sampled],
-        out,
-        v2=True,
-        aasd=aasd,
-        record_verification=True,
-    )
+    aasd = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "num_speculative_tokens": 4}
+    requests = greedy(PROMPTS[:2], 20) + greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
+    result = run_engine(demo_model, [requests], out, v2=True, aasd=aasd, record_verification=True)
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
@@ -273,5 +265,5 @@ def test_conditional_accepts_exactly_what_the_twin_says(loose):
     assert len(calls) > 4 and relaxed > 0, "the bar must let something by"
     assert result["metrics"]["aasd:relaxed_tokens"] == says_relaxed >= relaxed
     assert result["metrics"]["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
-    drafted, accepted = drafted_and_accepted(result)
+    _, accepted = drafted_and_accepted(result)
     assert accepted == sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in calls)

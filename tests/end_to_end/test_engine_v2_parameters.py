@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from aasd_testing.engines import greedy, run_engine, token_ids
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 THINK = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 BUDGETS = (None, 3, 0)

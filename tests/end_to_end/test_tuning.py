@@ -16,6 +16,10 @@ PROMPT = list(range(100, 120))
 BOUNDS = {"rouge_l": 0.9, "copied": 0.02, "repeated": 0.02}
 
 
+def figure(value, low=None, high=None):
+    return {"value": value, "low": value if low is None else low, "high": value if high is None else high}
+
+
 def test_a_row_by_hand():
     answer = [1, *range(100, 108), 2, 3, 4, 5, 2, 3, 4, 5]
     assert tuning.row(PROMPT, answer, answer[:-1], 2.0, 0.5) == {
@@ -58,11 +62,7 @@ def test_figures_by_hand_weigh_groups_alike():
     assert found["speed"]["value"] == found["speed_to_strict"]["value"] == pytest.approx((7 / 3) / (3 / 3))
     assert found["mal"] == 3 / 2 and found["rouge_l"]["value"] == 0.75 and found["equal"]["value"] == 0.5
     assert found["score"]["value"] == 0 and found["score_drop"]["value"] == 1
-    assert tuning.stratified_ratio([1, 1, 1, 0], [1] * 4, ["a", "a", "a", "b"]) == {
-        "value": 0.5,
-        "low": 0.5,
-        "high": 0.5,
-    }
+    assert tuning.stratified_ratio([1, 1, 1, 0], [1] * 4, ["a", "a", "a", "b"]) == figure(0.5)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -74,10 +74,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         figure = tuning.stratified_ratio(values, np.ones(60), ["a"] * 30 + ["b"] * 30)
         covered += figure["low"] <= 2.0 <= figure["high"]
     assert 176 <= covered <= 198
-
-
-def figure(value, low=None, high=None):
-    return {"value": value, "low": value if low is None else low, "high": value if high is None else high}
 
 
 def found(**changed):
