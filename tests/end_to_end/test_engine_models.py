@@ -2,7 +2,7 @@
 
 import pytest
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.prompts import real_prompts
 from aasd_testing.tiny_models import WINDOW, image_model, lora_adapter, sliding_window_model
 
@@ -19,7 +19,7 @@ def run(model, rounds, out, v2, **options):
 
 
 def accepted(result):
-    return result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
+    return drafted_and_accepted(result)[1]
 
 
 @RUNNERS

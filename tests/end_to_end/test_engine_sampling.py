@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from aasd_testing.engines import run_engine
+from aasd_testing.engines import drafted_and_accepted, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +50,7 @@ def sample(demo_model, task, out, aasd, **sampling):
     # prompt are shared by all through the prefix cache.
     aasd = {"aasd_draft_length": 8, **aasd}
     result = run_engine(demo_model, [batch], out, aasd=aasd, max_num_seqs=64, block_size=32)
-    assert result["metrics"]["vllm:spec_decode_num_draft_tokens"] > NUM_SAMPLES / 2, "drafts must be verified"
+    assert drafted_and_accepted(result)[0] > NUM_SAMPLES / 2, "drafts must be verified"
     return [tuple(output["token_ids"]) for output in result["rounds"][0]], result
 
 
@@ -72,8 +72,7 @@ def strict(demo_model, task, tmp_path_factory):
 
 def test_strict_samples_the_targets_distribution(strict, task):
     samples, result = strict
-    accepted = result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
-    drafted = result["metrics"]["vllm:spec_decode_num_draft_tokens"]
+    drafted, accepted = drafted_and_accepted(result)
     assert 0.05 < accepted / drafted < 0.95, "both acceptance and recovery must be exercised"
     assert p_value(samples, *task[2:]) > P_VALUE
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.drafting.prior import cache_path, save
@@ -25,11 +25,6 @@ def plain(demo_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "out.json"
     logprobs = [*greedy(PROMPTS[:4], MAX_TOKENS, logprobs=2), *greedy(PROMPTS[4:], MAX_TOKENS)]
     return run_engine(demo_model, [logprobs], out)
-
-
-def drafted_and_accepted(result):
-    metrics = result["metrics"]
-    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +108,10 @@ def crowded(demo_model, tmp_path_factory):
 
 
 def test_chunked_prefill_and_preemption(plain, crowded):
-    metrics = crowded["after"][0]["metrics"]
-    assert metrics["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
+    assert crowded["after"][0]["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
     longest = max(len(output["prompt_token_ids"]) for output in crowded["rounds"][0])
     assert longest > 128, "a prompt must need more than one chunk"
-    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert drafted_and_accepted(crowded["after"][0])[1] > 0
     assert token_ids(crowded["rounds"][0]) == token_ids(plain["rounds"][0])[:20]
 
 
@@ -127,7 +121,7 @@ def test_faults_at_every_place_in_turn_cost_no_token(plain, crowded):
     for seam, outputs, after in rounds:
         assert token_ids(outputs) == wanted, seam
         assert {place for place, count in after["faults"].items() if count} == ({FAULTS[seam]} if seam else set()), seam
-    accepted = [after["metrics"]["vllm:spec_decode_num_accepted_tokens"] for after in crowded["after"]]
+    accepted = [drafted_and_accepted(after)[1] for after in crowded["after"]]
     assert accepted[-1] > accepted[-2], "when nothing fails any more, requests are sped up again"
     assert "RuntimeError: injected into draft" in crowded["log"]
 

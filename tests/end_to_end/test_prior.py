@@ -42,9 +42,15 @@ def small_prior():
     return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), learnt_memory())
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_what_is_saved_is_loaded_by_those_whom_the_umask_lets(tmp_path, umask, mode):
     path = tmp_path / "folder" / "prior.safetensors"
-    prior_file.save(path, small_prior(), "m")
+    before = os.umask(umask)
+    try:
+        prior_file.save(path, small_prior(), "m")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
     loaded = prior_file.load(path, "m", VOCAB_SIZE)
     for found, saved in zip(loaded, small_prior(), strict=True):
         np.testing.assert_array_equal(found, saved)
@@ -198,16 +204,6 @@ def test_a_flipped_byte_is_refused_or_harmless(load_prior):
         content[at] ^= 1 << bit
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_a_prior_may_be_read_by_those_whom_the_umask_lets(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        prior_file.save(tmp_path / "prior.safetensors", small_prior(), "m")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "prior.safetensors").stat().st_mode) == mode
-
-
 @pytest.fixture
 def as_another_user():
     """Become a user that owns nothing, until the test ends."""
@@ -287,19 +283,13 @@ def test_a_model_that_is_not_here_has_no_key(tmp_path, monkeypatch):
     assert model_key(str(tmp_path / "empty")) is None
 
 
-def test_the_prefix_is_what_the_template_puts_before_an_answer():
+def test_the_prefix_is_what_the_template_puts_before_an_answer_or_what_begins_a_text():
     assert assistant_prefix(Tokenizer(lambda text, answer: f"U:{text}" + "A:" * answer)) == [ord("A"), ord(":")]
-
-
-@pytest.mark.parametrize(
-    "template",
-    [lambda text, answer: text, lambda text, answer: "x" * answer + text + "y", lambda text, answer: 1 / 0],
-)
-def test_without_a_usable_template_it_is_what_begins_a_text(template):
-    tokenizer = Tokenizer(template)
-    assert assistant_prefix(tokenizer) == [1]
-    tokenizer.bos_token_id = None
-    assert assistant_prefix(tokenizer) == []
+    for unusable in (lambda text, _: text, lambda text, answer: "x" * answer + text + "y", lambda *_: 1 / 0):
+        tokenizer = Tokenizer(unusable)
+        assert assistant_prefix(tokenizer) == [1]
+        tokenizer.bos_token_id = None
+        assert assistant_prefix(tokenizer) == []
 
 
 def test_the_prior_drafts_where_nothing_matches():

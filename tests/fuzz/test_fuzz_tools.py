@@ -74,7 +74,7 @@ def test_what_a_worker_holds_of_requests_that_have_ended_shows(monkeypatch):
         worker = Worker(mutant)
         worker.serve()
         assert worker.fuzz("look")["held"] and worker.is_right() and worker.runner.num_accepted > 20
-        worker._adapter.begin_step(types.SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=set(PROMPTS)))
+        worker._adapter.begin_step(fake_v1.scheduled([], set(PROMPTS)))
         assert (worker.fuzz("look")["held"], worker.fuzz("look")["problems"]) == (held, [])
 
 

@@ -80,3 +80,9 @@ def greedy(prompts: list, max_tokens: int = 48, **sampling: Any) -> list[dict]:
 def token_ids(outputs: list[dict]) -> list[list[int]]:
     """The emitted tokens of each output of a round."""
     return [output["token_ids"] for output in outputs]
+
+
+def drafted_and_accepted(result: dict) -> tuple[float, float]:
+    """The draft tokens of a run, or up to the end of a round, and those accepted; by vLLM's counters."""
+    metrics = result["metrics"]
+    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
