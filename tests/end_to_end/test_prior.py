@@ -359,6 +359,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path,
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_model, tmp_path, command):
     path, model = tiny_model
     output = command("--conversations", "40", "--output", str(tmp_path / "prior.safetensors"))
