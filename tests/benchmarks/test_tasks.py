@@ -40,9 +40,7 @@ def test_the_three_formats_are_read_from_one_file(tmp_path):
     [
         b"{not json}",
         b"[1, 2]",
-        b'{"question_id": 1, "category": "qa", "turns": []}',
         b'{"question_id": 1, "category": "qa", "turns": ["  "]}',
-        b'{"turns": ["a"]}',
         b'{"question": "Who?", "answer": "Me", "context": [{"title": "A"}]}',
         b'{"prompt": 3}',
         b'{"prompt": "\xff\xfe"}',
@@ -110,15 +108,7 @@ def test_a_long_prompt_loses_its_middle_and_keeps_its_frame():
     assert tasks.tokenize(tokenizer, [tasks.Task("1", "a", "please", "w1")], 9) == [[1000, 1]]
 
 
-@pytest.mark.parametrize(
-    ("right", "text", "reference", "expected"),
-    [
-        (quality.contains, "It was The  Cat, surely.", "the cat", True),
-        (quality.contains, "concatenated", "cat", False),
-        (quality.last_number, "First 3, so $1,200.50", "#### 1200.5", True),
-        (quality.last_number, "it is 4, not 5", "4", False),
-        (quality.last_number, "none", "4", False),
-    ],
-)
-def test_scores(right, text, reference, expected):
-    assert right(text, reference) is expected
+def test_scores():
+    assert quality.contains("It was The  Cat, surely.", "the cat") and not quality.contains("concatenated", "cat")
+    assert quality.last_number("First 3, so $1,200.50", "#### 1200.5")
+    assert not quality.last_number("it is 4, not 5", "4") and not quality.last_number("none", "4")

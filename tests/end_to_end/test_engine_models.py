@@ -1,8 +1,8 @@
-"""Models of other kinds and several ranks, through the real engine of both model runners: tokens as without speculation."""
+"""Models of other kinds and several ranks, on both model runners: tokens as without speculation."""
 
 import pytest
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.prompts import real_prompts
 from aasd_testing.tiny_models import WINDOW, image_model, lora_adapter, sliding_window_model
 
@@ -19,7 +19,7 @@ def run(model, rounds, out, v2, **options):
 
 
 def accepted(result):
-    return result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
+    return drafted_and_accepted(result)[1]
 
 
 @RUNNERS
@@ -55,11 +55,8 @@ def test_an_adapter(demo_model, tmp_path, v2):
 def test_prompts_with_images(demo_model, tmp_path, v2):
     model, image = image_model(tmp_path / "model", demo_model)
     text = list(range(300, 330)) * 2
-    asked = [(text + [image], [1]), (text + [image], [2]), ([image] + text + [image] + text[:20], [1, 2])]
-    requests = [
-        {**request, "images": seeds}
-        for request, (_, seeds) in zip(greedy([prompt for prompt, _ in asked], 40, ignore_eos=True), asked, strict=True)
-    ]
+    asked = greedy([[*text, image], [*text, image], [image, *text, image, *text[:20]]], 40, ignore_eos=True)
+    requests = [{**one, "images": seeds} for one, seeds in zip(asked, ([1], [2], [1, 2]), strict=True)]
     rounds = [requests, requests[:1], greedy([text], 24, ignore_eos=True)]
     plain = run(model, rounds, tmp_path / "plain", v2)
     ours = run(model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True})

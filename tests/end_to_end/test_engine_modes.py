@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.prompts import real_prompts
 
 pytestmark = pytest.mark.engine
@@ -45,7 +45,7 @@ def runs(demo_model, tmp_path_factory):
     ]
     default = run_engine(demo_model, [batch], folder / "default", aasd={})
     both = run_engine(demo_model, [strict, batch], folder / "both", aasd=LOOSEST)
-    accepted = [after["metrics"]["vllm:spec_decode_num_accepted_tokens"] for after in both["after"]]
+    accepted = [drafted_and_accepted(after)[1] for after in both["after"]]
     return {
         "default": {"outputs": default["rounds"][0], "log": default["log"]},
         "strict": {"outputs": both["rounds"][0], "accepted": accepted[0]},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from aasd_testing.engines import run_engine
+from aasd_testing.engines import drafted_and_accepted, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ P_VALUE = 1e-3
 
 @pytest.fixture(scope="module")
 def task(demo_model):
-    """The prompt, the allowed ids, and the target's exact law of the next tokens among them."""
+    """The prompt, the allowed ids, and the target's exact distribution of the next tokens among them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,16 +46,16 @@ def sample(demo_model, task, out, aasd, **sampling):
     prompt, ids, _, _ = task
     params = {"temperature": 1.0, "max_tokens": DEPTH, "ignore_eos": True, "allowed_token_ids": ids, **sampling}
     batch = [{"prompt": prompt, "sampling": {**params, "seed": seed}} for seed in range(NUM_SAMPLES)]
-    # So many at once that drafts aren't worth their time: a fixed length, for there to be some. Two blocks of the
+    # At this number of requests drafts aren't worth their time: a fixed length, for there to be some. Two blocks of the
     # prompt are shared by all through the prefix cache.
     aasd = {"aasd_draft_length": 8, **aasd}
     result = run_engine(demo_model, [batch], out, aasd=aasd, max_num_seqs=64, block_size=32)
-    assert result["metrics"]["vllm:spec_decode_num_draft_tokens"] > NUM_SAMPLES / 2, "drafts must be verified"
+    assert drafted_and_accepted(result)[0] > NUM_SAMPLES / 2, "drafts must be verified"
     return [tuple(output["token_ids"]) for output in result["rounds"][0]], result
 
 
 def p_value(samples, cells, joint):
-    """Chi-square of the samples against the law, cells with fewer than five expected pooled."""
+    """Chi-square of the samples against the distribution, cells with fewer than five expected pooled."""
     counts = np.array([samples.count(cell) for cell in cells], float)
     expected = joint * len(samples)
     rare = expected < 5
@@ -72,8 +72,7 @@ def strict(demo_model, task, tmp_path_factory):
 
 def test_strict_samples_the_targets_distribution(strict, task):
     samples, result = strict
-    accepted = result["metrics"]["vllm:spec_decode_num_accepted_tokens"]
-    drafted = result["metrics"]["vllm:spec_decode_num_draft_tokens"]
+    drafted, accepted = drafted_and_accepted(result)
     assert 0.05 < accepted / drafted < 0.95, "both acceptance and recovery must be exercised"
     assert p_value(samples, *task[2:]) > P_VALUE
 
@@ -87,7 +86,7 @@ def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
 @pytest.mark.long
 def test_top_k_and_top_p_hold(demo_model, task, tmp_path):
     """The two faults of vLLM's CPU build: garbage temperatures, and a dead engine on a step without drafts."""
-    prompt, ids, cells, joint = task
+    _, ids, cells, joint = task
     first = np.array([joint[[c[0] == t for c in cells]].sum() for t in ids])
     best_two = {ids[i] for i in np.argsort(-first)[:2]}
     samples, _ = sample(demo_model, task, tmp_path / "out.json", {}, top_k=2, top_p=0.999)

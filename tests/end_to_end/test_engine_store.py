@@ -51,7 +51,7 @@ def test_the_second_round_came_from_the_prefix_cache(result):
     assert result["rounds"][1][0]["token_ids"] == result["rounds"][0][0]["token_ids"]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["V1", "V2"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["V1", "V2"])
 def planted(request, demo_model, tmp_path_factory):
     """Two contexts of the same tokens but the first, in blocks full of entries of this token; the second one twice."""
     prompts = [[first, *[500] * 120] for first in (501, 502, 502)]

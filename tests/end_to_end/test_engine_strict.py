@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
+from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.drafting.prior import cache_path, save
 from vllm_aasd.engine.model_key import model_key
@@ -14,6 +15,8 @@ pytestmark = pytest.mark.engine
 STRICT = {"aasd_verification": "strict"}
 PROMPTS = real_prompts(40, max_chars=700)
 MAX_TOKENS = 32
+FEW_TOKENS = 12
+FAULTS = SEAMS["V1"]
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +25,6 @@ def plain(demo_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "out.json"
     logprobs = [*greedy(PROMPTS[:4], MAX_TOKENS, logprobs=2), *greedy(PROMPTS[4:], MAX_TOKENS)]
     return run_engine(demo_model, [logprobs], out)
-
-
-def drafted_and_accepted(result):
-    metrics = result["metrics"]
-    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +58,7 @@ def test_the_metrics_are_to_be_had_offline_and_agree_with_vllms(plain, speculate
     low, high = np.array([tenth.split("-") for tenth in tenths], float).T
     assert (low * tokens - 1e-3 <= promised).all() and (promised <= high * tokens + 1e-3).all()
     rate = [kept[half].sum() / tokens[half].sum() for half in (slice(5), slice(5, None))]
-    assert rate[0] + 0.2 < rate[1], (
-        "what was promised more is kept more often, so promises are those of their own tokens"
-    )
+    assert rate[0] + 0.2 < rate[1], "what was promised more is kept more often: promises are of their own tokens"
     assert ours["aasd:store_lookups:hit"] > 0
     assert not any(name.startswith("aasd:") for name in plain["metrics"])
 
@@ -80,76 +76,54 @@ def test_logprobs_are_reported_as_without_speculation(plain, speculated):
             assert at_got == pytest.approx(at_want, abs=1e-3)
 
 
-def test_chunked_prefill_and_preemption(plain, demo_model, tmp_path):
-    result = run_engine(
-        demo_model,
-        [greedy(PROMPTS[:20], MAX_TOKENS)],
-        tmp_path / "out.json",
-        aasd={**STRICT, "aasd_alignment": True},
-        max_num_batched_tokens=128,
-        max_model_len=1024,
-        block_size=32,
-        num_gpu_blocks_override=40,
-    )
-    assert result["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
-    longest = max(len(output["prompt_token_ids"]) for output in result["rounds"][0])
-    assert longest > 128, "a prompt must need more than one chunk"
-    assert drafted_and_accepted(result)[1] > 0
-    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])[:20]
-
-
 @pytest.mark.long
 def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     rng = np.random.default_rng(0)
     key, vocab_size = model_key(demo_model), 49152
-    nonsense = Prior(
-        rng.integers(-1, vocab_size, (vocab_size, 4)).astype(np.int32), np.full((vocab_size, 4), 0.25, np.float32)
-    )
-    save(cache_path(key), nonsense, key)
-    result = run_engine(
-        demo_model,
-        [greedy(PROMPTS[:8], MAX_TOKENS)],
-        tmp_path / "out.json",
-        aasd={**STRICT, "aasd_draft_length": 8},
-    )
+    ids = rng.integers(-1, vocab_size, (vocab_size, 4)).astype(np.int32)
+    save(cache_path(key), Prior(ids, np.full(ids.shape, 0.25, np.float32)), key)
+    aasd = {**STRICT, "aasd_draft_length": 8}
+    result = run_engine(demo_model, [greedy(PROMPTS[:8], MAX_TOKENS)], tmp_path / "out.json", aasd=aasd)
     assert "aasd: prior with 4 successors a token from" in result["log"]
     drafted, accepted = drafted_and_accepted(result)
     assert 0 < accepted < 0.3 * drafted, "most of it must have been nonsense"
     assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])[:8]
 
 
-FAULTS = {
-    "vllm_aasd.engine.v1.requests:settings_of": "requests",
-    "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
-    "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
-    "vllm_aasd.alignment:AlignmentStore.write": "store",
-    "vllm_aasd.engine.v1.alignment:V1Alignment._align": "store",
-    "vllm_aasd.drafting.draft_length:lengths_and_gain": "step_time",
-    "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
-    "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
-    "vllm_aasd.engine.v1.counting:count_arrays": "metrics",
-    "vllm_aasd.kernels.verify:verify": "verify",
-}
-
-
-def test_faults_at_every_place_in_turn_cost_no_token(plain, demo_model, tmp_path):
-    num_tokens = 12
-    rounds = [greedy(PROMPTS[:4], num_tokens) for _ in range(len(FAULTS) + 1)]
-    result = run_engine(
+@pytest.fixture(scope="module")
+def crowded(demo_model, tmp_path_factory):
+    """A KV cache too small for its requests; then four of them with a fault at every place in turn, and with none."""
+    return run_engine(
         demo_model,
-        rounds,
-        tmp_path / "out.json",
+        [greedy(PROMPTS[:20], MAX_TOKENS), *(greedy(PROMPTS[:4], FEW_TOKENS) for _ in (*FAULTS, None))],
+        tmp_path_factory.mktemp("crowded") / "out.json",
         aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "process"},
-        faults=[*FAULTS, None],
+        faults=[None, *FAULTS, None],
+        max_num_batched_tokens=128,
+        max_model_len=1024,
+        block_size=32,
+        num_gpu_blocks_override=40,
     )
-    wanted = [tokens[:num_tokens] for tokens in token_ids(plain["rounds"][0])[:4]]
-    for seam, outputs, after in zip([*FAULTS, None], result["rounds"], result["after"], strict=True):
+
+
+def test_chunked_prefill_and_preemption(plain, crowded):
+    assert crowded["after"][0]["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
+    longest = max(len(output["prompt_token_ids"]) for output in crowded["rounds"][0])
+    assert longest > 128, "a prompt must need more than one chunk"
+    assert drafted_and_accepted(crowded["after"][0])[1] > 0
+    assert token_ids(crowded["rounds"][0]) == token_ids(plain["rounds"][0])[:20]
+
+
+def test_faults_at_every_place_in_turn_cost_no_token(plain, crowded):
+    wanted = [tokens[:FEW_TOKENS] for tokens in token_ids(plain["rounds"][0])[:4]]
+    rounds = zip([*FAULTS, None], crowded["rounds"][1:], crowded["after"][1:], strict=True)
+    for seam, outputs, after in rounds:
         assert token_ids(outputs) == wanted, seam
         assert {place for place, count in after["faults"].items() if count} == ({FAULTS[seam]} if seam else set()), seam
-    accepted = [after["metrics"]["vllm:spec_decode_num_accepted_tokens"] for after in result["after"]]
+    accepted = [drafted_and_accepted(after)[1] for after in crowded["after"]]
     assert accepted[-1] > accepted[-2], "when nothing fails any more, requests are sped up again"
-    assert "RuntimeError: injected into draft" in result["log"]
+    assert "RuntimeError: injected into draft" in crowded["log"]
 
 
 @pytest.mark.long
@@ -163,5 +137,5 @@ def test_a_request_that_reaches_the_models_length(plain, demo_model, tmp_path):
     got_long, got_short = token_ids(result["rounds"][0])
     assert got_long == long["token_ids"][:20] and len(got_long) == 20
     assert got_short == short["token_ids"]
-    drafted, accepted = drafted_and_accepted(result)
+    drafted, _ = drafted_and_accepted(result)
     assert drafted < 8 * len(got_long), "steps without a proposal must not verify eight zeros a request"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
@@ -26,11 +26,6 @@ SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, 
 
 
 FAULTS = SEAMS["V2"]
-
-
-def drafted_and_accepted(result):
-    metrics = result["metrics"]
-    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
 
 
 def counted(metrics):
@@ -88,8 +83,7 @@ def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
     assert 0 < accepted < drafted
     # Before faults are injected.
     metrics = speculated["after"][2]["metrics"]
-    vllms = tuple(metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
-    assert counted(metrics) == vllms, "on the device"
+    assert counted(metrics) == drafted_and_accepted(speculated["after"][2]), "on the device"
     assert metrics["aasd:store_lookups:hit"] > 0
     assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
 
@@ -126,15 +120,14 @@ def test_constrained_output_is_valid(speculated):
 
 
 def test_a_request_that_wants_no_speculation_has_nothing_drafted(plain, speculated):
-    before, after = speculated["after"][1:3]
-    name = "vllm:spec_decode_num_draft_tokens"
-    assert after["metrics"][name] == before["metrics"][name] > 0
+    before, after = (drafted_and_accepted(one)[0] for one in speculated["after"][1:3])
+    assert after == before > 0
     assert speculated["rounds"][2][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
 
 
 def test_the_number_of_requests_says_how_much_is_drafted(plain, speculated):
-    before, after = (speculated["after"][at]["metrics"] for at in (2, 3))
-    assert after["vllm:spec_decode_num_draft_tokens"] == before["vllm:spec_decode_num_draft_tokens"], "two at once"
+    before, after = (drafted_and_accepted(one)[0] for one in speculated["after"][2:4])
+    assert after == before, "two at once"
     assert token_ids(speculated["rounds"][3]) == token_ids(plain["rounds"][2])
 
 
@@ -236,18 +229,10 @@ def assert_same_outputs(wanted, got):
 def loose(demo_model, tmp_path_factory):
     """The bar at a low floor, with everything recorded that the verifier was asked."""
     out = tmp_path_factory.mktemp("loose") / "out.json"
-    bar = {"aasd_alpha": 10.0, "aasd_beta": 0.0}
     # A draft for every step that can have one.
-    aasd = {**bar, "num_speculative_tokens": 4}
-    sampled = greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
-    result = run_engine(
-        demo_model,
-        [greedy(PROMPTS[:2], 20) + sampled],
-        out,
-        v2=True,
-        aasd=aasd,
-        record_verification=True,
-    )
+    aasd = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "num_speculative_tokens": 4}
+    requests = greedy(PROMPTS[:2], 20) + greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
+    result = run_engine(demo_model, [requests], out, v2=True, aasd=aasd, record_verification=True)
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
@@ -273,5 +258,5 @@ def test_conditional_accepts_exactly_what_the_twin_says(loose):
     assert len(calls) > 4 and relaxed > 0, "the bar must let something by"
     assert result["metrics"]["aasd:relaxed_tokens"] == says_relaxed >= relaxed
     assert result["metrics"]["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
-    drafted, accepted = drafted_and_accepted(result)
+    _, accepted = drafted_and_accepted(result)
     assert accepted == sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in calls)

@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
-from aasd_testing.engines import greedy, run_engine, token_ids
+from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 THINK = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 BUDGETS = (None, 3, 0)
@@ -46,9 +46,8 @@ def strict(demo_model, tmp_path_factory):
 
 
 def drafted(result, at):
-    before, after = ({"metrics": {}}, *result["after"])[at : at + 2]
-    name = "vllm:spec_decode_num_draft_tokens"
-    return after["metrics"][name] - before["metrics"].get(name, 0)
+    totals = [0, *(drafted_and_accepted(after)[0] for after in result["after"])]
+    return totals[at + 1] - totals[at]
 
 
 def test_thinking_ends_where_its_budget_ends(plain, strict, demo_model):

@@ -50,7 +50,6 @@ def test_the_right_answer_is_right():
         ("count", answered(), {"n": 3}),
         ("status", Observation(status=500, error="boom"), {}),
         ("mismatch", answered((7, 9, 7, 7)), {}),
-        ("mismatch", answered((7, 7, 7), finish="stop"), {}),
         ("mismatch", answered((7, 9), "aa", None, left=True, num_answer_tokens=None), {}),
         ("mismatch", answered(text="aaab"), {}),
         ("mismatch", answered(finish="stop"), {}),

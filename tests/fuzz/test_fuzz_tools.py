@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from aasd_testing import fake_v1
-from aasd_testing.fake_v2 import next_token
+from aasd_testing.fake_v2 import next_token, scheduled
 from aasd_testing.fuzz import cases, hooks, kinds
 from aasd_testing.fuzz.limits import PROFILES
 from aasd_testing.fuzz.observed import Finding, Observation
@@ -74,7 +74,7 @@ def test_what_a_worker_holds_of_requests_that_have_ended_shows(monkeypatch):
         worker = Worker(mutant)
         worker.serve()
         assert worker.fuzz("look")["held"] and worker.is_right() and worker.runner.num_accepted > 20
-        worker._adapter.begin_step(types.SimpleNamespace(scheduled_new_reqs=(), finished_req_ids=set(PROMPTS)))
+        worker._adapter.begin_step(scheduled([], set(PROMPTS)))
         assert (worker.fuzz("look")["held"], worker.fuzz("look")["problems"]) == (held, [])
 
 

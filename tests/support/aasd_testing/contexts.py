@@ -23,28 +23,10 @@ def short_period(length: int, vocab_size: int) -> np.ndarray:
     return np.resize(_random(7, vocab_size), length)
 
 
-def long_period(length: int, vocab_size: int) -> np.ndarray:
-    """A third of the context in random tokens, three times and a little."""
-    return np.resize(_random(max(length // 3 - 1, 1), vocab_size), length)
-
-
-def de_bruijn(length: int, vocab_size: int, num_symbols: int = 2) -> np.ndarray:
-    """Of few tokens, in which each long run stands once, and each shorter one equally often before each token."""
-    order = 1
-    while num_symbols**order < length:
-        order += 1
-    symbols = _random(num_symbols, vocab_size)
-    return np.fromiter((symbols[place] for place in _lyndon(num_symbols, order)), np.int32, length)
-
-
-def de_bruijn_of_eight(length: int, vocab_size: int) -> np.ndarray:
-    """The same of eight different tokens."""
-    return de_bruijn(length, vocab_size, 8)
-
-
-def few_tokens(length: int, vocab_size: int) -> np.ndarray:
-    """Four different tokens in random order."""
-    return np.random.default_rng(1).choice(_random(4, vocab_size), length).astype(np.int32)
+def de_bruijn(length: int, vocab_size: int) -> np.ndarray:
+    """Of two tokens, in which each long run stands once, and each shorter one equally often before each token."""
+    symbols = _random(2, vocab_size)
+    return np.fromiter((symbols[place] for place in _lyndon((length - 1).bit_length())), np.int32, length)
 
 
 def near_copies(length: int, vocab_size: int) -> np.ndarray:
@@ -64,7 +46,7 @@ def hub(length: int, vocab_size: int) -> np.ndarray:
 
 
 def colliding(length: int, vocab_size: int) -> np.ndarray:
-    """Made against the index's hash: most runs want to stand in the same few slots, half as many as there are tokens."""
+    """Made against the index's hash: most runs want to stand in the same few slots, half as many as tokens."""
     mask = np.uint64(SuffixIndex(NUM_ORDERS, 0, length).head.shape[1] - 1)
     crowded = np.uint64(length // 2)
     rng = np.random.default_rng(3)
@@ -82,10 +64,7 @@ def colliding(length: int, vocab_size: int) -> np.ndarray:
 CONTEXTS: dict[str, Callable[[int, int], np.ndarray]] = {
     "one token": one_token,
     "short period": short_period,
-    "long period": long_period,
     "de Bruijn, 2 tokens": de_bruijn,
-    "de Bruijn, 8 tokens": de_bruijn_of_eight,
-    "4 tokens at random": few_tokens,
     "near copies": near_copies,
     "hub": hub,
     "colliding": colliding,
@@ -97,7 +76,7 @@ def _random(count: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
 
 
-def _lyndon(num_symbols: int, order: int) -> Iterator[int]:
+def _lyndon(order: int) -> Iterator[int]:
     """The de Bruijn sequence of an order, as the Lyndon words whose length divides it (Fredricksen, Maiorana)."""
     word = [-1]
     while word:
@@ -105,5 +84,5 @@ def _lyndon(num_symbols: int, order: int) -> Iterator[int]:
         if order % len(word) == 0:
             yield from word
         word = [word[place % len(word)] for place in range(order)]
-        while word and word[-1] == num_symbols - 1:
+        while word and word[-1] == 1:
             word.pop()

@@ -17,21 +17,21 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     Args:
         model: path of the checkpoint.
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once; with ``images``, a
-            list of seeds, that many images of noise come with the prompt; with ``adapted`` false, without ``lora``; with ``embeds`` true,
-            its prompt as embeddings.
+            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
-            ``plant`` (a token and another: before every round but the first, the whole store is filled with entries of the
-            one that predict the other),
+            ``plant`` (a token and another: before every round but the first, the whole store is filled with entries of
+            the one that predict the other),
             ``lora`` (path of an adapter for all requests),
-            ``faults`` (a list with, for each round, the function of ours that fails in it, "module:Class.method", or None),
-            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and ``ahead`` (V2
-            only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
+            ``faults`` (of each round, the function of ours that fails in it, as in `SEAMS`, or None),
+            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and
+            ``ahead`` (V2 only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
 
     Returns:
         ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
-        each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...], "log": str}``
+        each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...],
+        "log": str}``
     """
     recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification", "plant")}
     faults = options.pop("faults", [None] * len(rounds))
@@ -80,3 +80,9 @@ def greedy(prompts: list, max_tokens: int = 48, **sampling: Any) -> list[dict]:
 def token_ids(outputs: list[dict]) -> list[list[int]]:
     """The emitted tokens of each output of a round."""
     return [output["token_ids"] for output in outputs]
+
+
+def drafted_and_accepted(result: dict) -> tuple[float, float]:
+    """The draft tokens of a run, or up to the end of a round, and those accepted; by vLLM's counters."""
+    metrics = result["metrics"]
+    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]

@@ -45,8 +45,6 @@ def main() -> None:
         params = dict(params)
         if "schema" in params:
             params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
-        elif "structured_outputs" in params:
-            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
         return SamplingParams(**params)
 
     recorded = record_store_v2 if scenario["v2"] else record_store
@@ -61,12 +59,7 @@ def main() -> None:
         if scenario["plant"] and rounds:
             plant(llm, *scenario["plant"])
         with injected(fault):
-            outputs = llm.generate(
-                [p for p, _ in requests],
-                [s for _, s in requests],
-                use_tqdm=False,
-                lora_request=[adapter if r.get("adapted", True) else None for r in batch],
-            )
+            outputs = llm.generate(*map(list, zip(*requests, strict=True)), use_tqdm=False, lora_request=adapter)
         if fault:
             del snapshots[num_snapshots:]
         for snapshot in snapshots[num_snapshots:]:
@@ -135,7 +128,7 @@ def logprobs(positions):
 
 @contextlib.contextmanager
 def injected(fault):
-    """While it lasts, a function of the plugin fails when called; named "module:function" or "module:Class.method"."""
+    """While it lasts, a function of the plugin fails whenever it is called; named as in `SEAMS`."""
     if fault is None:
         yield
         return
@@ -251,7 +244,7 @@ def record_verification(llm):
     """Note what the V2 verifier is asked and what it answers, in copies."""
     import torch
 
-    speculator = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+    speculator = worker_of(llm).model_runner.speculator
     verifier, requests, calls = speculator.verifier, speculator.requests, []
     stock = verifier.rejection_sample
 

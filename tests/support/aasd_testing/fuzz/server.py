@@ -3,17 +3,17 @@
 import contextlib
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Self
+
+_START_SECONDS = 900.0
 
 
 class ServerError(RuntimeError):
@@ -26,23 +26,12 @@ class Server:
     Args:
         model: path or name of the target model; it is served as ``model``.
         arguments: further ones of ``vllm serve``.
-        progress: is called about once a second until the server answers, with what it is doing.
-        timeout: seconds to wait for that.
         environment: variables to set for it beside this process's own.
     """
 
-    def __init__(
-        self,
-        model: str,
-        arguments: list[str],
-        progress: Callable[[str], None],
-        timeout: float = 900.0,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, model: str, arguments: list[str], environment: Mapping[str, str]) -> None:
         self._command = [str(vllm_command()), "serve", model, "--served-model-name", "model", *arguments]
-        self._progress = progress
-        self._timeout = timeout
-        self._environment = environment or {}
+        self._environment = environment
 
     def __enter__(self) -> Self:
         port = _free_port()
@@ -73,40 +62,31 @@ class Server:
         """Of its first process, which is the id of its session too."""
         return self._process.pid
 
-    def log_tail(self, lines: int = 40) -> str:
-        """The last lines of what the server has logged."""
-        self._log.seek(0)
-        return "\n".join(self._log.read().splitlines()[-lines:])
+    def log(self, lines: int = 0) -> str:
+        """What the server has logged; the last lines of it, or all."""
+        # Not by the file's own position, which is the server's, too.
+        size = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
 
     def _wait(self) -> None:
         begin = time.monotonic()
-        while time.monotonic() - begin < self._timeout:
+        while time.monotonic() - begin < _START_SECONDS:
             if self._process.poll() is not None:
-                raise ServerError(f"the server ended with {self._process.returncode}\n{self.log_tail()}")
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
-                self._progress(f"{time.monotonic() - begin:.0f} s: {self._last_words()}")
+                raise ServerError(f"the server ended with {self._process.returncode}\n{self.log(100)}")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1):
+                return
             time.sleep(1)
-        raise ServerError(f"the server doesn't answer after {self._timeout:.0f} s\n{self.log_tail()}")
-
-    def _last_words(self) -> str:
-        """The text of the newest line of the log, without process, level, time and file."""
-        lines = self.log_tail(1)
-        return re.sub(r"^(\(.*?\) )?(\w+ [\d-]+ [\d:.]+ \[.*?\] )?", "", lines)
+        raise ServerError(f"the server doesn't answer after {_START_SECONDS:.0f} s\n{self.log(100)}")
 
     def _stop(self) -> None:
         self._signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            # What is left of the group, the engine above all.
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-            self._log.close()
+        # What is left of the group, the engine above all.
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

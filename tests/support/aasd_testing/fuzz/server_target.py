@@ -68,8 +68,7 @@ class ServerTarget:
         else:
             arguments += ["--speculative-config", json.dumps({"method": "aasd", **limits.aasd})]
             arguments += ["--worker-extension-cls", "aasd_testing.fuzz.hooks.FuzzHooks"]
-        environment = _environment(limits.runner == "V2" and not plain)
-        self._server = Server(model, arguments, lambda text: None, environment=environment)
+        self._server = Server(model, arguments, _environment(limits.runner == "V2" and not plain))
 
     def __enter__(self) -> Self:
         self._server.__enter__()
@@ -96,7 +95,7 @@ class ServerTarget:
 
     def log(self) -> str:
         """All that it has logged."""
-        return self._server.log_tail(10**9)
+        return self._server.log()
 
     def rpc(self, method: str, *args: str) -> Any:
         """Call a method of `hooks.Hooks`."""

@@ -63,7 +63,6 @@ def soak(arguments: argparse.Namespace, profile: str, minutes: float, report: di
             began = began or time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 case = cases.generate(arguments.seed, number, profile, arguments.size, pool)
-                case["steps"] = [step for step in case["steps"] if step.get("kind") not in arguments.without]
                 seen, findings, look = run_round(target, case, known)
                 tally.add(case, seen, findings, look)
                 if failures(findings):
@@ -230,7 +229,6 @@ def _arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of questions and rounds (default %(default)s)")
     add("--questions", type=int, default=56, help="asked without speculation too (default %(default)s)")
     add("--size", type=int, default=80, help="steps of a round (default %(default)s)")
-    add("--without", nargs="*", default=(), metavar="KIND", help="kinds to leave out while their faults are known")
     add("--folder", type=pathlib.Path, default=ROOT / ".bench" / "fuzz", help="for failing cases and scratch files")
     add("--replay", type=pathlib.Path, metavar="FILE", help="only run a case again")
     add("--shrink", action="store_true", help="and make it small")
