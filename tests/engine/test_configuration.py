@@ -352,7 +352,7 @@ def test_models_that_generate_otherwise_are_refused(kind):
 
 def test_an_unknown_vllm_refuses_the_method_and_nothing_else(create, monkeypatch):
     monkeypatch.setattr(patching, "vllm_version", lambda: "9.9.9")
-    with pytest.raises(patching.SeamError, match=r"vLLM 9\.9\.9 is installed"):
+    with pytest.raises(patching.UnsupportedVLLMError, match=r"vLLM 9\.9\.9 is installed"):
         create({"method": "aasd"})
     assert create({"method": "ngram", "num_speculative_tokens": 3}).speculative_config.method == "ngram"
 
