@@ -15,7 +15,7 @@ from vllm_aasd.counters import Counters
 from vllm_aasd.drafting import load
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
-from vllm_aasd.engine.failsafe import MAX_FAULTS, PLACES, Faults
+from vllm_aasd.engine.failsafe import MAX_FAULTS, COMPONENTS, Faults
 from vllm_aasd.engine.v1 import counting as v1_counting
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 from vllm_aasd.engine.v1 import requests as v1_requests
@@ -425,7 +425,7 @@ def test_faults_are_counted_by_place_and_switch_it_off(caplog):
             assert faults.is_off("metrics") == (number >= MAX_FAULTS)
             with faults.contained("metrics"):
                 raise Fault
-    assert faults.counts == {**dict.fromkeys(PLACES, 0), "metrics": MAX_FAULTS + 3}
+    assert faults.counts == {**dict.fromkeys(COMPONENTS, 0), "metrics": MAX_FAULTS + 3}
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
     assert "'metrics' has failed 8 times and is off" in caplog.text and not faults.is_off("draft")
 

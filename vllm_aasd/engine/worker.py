@@ -31,7 +31,7 @@ class AASDWorker(Worker):
 
     def init_device(self) -> None:
         """Also: put our verifier where vLLM's rejection sampler looks, and have the runner make our drafter."""
-        if self.use_v2_model_runner != (self.speculative_config.method == configuration.V2_CARRIER):
+        if self.use_v2_model_runner != (self.speculative_config.method == configuration.V2_BASE_METHOD):
             found, expected = ("V2", "V1") if self.use_v2_model_runner else ("V1", "V2")
             raise RuntimeError(
                 f"method 'aasd' was set up for vLLM's {expected} model runner, and vLLM chose {found}: "
@@ -133,7 +133,7 @@ class AASDWorker(Worker):
             self._adapter.clear_memory()
 
     def aasd_faults(self) -> dict[str, int]:
-        """How often each place of `containment.PLACES` has failed here: for ``collective_rpc("aasd_faults")``."""
+        """How often each of `failsafe.COMPONENTS` has failed here: for ``collective_rpc("aasd_faults")``."""
         return {} if self._adapter is None else dict(self._adapter.faults.counts)
 
     def aasd_metrics(self) -> tuple[int, list[MetricValue]] | None:

@@ -26,7 +26,7 @@ from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, D
 from vllm_aasd.drafting.lengths import reproducible_lengths
 from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.memory import new_memory
-from vllm_aasd.engine import agreement, startup
+from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v1.alignment import V1Alignment
@@ -90,7 +90,7 @@ class AASDProposer:
             verify.warm_up(runner.device, dtype)
         redraw.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
-        prior = agreement.load_prior(self._model_config) if self._settings.prior else None
+        prior = shared_prior.load_prior(self._model_config) if self._settings.prior else None
         memory = new_memory(prior) if self._settings.memory == "process" else None
         draft.warm_up(NUM_ORDERS, TOP_K)
         self._drafter = Drafter(

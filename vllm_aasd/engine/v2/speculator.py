@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
-from vllm_aasd.engine import agreement, patching, startup
+from vllm_aasd.engine import patching, shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.kv_blocks import disown
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
@@ -136,7 +136,7 @@ class AASDSpeculator(BaseSpeculator):
             self._store_layer = kv_cache_config.kv_cache_groups[group].layer_names[0]
             table, block_tables = self._store.slots, tables.block_tables[group].gpu
             self._group = group
-        prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
+        prior = (shared_prior.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._propose = functools.partial(
             draft_batch,
