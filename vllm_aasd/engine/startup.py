@@ -54,7 +54,7 @@ def policy_of(settings: Settings, params: SamplingParams | None = None) -> Polic
 
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
     """The longest draft of a request, whatever the load."""
-    if settings.draft_length == "adaptive":
+    if isinstance(settings.draft_length, str):
         return num_speculative_tokens
     return min(num_speculative_tokens, settings.draft_length)
 
@@ -94,7 +94,7 @@ def load_prior(model: ModelConfig) -> Prior | None:
     key = model_key(model.model, model.revision)
     path = prior_file.cache_path(key) if key else None
     try:
-        if path is None:
+        if key is None or path is None:
             raise FileNotFoundError
         prior = prior_file.load(path, key, model.get_vocab_size())
     except FileNotFoundError:
