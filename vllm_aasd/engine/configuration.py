@@ -67,10 +67,10 @@ class AASDSpeculativeConfig(SpeculativeConfig):
 
 def install() -> list[patching.Replacement]:
     """Teach `EngineArgs` the method; does nothing where it knows it already."""
-    return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _knowing_aasd})
+    return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _patch_create_speculative_config})
 
 
-def _knowing_aasd(stock: Callable) -> Callable:
+def _patch_create_speculative_config(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def create_speculative_config(
         self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
@@ -173,7 +173,8 @@ def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
     """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, of which none has more than
     the first.
     """
-    first, entries = 1, []
+    first = 1
+    entries: list[tuple[int, int, int]] = []
     for last, length in DRAFT_SCHEDULE:
         entries.append((first, last, min(length, longest) if entries else longest))
         first = last + 1

@@ -8,7 +8,7 @@ done. A component that has failed `MAX_FAULTS` times is off until the process en
 | --- | --- | --- |
 | ``requests`` | the request is verified strictly, without drafts | every new request is |
 | ``draft`` | V1: the request has no more drafts; V2: the batch has none in this step | no drafts |
-| ``store`` | this step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
+| ``store`` | the step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
 | ``step_time`` | V1: this step's draft lengths follow a fixed threshold; V2: the number of requests | every step's do |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
 | ``metrics`` | the step isn't counted | no step is |

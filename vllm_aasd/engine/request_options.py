@@ -36,10 +36,10 @@ def install() -> list[patching.Replacement]:
     Raises:
         UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _checking_ours})
+    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _patch_verify})
 
 
-def _checking_ours(stock: Callable) -> Callable:
+def _patch_verify(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def verify(
         self: SamplingParams,
@@ -55,7 +55,8 @@ def _checking_ours(stock: Callable) -> Callable:
         try:
             with_overrides(server, self.extra_args or {})
         except ValueError as error:
-            raise RequestOptionsError(str(error), parameter="extra_args") from None
+            # vLLM's class, which mypy doesn't follow, takes it.
+            raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]
 
     return verify
 
@@ -78,7 +79,7 @@ def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
 def _warn_once() -> None:
     # Without the value: it is the user's, and the log isn't.
     logger.warning(
-        "aasd: a request came with %s* options that its front end should have refused (is the plugin installed there?); "
+        "aasd: a request has %s* options that its front end should have refused (is the plugin installed there?); "
         "the server's settings serve it, and this isn't said again",
         PREFIX,
     )

@@ -1,8 +1,8 @@
 """Log-probabilities of tokens that a request has chosen (``logprob_token_ids``), beside requests with drafts.
 
-vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, and gets what that gathers
-for such requests instead: it fails on it beside a request with ``logprobs``, and drops it else. Such requests have no drafts
-here, so all that they need is in their bonus rows.
+vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, and gets what that
+gathers for such requests instead: it fails on it beside a request with ``logprobs``, and drops it else. Such requests
+have no drafts here, so all that they need is in their bonus rows.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ def set_aside() -> Iterator[list[torch.Tensor]]:
         _rows.reset(token)
 
 
-def leaving_rows(stock: Callable) -> Callable:
-    """Make vLLM's ``gather_specific_token_logprobs`` heed `set_aside`."""
+def patch_gather_specific_token_logprobs(stock: Callable) -> Callable:
+    """Have vLLM's ``gather_specific_token_logprobs`` respect `set_aside`."""
 
     @functools.wraps(stock)
     def gather(
