@@ -40,7 +40,7 @@ _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batc
 
 @config
 class AASDSpeculativeConfig(SpeculativeConfig):
-    """vLLM's speculative config, with ours beside it.
+    """vLLM's speculative config, extended by ours.
 
     Pickled with the rest of the configuration to every engine and worker process, so this module must be
     importable there before any plugin is loaded.
@@ -140,7 +140,7 @@ def _create(
 
 
 def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
-    """The `num_speculative_tokens` that somebody set, checked; None if nobody did."""
+    """The `num_speculative_tokens` that was set, checked; None if it wasn't."""
     if args.spec_tokens is None and _LONGEST not in vllm_keys:
         return None
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
@@ -155,7 +155,7 @@ def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | Non
     """vLLM's own keys that say how long drafts may be.
 
     Args:
-        given: the `num_speculative_tokens` that somebody set.
+        given: the `num_speculative_tokens` that was set, if it was.
     """
     if settings.draft_length != "adaptive":
         return {_LONGEST: given or settings.draft_length}

@@ -149,7 +149,7 @@ class Replacement:
         self._owner, self._name, self._stock, self._ours = owner, name, stock, ours
 
     def undo(self) -> None:
-        """Put vLLM's own function back; does nothing if somebody else has replaced ours since."""
+        """Put vLLM's own function back; does nothing if ours has been replaced since."""
         if getattr(self._owner, self._name) is self._ours:
             setattr(self._owner, self._name, self._stock)
 

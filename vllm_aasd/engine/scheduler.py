@@ -29,7 +29,7 @@ class _WithWidths(_Base):
             self.dynamic_sd_lookup = self._widths
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Also: look at the clock."""
+        """Also: note the time."""
         step = super().schedule(*args, **kwargs)
         if self._widths is not None:
             self._widths.scheduled(step)

@@ -1,4 +1,4 @@
-"""What is held for each request on the V1 model runner, by its id."""
+"""The state of each request on the V1 model runner, by its id."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ class V1Request(NamedTuple):
     """How one request is verified. The same objects at every step, as `PolicyBatch` wants.
 
     Attributes:
-        policy: by which its draft tokens are accepted.
-        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't look at them.
-        is_seeded: whether it samples by a seed of its own.
+        policy: decides which of its draft tokens are accepted.
+        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't use them.
+        is_seeded: whether it samples with its own seed.
         is_strict: whether its output is exactly the target's, as that of sampled requests is under most policies.
     """
 
@@ -29,8 +29,8 @@ class V1Request(NamedTuple):
     is_strict: bool
 
 
-def _is_misled_by_drafts(params: SamplingParams | None) -> bool:
-    """Whether vLLM's V1 sampler gives a request with such parameters another answer where it has drafts."""
+def _changes_with_drafts(params: SamplingParams | None) -> bool:
+    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
     if params is None:
         return False
     return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
@@ -57,7 +57,7 @@ class V1Requests:
         return len(self._requests)
 
     def admit(self, req_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
-        """Take in the requests of a batch that are new.
+        """Add the requests of a batch that are new.
 
         Args:
             req_ids: the batch.
@@ -79,7 +79,7 @@ class V1Requests:
         stop_token_ids = sorted(params.all_stop_token_ids) if params and policy.rule != STRICT else []
         is_greedy = params is None or params.sampling_type is SamplingType.GREEDY
         self._requests[req_id] = V1Request(policy, stop_token_ids, is_seeded, not policy.relaxes(is_greedy))
-        if settings.enabled and not _is_misled_by_drafts(params):
+        if settings.enabled and not _changes_with_drafts(params):
             self._drafted.add(req_id)
 
     def is_drafted(self, req_id: str) -> bool:
@@ -91,7 +91,7 @@ class V1Requests:
         self._drafted.discard(req_id)
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended; unknown ones are passed over."""
+        """Drop the state of requests that have ended; unknown ones are ignored."""
         for req_id in req_ids:
             self._requests.pop(req_id, None)
             self._drafted.discard(req_id)

@@ -1,8 +1,8 @@
-"""Thinking budgets (``thinking_token_budget``) on vLLM's V1 model runner, as they are without speculation.
+"""Thinking budgets (``thinking_token_budget``) on vLLM's V1 model runner, with the same results as without speculation.
 
-With speculation configured, vLLM's holder of them counts the rows of a step by its drafts. It forces the end of
-thinking at the wrong token where the start or the end of thinking is itself drafted, and one token late from the
-second time on, drafts or not. So requests with a budget have no drafts here, and the holder isn't told of those of
+With speculation configured, vLLM's holder of budgets counts the rows of a step by its drafts. It forces the end of
+thinking at the wrong token if the start or the end of thinking is itself drafted, and one token late from the second
+time on, with or without drafts. So requests with a budget have no drafts here, and the holder doesn't see those of
 others.
 """
 
@@ -11,7 +11,7 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 
 class UndraftedBudgets:
-    """Stands in the place of the holder for one step: of a request with a budget, there is the bonus token's row only.
+    """Replaces vLLM's holder for one step, in which a request with a budget has the bonus token's row only.
 
     Args:
         holder: vLLM's.
