@@ -173,9 +173,9 @@ def mend_sampling() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_aasd.engine.v1 import rejection_sampler
+        from vllm_aasd.engine.v1 import sampler_patches
 
-        rejection_sampler.install()
+        sampler_patches.install()
 
 
 def _forget_answers(worker: Any) -> None:

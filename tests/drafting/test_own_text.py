@@ -12,7 +12,7 @@ from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import empty_memory, new_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
-from vllm_aasd.engine import agreement, conversations
+from vllm_aasd.engine import conversations, shared_prior
 from vllm_aasd.engine.conversations import Turns, turns
 from vllm_aasd.kernels.draft import Prior
 
@@ -143,7 +143,7 @@ def all_knowing(monkeypatch):
     pairs = itertools.product(range(fake_v2.VOCAB), repeat=2)
     texts = [text_of([*pair, 0], {1: {fake_v2.next_token(*pair): 1.0}}) for pair in pairs]
     nothing = Prior(np.full((fake_v2.VOCAB, 1), -1, np.int32), np.zeros((fake_v2.VOCAB, 1), np.float32))
-    monkeypatch.setattr(agreement, "load_prior", lambda model: with_texts(nothing, texts)._replace(ids=nothing.ids))
+    monkeypatch.setattr(shared_prior, "load_prior", lambda model: with_texts(nothing, texts)._replace(ids=nothing.ids))
 
 
 @pytest.mark.parametrize("has_prior", [True, False])

@@ -13,7 +13,7 @@ from aasd_testing.engines import greedy, run_engine
 from aasd_testing.fuzz.server import Server, ServerError
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.counters import METRICS, PREFIX
-from vllm_aasd.engine.failsafe import PLACES
+from vllm_aasd.engine.failsafe import COMPONENTS
 
 pytestmark = pytest.mark.engine
 
@@ -121,7 +121,7 @@ def test_the_servers_page_shows_our_metrics_and_they_agree_with_vllms(client, se
     assert accepted > samples["aasd:relaxed_tokens_total", *LABELS] > 0
     assert samples["aasd:regret_nats_total", *LABELS] > 0
     assert by_label(samples, "store_lookups")["hit"] > 0
-    assert by_label(samples, "faults") == dict.fromkeys(PLACES, 0)
+    assert by_label(samples, "faults") == dict.fromkeys(COMPONENTS, 0)
 
 
 def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):

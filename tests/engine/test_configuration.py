@@ -237,12 +237,14 @@ def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message)
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize(("chosen", "carrier"), [("0", configuration.V1_CARRIER), ("1", configuration.V2_CARRIER)])
-def test_the_carrier_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, chosen, carrier):
+@pytest.mark.parametrize(
+    ("chosen", "method"), [("0", configuration.V1_BASE_METHOD), ("1", configuration.V2_BASE_METHOD)]
+)
+def test_the_base_method_leads_to_the_runner_that_vllm_chooses(create, monkeypatch, chosen, method):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     config = create({"method": "aasd", "num_speculative_tokens": 5})
-    assert config.speculative_config.method == carrier
+    assert config.speculative_config.method == method
     assert config.use_v2_model_runner is (chosen == "1")
     assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
     for twin in (pickle.loads(pickle.dumps(config)).speculative_config, replace(config.speculative_config)):
@@ -257,15 +259,15 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
         "pipeline_parallel_size": 2,
     }
 
-    def carrier(**changed):
-        return configuration.pick_carrier(types.SimpleNamespace(**{**arguments, **changed}))
+    def chosen(**changed):
+        return configuration.base_method(types.SimpleNamespace(**{**arguments, **changed}))
 
     monkeypatch.setattr(configuration, "HAS_TRITON", True)
-    assert carrier() == configuration.V2_CARRIER
-    assert carrier(enable_dbo=True) == carrier(ubatch_size=2) == configuration.V1_CARRIER
-    assert carrier(distributed_executor_backend="external_launcher") == configuration.V1_CARRIER
+    assert chosen() == configuration.V2_BASE_METHOD
+    assert chosen(enable_dbo=True) == chosen(ubatch_size=2) == configuration.V1_BASE_METHOD
+    assert chosen(distributed_executor_backend="external_launcher") == configuration.V1_BASE_METHOD
     monkeypatch.setattr(configuration, "HAS_TRITON", False)
-    assert carrier() == configuration.V1_CARRIER
+    assert chosen() == configuration.V1_BASE_METHOD
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_models_that_generate_otherwise_are_refused(kind):
 
 def test_an_unknown_vllm_refuses_the_method_and_nothing_else(create, monkeypatch):
     monkeypatch.setattr(patching, "vllm_version", lambda: "9.9.9")
-    with pytest.raises(patching.SeamError, match=r"vLLM 9\.9\.9 is installed"):
+    with pytest.raises(patching.UnsupportedVLLMError, match=r"vLLM 9\.9\.9 is installed"):
         create({"method": "aasd"})
     assert create({"method": "ngram", "num_speculative_tokens": 3}).speculative_config.method == "ngram"
 

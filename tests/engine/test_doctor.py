@@ -5,9 +5,9 @@ import types
 import pytest
 
 from vllm_aasd import doctor
-from vllm_aasd.engine import configuration, diagnosis, patching, relied_on
-from vllm_aasd.engine.patching import Seam, SeamError
-from vllm_aasd.engine.relied_on import Members
+from vllm_aasd.engine import configuration, diagnosis, patching, required_api
+from vllm_aasd.engine.patching import PatchTarget, UnsupportedVLLMError
+from vllm_aasd.engine.required_api import Abstract, Members
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def run(capsys):
     return run_doctor
 
 
-@pytest.mark.parametrize("runner", relied_on.RUNNERS)
+@pytest.mark.parametrize("runner", required_api.RUNNERS)
 def test_the_installed_vllm_is_as_we_know_it(runner):
-    assert relied_on.problems(relied_on.BOTH + relied_on.RUNNERS[runner]) == []
-    relied_on.check(runner)
+    assert required_api.problems(required_api.BOTH + required_api.RUNNERS[runner]) == []
+    required_api.check(runner)
 
 
 def test_everything_that_is_replaced_is_on_the_list():
-    replaced = {value for value in vars(patching).values() if isinstance(value, Seam)}
-    listed = {one for one in (*relied_on.BOTH, *relied_on.V1, *relied_on.V2) if isinstance(one, Seam)}
+    replaced = {value for value in vars(patching).values() if isinstance(value, PatchTarget)}
+    listed = {one for one in (*required_api.BOTH, *required_api.V1, *required_api.V2) if isinstance(one, PatchTarget)}
     assert replaced and replaced <= listed
 
 
@@ -56,8 +56,8 @@ def test_a_missing_symbol_of_the_chosen_runner_is_fatal_and_named(run, monkeypat
     assert code == 1
     assert "vLLM has no vllm.v1.worker.gpu.model_runner.init_speculator any more" in said
     assert "aasd can't work: vLLM's V2 model runner isn't as we know it" in said
-    with pytest.raises(SeamError, match=r"V2 model runner\): vLLM has no .*init_speculator any more"):
-        relied_on.check("V2")
+    with pytest.raises(UnsupportedVLLMError, match=r"V2 model runner\): vLLM has no .*init_speculator any more"):
+        required_api.check("V2")
     monkeypatch.setattr(diagnosis, "chooses_v2", lambda: False)
     assert run()[0] == 0, "the V1 runner doesn't need it"
 
@@ -104,8 +104,23 @@ def test_v1_on_a_gpu_is_fatal(run, monkeypatch):
         (Members("vllm.v1.worker.gpu.states", "RequestState", ("total_len", "nothing")), "has no nothing any more"),
         (Members("vllm.v1.worker.gpu.states", "Gone", ()), "has no vllm.v1.worker.gpu.states.Gone any more"),
         (Members("vllm.v1.worker.gpu.input_batch", "InputBatch", ("idx_mapping", "gone")), "has no gone any more"),
+        (
+            Abstract("vllm.v1.worker.gpu.spec_decode.speculator", "BaseSpeculator", ("propose", "capture")),
+            "BaseSpeculator of vLLM requires init_cudagraph_manager, unknown to us",
+        ),
     ],
 )
 def test_a_missing_member_is_seen(members, message):
-    (problem,) = relied_on.problems((members,))
+    (problem,) = required_api.problems((members,))
     assert message in problem
+
+
+def test_we_define_the_methods_that_the_list_says():
+    from vllm_aasd.engine.v2.requests import RequestSlots
+    from vllm_aasd.engine.v2.speculator import AASDSpeculator
+
+    ours = {"BaseSpeculator": AASDSpeculator, "LogitsProcessor": RequestSlots}
+    listed = [one for one in required_api.V2 if isinstance(one, Abstract)]
+    assert {one.attribute for one in listed} == set(ours)
+    for one in listed:
+        assert set(one.names) <= set(vars(ours[one.attribute]))

@@ -15,10 +15,11 @@ from vllm_aasd.counters import Counters
 from vllm_aasd.drafting import draft_length
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel
-from vllm_aasd.engine.failsafe import MAX_FAULTS, PLACES, Faults
+from vllm_aasd.engine.failsafe import COMPONENTS, MAX_FAULTS, Faults
 from vllm_aasd.engine.v1 import counting as v1_counting
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 from vllm_aasd.engine.v1 import requests as v1_requests
+from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
@@ -207,7 +208,7 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
             all_greedy=False, all_random=True, temperature=torch.ones(2), generators=generators
         )
         arguments = [torch.tensor([1, 2, 3]).int(), [2, 1], 2, cu_num_drafts, None, logits, bonus, metadata]
-        sample = v1_verifier._dispatching(stock)
+        sample = sampler_patches.patch_rejection_sample(stock)
         if not active:
             assert sample(*arguments) == "vLLM's"
             continue
@@ -220,17 +221,19 @@ def test_v1_vllms_sampler_draws_what_it_would_have_drawn_without_us(monkeypatch)
 def test_v1_gives_a_step_that_it_can_not_verify_to_vllm_at_once(monkeypatch):
     faults, calls, counted = Faults(), [], []
     verifier = v1_verifier.V1Verifier({}, 1, torch.device("cpu"), faults, None)
-    monkeypatch.setattr(verifier, "count_vllms", lambda *step: counted.append(step))
+    monkeypatch.setattr(verifier, "count_stock", lambda *step: counted.append(step))
 
     def broken(*args):
         calls.append(args)
         raise RuntimeError
 
     monkeypatch.setattr(verifier, "rejection_sample", broken)
-    monkeypatch.setattr(v1_verifier, "_is_argmax", lambda metadata: True)
-    sample = v1_verifier._dispatching(lambda *args: "vLLM's")
+    monkeypatch.setattr(sampler_patches, "_is_argmax", lambda metadata: True)
+    sample = sampler_patches.patch_rejection_sample(lambda *args: "vLLM's")
     nothing = types.SimpleNamespace(generators={}, logprob_token_ids=None, thinking_budget_state_holder=None)
-    forward = v1_verifier._sparing_copies(lambda *args: sample(None, [1], 1, None, None, None, None, nothing))
+    forward = sampler_patches.patch_rejection_sampler_forward(
+        lambda *args: sample(None, [1], 1, None, None, None, None, nothing)
+    )
     rows = types.SimpleNamespace(
         draft_token_ids=None, num_draft_tokens=[1], max_spec_len=1, cu_num_draft_tokens=None,
         target_logits_indices=torch.tensor([0]), bonus_logits_indices=torch.tensor([1]),
@@ -242,7 +245,7 @@ def test_v1_gives_a_step_that_it_can_not_verify_to_vllm_at_once(monkeypatch):
         assert len(calls) == len(counted) == faults.counts["verify"] == step
     assert forward(None, rows, None, torch.zeros(2, 8), nothing) == "vLLM's"
     assert len(calls) == 2, "another engine's step isn't ours"
-    monkeypatch.setattr(v1_verifier, "_is_argmax", lambda metadata: False)
+    monkeypatch.setattr(sampler_patches, "_is_argmax", lambda metadata: False)
     verifier.begin_step(["a"])
     with verifier.active():
         forward(None, rows, None, torch.zeros(2, 8), nothing)
@@ -424,7 +427,7 @@ def test_faults_are_counted_by_place_and_switch_it_off(caplog):
             assert faults.is_off("metrics") == (number >= MAX_FAULTS)
             with faults.contained("metrics"):
                 raise Fault
-    assert faults.counts == {**dict.fromkeys(PLACES, 0), "metrics": MAX_FAULTS + 3}
+    assert faults.counts == {**dict.fromkeys(COMPONENTS, 0), "metrics": MAX_FAULTS + 3}
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
     assert "'metrics' has failed 8 times and is off" in caplog.text and not faults.is_off("draft")
 

@@ -6,21 +6,21 @@ import types
 import pytest
 
 from vllm_aasd.engine import patching
-from vllm_aasd.engine.patching import Seam, SeamError
+from vllm_aasd.engine.patching import PatchTarget, UnsupportedVLLMError
 
 
 @pytest.fixture
 def host(monkeypatch):
     """A module like vLLM's, with two functions that we replace."""
-    module = types.ModuleType("host_of_seams")
+    module = types.ModuleType("host_of_targets")
     module.first = lambda a, b, c=0: ("stock", a, b, c)
     module.second = lambda a: ("stock", a)
-    monkeypatch.setitem(sys.modules, "host_of_seams", module)
+    monkeypatch.setitem(sys.modules, "host_of_targets", module)
     return module
 
 
-FIRST = Seam("host_of_seams", "first", ("a", "b"))
-SECOND = Seam("host_of_seams", "second", ("a",))
+FIRST = PatchTarget("host_of_targets", "first", ("a", "b"))
+SECOND = PatchTarget("host_of_targets", "second", ("a",))
 
 
 def ours(stock):
@@ -51,28 +51,29 @@ def test_undo_leaves_what_somebody_else_has_put_there(host):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (Seam("host_of_seams", "third", ("a",)), "has no host_of_seams.third any more"),
-        (Seam("no_such_module_of_vllm", "x", ()), "has no no_such_module_of_vllm.x any more"),
-        (Seam("host_of_seams", "second", ("b",)), r"takes \('a',\), and we know it with \('b',\) first"),
+        (PatchTarget("host_of_targets", "third", ("a",)), "has no host_of_targets.third any more"),
+        (PatchTarget("no_such_module_of_vllm", "x", ()), "has no no_such_module_of_vllm.x any more"),
+        (PatchTarget("host_of_targets", "second", ("b",)), r"takes \('a',\), and we know it with \('b',\) first"),
     ],
 )
 def test_all_or_nothing(host, broken, message):
     stock = host.first
-    with pytest.raises(SeamError, match=message):
+    with pytest.raises(UnsupportedVLLMError, match=message):
         patching.replace({FIRST: ours, broken: ours})
     assert host.first is stock
 
 
-def test_every_seam_of_the_installed_vllm_is_as_we_know_it():
-    known = [value for value in vars(patching).values() if isinstance(value, Seam)]
+def test_every_target_in_the_installed_vllm_is_as_we_know_it():
+    known = [value for value in vars(patching).values() if isinstance(value, PatchTarget)]
     assert len(known) >= 4
-    for seam in known:
-        patching.check(seam)
+    for target in known:
+        patching.check(target)
     patching.check_version()
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0"])
 def test_an_unknown_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(patching, "vllm_version", lambda: version)
-    with pytest.raises(SeamError, match=rf"supports vLLM 0\.32\.\*, 0\.33\.\*, and vLLM {version} is installed"):
+    message = rf"supports vLLM 0\.32\.\*, 0\.33\.\*, and vLLM {version} is installed"
+    with pytest.raises(UnsupportedVLLMError, match=message):
         patching.check_version()

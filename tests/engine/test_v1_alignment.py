@@ -11,7 +11,7 @@ from aasd_testing.fake_v2 import VOCAB, next_token
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.startup import StepProfile
-from vllm_aasd.engine.v1 import proposer as v1
+from vllm_aasd.engine.v1 import adapter as v1
 from vllm_aasd.engine.v1.alignment import V1Alignment, is_of_context
 
 BLOCK = 4

@@ -13,6 +13,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
+from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify import policies
@@ -26,7 +27,7 @@ GREEDY = types.SimpleNamespace(all_greedy=True, all_random=False, temperature=No
 
 @pytest.fixture
 def installed():
-    replacements = v1_verifier.install()
+    replacements = sampler_patches.install()
     yield
     for replacement in replacements:
         replacement.undo()
@@ -151,7 +152,7 @@ def test_another_engine_of_the_process_keeps_vllms_sampler(installed, monkeypatc
     def stock(*args, **kwargs):
         seen.append(kwargs or args)
 
-    monkeypatch.setattr(rejection_sampler, "rejection_sample", v1_verifier._dispatching(stock))
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", sampler_patches.patch_rejection_sample(stock))
     rejection_sampler.rejection_sample(**arguments())
     assert len(seen) == 1
     with verifier(Settings()).active():

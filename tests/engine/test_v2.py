@@ -321,8 +321,8 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
         return emitted
 
     # vLLM 0.33's parameters; 0.32 has fewer.
-    seam = patching.V2_REJECTION_SAMPLE
-    names = [*seam.parameters, *seam.further]
+    target = patching.V2_REJECTION_SAMPLE
+    names = [*target.parameters, *target.further]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     stock.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
     rows = [torch.zeros(3, VOCAB), draft_logits, torch.tensor([4, 5, 6]), torch.tensor([0, 3]), torch.arange(3)]

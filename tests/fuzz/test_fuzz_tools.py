@@ -16,7 +16,7 @@ from aasd_testing.fuzz.prompts_of_tokens import CANARIES, Prompts
 from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.fuzz.soak import Tally, shrink
 from vllm_aasd.drafting.drafter import Drafter
-from vllm_aasd.engine.failsafe import PLACES
+from vllm_aasd.engine.failsafe import COMPONENTS
 
 PROMPTS = {"cmpl-a": [1, 2, 4, 1, 2, 6, 1], "cmpl-b": [3, 3, 5, 6, 0, 2, 1, 3, 3]}
 
@@ -88,7 +88,7 @@ def test_as_many_faults_are_counted_as_were_injected(where, place):
     worker.serve()
     worker.fuzz("calm")
     look = worker.fuzz("look")
-    assert (look["faults"], look["problems"]) == ({place: 1}, []) and worker.is_right() and place in PLACES
+    assert (look["faults"], look["problems"]) == ({place: 1}, []) and worker.is_right() and place in COMPONENTS
 
 
 def test_another_requests_token_in_a_draft_and_a_table_as_wide_as_a_list_show():

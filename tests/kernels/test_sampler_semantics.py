@@ -25,6 +25,7 @@ from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
+from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
@@ -73,7 +74,7 @@ def some_requests(seed):
 @pytest.fixture(scope="module")
 def v1():
     """vLLM's own sampler module of the V1 runner, with our verifier in it."""
-    replacements = v1_verifier.install()
+    replacements = sampler_patches.install()
     yield V1()
     for replacement in replacements:
         replacement.undo()
@@ -138,7 +139,7 @@ def greedy_requests(seed, dtype):
 def test_v1_verifies_the_lm_heads_rows_as_it_does_vllms_copies(v1, monkeypatch, dtype, seed):
     requests = greedy_requests(seed, dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(v1_verifier, "_is_argmax", lambda metadata: False)
+        patch.setattr(sampler_patches, "_is_argmax", lambda metadata: False)
         wanted = v1(requests)
     before = [request.logits.clone() for request in requests]
     # Nothing of vLLM's sampler is asked.
@@ -194,7 +195,7 @@ class Foreign(LogitsProcessor):
 )
 def test_v1_leaves_to_vllm_what_changes_logits_or_keeps_them(changes, is_argmax):
     plain = of_sampling(greedy_requests(0, torch.float32), None)
-    assert v1_verifier._is_argmax(dataclasses.replace(plain, **changes)) is is_argmax
+    assert sampler_patches._is_argmax(dataclasses.replace(plain, **changes)) is is_argmax
 
 
 def of_sampling(requests, logprobs):

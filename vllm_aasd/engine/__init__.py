@@ -1,1 +1,1 @@
-"""Everything that touches vLLM: seams, configuration, workers, and one adapter per model runner."""
+"""Everything that touches vLLM: patches, configuration, workers, and one adapter per model runner."""

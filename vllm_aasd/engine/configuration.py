@@ -1,8 +1,8 @@
 """From ``--speculative-config '{"method": "aasd", ...}'`` to a speculative config that vLLM runs.
 
-vLLM knows its methods by a closed list, so ``aasd`` travels under a *carrier*: a stock method that loads no draft
-model. On the V2 model runner, which GPUs run by default, that is ``ngram_gpu``: it keeps asynchronous scheduling and
-has every request's tokens in device memory. On the V1 model runner it is ``custom_class``, which leads to our proposer.
+vLLM accepts a fixed list of methods, so ``aasd`` is built on a *base method* of vLLM's that loads no draft model. On
+the V2 model runner, which GPUs run by default, that is ``ngram_gpu``: it keeps asynchronous scheduling and has every
+request's tokens in device memory. On the V1 model runner it is ``custom_class``, which creates our proposer.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from vllm_aasd.fields import shown
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
-V1_CARRIER = "custom_class"
-V2_CARRIER = "ngram_gpu"
+V1_BASE_METHOD = "custom_class"
+V2_BASE_METHOD = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
@@ -40,7 +40,7 @@ _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batc
 
 @config
 class AASDSpeculativeConfig(SpeculativeConfig):
-    """vLLM's speculative config, with ours beside it.
+    """vLLM's speculative config, extended by ours.
 
     Pickled with the rest of the configuration to every engine and worker process, so this module must be
     importable there before any plugin is loaded.
@@ -61,15 +61,16 @@ class AASDSpeculativeConfig(SpeculativeConfig):
         by_requests = f" by requests {schedule}" if schedule is not None else ""
         if self.aasd_learns_widths:
             by_requests += " at first, then as learnt"
-        return f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}{by_requests}, {settings})"
+        length = f"num_spec_tokens={self.num_speculative_tokens}{by_requests}"
+        return f"SpeculativeConfig(method='{METHOD}', {length}, {settings})"
 
 
 def install() -> list[patching.Replacement]:
     """Teach `EngineArgs` the method; does nothing where it knows it already."""
-    return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _knowing_aasd})
+    return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _patch_create_speculative_config})
 
 
-def _knowing_aasd(stock: Callable) -> Callable:
+def _patch_create_speculative_config(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def create_speculative_config(
         self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
@@ -91,20 +92,20 @@ def _knowing_aasd(stock: Callable) -> Callable:
 def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
-    """Check everything that can't work, then let vLLM build the carrier's config and take it over."""
+    """Check everything that can't work, then have vLLM build the base method's config, and extend it."""
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
-    carrier = pick_carrier(args)
-    runner = "V2" if carrier == V2_CARRIER else "V1"
+    method = base_method(args)
+    runner = "V2" if method == V2_BASE_METHOD else "V1"
     refusal = runner_refusal(runner)
     if refusal is not None:
         unsupported.refuse("model_runner", runner, refusal)
     unsupported.check(runner, args, vllm_keys, settings)
     unsupported.check_model(target_model_config)
 
-    carried = {**vllm_keys, "method": carrier, "model": PROPOSER if carrier == V1_CARRIER else None}
+    carried = {**vllm_keys, "method": method, "model": PROPOSER if method == V1_BASE_METHOD else None}
     lengths = _lengths(args, settings, runner, _given_length(args, carried))
     if args.spec_tokens is not None:
         # vLLM takes it from there by itself.
@@ -123,7 +124,7 @@ def _create(
     longest_window = max(1, ours.num_speculative_tokens - 1)
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
-    if carrier == V1_CARRIER:
+    if method == V1_BASE_METHOD:
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
@@ -139,7 +140,7 @@ def _create(
 
 
 def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
-    """The `num_speculative_tokens` that somebody set, checked; None if nobody did."""
+    """The `num_speculative_tokens` that was set, checked; None if it wasn't."""
     if args.spec_tokens is None and _LONGEST not in vllm_keys:
         return None
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
@@ -154,7 +155,7 @@ def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | Non
     """vLLM's own keys that say how long drafts may be.
 
     Args:
-        given: the `num_speculative_tokens` that somebody set.
+        given: the `num_speculative_tokens` that was set, if it was.
     """
     if settings.draft_length != "adaptive":
         return {_LONGEST: given or settings.draft_length}
@@ -172,7 +173,8 @@ def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
     """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, of which none has more than
     the first.
     """
-    first, entries = 1, []
+    first = 1
+    entries: list[tuple[int, int, int]] = []
     for last, length in DRAFT_SCHEDULE:
         entries.append((first, last, min(length, longest) if entries else longest))
         first = last + 1
@@ -181,10 +183,10 @@ def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
 
 
 def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> list[tuple[int, int, int]]:
-    """The same schedule, without drafts for the most requests, so that vLLM captures CUDA graphs of steps without drafts.
+    """The same schedule, but without drafts for the most requests, so that vLLM captures CUDA graphs for no drafts.
 
-    It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for any number
-    of requests, begins as if this weren't there (`vllm_aasd.engine.draft_length_schedule`).
+    It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for
+    any number of requests, begins as if this weren't there (`vllm_aasd.engine.draft_length_schedule`).
 
     Args:
         schedule: ours; see `_vllm_schedule`.
@@ -197,18 +199,18 @@ def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> lis
     return [*below, (most, most, 0)]
 
 
-def pick_carrier(args: EngineArgs) -> str:
-    """The stock method that leads to the model runner which vLLM will choose for these arguments.
+def base_method(args: EngineArgs) -> str:
+    """vLLM's method for the model runner that it will choose for these arguments.
 
     vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), of which the speculative one is a
     part, so this foresees it, by the same rules and switches; the worker refuses to start where the two disagree.
     """
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
         if args.enable_dbo or args.ubatch_size > 1:
-            return V1_CARRIER
+            return V1_BASE_METHOD
         if args.distributed_executor_backend == "external_launcher" and args.pipeline_parallel_size > 1:
-            return V1_CARRIER
-    return V2_CARRIER if chooses_v2() else V1_CARRIER
+            return V1_BASE_METHOD
+    return V2_BASE_METHOD if chooses_v2() else V1_BASE_METHOD
 
 
 def chooses_v2() -> bool:

@@ -1,7 +1,7 @@
-"""Let the target make up conversations, through vLLM: it is given the beginning of a question and nothing else.
+"""Have the target generate conversations, through vLLM, from nothing but the beginning of a question.
 
-After Magpie (Xu et al., 2024, arXiv 2406.08464): a chat model that sees where the user's turn begins writes a question as
-users ask them, and then answers it. A model without a chat template writes texts.
+After Magpie (Xu et al., 2024, arXiv 2406.08464): a chat model that sees where the user's turn begins writes a question
+as users ask them, and then answers it. A model without a chat template writes texts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ from vllm.logprobs import Logprob
 from vllm_aasd.drafting.own_text import Text
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96
-"""The longest that are made up."""
+"""The longest that are generated."""
 
-# As many as are in a batch at once, and few enough to report on and to stop behind.
+# As many as fit in a batch, and few enough to report progress and to stop after.
 _AT_ONCE = 256
 _MARK = "Why?"
 
@@ -41,7 +41,7 @@ def turns(tokenizer: Any) -> Turns | None:
     try:
         asked = tokenizer.apply_chat_template(question, tokenize=False)
         answering = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    # transformers raises ValueError without a template; a template may raise whatever it likes.
+    # transformers raises ValueError without a template; a template may raise anything.
     except Exception:
         return None
     before, mark, after = asked.rpartition(_MARK)
@@ -115,6 +115,6 @@ def _text(prompt: list[int], output: Any, top_k: int) -> Text:
 
 
 def likeliest(predicted: Mapping[int, Logprob], top_k: int) -> tuple[list[int], np.ndarray]:
-    """The likeliest tokens of what vLLM reports of a position, at most so many, and their probabilities in float32."""
+    """At most ``top_k`` of the likeliest tokens that vLLM reports at a position, and their probabilities in float32."""
     best = sorted(predicted.items(), key=lambda entry: -entry[1].logprob)[:top_k]
     return [token_id for token_id, _ in best], np.exp([entry.logprob for _, entry in best]).astype(np.float32)

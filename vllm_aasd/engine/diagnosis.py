@@ -1,4 +1,4 @@
-"""What the doctor finds: the installed vLLM, this machine's platform, and whether the runner that will be chosen fits."""
+"""What the doctor finds: the installed vLLM, this platform, and whether the runner that vLLM will choose fits."""
 
 import importlib.metadata
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd import __version__
-from vllm_aasd.engine import patching, relied_on, unsupported
+from vllm_aasd.engine import patching, required_api, unsupported
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
 from vllm_aasd.kernels.common.cache_folder import cache_folder, code_folder
 
@@ -30,7 +30,7 @@ def diagnose() -> Diagnosis:
     reasons = []
     try:
         patching.check_version()
-    except patching.SeamError as error:
+    except patching.UnsupportedVLLMError as error:
         reasons.append(str(error))
     if not any(point.name == "aasd" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
         reasons.append("vLLM can't find the plugin: the entry point isn't installed (pip install vllm-aasd)")
@@ -39,9 +39,9 @@ def diagnose() -> Diagnosis:
     refusal = runner_refusal(chosen)
     if refusal is not None:
         reasons.append(refusal)
-    for runner, needed in relied_on.RUNNERS.items():
-        needed = relied_on.BOTH + needed
-        found = relied_on.problems(needed)
+    for runner, needed in required_api.RUNNERS.items():
+        needed = required_api.BOTH + needed
+        found = required_api.problems(needed)
         lines.append(
             f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them"
         )

@@ -1,4 +1,4 @@
-"""The draft lengths that vLLM's scheduler asks for, learned from what it is told of each step."""
+"""The draft lengths that vLLM's scheduler uses, learned from each step."""
 
 import collections
 import logging
@@ -12,15 +12,15 @@ from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
 
-# Steps that vLLM has under way at once: one a pipeline stage, and one more.
+# Steps that vLLM runs at once: one per pipeline stage, and one more.
 _MAX_UNDER_WAY = 64
 
 
 class DraftLengthSchedule:
-    """In the place of the scheduler's ``dynamic_sd_lookup``, of which it is asked for the number of requests' entry.
+    """Replaces the scheduler's ``dynamic_sd_lookup``, which it indexes by the number of requests.
 
     Args:
-        lookup: vLLM's, see `vllm_aasd.drafting.batch_draft_length.BatchDraftLength`; it goes on where learning fails.
+        lookup: vLLM's, see `vllm_aasd.drafting.batch_draft_length.BatchDraftLength`; used if learning fails.
         max_step_tokens: the most tokens of a step.
     """
 
@@ -42,11 +42,11 @@ class DraftLengthSchedule:
         return self._lookup[num_requests]
 
     def scheduled(self, step: SchedulerOutput) -> None:
-        """Note that a step is on its way to the workers."""
+        """Note that a step was scheduled."""
         self._under_way.append((step, time.perf_counter()))
 
     def done(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        """Learn from a step what it emitted and took."""
+        """Learn from a step what it emitted and how long it took."""
         now = time.perf_counter()
         if not self._faults.is_off("step_time"):
             with self._contained:
@@ -58,7 +58,7 @@ class DraftLengthSchedule:
         while self._under_way and began is None:
             other, scheduled = self._under_way.popleft()
             if other is step:
-                # The device begins it when it is there, and the one before is done.
+                # The device begins it when it has arrived and the step before is done.
                 began = max(scheduled, self._last_done)
         drafts = step.scheduled_spec_decode_tokens
         num_requests = len(step.num_scheduled_tokens)

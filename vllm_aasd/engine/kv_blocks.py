@@ -1,9 +1,10 @@
-"""KV blocks that change hands: what their former owners' contexts predicted must not be drafted from.
+"""KV blocks that change owners: drafts must not use what a former owner's context predicted.
 
-vLLM clears no block when it gives it to another request, so the alignment store's entries lie there until they are
-overwritten, and an entry's own token says nothing of its context. Which blocks a step gives to whom is in the scheduler's
-output: the blocks of a prefix-cache hit hold the same context, under the same `cache_salt`, and keep their entries; all
-others lose them before the step reads or writes any. The copy that vLLM makes of a partly shared block is such a block.
+vLLM doesn't clear a block that it gives to another request, so the alignment store's entries stay until they are
+overwritten, and an entry's token doesn't identify its context. The scheduler's output says which blocks a step gives
+to which request: the blocks of a prefix-cache hit hold the same context, with the same `cache_salt`, and keep their
+entries; all others are cleared before the step reads or writes any. The copy that vLLM makes of a partly shared block
+is one of those.
 """
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -19,8 +20,8 @@ def new_blocks(scheduled: SchedulerOutput, group: int, block_size: int, loads_kv
         scheduled: the step.
         group: a KV cache group, by its index.
         block_size: tokens of its blocks.
-        loads_kv: whether a KV connector may have filled computed blocks, too, which then aren't told from hits: none of a
-            request that enters are taken for one.
+        loads_kv: whether a KV connector may fill blocks. They look like prefix-cache hits, so then no block of a new
+            request counts as one.
     """
 
     def after_hits(block_ids: tuple[list[int], ...], num_computed_tokens: int) -> list[int]:
@@ -40,15 +41,15 @@ def new_blocks(scheduled: SchedulerOutput, group: int, block_size: int, loads_kv
 
 
 def disown(store: AlignmentStore, scheduled: SchedulerOutput, group: int, loads_kv: bool, faults: Faults) -> None:
-    """Forget what former owners left in the blocks that a step gives to requests; to be called before it begins.
+    """Clear the entries of former owners in the blocks that a step gives to requests. Call it before the step.
 
     Args:
-        store: laid out as the group is.
+        store: with the group's layout.
         scheduled, group, loads_kv: as for `new_blocks`.
         faults: of the worker.
     """
     with faults.contained("store", shared=True):
         store.invalidate(new_blocks(scheduled, group, store.table.shape[1], loads_kv))
         return
-    # Whose entries these are isn't known, so nobody's are kept.
+    # The owners of the entries are unknown, so none are kept.
     store.clear()

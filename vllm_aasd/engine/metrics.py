@@ -104,7 +104,7 @@ class Publisher:
 
     Args:
         counters: what the worker counts.
-        faults: of the worker; once its place ``metrics`` is off, nothing more is written.
+        faults: of the worker; once its component ``metrics`` is off, nothing more is written.
         folder: see `serving_folder`.
         model_name: as vLLM labels it.
         engine: the data-parallel rank.

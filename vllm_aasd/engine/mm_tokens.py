@@ -26,7 +26,7 @@ class PlaceholderTokens:
         self._on_device = torch.full((_MOST_IDS,), -1, dtype=torch.int64, device=device)
 
     def learn(self, requests: Iterable[NewRequestData]) -> None:
-        """Take in what stands for embeddings in new requests."""
+        """Note the tokens that stand for embeddings in new requests."""
         seen = set()
         for request in requests:
             prompt = request.prompt_token_ids
@@ -34,7 +34,7 @@ class PlaceholderTokens:
                 for first, last in feature.mm_position.extract_embeds_range():
                     seen.update(prompt[first : last + 1])
         if seen <= self._ids or len(self._ids | seen) > _MOST_IDS:
-            # Embeddings in the place of ordinary text: nothing stands for them, and all else may be drafted.
+            # These embeddings replace ordinary text: they have no placeholder, and any token may be drafted.
             return
         self._ids |= seen
         ids = torch.tensor(sorted(self._ids), dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""The places where we hold on to vLLM, and the one way to replace something there.
+"""The functions of vLLM that we replace, with the signatures that we rely on, and the one way to replace them.
 
-Public seams, which need no replacing: the plugin entry point, ``parallel_config.worker_cls`` and the methods of
-`Worker`, ``method: custom_class``. Everything else is listed here, with the signature that we rely on.
+Most of the plugin needs no patching: it uses vLLM's plugin entry point, ``parallel_config.worker_cls`` and
+``method: custom_class``.
 """
 
 import importlib
@@ -17,7 +17,7 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 """The vLLM release series that this version works with; README says how each was checked."""
 
 
-class Seam(NamedTuple):
+class PatchTarget(NamedTuple):
     """A function of vLLM that we replace.
 
     Attributes:
@@ -33,18 +33,20 @@ class Seam(NamedTuple):
     further: tuple[str, ...] | None = None
 
 
-CREATE_SPECULATIVE_CONFIG = Seam(
+CREATE_SPECULATIVE_CONFIG = PatchTarget(
     "vllm.engine.arg_utils",
     "EngineArgs.create_speculative_config",
     ("self", "target_model_config", "target_parallel_config"),
 )
-VERIFY_SAMPLING_PARAMS = Seam(
+VERIFY_SAMPLING_PARAMS = PatchTarget(
     "vllm.sampling_params",
     "SamplingParams.verify",
     ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
 )
-MULTIPROCESS_COLLECT = Seam("prometheus_client.multiprocess", "MultiProcessCollector.collect", ("self",), further=())
-REJECTION_SAMPLE = Seam(
+MULTIPROCESS_COLLECT = PatchTarget(
+    "prometheus_client.multiprocess", "MultiProcessCollector.collect", ("self",), further=()
+)
+REJECTION_SAMPLE = PatchTarget(
     "vllm.v1.sample.rejection_sampler",
     "rejection_sample",
     (
@@ -58,31 +60,33 @@ REJECTION_SAMPLE = Seam(
         "sampling_metadata",
     ),
 )
-REJECTION_SAMPLER_FORWARD = Seam(
+REJECTION_SAMPLER_FORWARD = PatchTarget(
     "vllm.v1.sample.rejection_sampler",
     "RejectionSampler.forward",
     ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
     further=(),
 )
-EXPAND_BATCH_TO_TOKENS = Seam(
+EXPAND_BATCH_TO_TOKENS = PatchTarget(
     "vllm.v1.sample.rejection_sampler",
     "expand_batch_to_tokens",
     ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
 )
-APPLY_SAMPLING_CONSTRAINTS = Seam(
+APPLY_SAMPLING_CONSTRAINTS = PatchTarget(
     "vllm.v1.sample.rejection_sampler",
     "apply_sampling_constraints",
     ("logits", "cu_num_draft_tokens", "sampling_metadata"),
 )
-GATHER_CHOSEN_LOGPROBS = Seam(
+GATHER_CHOSEN_LOGPROBS = PatchTarget(
     "vllm.v1.sample.sampler",
     "Sampler.gather_specific_token_logprobs",
     ("self", "logprobs", "logprob_token_ids", "sampled"),
     further=(),
 )
 
-V2_INIT_SPECULATOR = Seam("vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states"))
-V2_REJECTION_SAMPLE = Seam(
+V2_INIT_SPECULATOR = PatchTarget(
+    "vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states")
+)
+V2_REJECTION_SAMPLE = PatchTarget(
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
     "rejection_sample",
     (
@@ -112,13 +116,13 @@ V2_REJECTION_SAMPLE = Seam(
         "fly_entropy_top_k",
     ),
 )
-V2_GET_LOGPROBS = Seam(
+V2_GET_LOGPROBS = PatchTarget(
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
     "RejectionSampler._get_logprobs_tensors",
     ("self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np", "max_num_logprobs"),
     further=(),
 )
-V2_COMPUTE_LOGPROBS = Seam(
+V2_COMPUTE_LOGPROBS = PatchTarget(
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
     "compute_topk_scores",
     (
@@ -134,8 +138,8 @@ V2_COMPUTE_LOGPROBS = Seam(
 )
 
 
-class SeamError(RuntimeError):
-    """vLLM isn't as we know it at a seam."""
+class UnsupportedVLLMError(RuntimeError):
+    """The installed vLLM lacks something that we rely on."""
 
 
 class Replacement:
@@ -145,7 +149,7 @@ class Replacement:
         self._owner, self._name, self._stock, self._ours = owner, name, stock, ours
 
     def undo(self) -> None:
-        """Put vLLM's own function back; does nothing if somebody else has replaced ours since."""
+        """Put vLLM's own function back; does nothing if ours has been replaced since."""
         if getattr(self._owner, self._name) is self._ours:
             setattr(self._owner, self._name, self._stock)
 
@@ -166,64 +170,66 @@ def check_version() -> None:
     """Refuse a vLLM that we don't know.
 
     Raises:
-        SeamError: naming the version and the supported ones.
+        UnsupportedVLLMError: naming the version and the supported ones.
     """
     version = vllm_version()
     if ".".join(version.split(".")[:2]) not in SUPPORTED_VLLM:
-        raise SeamError(
+        raise UnsupportedVLLMError(
             f"method 'aasd': this vllm-aasd supports vLLM {', '.join(s + '.*' for s in SUPPORTED_VLLM)}, "
             f"and vLLM {version} is installed. Install a supported vLLM or another vllm-aasd; every other "
             "speculative method works as before."
         )
 
 
-def check(seam: Seam) -> tuple[Any, str, Callable]:
-    """Find the function at a seam.
+def check(target: PatchTarget) -> tuple[Any, str, Callable]:
+    """Find the function that a target names.
 
     Returns:
         The object that holds it, its name there, and the function.
 
     Raises:
-        SeamError: if it is missing or its parameters have changed.
+        UnsupportedVLLMError: if it is missing or its parameters have changed.
     """
     try:
-        owner: Any = importlib.import_module(seam.module)
-        *path, name = seam.attribute.split(".")
+        owner: Any = importlib.import_module(target.module)
+        *path, name = target.attribute.split(".")
         for part in path:
             owner = getattr(owner, part)
         function = getattr(owner, name)
     except (ImportError, AttributeError) as error:
-        raise SeamError(f"vLLM has no {seam.module}.{seam.attribute} any more ({error})") from error
+        raise UnsupportedVLLMError(f"vLLM has no {target.module}.{target.attribute} any more ({error})") from error
     found = tuple(inspect.signature(function).parameters)
-    if found[: len(seam.parameters)] != seam.parameters:
-        raise SeamError(
-            f"{seam.module}.{seam.attribute} of vLLM takes {found}, and we know it with {seam.parameters} first"
+    if found[: len(target.parameters)] != target.parameters:
+        raise UnsupportedVLLMError(
+            f"{target.module}.{target.attribute} of vLLM takes {found}, and we know it with {target.parameters} first"
         )
-    unknown = set(found[len(seam.parameters) :]) - set(found if seam.further is None else seam.further)
+    unknown = set(found[len(target.parameters) :]) - set(found if target.further is None else target.further)
     if unknown:
-        raise SeamError(f"{seam.module}.{seam.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us")
+        raise UnsupportedVLLMError(
+            f"{target.module}.{target.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us"
+        )
     return owner, name, function
 
 
-def replace(replacements: dict[Seam, Callable[[Callable], Callable]]) -> list[Replacement]:
+def replace(replacements: dict[PatchTarget, Callable[[Callable], Callable]]) -> list[Replacement]:
     """Replace functions of vLLM: all of them, or none.
 
     Args:
-        replacements: for each seam, what makes our function out of vLLM's. Its result is marked as ours, so
+        replacements: by target, what makes our function out of vLLM's. Its result is marked as ours, so
             that a second call leaves it as it is.
 
     Returns:
         What was replaced by this call, to be undone.
 
     Raises:
-        SeamError: if one of them isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if one of them isn't as we know it; nothing was replaced then.
     """
-    found = {seam: check(seam) for seam in replacements}
+    found = {target: check(target) for target in replacements}
     done = []
-    for seam, (owner, name, stock) in found.items():
+    for target, (owner, name, stock) in found.items():
         if stock in _OURS:
             continue
-        ours = replacements[seam](stock)
+        ours = replacements[target](stock)
         _OURS.add(ours)
         setattr(owner, name, ours)
         done.append(Replacement(owner, name, stock, ours))

@@ -2,9 +2,9 @@
 its verification.
 
 They are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every front end
-of vLLM (`LLM`, the API server) has `SamplingParams.verify` check a request before the engine hears of it, with the
-speculative config at hand: there a bad option is the client's error, as any other of vLLM's parameters is. That is the
-plugin's work in the front end's process; should a request come by another way, the worker can only do without.
+of vLLM (`LLM`, the API server) has `SamplingParams.verify` check a request before it reaches the engine, and
+passes the speculative config: there a bad option is the client's error, like a bad parameter of vLLM's. This runs in
+the front end's process. If a request comes another way, the worker ignores its bad options.
 """
 
 import functools
@@ -31,18 +31,18 @@ class RequestOptionsError(VLLMValidationError, ValueError):
 
 
 def install() -> list[patching.Replacement]:
-    """Have this process's front end check the options; does nothing where it does already.
+    """Have this process's front end check the options; does nothing if that was done before.
 
     Returns:
         What was replaced, to be undone.
 
     Raises:
-        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _checking_ours})
+    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _patch_verify})
 
 
-def _checking_ours(stock: Callable) -> Callable:
+def _patch_verify(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def verify(
         self: SamplingParams,
@@ -58,13 +58,14 @@ def _checking_ours(stock: Callable) -> Callable:
         try:
             with_overrides(server, self.extra_args or {})
         except ValueError as error:
-            raise RequestOptionsError(str(error), parameter="extra_args") from None
+            # vLLM's class, which mypy doesn't follow, takes it.
+            raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]
 
     return verify
 
 
 def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
-    """The settings by which a worker serves a request; of bad options, none are followed.
+    """The settings by which a worker serves a request; if an option is bad, all are ignored.
 
     Args:
         params: the request's; None for what isn't generation.
@@ -123,9 +124,9 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
 
 @functools.cache
 def _warn_once() -> None:
-    # Without the value: it is the user's, and the log isn't.
+    # Without the value, which is the user's and doesn't belong in the log.
     logger.warning(
-        "aasd: a request came with %s* options that its front end should have refused (is the plugin installed there?); "
+        "aasd: a request has %s* options that its front end should have refused (is the plugin installed there?); "
         "the server's settings serve it, and this isn't said again",
         PREFIX,
     )

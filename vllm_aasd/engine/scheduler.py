@@ -1,6 +1,6 @@
-"""vLLM's scheduler, which learns how many tokens to draft. In force only where that is wanted."""
+"""vLLM's scheduler, which learns how many tokens to draft. Used only where that is wanted."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -11,9 +11,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_aasd.engine.draft_length_schedule import DraftLengthSchedule
 
+# For mypy only: either of vLLM's schedulers comes next in the base classes.
+_Base: Any = Scheduler if TYPE_CHECKING else object
 
-class _WithDraftLengths:
-    """Stands before either of vLLM's schedulers among the base classes: it learns draft lengths."""
+
+class _WithDraftLengths(_Base):
+    """Comes before either of vLLM's schedulers in the base classes: it learns draft lengths."""
+
+    dynamic_sd_lookup: Any
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -24,7 +29,7 @@ class _WithDraftLengths:
             self.dynamic_sd_lookup = self._draft_lengths
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Also: look at the clock."""
+        """Also: note the time."""
         step = super().schedule(*args, **kwargs)
         if self._draft_lengths is not None:
             self._draft_lengths.scheduled(step)

@@ -26,13 +26,13 @@ MAX_ALIGNMENT_SHARE = 0.03
 
 # Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
 _REPETITIONS = 4
-# From here on the curve is drawn on as straight as it came.
+# Beyond this the curve is extrapolated linearly.
 _MOST_TOKENS = 128
 
 
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
-    """The longest draft of a request, whatever the load."""
-    if settings.draft_length == "adaptive":
+    """The longest draft of a request at any load."""
+    if isinstance(settings.draft_length, str):
         return num_speculative_tokens
     return min(num_speculative_tokens, settings.draft_length)
 
@@ -72,7 +72,7 @@ def load_prior(model: ModelConfig) -> Prior | None:
     key = model_key(model.model, model.revision)
     path = prior_file.cache_path(key) if key else None
     try:
-        if path is None:
+        if key is None or path is None:
             raise FileNotFoundError
         prior = prior_file.load(path, key, model.get_vocab_size())
     except FileNotFoundError:
@@ -103,18 +103,18 @@ class StepProfile(NamedTuple):
 
 
 def dummy_forward(runner: Any, num_tokens: int) -> torch.Tensor:
-    """Run the model on tokens of nobody's, so that logits of as many rows can be asked for.
+    """Run the model on dummy tokens, so that logits of this many rows can be computed.
 
     Args:
         runner: vLLM's V1 model runner.
-        num_tokens: how many.
+        num_tokens: the number of tokens.
 
     Returns:
         ``[>= num_tokens, hidden_size]``, hidden states.
     """
     hidden_states = runner._dummy_run(num_tokens)[0]
     if runner.lora_config is not None:
-        # It leaves the adapters of as many rows as there may be requests, and every row must have one, or none.
+        # It maps adapters for as many rows as there may be requests, but every row needs an entry.
         runner._set_active_loras((0,) * num_tokens, (0,) * num_tokens, set())
     return hidden_states
 
@@ -129,10 +129,10 @@ def profile_steps(
     """Time steps of several sizes.
 
     Args:
-        forward: runs the model on so many tokens and returns hidden states, ``[>= n, hidden_size]``.
+        forward: runs the model on n tokens and returns hidden states, ``[>= n, hidden_size]``.
         compute_logits: from hidden states to logits.
         max_tokens: the most tokens of a step of decoding.
-        prompt_chunk: prompt positions whose logits are made at once.
+        prompt_chunk: prompt positions whose logits are computed at once.
         top_k: predictions stored per position.
     """
     samples = []

@@ -1,4 +1,4 @@
-"""What stops a start, by model runner: one table, by which a configuration is refused and of which the doctor tells."""
+"""The configurations that are refused, by model runner. The doctor prints this table."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Refusal(NamedTuple):
 
 def is_synchronous(args: EngineArgs) -> bool:
     """Whether vLLM waits for a step's tokens before it schedules the next."""
-    # vLLM schedules asynchronously by default, but for its CPU platform, which turns it off in whatever is built.
+    # vLLM schedules asynchronously by default, except on its CPU platform, which always turns it off.
     return args.async_scheduling is False or current_platform.is_cpu()
 
 
@@ -64,7 +64,7 @@ _BOTH = (
     Refusal(
         "enable_adaptive_verification",
         (None, False),
-        "vLLM has it for draft models and full CUDA graphs, and drafts end by aasd_min_survival here; allowed is false",
+        "vLLM has it for draft models and full CUDA graphs, and aasd has its own rule; allowed is false",
         in_json=True,
     ),
     Refusal("model", (None,), "it needs no draft model; leave it out", in_json=True),
@@ -103,7 +103,7 @@ BY_RUNNER = {
         Refusal(
             "enable_lora",
             (False,),
-            "vLLM 0.32's V2 model runner tells the lm_head of an adapter for one row of logits a request, and drafts have "
+            "vLLM 0.32's V2 model runner maps adapters in lm_head to one row of logits per request, and drafts have "
             "more; allowed is false, or lora_target_modules without 'lm_head'",
             holds=_adapts_lm_head,
         ),

@@ -1,7 +1,6 @@
-"""What the workers of `aasd` share, whatever the platform: vLLM's own worker, with our adapter called around it.
+"""vLLM's worker, extended to call our adapter. Only public methods of vLLM's `Worker` are extended.
 
-Which adapter it is follows the model runner: `vllm_aasd.engine.v1.proposer` or `vllm_aasd.engine.v2.speculator`. Only public methods of
-vLLM's `Worker` are extended.
+The adapter depends on the model runner: `vllm_aasd.engine.v1.adapter` or `vllm_aasd.engine.v2.speculator`.
 """
 
 import logging
@@ -18,32 +17,33 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_aasd import __version__
 from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import MetricValue
-from vllm_aasd.engine import configuration, metrics, patching, relied_on
+from vllm_aasd.engine import configuration, metrics, patching, required_api
+from vllm_aasd.engine.adapter import Adapter
 from vllm_aasd.engine.startup import kv_cache_share
 
 logger = logging.getLogger("vllm.aasd")
 
 
 class AASDWorker(Worker):
-    """The part of a platform's worker that is ours; to stand before that worker among the base classes."""
+    """Our part of a platform's worker; comes before that worker in the base classes."""
 
     _publisher: metrics.Publisher | None = None
 
     def init_device(self) -> None:
-        """Also: put our verifier where vLLM's rejection sampler looks, and have the runner make our drafter."""
-        if self.use_v2_model_runner != (self.speculative_config.method == configuration.V2_CARRIER):
+        """Also: replace vLLM's rejection sampler, and have the runner create our drafter."""
+        if self.use_v2_model_runner != (self.speculative_config.method == configuration.V2_BASE_METHOD):
             found, expected = ("V2", "V1") if self.use_v2_model_runner else ("V1", "V2")
             raise RuntimeError(
                 f"method 'aasd' was set up for vLLM's {expected} model runner, and vLLM chose {found}: "
                 f"set VLLM_USE_V2_MODEL_RUNNER={int(self.use_v2_model_runner)}, or leave out what made it choose so"
             )
-        relied_on.check("V2" if self.use_v2_model_runner else "V1")
+        required_api.check("V2" if self.use_v2_model_runner else "V1")
         if not self.use_v2_model_runner:
             super().init_device()
             # Before vLLM's first profiling run. The import would load the other runner too where it isn't needed.
-            from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
+            from vllm_aasd.engine.v1 import sampler_patches
 
-            v1_verifier.install()
+            sampler_patches.install()
             return
         from vllm_aasd.engine.v2 import speculator as v2
 
@@ -52,16 +52,21 @@ class AASDWorker(Worker):
         super().init_device()
 
     @property
-    def _adapter(self) -> Any:
-        """Ours on the last pipeline rank; None on others, and where a start has failed."""
+    def _drafter(self) -> Any:
+        """What the runner knows of us: a speculator on V2, a proposer on V1; None but on the last pipeline rank."""
         runner = getattr(self, "model_runner", None)
         return getattr(runner, "speculator" if self.use_v2_model_runner else "drafter", None)
 
+    @property
+    def _adapter(self) -> Adapter | None:
+        """Ours on the last pipeline rank; None on others, and where a start has failed."""
+        return self._drafter if self.use_v2_model_runner else getattr(self._drafter, "adapter", None)
+
     def load_model(self, **kwargs: Any) -> None:
-        """Also: let the V2 adapter find its place in the loaded model; to V1's, vLLM's runner hands the model."""
+        """Also: attach the V2 speculator to the loaded model. V1's runner passes the model to our proposer."""
         super().load_model(**kwargs)
-        if self.use_v2_model_runner and self._adapter is not None:
-            self._adapter.attach(self.model_runner)
+        if self.use_v2_model_runner and self._drafter is not None:
+            self._drafter.attach(self.model_runner)
 
     def determine_available_memory(self) -> int:
         """As vLLM's, less what the alignment store will take beside a KV cache of that size."""
@@ -74,8 +79,8 @@ class AASDWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""
         super().initialize_from_config(kv_cache_config)
-        if self._adapter is not None:
-            self._adapter.bind(self.model_runner, kv_cache_config)
+        if self._drafter is not None:
+            self._drafter.bind(self.model_runner, kv_cache_config)
         logger.info(
             "aasd %s is live: vLLM %s, %s model runner, backend %s, num_speculative_tokens=%d %s",
             __version__,
@@ -92,18 +97,18 @@ class AASDWorker(Worker):
         if self._adapter is not None:
             self._adapter.profile()
             with self._adapter.faults.contained("metrics"):
-                self._publish()
+                self._publish(self._adapter)
         return times
 
-    def _publish(self) -> None:
-        """Show what is counted from here on on the server's page, unless statistics are off."""
-        self._adapter.counters.clear()
+    def _publish(self, adapter: Adapter) -> None:
+        """Publish what is counted from now on among the server's metrics, unless statistics are off."""
+        adapter.counters.clear()
         folder = self.speculative_config.aasd_metrics_folder
         # Ranks of a group count the same.
         if folder and get_tp_group().rank_in_group == 0:
             self._publisher = metrics.Publisher(
-                self._adapter.counters,
-                self._adapter.faults,
+                adapter.counters,
+                adapter.faults,
                 folder,
                 self.model_config.served_model_name,
                 self.parallel_config.data_parallel_index,
@@ -134,7 +139,7 @@ class AASDWorker(Worker):
             self._adapter.clear_memory()
 
     def aasd_faults(self) -> dict[str, int]:
-        """How often each place of `containment.PLACES` has failed here: for ``collective_rpc("aasd_faults")``."""
+        """How often each of `failsafe.COMPONENTS` has failed here: for ``collective_rpc("aasd_faults")``."""
         return {} if self._adapter is None else dict(self._adapter.faults.counts)
 
     def aasd_metrics(self) -> tuple[int, list[MetricValue]] | None:

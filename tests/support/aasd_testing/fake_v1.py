@@ -13,8 +13,9 @@ from vllm.v1.outputs import DraftTokenIds
 from aasd_testing.constants import with_constants
 from aasd_testing.fake_v2 import BLOCK, VOCAB, WIDTH, next_token, scheduled
 from vllm_aasd.engine.unsupported import SCHEDULER
-from vllm_aasd.engine.v1 import proposer as v1
-from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
+from vllm_aasd.engine.v1 import adapter as v1
+from vllm_aasd.engine.v1 import sampler_patches
+from vllm_aasd.engine.v1.proposer import AASDProposer
 
 MAX_LEN = 256
 PREFILL = 5
@@ -83,14 +84,14 @@ class FakeRunner:
             device_config=SimpleNamespace(device=self.device),
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
-        self.proposer = v1.AASDProposer(config)
-        self.proposer.load_model(SimpleNamespace(compute_logits=self.compute_logits))
+        proposer = AASDProposer(config)
+        proposer.load_model(SimpleNamespace(compute_logits=self.compute_logits))
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         with patch.object(v1, "MIN_SURVIVAL", settings.get("min_survival", v1.MIN_SURVIVAL)):
-            self.proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
-        self.rejection_sample = v1_verifier._dispatching(strict_greedy)
-        self.forward = v1_verifier._sparing_copies(self._reject)
+            self.proposer = proposer.bind(self, SimpleNamespace(num_blocks=blocks.size, kv_cache_groups=[group]))
+        self.rejection_sample = sampler_patches.patch_rejection_sample(strict_greedy)
+        self.forward = sampler_patches.patch_rejection_sampler_forward(self._reject)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From the fake's hidden states, the pair of last tokens, to what the target says."""

@@ -201,11 +201,11 @@ def record_store(llm):
         # Asked first: it stores this step's predictions.
         drafts = stock(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, **kwargs)
         if sampled_token_ids[0]:
-            view = proposer._alignment.view(0)
+            view = proposer.adapter._alignment.view(0)
             positions = np.arange(num_tokens_no_spec[0] - 1)
             slots = view.block_table[positions // view.block_size] * view.block_size + positions % view.block_size
             token_ids = token_ids_cpu[0, positions].copy()
-            store = proposer._alignment._store
+            store = proposer.adapter._alignment._store
             ids, probs, fresh = store.read(torch.from_numpy(token_ids), torch.from_numpy(slots).long())
             snapshots.append({"ids": ids.tolist(), "probs": probs.tolist(), "fresh": fresh.tolist()})
         return drafts

@@ -1,7 +1,7 @@
-"""What the target says in a step of the V1 model runner, on its way into the alignment store.
+"""Stores the target's predictions in each step of the V1 model runner.
 
-A step's logits are taken up before vLLM samples from them, and written once it is known which draft tokens were
-accepted: a rejected token's row predicts what follows a context that doesn't exist, and would cost as much as any.
+A step's logits are noted before vLLM samples from them, and stored when it is known which draft tokens were accepted: a
+rejected token's row predicts what follows a context that doesn't exist, and costs as much to store as any other.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from vllm_aasd.engine.kv_blocks import disown
 
 
 class V1Alignment:
-    """The alignment store of a worker, laid out as the KV cache group that it lies beside.
+    """The alignment store of a worker, with the layout of a KV cache group.
 
     Args:
-        runner: whose steps are written.
-        store: to write to.
-        group: the KV cache group that the store's slots are those of.
-        model: the target, whose ``compute_logits`` is asked for those inside of prompts.
+        runner: whose steps are stored.
+        store: where.
+        group: the KV cache group whose slots the store has.
+        model: the target, whose ``compute_logits`` is called for prompt positions.
         faults: of the worker.
         loads_kv: whether a KV connector may fill blocks.
 
     Attributes:
-        with_prompts: whether the positions inside of prompts are stored, too, whose logits are made for it.
+        with_prompts: whether predictions at prompt positions are stored too; their logits are computed for this.
     """
 
     def __init__(
@@ -52,19 +52,18 @@ class V1Alignment:
         self._state: Any = None
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Forget what former owners left in blocks that a step gives to requests."""
+        """Clear the entries of former owners in blocks that a step gives to requests."""
         disown(self._store, scheduled, self._group, self._loads_kv, self._faults)
 
     def take_up(self, state: Any) -> None:
-        """Hold what a step has computed until `write`; the runner's ``execute_model_state``."""
+        """Keep a step's results, the runner's ``execute_model_state``, until `write`."""
         self._state = state
 
     def write(self, num_emitted: Sequence[int] | None = None) -> None:
-        """Write the step that was taken up; does nothing if it was written already.
+        """Store the step that `take_up` has kept; does nothing if that was done.
 
         Args:
-            num_emitted: per batch row, the tokens that it emits in this step; None where that isn't known yet, and all
-                rows are written.
+            num_emitted: per batch row, the tokens that it emits in this step; None stores all rows.
         """
         state, self._state = self._state, None
         if state is None or (self._faults.is_alone and self._faults.is_off("store")):
@@ -107,11 +106,11 @@ def is_of_context(num_draft_tokens: Sequence[int], num_emitted: Sequence[int]) -
     """Which rows of a step's logits belong to tokens that its requests keep.
 
     A request has a row for its last token, or the last of its prompt's chunk, and one for each draft token. The first
-    is always part of the context; the rows behind it are as far as tokens were emitted.
+    is always part of the context; the others are if their tokens were accepted.
 
     Args:
         num_draft_tokens: per request, its draft tokens.
-        num_emitted: per request, the tokens that it emitted; 0 where a prompt isn't read to its end.
+        num_emitted: per request, the tokens that it emitted; 0 for an unfinished prompt.
 
     Returns:
         ``[sum of (1 + num_draft_tokens)]`` bool.

@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens that a request has chosen (``logprob_token_ids``), beside requests with drafts.
+"""Log-probabilities of tokens that a request has chosen (``logprob_token_ids``), in a batch with drafts.
 
-vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, and gets what that gathers
-for such requests instead: it fails on it beside a request with ``logprobs``, and drops it else. Such requests have no drafts
-here, so all that they need is in their bonus rows.
+vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, but gets the chosen
+tokens only. It fails on them if another request has ``logprobs``, and drops them otherwise. Requests with chosen
+tokens have no drafts here, so their bonus rows are all that they need.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _rows: ContextVar[list[torch.Tensor] | None] = ContextVar("aasd_bonus_rows", def
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[list[torch.Tensor]]:
-    """While it lasts, vLLM's sampler gathers nothing for such requests; it leaves its rows here instead."""
+    """While it lasts, vLLM's sampler gathers no chosen tokens, and appends its rows to this list instead."""
     rows: list[torch.Tensor] = []
     token = _rows.set(rows)
     try:
@@ -29,8 +29,8 @@ def set_aside() -> Iterator[list[torch.Tensor]]:
         _rows.reset(token)
 
 
-def leaving_rows(stock: Callable) -> Callable:
-    """Make vLLM's ``gather_specific_token_logprobs`` heed `set_aside`."""
+def patch_gather_specific_token_logprobs(stock: Callable) -> Callable:
+    """Have vLLM's ``gather_specific_token_logprobs`` respect `set_aside`."""
 
     @functools.wraps(stock)
     def gather(
@@ -51,7 +51,7 @@ def put_in(
     """Add the chosen tokens' log-probabilities to a step's output, in place.
 
     Args:
-        output: of `sampler`; its log-probabilities are those that others have asked for, by request and emitted token.
+        output: of `sampler`; its log-probabilities are those that other requests asked for.
         sampler: vLLM's.
         rows: what was set aside: one tensor, ``[batch_size, vocab_size]``, as vLLM's plain sampler reports bonus rows.
         chosen: token ids by batch row, of requests without drafts.

@@ -1,6 +1,6 @@
-"""Counting on the V1 model runner: what the host sees of each step goes into the worker's counters.
+"""Counts each step of the V1 model runner.
 
-Nothing here can harm a step: what fails is a fault of ``metrics``, see `vllm_aasd.engine.failsafe`.
+Errors here are contained as the component ``metrics``, see `vllm_aasd.engine.failsafe`.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from vllm_aasd.kernels.verify import VerifyOutput
 
 
 class V1Counting:
-    """Counts what became of the drafts of each step.
+    """Counts how many draft tokens of each step were accepted, and how.
 
     Args:
         counters: to count in.
@@ -24,14 +24,14 @@ class V1Counting:
         max_draft_tokens: the longest draft.
 
     Attributes:
-        drafter: has the survival predicted for each request's last draft; None where there is none.
+        drafter: predicted the acceptance of each request's last draft; None if nothing did.
     """
 
     def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
         self.drafter: Drafter | None = None
         self._faults = faults
         self._contained = faults.contained("metrics")
-        # Views and scratch that last: making them at every step would take longer than counting.
+        # Kept between steps: making these arrays takes longer than counting.
         self._totals = counters.totals.numpy()
         self._cu_num_rows = np.zeros(max_num_reqs + 1, np.int32)
         self._rows = np.arange(max_num_reqs)

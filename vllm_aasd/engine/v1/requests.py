@@ -1,4 +1,4 @@
-"""What is held for each request on the V1 model runner, by its id."""
+"""The state of each request on the V1 model runner, by its id."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ class V1Request(NamedTuple):
     is_seeded: bool
 
 
-def _is_misled_by_drafts(params: SamplingParams | None) -> bool:
-    """Whether vLLM's V1 sampler gives a request with such parameters another answer where it has drafts."""
+def _changes_with_drafts(params: SamplingParams | None) -> bool:
+    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
     if params is None:
         return False
     return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
@@ -50,7 +50,7 @@ class V1Requests:
         return len(self._requests)
 
     def admit(self, req_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
-        """Take in the requests of a batch that are new.
+        """Add the requests of a batch that are new.
 
         Args:
             req_ids: the batch.
@@ -69,7 +69,7 @@ class V1Requests:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
         self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded)
-        if settings.enabled and not _is_misled_by_drafts(params):
+        if settings.enabled and not _changes_with_drafts(params):
             self._drafted.add(req_id)
 
     def is_drafted(self, req_id: str) -> bool:
@@ -81,7 +81,7 @@ class V1Requests:
         self._drafted.discard(req_id)
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what is held for requests that have ended; unknown ones are passed over."""
+        """Drop the state of requests that have ended; unknown ones are ignored."""
         for req_id in req_ids:
             self._requests.pop(req_id, None)
             self._drafted.discard(req_id)

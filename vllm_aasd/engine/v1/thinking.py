@@ -1,8 +1,9 @@
-"""Thinking budgets (``thinking_token_budget``) on vLLM's V1 model runner, as they are without speculation.
+"""Thinking budgets (``thinking_token_budget``) on vLLM's V1 model runner, with the same results as without speculation.
 
-With speculation configured, vLLM's holder of them counts the rows of a step by its drafts. It forces the end of thinking at
-the wrong token where the start or the end of thinking is itself drafted, and one token late from the second time on, drafts
-or not. So requests with a budget have no drafts here, and the holder isn't told of those of others.
+With speculation configured, vLLM's holder of budgets counts the rows of a step by its drafts. It forces the end of
+thinking at the wrong token if the start or the end of thinking is itself drafted, and one token late from the second
+time on, with or without drafts. So requests with a budget have no drafts here, and the holder doesn't see those of
+others.
 """
 
 import torch
@@ -10,7 +11,7 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 
 class UndraftedBudgets:
-    """Stands in the place of the holder for one step: of a request with a budget, there is the bonus token's row only.
+    """Replaces vLLM's holder for one step, in which a request with a budget has the bonus token's row only.
 
     Args:
         holder: vLLM's.
@@ -25,7 +26,7 @@ class UndraftedBudgets:
     def apply_to_logits(
         self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: list[list[int]] | None
     ) -> torch.Tensor:
-        """Force the end of thinking among the bonus rows, ``[batch_size, vocab_size]``, in place; leave draft rows alone."""
+        """Force the end of thinking in place in the bonus rows, ``[batch_size, vocab_size]``, not in draft rows."""
         if not predict_bonus_token:
             return logits
         return self._holder.apply_to_logits(logits, predict_bonus_token=False, spec_token_ids=spec_token_ids)

@@ -165,7 +165,7 @@ def install() -> list[patching.Replacement]:
         What was replaced, to be undone.
 
     Raises:
-        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
     """
     return patching.replace(
         {

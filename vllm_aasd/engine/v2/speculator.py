@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
-from vllm_aasd.engine import agreement, patching, startup
+from vllm_aasd.engine import patching, shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
@@ -127,7 +127,7 @@ class AASDSpeculator(BaseSpeculator):
                 self._loads_kv,
             )
             table, block_tables = store.slots, runner.block_tables.block_tables[group].gpu
-        prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
+        prior = (shared_prior.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._propose = functools.partial(
             draft_batch,
@@ -284,7 +284,7 @@ def install() -> list[patching.Replacement]:
         What was replaced, to be undone.
 
     Raises:
-        SeamError: if vLLM isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
     """
     return [*patching.replace({patching.V2_INIT_SPECULATOR: _knowing_ours}), *v2_verifier.install()]
 

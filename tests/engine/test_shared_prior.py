@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_aasd.drafting.memory import empty_memory
-from vllm_aasd.engine import agreement
+from vllm_aasd.engine import shared_prior
 from vllm_aasd.kernels.draft import Prior
 
 ONE = Prior(
@@ -35,12 +35,12 @@ def on_all_ranks(monkeypatch):
             barrier.wait()
             gathered[:] = ours
 
-        monkeypatch.setattr(agreement.torch.distributed, "all_gather_object", all_gather_object)
+        monkeypatch.setattr(shared_prior.torch.distributed, "all_gather_object", all_gather_object)
 
         def serve(rank):
             # What stands for the group of processes is the rank, as the fake collective needs it.
             ranks = types.SimpleNamespace(world_size=len(priors), rank_in_group=rank, cpu_group=rank)
-            answers[rank] = agreement.agreed_prior(priors[rank], ranks)
+            answers[rank] = shared_prior.agreed_prior(priors[rank], ranks)
 
         threads = [threading.Thread(target=serve, args=(rank,)) for rank in range(len(priors))]
         for thread in threads:
@@ -55,7 +55,7 @@ def on_all_ranks(monkeypatch):
 @pytest.mark.parametrize("prior", [ONE, None], ids=["a prior", "none"])
 def test_a_single_rank_asks_nobody(prior):
     ranks = types.SimpleNamespace(world_size=1)
-    assert agreement.agreed_prior(prior, ranks) is prior
+    assert shared_prior.agreed_prior(prior, ranks) is prior
 
 
 @pytest.mark.parametrize("priors", [(ONE, SAME, ONE), (None, None)], ids=["the same", "none"])

@@ -8,7 +8,7 @@ import torch
 
 from aasd_testing.engines import run_engine
 from aasd_testing.prompts import real_prompts
-from vllm_aasd.engine.v1.generators import set_aside
+from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 
 
 def runner_of(generators, discarded):
@@ -19,10 +19,13 @@ def runner_of(generators, discarded):
 def test_only_the_generators_of_unfinished_prompts_rest():
     generators = {0: torch.Generator().manual_seed(1), 2: torch.Generator().manual_seed(2)}
     whole = dict(generators)
-    with set_aside(runner_of(generators, [True, True, False, True])):
+    with without_discarded_generators(runner_of(generators, [True, True, False, True])):
         assert generators == {2: whole[2]}
     assert generators == whole
-    with pytest.raises(ZeroDivisionError), set_aside(runner_of(generators, [True, False, True, False])):
+    with (
+        pytest.raises(ZeroDivisionError),
+        without_discarded_generators(runner_of(generators, [True, False, True, False])),
+    ):
         assert generators == {}
         raise ZeroDivisionError
     assert generators == whole, "whatever happens"
@@ -30,7 +33,7 @@ def test_only_the_generators_of_unfinished_prompts_rest():
 
 def test_other_devices_generators_are_the_runners():
     generators = {0: types.SimpleNamespace(device=torch.device("cuda"))}
-    with set_aside(runner_of(generators, [True])):
+    with without_discarded_generators(runner_of(generators, [True])):
         assert list(generators) == [0]
 
 

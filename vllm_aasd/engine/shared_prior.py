@@ -1,10 +1,9 @@
-"""What tensor-parallel ranks read from files of their own node, and must all hold alike.
+"""The prior, used only if all tensor-parallel ranks have the same; each reads it from a file of its own node.
 
-On the V2 model runner every rank drafts for itself and verifies its own drafts: ranks that draft by different priors
-would accept different tokens, and run the target on them. On V1 drafts go through the scheduler, which takes the first
-rank's, so that a differing prior, memory or step-time curve of another rank has no effect; but whether the prior is in use
-should not depend on which node happens to be first. The memory is V1's alone, where it follows the first rank; the
-settings come to all ranks from one place.
+On the V2 model runner every rank drafts and verifies for itself: with different priors, ranks would accept different
+tokens and run the target on them. On V1 the scheduler takes the first rank's drafts, so another rank's prior has no
+effect; but whether a prior is used shouldn't depend on which node is first. The memory exists on V1 only, where it
+follows the first rank's drafts, and all ranks get the same settings.
 """
 
 import hashlib
@@ -22,16 +21,16 @@ logger = logging.getLogger("vllm.aasd")
 
 
 def load_prior(model: ModelConfig) -> Prior | None:
-    """The prior of the served model, if all ranks have it; to be called on every rank that drafts."""
+    """The prior of the served model, if all ranks have it. Every rank that drafts calls this."""
     return agreed_prior(startup.load_prior(model), get_tp_group())
 
 
 def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:
-    """The prior if every rank holds the same, else none, and a warning; to be called on every rank.
+    """The prior if every rank has the same; otherwise none, with a warning. Every rank calls this.
 
     Args:
         prior: what this rank has loaded; None for none.
-        ranks: those that run each step together, of tensor parallelism.
+        ranks: the tensor-parallel group.
     """
     if ranks.world_size == 1:
         return prior
