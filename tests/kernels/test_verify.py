@@ -1,4 +1,4 @@
-"""verify and recover: the compiled CPU path against the plain torch twin, edge cases, argument checks."""
+"""verify and sample_recovered_tokens: the compiled CPU path against the plain torch twin, edge cases, argument checks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from aasd_testing.policy_tensors import RELAXED, copied, policy_tensors
 from vllm_aasd.kernels import verify as op
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.kernels.verify import cpu as verify_cpu
-from vllm_aasd.kernels.verify import recover, verify, warm_up
+from vllm_aasd.kernels.verify import recovered, recovered_cpu, recovered_reference, verify, warm_up
 from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import (
     ALPHA,
@@ -204,14 +204,14 @@ def test_cpu_path_equals_twin(vocab_size, max_spec_len, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [2, 111, 32000, 151936])
-def test_recover_equals_twin(vocab_size, dtype):
+def test_recovered_tokens_equal_the_twins(vocab_size, dtype):
     arguments, _ = random_case(vocab_size, 8, dtype, seed=1)
     drafts, logits = arguments[0], arguments[3]
     rows = torch.randperm(len(drafts), generator=torch.Generator().manual_seed(2))
     noise = torch.empty(len(rows), vocab_size + 3).exponential_(generator=torch.Generator().manual_seed(3))
     inv_q = noise.reciprocal()[:, :vocab_size]
-    actual = verify_cpu.recover(logits, rows, drafts[rows], inv_q)
-    assert torch.equal(actual, verify_reference.recover(logits, rows, drafts[rows], inv_q))
+    actual = recovered_cpu.sample_recovered_tokens(logits, rows, drafts[rows], inv_q)
+    assert torch.equal(actual, recovered_reference.sample_recovered_tokens(logits, rows, drafts[rows], inv_q))
     assert ((actual >= 0) & (actual < vocab_size)).all()
 
 
@@ -242,8 +242,8 @@ def test_a_row_without_softmax_does_no_harm(path, greedy, row):
         accepted = greedy and draft == argmax
         assert tokens == ([draft, 99] if accepted else [argmax if greedy else -1, -1])
         assert not result.relaxed.any() and not result.regret.any()
-        recovered = path.recover(torch.tensor([row]), torch.tensor([0]), int32(draft), torch.ones(1, 4))
-        assert 0 <= int(recovered) < 4
+        sample = (recovered_cpu if path is verify_cpu else recovered_reference).sample_recovered_tokens
+        assert 0 <= int(sample(torch.tensor([row]), torch.tensor([0]), int32(draft), torch.ones(1, 4))) < 4
 
 
 @both_paths
@@ -324,12 +324,13 @@ def test_cpu_tensors_run_on_the_compiled_path(monkeypatch):
 def test_nothing_compiles_after_warm_up():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         warm_up(torch.device("cpu"), dtype)
-    kernels = (verify_cpu._verify_kernel, verify_cpu._recover_kernel)
+        recovered.warm_up(torch.device("cpu"), dtype)
+    kernels = (verify_cpu._verify_kernel, recovered_cpu._noise_kernel)
     before = [len(kernel.signatures) for kernel in kernels]
     for dtype in (torch.float32, torch.bfloat16):
         arguments, _ = random_case(111, 3, dtype, seed=0)
         verify(*arguments)
-        recover(arguments[3][::2], torch.tensor([1]), int32(0), torch.ones(2, 200)[1:, 3:114])
+        recovered.sample_recovered_tokens(arguments[3][::2], torch.tensor([1]), int32(0), torch.ones(2, 200)[1:, 3:114])
         verify(*arguments[:4], arguments[4].int()[:, 0], *arguments[5:8], arguments[8][:, ::3])
     run_one(torch.zeros(1, 5), [0])
     assert [len(kernel.signatures) for kernel in kernels] == before
@@ -361,6 +362,6 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=r"^cu_num_draft_tokens\[\d\] is"):
             verify(good[0], int32(*cu), *good[2:])
     with pytest.raises(ValueError, match=r"^rows\[1\] is 99"):
-        recover(good[3], torch.tensor([0, 99]), int32(1, 1), torch.ones(2, 111))
+        recovered.sample_recovered_tokens(good[3], torch.tensor([0, 99]), int32(1, 1), torch.ones(2, 111))
     with pytest.raises(ValueError, match="^inv_q has shape"):
-        recover(good[3], torch.tensor([0]), int32(1), torch.ones(1, 110))
+        recovered.sample_recovered_tokens(good[3], torch.tensor([0]), int32(1), torch.ones(1, 110))

@@ -1,4 +1,4 @@
-"""The laws that verify and recover obey: losslessness, the conditional rule, and properties of any input."""
+"""The distributions of verify and sample_recovered_tokens: losslessness, the conditional rule, and properties of any input."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from aasd_testing.policy_tensors import policy_tensors
 from vllm_aasd.kernels.verify import cpu as verify_cpu
-from vllm_aasd.kernels.verify import recover, verify
+from vllm_aasd.kernels.verify import recovered_cpu, recovered_reference, verify
 from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import (
     ALPHA,
@@ -22,6 +22,7 @@ from vllm_aasd.kernels.verify.policies import (
     STRICT,
     VerifyPolicies,
 )
+from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens
 from vllm_aasd.kernels.verify.relaxation_reference import binary_kl
 
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
@@ -30,6 +31,7 @@ TRUE_SAMPLER = 1e-5
 TILTED_SAMPLER = 1e-12
 
 both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "twin"])
+RECOVERED = {verify_cpu: recovered_cpu, verify_reference: recovered_reference}
 
 
 def one_row_each(
@@ -89,7 +91,9 @@ def test_strict_sampling_is_lossless_by_algebra(path):
             inv_q[:, anchor] = 1.0
             inv_q[:, v] = torch.stack([ratio * (1 - nudge), ratio * (1 + nudge)]).float()
             drafts = torch.tensor([x, x], dtype=torch.int32)
-            assert path.recover(logits[None], torch.tensor([0, 0]), drafts, inv_q).tolist() == [anchor, v]
+            assert RECOVERED[path].sample_recovered_tokens(
+                logits[None], torch.tensor([0, 0]), drafts, inv_q
+            ).tolist() == [anchor, v]
         q = torch.nn.functional.one_hot(torch.tensor(x), vocab_size).double()
         residual = torch.where(q == 0, p, 0.0) / p[others].sum()
         emitted = torch.minimum(p, q) + (1 - p[x]) * residual
@@ -97,14 +101,15 @@ def test_strict_sampling_is_lossless_by_algebra(path):
 
 
 @both_paths
-def test_recover_emits_the_draft_when_nothing_else_has_a_probability(path):
+def test_the_draft_is_recovered_when_nothing_else_has_a_probability(path):
     row = torch.tensor([[-torch.inf, 2.0, -torch.inf]])
     first, one = torch.tensor([0]), torch.tensor([1], dtype=torch.int32)
-    assert path.recover(row, first, one, torch.ones(1, 3)).tolist() == [1]
+    sample = RECOVERED[path].sample_recovered_tokens
+    assert sample(row, first, one, torch.ones(1, 3)).tolist() == [1]
     row[0, 2] = -20.0
     inv_q = torch.tensor([[1e30, 1.0, 1e-6]])
-    assert path.recover(row, first, one, inv_q).tolist() == [2]
-    assert path.recover(row, first, -one, inv_q).tolist() == [1]
+    assert sample(row, first, one, inv_q).tolist() == [2]
+    assert sample(row, first, -one, inv_q).tolist() == [1]
 
 
 def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, policies=None):
@@ -117,7 +122,7 @@ def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, poli
     rejected = (tokens == -1).nonzero()[:, 0]
     inv_q = torch.empty(len(rejected), len(logits)).exponential_(generator=g).reciprocal()
     excluded = drafts[rejected] if exclude_draft else torch.full_like(drafts[rejected], -1)
-    tokens[rejected] = recover(logits.expand(n, -1).contiguous(), rejected, excluded, inv_q)
+    tokens[rejected] = sample_recovered_tokens(logits.expand(n, -1).contiguous(), rejected, excluded, inv_q)
     return np.bincount(tokens.numpy(), minlength=len(logits))
 
 
@@ -302,7 +307,7 @@ def complete(arguments, result):
             assert output[i, accepted] == -1
             inv_q = torch.empty(1, logits.shape[1]).exponential_(generator=torch.Generator().manual_seed(i))
             row = torch.tensor([start + accepted])
-            output[i, accepted] = recover(logits, row, drafts[row], inv_q.reciprocal())
+            output[i, accepted] = sample_recovered_tokens(logits, row, drafts[row], inv_q.reciprocal())
     return output
 
 

@@ -36,7 +36,7 @@ from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels import align, verify
 from vllm_aasd.kernels.draft import cpu as draft
-from vllm_aasd.kernels.verify import recovered as redraw
+from vllm_aasd.kernels.verify import recovered
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -88,7 +88,7 @@ class AASDProposer:
         # hands over float32, whatever the model's dtype; without it they are as the lm_head made them.
         for dtype in {torch.float32, self._model_config.dtype}:
             verify.warm_up(runner.device, dtype)
-        redraw.warm_up(runner.device, torch.float32)
+        recovered.warm_up(runner.device, torch.float32)
         self.counting.warm_up()
         prior = agreement.load_prior(self._model_config) if self._settings.prior else None
         memory = new_memory(prior) if self._settings.memory == "process" else None
