@@ -83,10 +83,11 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.verify import triton as verify_seeded_triton
+        from vllm_aasd.kernels.verify.seeded import SeededBatch
 
         one = torch.ones(inputs.num_reqs)
         policies = policy_tensors(rule, inputs.num_reqs)
-        return lambda: verify_seeded_triton.verify_seeded(
+        batch = SeededBatch(
             inputs.logits,
             inputs.draft_sampled,
             inputs.cu_num_logits,
@@ -101,6 +102,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
             inputs.stop_token_ids,
             all_greedy=temperature == 0,
         )
+        return lambda: verify_seeded_triton.verify_seeded(batch)
 
     return make
 
@@ -145,12 +147,12 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
-        from vllm_aasd.kernels.draft.batch import draft_workspace
+        from vllm_aasd.kernels.draft.batch import DraftBatch, draft_workspace
 
         num_orders, max_matches, num_reqs = 6, 32, inputs.num_reqs
         int32 = {"dtype": torch.int32}
         prior_shape = (inputs.vocab_size if prior_top_k else 0, prior_top_k)
-        return lambda: draft_triton.draft_batch(
+        batch = DraftBatch(
             all_token_ids=torch.empty((num_reqs, 32768), **int32),
             total_len=torch.empty(num_reqs, **int32),
             idx_mapping=inputs.idx_mapping,
@@ -174,6 +176,7 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
             survival=torch.empty((num_reqs, num_spec_tokens)),
             lookups=torch.empty(3, dtype=torch.int64),
         )
+        return lambda: draft_triton.draft_batch(batch)
 
     return make
 

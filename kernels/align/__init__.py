@@ -1,35 +1,21 @@
-"""Align: the target's top-k next-token ids and probabilities of many rows, straight into a paged table.
+"""Align: the target's top-k next-token ids and probabilities of each row, written into a paged table.
 
 The entry
     Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position (the input whose
-    output the entry describes, by which a reader recognises an entry of a draft token that was rejected),
+    output the entry describes, by which a reader recognizes an entry of a draft token that was rejected),
     then the ids of the k most probable next tokens, descending, the lowest id first among equals, then their
     probabilities as the bits of float32. A probability is e^(z - m) / s over the full vocabulary, with m the
     row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN, +inf, or nothing but
     -inf) is written with ids 0 and probabilities 0: a candidate that weighs nothing.
 
 Shards
-    Under tensor parallelism each rank holds the logits of a part of the vocabulary, and no rank needs the
-    others' logits. Rank r's partial entry of a row is its k best (id, z) and s_r = sum e^(z - m_r) with m_r
-    its own maximum, which is its first z. The row's k best are among the ranks' k best, and with m = max m_r
-    its normaliser is s = sum s_r e^(m_r - m), so probabilities are e^(z - m) / s over the full vocabulary, as
-    in one piece. A masked token's z is the lowest finite float32 in a partial entry, so that k tokens are
-    always there. A row that has no softmax on one rank, NaN or +inf, has s_r = NaN and so s = NaN.
+    Under tensor parallelism each rank holds the logits of a part of the vocabulary. Rank r's partial entry of a row is
+    its k best (id, z) and s_r = sum e^(z - m_r) with m_r its own maximum, which is its first z. The row's k best are
+    among the ranks' k best, and s = sum s_r e^(m_r - m) with m = max m_r. A masked token's z is the lowest finite
+    float32 in a partial entry, so that k tokens are always there. A row that has no softmax on one rank, NaN or +inf,
+    has s_r = NaN and so s = NaN. Blocks of a row are merged in the same way.
 
-Memory
-    One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor
-    of its own. The CPU path keeps the top k in order while the online softmax runs
-    (`vllm_aasd.kernels.common.rows_cpu`). The Triton path loads each block of a row once, 16 bytes a thread and
-    instruction, and takes from it in registers the top k and s: 4 + 8k bytes for 4 to 16 KiB of logits. A
-    row's k best are among its blocks' k best, and blocks merge as s = sum s_i e^(m_i - m). Counted
-    (`benchmarks/kernels.py`), all that moves is 1.02 times the logits at k = 4. With tensor parallelism 1 + 2k words
-    per row and rank cross the wire (36 bytes at k = 4), where gathering the logits would move a whole row.
-
-Sources
-    The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding
-    with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204; the paged table with
-    its tag is ours. Merging normalizers: Milakov and Gimelshein, *Online normalizer calculation for softmax*,
-    arXiv 1805.02867.
+docs/design.md has the sources.
 """
 
 from types import ModuleType

@@ -1,52 +1,33 @@
 """Draft: from a request's context to draft tokens, by suffix matches mixed with the target's own predictions.
 
-The op has two halves over one data structure, the *suffix index* of a request.
-
 Index
-    For each order ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
-    ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose
-    successor is known are entered. Appending a token costs ``M`` insertions, whatever the length of the
-    context; tables grow a share with every token (`vllm_aasd.drafting.suffix_index`).
+    For each n-gram size ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
+    ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose next
+    token is known are entered.
 
 Mixture
-    Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last
-    ``m`` tokens of context plus draft, ``n = |C_m|``, and ``L`` the longest order with a match. From the lowest
-    of the last four orders up to ``L``::
+    Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last ``m`` tokens
+    of context plus draft, ``n = |C_m|``, and ``L`` the largest size with a match. From the smallest of the last four
+    sizes up to ``L``::
 
         P_m = (1 - w_m) P_{m-1} + w_m / n * sum_{j in C_m} [(1 - x_mj) delta(token j+1) + x_mj p_j]
         w_m = n / (n + theta_m (1 + (doubt - 1) u_m))
 
-    with ``P_0`` the prior (nothing, if there is none), ``p_j`` the target's stored top-k distribution at position
-    ``j`` (the *alignment* of that position), ``x_mj = x_m`` where a fresh one is stored, else 0, and ``u_m`` the
-    share of ``C_m`` without one: a retrieved token that the target's own view does not temper is right less
-    often than its count says, so its order escapes more. The draft token is the argmax of ``P_L``, ties going to the longest match and then to the most recent position; the
-    *survival* of a draft is the product of these maxima, the estimate that all of it is accepted. Drafting
-    stops before the token that would take it under ``min_survival``.
-
-    This is prediction by partial matching (Cleary and Witten, 1984) with escape weights ``theta_m / (n +
-    theta_m)``, over the candidates of alignment sampling (Wang et al., *Alignment-Augmented Speculative
-    Decoding with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204). It deviates
-    from that paper, where the stored predictions join the retrieved token as separate candidates: vLLM
-    verifies one chain, so they are mixed into one choice instead. See README, "How it works".
-
-Work
-    Bounded by constants, whatever the context's length and tokens. A look-up or an insertion tries at most
-    ``MOST_PROBES`` slots, where tokens were chosen so that their hashes collide too; a token that is appended costs ``M`` of
-    them, and where tables grow 16 positions more. A draft token takes ``M`` look-ups, walks to ``max_matches`` positions of
-    four orders, and gets ``1 + k`` votes from each, besides those of memory and prior. `benchmarks.worst_case` measures
-    contexts made for it; ``tests/test_bounded_work.py`` counts the work.
+    with ``P_0`` the prior, ``p_j`` the target's stored top-k distribution at position ``j``, ``x_mj = x_m`` where a
+    fresh one is stored, else 0, and ``u_m`` the share of ``C_m`` without one. The draft token is the argmax of ``P_L``.
+    Ties go to the longest match, then to the most recent position. The *survival* of a draft is the product of these
+    maxima; drafting stops before the token that would take it below ``min_survival``. The sum is evaluated from ``L``
+    downwards with the mass that remains.
 
 Memory
-    What the target predicted behind runs of 2 and 3 tokens in earlier requests: a direct-mapped table
-    ``[S, 2 + 2k]`` int32 with, per run, a tag, how many distributions were averaged (at most 5: from then on
-    the newest has a fifth of the weight), k ids and k probabilities as float32 bits. It stands between the
-    request's own matches and the prior: ``P_0`` is the prior mixed with the memory of 2 tokens, then of 3, with
-    ``w_m = memory_m c / (c + 1)`` for c averaged distributions. A run that loses its row to another is
-    forgotten, so its size is fixed. The runs of a prior (`vllm_aasd.drafting.own_text`) are such a table too: it is read in the
-    memory's place and never written, or a memory begins as its copy.
+    Predictions after n-grams of 2 and 3 tokens, in a direct-mapped table ``[S, 2 + 2k]`` int32: a tag, how many
+    distributions were averaged, k ids, and k probabilities as float32 bits. An n-gram that loses its row to another is
+    forgotten. It is mixed in between prior and context: first 2 tokens, then 3, with ``w_m = memory_m c / (c + 1)`` for
+    c averaged distributions. The n-grams of a prior (`vllm_aasd.drafting.own_text`) are such a table, read in the
+    memory's place and never written, or copied as its beginning.
 
-The sum is evaluated from ``L`` downwards with the weight that is left. `vllm_aasd.kernels.draft.reference` is the
-specification. On the CPU, `index_cpu` holds the index, `cpu` the mixture and `memory_cpu` the memory; on GPUs,
+docs/design.md explains the mixture, bounds its work, and names the sources. `vllm_aasd.kernels.draft.reference` is the
+specification. On CPUs, `index_cpu` holds the index, `cpu` the mixture and `memory_cpu` the memory. On GPUs,
 `vllm_aasd.kernels.draft.batch` drafts for a whole batch without an index.
 """
 

@@ -176,46 +176,26 @@ def _entry(table, block_table, block_size, position):
     return table[block_table[position // block_size] * block_size + position % block_size]
 
 
-def draft_batch(
-    all_token_ids,
-    total_len,
-    idx_mapping,
-    table,
-    block_tables,
-    block_size,
-    theta,
-    alignment,
-    doubt,
-    memory_weights,
-    prior_ids,
-    prior_probs,
-    runs,
-    vocab_size,
-    max_matches,
-    min_survival,
-    draft_limits,
-    workspace,
-    draft_token_ids,
-    num_drafts,
-    survival,
-    lookups,
-):
+def draft_batch(batch):
     """See `vllm_aasd.kernels.draft.batch.draft_batch`; one `draft` after the other, without the workspace."""
-    entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
+    entries, num_blocks = batch.table.cpu().numpy(), batch.table.shape[0] // batch.block_size
     # One more block, never fresh (no context holds token -1), stands for those outside the table.
-    nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
-    entries = np.concatenate([entries[: num_blocks * block_size], nowhere])
-    prior = Prior(prior_ids.cpu().numpy(), prior_probs.cpu().numpy(), runs.cpu().numpy())
+    nowhere = np.full((batch.block_size, batch.table.shape[1]), -1, np.int32)
+    entries = np.concatenate([entries[: num_blocks * batch.block_size], nowhere])
+    prior = Prior(batch.prior_ids.cpu().numpy(), batch.prior_probs.cpu().numpy(), batch.runs.cpu().numpy())
     found = np.zeros(3, np.int64)
     weights = MixtureWeights(
-        theta.cpu().numpy(), alignment.cpu().numpy(), np.float32(doubt.item()), memory_weights.cpu().numpy()
+        batch.theta.cpu().numpy(),
+        batch.alignment.cpu().numpy(),
+        np.float32(batch.doubt.item()),
+        batch.memory_weights.cpu().numpy(),
     )
-    width = draft_token_ids.shape[1]
-    for row, slot in enumerate(idx_mapping.tolist()):
-        length = int(total_len[slot]) if slot >= 0 else 0
-        context = all_token_ids[slot, :length].cpu().numpy()
-        blocks = block_tables[slot].cpu().numpy()
-        limit = max(min(int(draft_limits[row]), width), 0) if length else 0
+    width = batch.draft_token_ids.shape[1]
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        length = int(batch.total_len[slot]) if slot >= 0 else 0
+        context = batch.all_token_ids[slot, :length].cpu().numpy()
+        blocks = batch.block_tables[slot].cpu().numpy()
+        limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
         ids, alive = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
         count = draft(
             context,
@@ -224,24 +204,24 @@ def draft_batch(
             length,
             entries,
             np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
-            block_size,
+            batch.block_size,
             *weights,
             *prior,
-            max_matches,
-            np.float32(min_survival),
-            np.zeros(vocab_size, np.float32),
+            batch.max_matches,
+            np.float32(batch.min_survival),
+            np.zeros(batch.vocab_size, np.float32),
             None,
             None,
             ids,
             alive,
             found,
         )
-        draft_token_ids[row] = int(context[-1]) if length else 0
-        survival[row] = 0
+        batch.draft_token_ids[row] = int(context[-1]) if length else 0
+        batch.survival[row] = 0
         for step in range(count):
-            draft_token_ids[row, step] = int(ids[step])
-            survival[row, step] = float(alive[step])
-        num_drafts[row] = count
+            batch.draft_token_ids[row, step] = int(ids[step])
+            batch.survival[row, step] = float(alive[step])
+        batch.num_drafts[row] = count
     # The block that stands for those outside is no store.
     if num_blocks:
-        lookups += torch.from_numpy(found).to(lookups.device)
+        batch.lookups.add_(torch.from_numpy(found).to(batch.lookups.device))

@@ -30,7 +30,7 @@ from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -86,7 +86,8 @@ class Batch:
         )
         inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
         workspace = self.workspace() if workspace is None else workspace
-        op(*inputs, workspace, *outputs, torch.zeros(3, dtype=torch.int64) if lookups is None else lookups)
+        lookups = torch.zeros(3, dtype=torch.int64) if lookups is None else lookups
+        op(DraftBatch(*inputs, workspace, *outputs, lookups))
         return outputs
 
 
@@ -172,9 +173,9 @@ def random_contexts(lengths, vocab_size, seed=0):
 def interpreted(interpreter):
     """The Triton path as an op: what it writes there is written here."""
 
-    def op(*args):
-        _, after = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", *args)
-        for ours, theirs in zip(args[-5:], after[-5:], strict=True):
+    def op(batch):
+        _, (after,) = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", batch)
+        for ours, theirs in zip(batch[-5:], after[-5:], strict=True):
             ours.copy_(theirs)
 
     return op

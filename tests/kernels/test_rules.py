@@ -21,6 +21,7 @@ from vllm_aasd.kernels.verify.policies import (
     STRICT_LEFT,
 )
 from vllm_aasd.kernels.verify.random_reference import row_uniform
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 INF = float("inf")
 # Entropy 1.34 nats, of the three likeliest 1.05; token 0 is the argmax.
@@ -69,7 +70,7 @@ def path(request):
             result, state = interpreter.call("aasd_testing.interpreter:verify_and_state", arguments)
             policies.state.copy_(state)
         elif request.param == "seeded twin":
-            result = verify_seeded_reference.verify_seeded(**arguments)
+            result = verify_seeded_reference.verify_seeded(SeededBatch(**arguments))
         if request.param in ("triton", "seeded twin"):
             accepted, relaxed = (result.num_sampled - 1).tolist(), result.relaxed
         else:

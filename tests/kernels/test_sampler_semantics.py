@@ -29,6 +29,7 @@ from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 VOCAB = 40
 MAX_DRAFTS = 4
@@ -246,13 +247,13 @@ def v2_arguments(requests):
 
 @pytest.fixture
 def v2_twin():
-    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(**v2_arguments(requests)))
+    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(SeededBatch(**v2_arguments(requests))))
 
 
 @pytest.fixture
 def v2_kernels(interpreter):
     operation = "vllm_aasd.kernels.verify.seeded:verify_seeded"
-    return lambda requests: of_v2(interpreter.call(operation, **v2_arguments(requests)))
+    return lambda requests: of_v2(interpreter.call(operation, SeededBatch(**v2_arguments(requests))))
 
 
 def of_v2(output):

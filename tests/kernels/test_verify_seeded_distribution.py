@@ -15,6 +15,7 @@ from aasd_testing.policy_tensors import policy_tensors
 from aasd_testing.seeded_batches import batch
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import ALPHA, BETA, BUDGET, CONDITIONAL, FLOOR, LIMIT, STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 OP = "vllm_aasd.kernels.verify.seeded:verify_seeded"
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
@@ -56,7 +57,8 @@ def p_value(tokens, law):
 def drawn():
     """Samples of the twin, strict and conditional."""
     return {
-        relaxed: verify_seeded_reference.verify_seeded(**samples(NUM_SAMPLES, relaxed)) for relaxed in (False, True)
+        relaxed: verify_seeded_reference.verify_seeded(SeededBatch(**samples(NUM_SAMPLES, relaxed)))
+        for relaxed in (False, True)
     }
 
 
@@ -74,7 +76,7 @@ def test_bonus_tokens_have_the_targets_law(drawn):
 @pytest.mark.parametrize("relaxed", [False, True], ids=["strict", "conditional"])
 def test_the_kernels_draw_the_twins_samples(interpreter, drawn, relaxed):
     n = 120
-    emitted = interpreter.call(OP, **samples(n, relaxed))
+    emitted = interpreter.call(OP, SeededBatch(**samples(n, relaxed)))
     assert emitted.sampled.tolist() == drawn[relaxed].sampled[:n].tolist()
 
 
@@ -84,7 +86,7 @@ def test_the_chi_square_finds_what_is_wrong(drawn):
     assert p_value(drawn[False].sampled[:, 0], expected_law(True)) < TILTED_SAMPLER
     n = 2000
     hot, top, free = (
-        verify_seeded_reference.verify_seeded(**samples(n, False, logits=logits, drafts=[draft] * n))
+        verify_seeded_reference.verify_seeded(SeededBatch(**samples(n, False, logits=logits, drafts=[draft] * n)))
         for logits, draft in ((LOGITS / 2, 0), (LOGITS, 0), (LOGITS, -1))
     )
     assert p_value(top.sampled[:, 0], expected_law(False)) > TRUE_SAMPLER
@@ -134,7 +136,7 @@ some = settings(max_examples=12, deadline=None, derandomize=True, suppress_healt
 @some
 @given(arguments=batches())
 def test_output_is_an_accepted_prefix_one_token_and_placeholders(interpreter, arguments):
-    result = interpreter.call(OP, **arguments)
+    result = interpreter.call(OP, SeededBatch(**arguments))
     logits, drafts = arguments["target_logits"], arguments["draft_sampled"].tolist()
     for req, (start, end) in enumerate(bounds(arguments)):
         emitted = int(result.num_sampled[req])
@@ -160,7 +162,7 @@ def test_a_looser_bar_never_shortens_an_accepted_prefix(interpreter, arguments, 
     looser.parameters[:, parameter] += sign * step
     strict = policies._replace(rule=torch.zeros_like(policies.rule))
     rules = (strict, policies, looser)
-    lengths = [interpreter.call(OP, **{**arguments, "policies": rule}).num_sampled for rule in rules]
+    lengths = [interpreter.call(OP, SeededBatch(**{**arguments, "policies": rule})).num_sampled for rule in rules]
     assert (lengths[0] <= lengths[1]).all() and (lengths[1] <= lengths[2]).all()
 
 
@@ -175,7 +177,7 @@ def test_alpha_zero_and_beta_above_one_is_strict_for_greedy_requests(interpreter
 
 def assert_same(interpreter, arguments, *policies):
     """Two policies give the same output for a batch, bit for bit; but for what is said of budgets and guards."""
-    ours, others = (interpreter.call(OP, **{**arguments, "policies": one}) for one in policies)
+    ours, others = (interpreter.call(OP, SeededBatch(**{**arguments, "policies": one})) for one in policies)
     for actual, expected in zip(ours[:4], others[:4], strict=True):
         assert torch.equal(actual, expected)
 
@@ -193,14 +195,14 @@ def test_a_budget_of_nothing_is_strict(interpreter, arguments, what):
 @some
 @given(batches())
 def test_requests_of_a_batch_do_not_affect_each_other(interpreter, arguments):
-    together = interpreter.call(OP, **arguments)
+    together = interpreter.call(OP, SeededBatch(**arguments))
     for req, (start, end) in enumerate(bounds(arguments)):
         alone = dict(arguments)
         for name in ("target_logits", "draft_sampled", "pos", "expanded_idx_mapping", "expanded_local_pos"):
             alone[name] = arguments[name][start:end]
         alone["idx_mapping"] = arguments["idx_mapping"][req : req + 1]
         alone["cu_num_logits"] = torch.tensor([0, end - start], dtype=torch.int32)
-        single = interpreter.call(OP, **alone)
+        single = interpreter.call(OP, SeededBatch(**alone))
         assert torch.equal(single.sampled[0], together.sampled[req])
         assert torch.equal(single.relaxed, together.relaxed[start:end])
         assert torch.equal(single.regret, together.regret[start:end])

@@ -38,7 +38,7 @@ from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
 from vllm_aasd.kernels.draft import no_prior
-from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -138,8 +138,8 @@ class AASDSpeculator(BaseSpeculator):
             self._group = group
         prior = (agreement.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
-        self._propose = functools.partial(
-            draft_batch,
+        batch_of = functools.partial(
+            DraftBatch,
             table=table,
             block_tables=block_tables,
             block_size=block_size,
@@ -164,6 +164,7 @@ class AASDSpeculator(BaseSpeculator):
                 self._device,
             ),
         )
+        self._propose = lambda **step: draft_batch(batch_of(**step))
 
     def profile(self) -> None:
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.width_schedule`."""
