@@ -24,7 +24,7 @@ import torch
 
 from vllm_aasd.kernels.align import reference
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
 
 __all__ = ["MAX_TOP_K", "align", "align_merge", "align_shard", "warm_up"]
 
@@ -63,10 +63,8 @@ def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Ten
     num_rows = slot_mapping.shape[0]
     check_logits("logits", logits)
     check_shape("logits", logits, (num_rows, logits.shape[1]))
-    check_shape("token_ids", token_ids, (num_rows,))
-    check_dtype("token_ids", token_ids, torch.int32)
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     check_table("table", table, logits.shape[1])
     _implementation(logits.device.type).align(logits, token_ids, slot_mapping, table)
 
@@ -91,8 +89,7 @@ def align_shard(logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id
     num_rows = slot_mapping.shape[0]
     check_logits("logits", logits)
     check_shape("logits", logits, (num_rows, logits.shape[1]))
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     most = min(MAX_TOP_K, logits.shape[1])
     if not 1 <= top_k <= most:
         raise ValueError(f"top_k is {top_k}, expected 1 to {most}")
@@ -117,12 +114,9 @@ def align_merge(
     """
     num_rows = slot_mapping.shape[0]
     check_table("table", table, MAX_TOP_K)
-    check_shape("partials", partials, (partials.shape[0], num_rows, table.shape[1]))
-    check_dtype("partials", partials, torch.int32)
-    check_shape("token_ids", token_ids, (num_rows,))
-    check_dtype("token_ids", token_ids, torch.int32)
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("partials", partials, (partials.shape[0], num_rows, table.shape[1]), torch.int32)
+    check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     _shard_implementation(table.device.type).align_merge(partials, token_ids, slot_mapping, table)
 
 

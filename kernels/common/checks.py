@@ -18,6 +18,12 @@ def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
 
 
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless a tensor has this shape and one of these dtypes."""
+    check_shape(name, tensor, shape)
+    check_dtype(name, tensor, *dtypes)
+
+
 def check_logits(name: str, logits: torch.Tensor) -> None:
     """Raise ValueError unless a tensor is [rows, vocab_size >= 1] logits whose rows are contiguous."""
     if logits.ndim != 2 or logits.shape[1] < 1:

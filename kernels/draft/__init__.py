@@ -11,7 +11,7 @@ Mixture
     sizes up to ``L``::
 
         P_m = (1 - w_m) P_{m-1} + w_m / n * sum_{j in C_m} [(1 - x_mj) delta(token j+1) + x_mj p_j]
-        w_m = n / (n + theta_m (1 + (doubt - 1) u_m))
+        w_m = n / (n + theta_m (1 + (no_alignment_discount - 1) u_m))
 
     with ``P_0`` the prior, ``p_j`` the target's stored top-k distribution at position ``j``, ``x_mj = x_m`` where a
     fresh one is stored, else 0, and ``u_m`` the share of ``C_m`` without one. The draft token is the argmax of ``P_L``.
@@ -40,12 +40,12 @@ from vllm_aasd.kernels.align import MAX_TOP_K
 __all__ = [
     "HASH_MULTIPLIER",
     "HIT",
-    "LONGEST_REMEMBERED",
+    "MAX_MEMORY_NGRAM",
+    "MAX_OBSERVATIONS",
     "MAX_TOP_K",
+    "MIN_MEMORY_NGRAM",
     "MISS",
-    "MOST_REMEMBERED",
-    "ORDERS_USED",
-    "SHORTEST_REMEMBERED",
+    "NGRAM_SIZES_USED",
     "STALE",
     "MixtureWeights",
     "Prior",
@@ -54,36 +54,37 @@ __all__ = [
     "no_prior",
 ]
 
-ORDERS_USED = 4
-"""How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
+NGRAM_SIZES_USED = 4
+"""How many of the largest matching n-gram sizes are used; smaller ones hardly count once four larger ones match."""
 
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 """An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio)."""
 
-SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
-"""Runs of tokens that a memory is asked for; of one token the prior knows more."""
+MIN_MEMORY_NGRAM, MAX_MEMORY_NGRAM = 2, 3
+"""Sizes of the n-grams that a memory holds; of one token the prior knows more."""
 
-MOST_REMEMBERED = 5
-"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
+MAX_OBSERVATIONS = 5
+"""How many distributions an n-gram's row averages; from then on the newest has this fraction's weight."""
 
 HIT, MISS, STALE = range(3)
-"""What a look-up in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""
+"""What a lookup in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""
 
 
 class MixtureWeights(NamedTuple):
-    """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.
+    """The constants of the mixture; arrays have one entry per n-gram size, ``[M]`` float32.
 
     Attributes:
-        theta: pseudo-count of each order, > 0; larger trusts its matches less.
-        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
-        doubt: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
-        memory: ``[4]`` float32, by the length of the run, the weight of what the memory holds in the limit of
+        theta: pseudo-count of each size, > 0; larger trusts its matches less.
+        alignment: the share ``x_m`` that the stored distribution gets, and the next token in the context doesn't, in
+            [0, 1].
+        no_alignment_discount: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
+        memory: ``[4]`` float32, by the size of the n-gram, the weight of what the memory holds in the limit of
             many observations, in [0, 1].
     """
 
     theta: np.ndarray
     alignment: np.ndarray
-    doubt: np.float32
+    no_alignment_discount: np.float32
     memory: np.ndarray
 
 
@@ -96,15 +97,14 @@ class Prior(NamedTuple):
     """What the target says outside of any request's context.
 
     Attributes:
-        ids: ``[vocab_size, k]`` int32, the likeliest successors of each token; -1 where there are fewer than k.
+        ids: ``[vocab_size, k]`` int32, the likeliest next tokens of each token; -1 where there are fewer than k.
         probs: ``[vocab_size, k]`` float32.
-        runs: ``[S, 2 + 2k]`` int32, the same of runs of tokens, in the format of a memory (`vllm_aasd.kernels.draft`);
-            `no_memory` for none.
+        ngrams: ``[S, 2 + 2k]`` int32, the same of n-grams, in the format of a memory; `no_memory` for none.
     """
 
     ids: np.ndarray
     probs: np.ndarray
-    runs: np.ndarray = no_memory()
+    ngrams: np.ndarray = no_memory()
 
 
 def no_prior() -> Prior:
@@ -112,14 +112,14 @@ def no_prior() -> Prior:
     return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
 
 
-def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_successors: int) -> int:
+def max_candidates(max_matches: int, top_k: int, ngram_top_k: int, num_successors: int) -> int:
     """How many candidates a draft token can have: what the scratch of `draft` must hold for none to be ignored.
 
     Args:
-        max_matches: of an order.
+        max_matches: of an n-gram size.
         top_k: predictions stored per context position.
-        num_remembered: predictions of a row of the memory.
+        ngram_top_k: predictions of a row of the memory.
         num_successors: of a token in the prior.
     """
-    runs = LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1
-    return ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
+    ngrams = MAX_MEMORY_NGRAM - MIN_MEMORY_NGRAM + 1
+    return NGRAM_SIZES_USED * max_matches * (1 + top_k) + ngrams * ngram_top_k + num_successors

@@ -1,9 +1,9 @@
 """Draft batch: draft tokens of a batch of requests whose contexts lie on the device, without waiting for it.
 
-It computes the mixture of `vllm_aasd.kernels.draft` for each request, with a memory that doesn't learn. Weights are added in
-the same order and in float32, so ids and survival equal the reference's to the bit. The compiled CPU drafter adds up a
-position's weights first and may fuse a product with its sum: a score then differs by at most 2^-23 of itself for each
-weight in it. There is room for every candidate: none is dropped.
+It computes the mixture of `vllm_aasd.kernels.draft` for each request, with a memory that doesn't learn. Weights are
+added in the same order and in float32, so ids and survival equal the reference's to the bit. The compiled CPU drafter
+adds up a position's weights first and may fuse a product with its sum: a score then differs by at most 2^-23 of itself
+for each weight in it. There is room for every candidate: none is dropped.
 
 There are no hash tables. One program per request, in one launch for the batch, scans the context for each draft token
 (docs/design.md has the steps). Shapes, launch and memory do not depend on data, and rows know nothing of each other.
@@ -16,36 +16,36 @@ from typing import NamedTuple
 import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_shape
-from vllm_aasd.kernels.draft import LONGEST_REMEMBERED, ORDERS_USED, SHORTEST_REMEMBERED
+from vllm_aasd.kernels.common.checks import check_dtype, check_shape, check_tensor
+from vllm_aasd.kernels.draft import MAX_MEMORY_NGRAM, MIN_MEMORY_NGRAM, NGRAM_SIZES_USED
 
 __all__ = ["DraftBatch", "draft_batch", "draft_workspace"]
 
 
 def draft_workspace(
     max_num_reqs: int,
-    num_orders: int,
+    max_ngram_size: int,
     max_matches: int,
     top_k: int,
     prior_top_k: int,
-    remembered: int,
+    ngram_top_k: int,
     device: torch.device | str,
 ) -> torch.Tensor:
     """Allocate scratch for batches of up to ``max_num_reqs`` requests.
 
     Args:
         max_num_reqs: rows.
-        num_orders: M, the longest run of tokens that is looked up, >= 1.
-        max_matches: how many of the most recent matches of each order vote, >= 1.
+        max_ngram_size: M, the largest n-gram that is looked up, >= 1.
+        max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         top_k: predictions that the alignment table stores of a position; 0 without one.
         prior_top_k: successors that the prior gives of a token; 0 without one.
-        remembered: predictions that it gives of a run; 0 without.
+        ngram_top_k: predictions that it gives of an n-gram; 0 without.
         device: that of the batch.
 
     Returns:
         [max_num_reqs, words] int32. What it holds between calls has no meaning.
     """
-    words = _workspace_words(num_orders, max_matches, top_k, prior_top_k, remembered)
+    words = _workspace_words(max_ngram_size, max_matches, top_k, prior_top_k, ngram_top_k)
     return torch.empty((max_num_reqs, words), dtype=torch.int32, device=device)
 
 
@@ -65,13 +65,13 @@ class DraftBatch(NamedTuple):
             whose block lies outside the table has no stored prediction.
         block_size: slots per KV block, >= 1.
         theta, alignment: [M] float32, see `vllm_aasd.kernels.draft.MixtureWeights`.
-        doubt: [1] float32, see there.
-        memory_weights: [LONGEST_REMEMBERED + 1] float32, see there: of the runs.
+        no_alignment_discount: [1] float32, see there.
+        memory_weights: [MAX_MEMORY_NGRAM + 1] float32, see there, of the prior's n-grams.
         prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.draft.Prior`;
             [0, 0] for none.
-        runs: [S, 2 + 2kr] int32, S a power of two, see there; [0, 2] for none.
+        ngrams: [S, 2 + 2kr] int32, S a power of two, see there; [0, 2] for none.
         vocab_size: ids from it on never become a draft token, >= 1.
-        max_matches: how many of the most recent matches of each order vote, >= 1.
+        max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         min_survival: stop before a token whose survival (a probability) would be lower.
         draft_limits: [num_reqs] int32 by row, the most tokens to draft; values beyond K mean K.
         workspace: of `draft_workspace`, for these sizes and at least num_reqs rows; overwritten.
@@ -80,7 +80,7 @@ class DraftBatch(NamedTuple):
         num_drafts: [num_reqs] int32, written in place: the draft tokens of each row, 0 to K.
         survival: [num_reqs, K] float32, written in place: the estimated probability that the draft up to and
             including this token is accepted; 0 past the drafts.
-        lookups: [3] int64, added to: what was found in the store at the positions that voted, see
+        lookups: [3] int64, added to: what was found in the store at the matching positions, see
             `vllm_aasd.kernels.draft.cpu.draft`.
     """
 
@@ -92,11 +92,11 @@ class DraftBatch(NamedTuple):
     block_size: int
     theta: torch.Tensor
     alignment: torch.Tensor
-    doubt: torch.Tensor
+    no_alignment_discount: torch.Tensor
     memory_weights: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
-    runs: torch.Tensor
+    ngrams: torch.Tensor
     vocab_size: int
     max_matches: int
     min_survival: float
@@ -126,17 +126,17 @@ def _check(batch: DraftBatch) -> None:
         if getattr(batch, name) < 1:
             raise ValueError(f"{name} is {getattr(batch, name)}, must be at least 1")
     num_reqs, max_num_reqs = batch.idx_mapping.shape[0], batch.all_token_ids.shape[0]
-    num_orders = batch.theta.shape[0]
-    if num_orders < 1:
-        raise ValueError("theta has no entries, expected one per order")
+    max_ngram_size = batch.theta.shape[0]
+    if max_ngram_size < 1:
+        raise ValueError("theta has no entries, expected one per n-gram size")
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     for name, length, dtypes in (
         ("total_len", max_num_reqs, (int32,)),
         ("idx_mapping", num_reqs, (int64, int32)),
-        ("theta", num_orders, (float32,)),
-        ("alignment", num_orders, (float32,)),
-        ("doubt", 1, (float32,)),
-        ("memory_weights", LONGEST_REMEMBERED + 1, (float32,)),
+        ("theta", max_ngram_size, (float32,)),
+        ("alignment", max_ngram_size, (float32,)),
+        ("no_alignment_discount", 1, (float32,)),
+        ("memory_weights", MAX_MEMORY_NGRAM + 1, (float32,)),
         ("draft_limits", num_reqs, (int32,)),
         ("num_drafts", num_reqs, (int32,)),
         ("lookups", 3, (int64,)),
@@ -150,12 +150,12 @@ def _check(batch: DraftBatch) -> None:
         ("survival", num_reqs, float32),
     ):
         _check_rows(name, getattr(batch, name), num_rows, dtype)
-    for name, dtype in (("table", int32), ("prior_ids", int32), ("prior_probs", float32), ("runs", int32)):
+    for name, dtype in (("table", int32), ("prior_ids", int32), ("prior_probs", float32), ("ngrams", int32)):
         check_dtype(name, getattr(batch, name), dtype)
     check_shape("prior_probs", batch.prior_probs, tuple(batch.prior_ids.shape))
     check_shape("survival", batch.survival, tuple(batch.draft_token_ids.shape))
 
-    table, block_size, runs, prior_ids = batch.table, batch.block_size, batch.runs, batch.prior_ids
+    table, block_size, ngrams, prior_ids = batch.table, batch.block_size, batch.ngrams, batch.prior_ids
     if table.ndim != 2 or table.shape[1] % 2 == 0 or not table.is_contiguous():
         raise ValueError(f"table has shape {tuple(table.shape)}, expected contiguous (num_kv_slots, 1 + 2k)")
     if table.shape[0] % block_size:
@@ -168,19 +168,19 @@ def _check(batch: DraftBatch) -> None:
         )
     if prior_ids.ndim != 2 or not prior_ids.is_contiguous() or not batch.prior_probs.is_contiguous():
         raise ValueError(f"prior_ids has shape {tuple(prior_ids.shape)}, expected contiguous (vocab_size, k)")
-    if runs.ndim != 2 or runs.shape[1] % 2 or not runs.is_contiguous() or not _is_table(*runs.shape):
-        raise ValueError(f"runs has shape {tuple(runs.shape)}, expected contiguous (a power of two, 2 + 2k), or (0, 2)")
-    words = _workspace_words(num_orders, batch.max_matches, top_k, prior_ids.shape[1], runs.shape[1] // 2 - 1)
+    if ngrams.ndim != 2 or ngrams.shape[1] % 2 or not ngrams.is_contiguous() or not _is_table(*ngrams.shape):
+        raise ValueError(f"ngrams has shape {tuple(ngrams.shape)}, expected (a power of two, 2 + 2k) or (0, 2)")
+    words = _workspace_words(max_ngram_size, batch.max_matches, top_k, prior_ids.shape[1], ngrams.shape[1] // 2 - 1)
     if batch.workspace.shape[0] < num_reqs or batch.workspace.shape[1] != words:
         shape = tuple(batch.workspace.shape)
         raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
 
 
-def _workspace_words(num_orders: int, max_matches: int, top_k: int, prior_top_k: int, remembered: int) -> int:
-    # The lists of matches, then the votes, each a token id and the bits of a weight.
-    num_votes = ORDERS_USED * max_matches * (1 + top_k) + prior_top_k
-    num_votes += (LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1) * remembered
-    return num_orders * max_matches + 2 * num_votes
+def _workspace_words(max_ngram_size: int, max_matches: int, top_k: int, prior_top_k: int, ngram_top_k: int) -> int:
+    # The lists of matches, then the candidates, each a token id and the bits of a weight.
+    num_candidates = NGRAM_SIZES_USED * max_matches * (1 + top_k) + prior_top_k
+    num_candidates += (MAX_MEMORY_NGRAM - MIN_MEMORY_NGRAM + 1) * ngram_top_k
+    return max_ngram_size * max_matches + 2 * num_candidates
 
 
 def _is_table(num_rows: int, words: int) -> bool:
@@ -188,8 +188,7 @@ def _is_table(num_rows: int, words: int) -> bool:
 
 
 def _check_vector(name: str, tensor: torch.Tensor, length: int, *dtypes: torch.dtype) -> None:
-    check_shape(name, tensor, (length,))
-    check_dtype(name, tensor, *dtypes)
+    check_tensor(name, tensor, (length,), *dtypes)
     if length > 1 and tensor.stride(0) != 1:
         raise ValueError(f"{name} has stride {tensor.stride(0)}, expected 1")
 

@@ -42,7 +42,7 @@ from types import ModuleType
 
 import torch
 
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
 from vllm_aasd.kernels.verify import reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, NUM_PARAMETERS, NUM_STATES, VerifyPolicies, policy_shapes
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
@@ -87,25 +87,19 @@ def verify(
     batch_size = cu_num_draft_tokens.shape[0]
     check_logits("target_logits", target_logits)
     check_shape("target_logits", target_logits, (num_tokens, target_logits.shape[1]))
-    check_shape("draft_token_ids", draft_token_ids, (num_tokens,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
-    check_shape("cu_num_draft_tokens", cu_num_draft_tokens, (batch_size,))
-    check_dtype("cu_num_draft_tokens", cu_num_draft_tokens, torch.int32)
+    check_tensor("draft_token_ids", draft_token_ids, (num_tokens,), torch.int32)
+    check_tensor("cu_num_draft_tokens", cu_num_draft_tokens, (batch_size,), torch.int32)
     if bonus_token_ids.shape != (batch_size, 1):
         check_shape("bonus_token_ids", bonus_token_ids, (batch_size,))
     check_dtype("bonus_token_ids", bonus_token_ids, torch.int64, torch.int32)
-    check_shape("is_greedy", is_greedy, (batch_size,))
-    check_dtype("is_greedy", is_greedy, torch.bool)
+    check_tensor("is_greedy", is_greedy, (batch_size,), torch.bool)
     if uniform_probs is not None:
-        check_shape("uniform_probs", uniform_probs, (num_tokens,))
-        check_dtype("uniform_probs", uniform_probs, torch.float64)
+        check_tensor("uniform_probs", uniform_probs, (num_tokens,), torch.float64)
     elif not is_greedy.all():
         raise ValueError("uniform_probs is None, which is allowed only if every request is greedy")
     for name, (tensor, shape, dtype) in policy_shapes(policies, batch_size).items():
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, dtype)
-    check_shape("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]))
-    check_dtype("stop_token_ids", stop_token_ids, torch.int32)
+        check_tensor(name, tensor, shape, dtype)
+    check_tensor("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]), torch.int32)
     return _implementation(target_logits.device.type).verify(
         draft_token_ids,
         cu_num_draft_tokens,

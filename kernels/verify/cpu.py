@@ -1,10 +1,10 @@
 """Compiled CPU path of the verify op; the rule and its sources are in `vllm_aasd.kernels.verify`.
 
 A greedy row is settled by its maximum in most cases: the draft is the argmax, or the request is strict, or
-the draft fails a condition that needs no normaliser (`vllm_aasd.kernels.verify.relaxation_cpu`). Only what is left
+the draft fails a condition that needs no normalizer (`vllm_aasd.kernels.verify.relaxation_cpu`). Only what is left
 pays for exponentials, in a second sweep over a row that the first one brought into the cache. A sampled row
 takes one sweep with exponentials. Rows past the first rejection are not read, but for the window of a fly
-request behind a mismatch that passed its gate; rows of a window that held are not read again. A weight
+request after a mismatch that passed its gate; rows of a window that held are not read again. A weight
 e^(z - m) below 2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
 
 One thread does all of it: a row takes tens of microseconds, and threads that numba started from vLLM's

@@ -64,7 +64,7 @@ def _finish_kernel(
     num_speculative_steps,
     BLOCKS: tl.constexpr,
 ):
-    """Put the winner of a request's race behind its accepted prefix."""
+    """Put the winner of a request's race after its accepted prefix."""
     req = tl.program_id(0).to(tl.int64)
     if tl.load(race_row_ptr + req) < 0:
         return

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.checks import check_logits, check_tensor
 
 
 def sample_recovered_tokens(
@@ -37,8 +37,7 @@ def sample_recovered_tokens(
         ValueError: an argument has a wrong shape or dtype, or a row does not exist.
     """
     _check(target_logits, rows, draft_token_ids)
-    check_shape("inv_q", inv_q, (rows.shape[0], target_logits.shape[1]))
-    check_dtype("inv_q", inv_q, torch.float32)
+    check_tensor("inv_q", inv_q, (rows.shape[0], target_logits.shape[1]), torch.float32)
     implementation = _implementation(target_logits.device.type)
     return implementation.sample_recovered_tokens(target_logits, rows, draft_token_ids, inv_q)
 
@@ -48,8 +47,7 @@ def sample_recovered_tokens_by_uniform(
 ) -> torch.Tensor:
     """As `sample_recovered_tokens`, by ``uniform``: [n] float64 in [0, 1)."""
     _check(target_logits, rows, draft_token_ids)
-    check_shape("uniform", uniform, rows.shape)
-    check_dtype("uniform", uniform, torch.float64)
+    check_tensor("uniform", uniform, rows.shape, torch.float64)
     implementation = _implementation(target_logits.device.type)
     return implementation.sample_recovered_tokens_by_uniform(target_logits, rows, draft_token_ids, uniform)
 
@@ -69,10 +67,8 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
 def _check(target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
     num_drawn = rows.shape[0]
     check_logits("target_logits", target_logits)
-    check_shape("rows", rows, (num_drawn,))
-    check_dtype("rows", rows, torch.int64)
-    check_shape("draft_token_ids", draft_token_ids, (num_drawn,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
+    check_tensor("rows", rows, (num_drawn,), torch.int64)
+    check_tensor("draft_token_ids", draft_token_ids, (num_drawn,), torch.int32)
     num_rows = target_logits.shape[0]
     for i, row in enumerate(rows.tolist()):
         if not 0 <= row < num_rows:

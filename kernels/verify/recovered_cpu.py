@@ -56,8 +56,8 @@ def _race(row, inv_q, draft):
 
 
 @compiled
-def _token_in(row, start, end, draft, maximum, left):
-    """Return the token of a block at which the running sum exceeds `left`; its last with a weight if none does."""
+def _token_in(row, start, end, draft, maximum, remaining):
+    """Return the token of a block at which the running sum exceeds `remaining`; its last with a weight if none does."""
     running = 0.0
     last = start
     for i in range(start, end):
@@ -66,7 +66,7 @@ def _token_in(row, start, end, draft, maximum, left):
             continue
         last = i
         running += np.float64(weight)
-        if running > left:
+        if running > remaining:
             break
     return last
 
@@ -91,15 +91,15 @@ def _draw(row, draft, uniform):
     # Nothing but the draft has a weight; or the row has no softmax, and then nothing has one.
     if total <= 0.0:
         return argmax
-    left = uniform * total
-    block, within = 0, left
+    remaining = uniform * total
+    block, within = 0, remaining
     for b in range(num_blocks):
         if sums[b] > 0.0:
             # The last one that has a weight, where rounding takes the bar past them all.
-            block, within = b, left
-            if left < sums[b]:
+            block, within = b, remaining
+            if remaining < sums[b]:
                 break
-            left -= sums[b]
+            remaining -= sums[b]
     return _token_in(row, block * BLOCK, min((block + 1) * BLOCK, row.size), draft, maximum, within)
 
 

@@ -1,4 +1,4 @@
-"""Plain torch twin of the verify op: the specification that the compiled paths are tested against.
+"""Plain torch reference of the verify op: the specification that the compiled paths are tested against.
 
 The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify`.
 """

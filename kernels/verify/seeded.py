@@ -5,16 +5,16 @@ rows together, parameters by request slot, and seeds; all that follows from them
 on data.
 
 With u the uniform of (seed, position) and g(v) the Gumbel variable of (seed, position, v), as in
-`vllm_aasd.kernels.verify.random_triton`, a sampled request accepts draft x iff log p(x) > log u, and draws from a row the
-token argmax_v z(v) + g(v), without the draft rejected there. u and g are independent, so the emitted distribution is p.
-Bonus rows are drawn from alike; greedy ones give their argmax. A budget's test of sampled requests uses the same u.
-Strict results are those of vLLM's `rejection_sample` for one-hot drafts, except where log p(x) and log u are equal to the
-last bits. Of a row without a softmax (NaN, +inf, or nothing but -inf) a sampled request rejects the draft and emits the
-first NaN, else the first +inf, the draft left out.
+`vllm_aasd.kernels.verify.random_triton`, a sampled request accepts draft x iff log p(x) > log u, and draws from a row
+the token argmax_v z(v) + g(v), without the draft rejected there. u and g are independent, so the emitted distribution
+is p. Bonus rows are drawn from alike; greedy ones give their argmax. A budget's test of sampled requests uses the same
+u. Strict results are those of vLLM's `rejection_sample` for one-hot drafts, except where log p(x) and log u are equal
+to the last bits. Of a row without a softmax (NaN, +inf, or nothing but -inf) a sampled request rejects the draft and
+emits the first NaN, else the first +inf, the draft left out.
 
 Arguments, random numbers and output follow vLLM 0.32, `v1/worker/gpu/spec_decode/rejection_sampler_utils.py`.
-Deviations: columns past the emitted tokens are -1, not undefined; NaN means what it means to `torch.argmax`; a request of
-no rows emits nothing.
+Deviations: columns past the emitted tokens are -1, not undefined; NaN means what it means to `torch.argmax`; a
+request of no rows emits nothing.
 """
 
 from types import ModuleType
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.checks import check_logits, check_tensor
 from vllm_aasd.kernels.verify.policies import VerifyPolicies, policy_shapes
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
 
@@ -128,8 +128,7 @@ def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
         },
     }
     for name, (tensor, shape, dtypes) in wanted.items():
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, *dtypes)
+        check_tensor(name, tensor, shape, *dtypes)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
     return _implementation(batch.target_logits.device.type).verify_seeded(batch)

@@ -1,7 +1,9 @@
-"""Plain torch twin of the seeded verify op: the specification that the Triton path is tested against.
+"""Plain torch reference of the seeded verify op: the specification that the Triton path is tested against.
 
 The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify.seeded`.
 """
+
+import itertools
 
 import torch
 
@@ -44,7 +46,7 @@ def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
         return 0 <= x < vocab_size and _strictly_accepted(z, x, int(batch.seed[slot]), int(batch.pos[row]))
 
     bounds = batch.cu_num_logits.tolist()
-    for req, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for req, (start, end) in enumerate(itertools.pairwise(bounds)):
         slot = int(batch.idx_mapping[req])
         is_greedy = bool(batch.temperature[slot] == 0)
         relaxation = Relaxation(batch.policies, slot, is_greedy, batch.stop_token_ids[slot], vocab_size)

@@ -252,7 +252,7 @@ def loose(demo_model, tmp_path_factory):
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
-def test_conditional_accepts_exactly_what_the_twin_says(loose):
+def test_conditional_accepts_exactly_what_the_reference_says(loose):
     result, calls = loose
     relaxed, says_relaxed, says_regret = 0, 0, 0.0
     for one in calls:

@@ -9,7 +9,7 @@ from vllm_aasd.kernels.verify import recovered_cpu, recovered_reference
 from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens_by_uniform, warm_up
 
 INF, NAN = float("inf"), float("nan")
-both_paths = pytest.mark.parametrize("path", [recovered_cpu, recovered_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [recovered_cpu, recovered_reference], ids=["cpu", "reference"])
 
 
 def residual(row, draft):
@@ -42,7 +42,7 @@ def test_the_token_drawn_is_the_one_that_u_falls_on(path, vocab_size, dtype):
 
 @both_paths
 @pytest.mark.parametrize("draft", [0, 3, -1])
-def test_what_is_drawn_has_the_law_of_p_without_the_draft(path, draft):
+def test_what_is_drawn_has_the_distribution_of_p_without_the_draft(path, draft):
     n, row = 40_000, torch.randn(6, generator=torch.Generator().manual_seed(11))
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(draft + 1))
 

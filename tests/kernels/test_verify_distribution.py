@@ -1,4 +1,4 @@
-"""The distributions of verify and sample_recovered_tokens: losslessness, the conditional rule, and properties of any input."""
+"""The distributions of verify and recovered tokens: losslessness, the conditional rule, properties of any input."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -30,7 +30,7 @@ TRUE_SAMPLER = 1e-5
 # A sampler that is off by a tenth must be told apart beyond doubt.
 TILTED_SAMPLER = 1e-12
 
-both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "reference"])
 RECOVERED = {verify_cpu: recovered_cpu, verify_reference: recovered_reference}
 
 
@@ -69,7 +69,7 @@ def peaked_logits(vocab_size, seed, scale=2.0):
 
 @both_paths
 def test_strict_sampling_is_lossless_by_algebra(path):
-    """P(x accepted) is p(x), the race's weights are p without x, and so the emitted law is p.
+    """P(x accepted) is p(x), the race's weights are p without x, and so the emitted distribution is p.
 
     A draft is accepted up to u = p(x) and not beyond, so its chance is p(x). In a race where two tokens alone
     have noise, 1 and c, the winner changes at c = the ratio of their weights, so the ratios are p's.
@@ -127,7 +127,7 @@ def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, poli
 
 
 @pytest.mark.parametrize("draft", range(6))
-def test_emitted_tokens_have_the_targets_law(draft):
+def test_emitted_tokens_have_the_targets_distribution(draft):
     n, logits = 40_000, peaked_logits(6, seed=11, scale=1.0)
     expected = logits.double().softmax(-1).numpy() * n
     assert chisquare(emitted_counts(logits, draft, n, seed=draft), expected).pvalue > TRUE_SAMPLER
@@ -152,17 +152,17 @@ def raised(p, kappa):
     return low
 
 
-def budgets_law(p, draft, kappa):
+def budgets_distribution(p, draft, kappa):
     """What a sampled request under a budget emits: p' at the draft, and p scaled elsewhere."""
-    law = p * (1 - raised(p[draft], kappa)) / (1 - p[draft])
-    law[draft] = raised(p[draft], kappa)
-    return law
+    distribution = p * (1 - raised(p[draft], kappa)) / (1 - p[draft])
+    distribution[draft] = raised(p[draft], kappa)
+    return distribution
 
 
 @both_paths
 @pytest.mark.parametrize("kappa", [1e-3, 0.02, 0.5])
 def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
-    """A draft is accepted up to u = p' and not beyond, so its chance is p'; the law then costs at most kappa."""
+    """A draft is accepted up to u = p' and not beyond, so its chance is p'; this costs at most kappa."""
     vocab_size, nudge = 12, 1e-4
     logits = peaked_logits(vocab_size, seed=5)
     p = logits.double().softmax(-1).numpy()
@@ -180,9 +180,11 @@ def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
     assert results[0].num_accepted.all() and results[0].relaxed.all()
     assert not results[1].num_accepted[bound < 1].any()
     for x in range(vocab_size):
-        law = budgets_law(p, x, kappa)
-        assert law.sum() == pytest.approx(1, abs=1e-12)
-        assert (law[law > 0] * np.log(law[law > 0] / p[law > 0])).sum() <= kappa + 1e-12
+        distribution = budgets_distribution(p, x, kappa)
+        assert distribution.sum() == pytest.approx(1, abs=1e-12)
+        assert (
+            distribution[distribution > 0] * np.log(distribution[distribution > 0] / p[distribution > 0])
+        ).sum() <= kappa + 1e-12
 
 
 @both_paths
@@ -197,14 +199,14 @@ def test_no_divergence_is_strict_even_where_u_exceeds_p_by_next_to_nothing(path)
 
 
 @pytest.mark.parametrize("draft", range(6))
-def test_tokens_of_a_budget_have_the_promised_law(draft):
+def test_tokens_of_a_budget_have_the_promised_distribution(draft):
     n, logits, kappa = 40_000, peaked_logits(6, seed=11, scale=1.0), 0.05
     p = logits.double().softmax(-1).numpy()
     policies = policy_tensors([BUDGET] * n, kappa=kappa, nats=1.0, floor=1e-4)
     counts = emitted_counts(logits, draft, n, seed=draft, policies=policies)
-    assert chisquare(counts, budgets_law(p, draft, kappa) * n).pvalue > TRUE_SAMPLER
+    assert chisquare(counts, budgets_distribution(p, draft, kappa) * n).pvalue > TRUE_SAMPLER
     assert chisquare(counts, p * n).pvalue < TILTED_SAMPLER
-    assert chisquare(counts, budgets_law(p, draft, 1.5 * kappa) * n).pvalue < TILTED_SAMPLER
+    assert chisquare(counts, budgets_distribution(p, draft, 1.5 * kappa) * n).pvalue < TILTED_SAMPLER
 
 
 @both_paths

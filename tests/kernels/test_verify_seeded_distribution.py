@@ -1,8 +1,10 @@
-"""The laws that verify_seeded obeys: the law of emitted tokens, and properties of any input.
+"""The distributions that verify_seeded obeys: the distribution of emitted tokens, and properties of any input.
 
-The twin draws the samples, since the interpreter takes milliseconds for each; that the kernels emit the same
+The reference draws the samples, since the interpreter takes milliseconds for each; that the kernels emit the same
 tokens for the same seeds is tested on a part of the very samples, and in `test_verify_seeded.py`.
 """
+
+import itertools
 
 import hypothesis.strategies as st
 import numpy as np
@@ -37,8 +39,8 @@ def samples(n, relaxed, logits=LOGITS, drafts=None, first_seed=0):
     )  # fmt: skip
 
 
-def expected_law(relaxed):
-    """The law of a request's first token: p, or under the bar the draft itself, uniform over the drafts."""
+def expected_distribution(relaxed):
+    """The distribution of a request's first token: p, or under the bar the draft itself, uniform over the drafts."""
     p = LOGITS.double().softmax(-1).numpy()
     if not relaxed:
         return p
@@ -48,14 +50,14 @@ def expected_law(relaxed):
     return np.where(clears, 1.0, 0.0) / len(p) + (~clears).mean() * p
 
 
-def p_value(tokens, law):
-    counts = np.bincount(tokens.numpy(), minlength=len(law))
-    return chisquare(counts, law * len(tokens)).pvalue
+def p_value(tokens, distribution):
+    counts = np.bincount(tokens.numpy(), minlength=len(distribution))
+    return chisquare(counts, distribution * len(tokens)).pvalue
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Samples of the twin, strict and conditional."""
+    """Samples of the reference, strict and conditional."""
     return {
         relaxed: verify_seeded_reference.verify_seeded(SeededBatch(**samples(NUM_SAMPLES, relaxed)))
         for relaxed in (False, True)
@@ -63,14 +65,14 @@ def drawn():
 
 
 @pytest.mark.parametrize("relaxed", [False, True], ids=["strict", "conditional"])
-def test_emitted_tokens_have_the_exact_law(drawn, relaxed):
-    assert p_value(drawn[relaxed].sampled[:, 0], expected_law(relaxed)) > TRUE_SAMPLER
+def test_emitted_tokens_have_the_exact_distribution(drawn, relaxed):
+    assert p_value(drawn[relaxed].sampled[:, 0], expected_distribution(relaxed)) > TRUE_SAMPLER
 
 
-def test_bonus_tokens_have_the_targets_law(drawn):
+def test_bonus_tokens_have_the_targets_distribution(drawn):
     bonus = drawn[False].sampled[drawn[False].num_sampled == 2, 1]
     assert len(bonus) > 500
-    assert p_value(bonus, expected_law(False)) > TRUE_SAMPLER
+    assert p_value(bonus, expected_distribution(False)) > TRUE_SAMPLER
 
 
 @pytest.mark.parametrize("relaxed", [False, True], ids=["strict", "conditional"])
@@ -81,18 +83,18 @@ def test_the_kernels_draw_the_twins_samples(interpreter, drawn, relaxed):
 
 
 def test_the_chi_square_finds_what_is_wrong(drawn):
-    """Another rule's law, a row at temperature 2, and a race that doesn't leave out the rejected draft."""
-    assert p_value(drawn[True].sampled[:, 0], expected_law(False)) < TILTED_SAMPLER
-    assert p_value(drawn[False].sampled[:, 0], expected_law(True)) < TILTED_SAMPLER
+    """Another rule's distribution, a row at temperature 2, and a race that doesn't leave out the rejected draft."""
+    assert p_value(drawn[True].sampled[:, 0], expected_distribution(False)) < TILTED_SAMPLER
+    assert p_value(drawn[False].sampled[:, 0], expected_distribution(True)) < TILTED_SAMPLER
     n = 2000
     hot, top, free = (
         verify_seeded_reference.verify_seeded(SeededBatch(**samples(n, False, logits=logits, drafts=[draft] * n)))
         for logits, draft in ((LOGITS / 2, 0), (LOGITS, 0), (LOGITS, -1))
     )
-    assert p_value(top.sampled[:, 0], expected_law(False)) > TRUE_SAMPLER
-    assert p_value(hot.sampled[:, 0], expected_law(False)) < TILTED_SAMPLER
+    assert p_value(top.sampled[:, 0], expected_distribution(False)) > TRUE_SAMPLER
+    assert p_value(hot.sampled[:, 0], expected_distribution(False)) < TILTED_SAMPLER
     careless = torch.where(top.num_sampled == 2, top.sampled[:, 0], free.sampled[:, 0])
-    assert p_value(careless, expected_law(False)) < TILTED_SAMPLER
+    assert p_value(careless, expected_distribution(False)) < TILTED_SAMPLER
 
 
 @st.composite
@@ -126,7 +128,7 @@ def batches(draw):
 
 def bounds(arguments):
     ends = arguments["cu_num_logits"].tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 # The interpreter takes a tenth of a second for such a batch, more on a busy machine.

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, Drafter
+from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE, MIN_SURVIVAL, NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.lengths import reproducible_lengths
 from vllm_aasd.drafting.load import LengthsByLoad
 from vllm_aasd.drafting.memory import new_memory
@@ -92,7 +92,7 @@ class AASDProposer:
         self.counting.warm_up()
         prior = agreement.load_prior(self._model_config) if self._settings.prior else None
         memory = new_memory(prior) if self._settings.memory == "process" else None
-        draft.warm_up(NUM_ORDERS, TOP_K)
+        draft.warm_up(MAX_NGRAM_SIZE, TOP_K)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,

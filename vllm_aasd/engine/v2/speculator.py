@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_SIZE, MIN_SURVIVAL
 from vllm_aasd.engine import agreement, patching, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.kv_blocks import disown
@@ -145,22 +145,22 @@ class AASDSpeculator(BaseSpeculator):
             block_size=block_size,
             theta=to_device(DEFAULT_WEIGHTS.theta),
             alignment=to_device(DEFAULT_WEIGHTS.alignment),
-            doubt=to_device(DEFAULT_WEIGHTS.doubt).reshape(1),
+            no_alignment_discount=to_device(DEFAULT_WEIGHTS.no_alignment_discount).reshape(1),
             memory_weights=to_device(DEFAULT_WEIGHTS.memory),
             prior_ids=to_device(prior.ids),
             prior_probs=to_device(prior.probs),
-            runs=to_device(prior.runs),
+            ngrams=to_device(prior.ngrams),
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
             lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
-                NUM_ORDERS,
+                MAX_NGRAM_SIZE,
                 MAX_MATCHES,
                 top_k,
                 prior.ids.shape[1],
-                (prior.runs.shape[1] - 2) // 2,
+                (prior.ngrams.shape[1] - 2) // 2,
                 self._device,
             ),
         )
