@@ -86,7 +86,9 @@ class Indexes(RuleBasedStateMachine):
         reference, estimated = references_draft(context, limit)
         # The only other thing that the survival rests on is a factor learnt of the request.
         expected = self.drafter._requests[req_id].trust.apply(estimated)
-        assert_same_drafts((drafts.tolist(), survival.tolist()), (reference.tolist(), expected.tolist()), min_survival=0)
+        assert_same_drafts(
+            (drafts.tolist(), survival.tolist()), (reference.tolist(), expected.tolist()), min_survival=0
+        )
         assert np.all(np.diff(survival) <= 0) and self.drafter.promised(req_id) is survival
         return drafts.tolist()
 
