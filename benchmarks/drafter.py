@@ -173,7 +173,7 @@ def fit(traces: Sequence[Trace], prior: Prior) -> dict[str, Any]:
 
 def pack(weights: MixtureWeights) -> np.ndarray:
     """The constants that are fitted, as one vector; those of the memory aren't."""
-    return np.concatenate([weights.theta, weights.alignment, [weights.doubt]]).astype(float)
+    return np.concatenate([weights.theta, weights.alignment, [weights.no_alignment_discount]]).astype(float)
 
 
 def unpack(vector: np.ndarray) -> MixtureWeights:
@@ -182,7 +182,7 @@ def unpack(vector: np.ndarray) -> MixtureWeights:
     return DEFAULT_WEIGHTS._replace(
         theta=vector[:orders].astype(np.float32),
         alignment=np.minimum(vector[orders : 2 * orders], 0.98).astype(np.float32),
-        doubt=np.float32(vector[-1]),
+        no_alignment_discount=np.float32(vector[-1]),
     )
 
 
@@ -222,7 +222,7 @@ def ablation(traces: Sequence[Trace], prior: Prior) -> dict[str, dict[str, Any]]
 def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) -> list[Replay]:
     """What a stage does on each trace; one drafter for all, so that a memory learns."""
     seen, parts = STAGES[name]
-    known = prior if "ngrams" in parts else prior._replace(runs=no_memory())
+    known = prior if "ngrams" in parts else prior._replace(ngrams=no_memory())
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
     memory = new_memory(prior) if "memory" in parts else None
     drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if "prior" in parts else None, memory)

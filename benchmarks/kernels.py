@@ -19,7 +19,7 @@ VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
 TOP_K = 4
 NUM_SLOTS = 1024
-NUM_RUNS = 1 << 18
+NUM_NGRAMS = 1 << 18
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
 
@@ -83,10 +83,11 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.verify import triton as verify_seeded_triton
+        from vllm_aasd.kernels.verify.seeded import SeededBatch
 
         one = torch.ones(inputs.num_reqs)
         policies = policy_tensors(rule, inputs.num_reqs)
-        return lambda: verify_seeded_triton.verify_seeded(
+        batch = SeededBatch(
             inputs.logits,
             inputs.draft_sampled,
             inputs.cu_num_logits,
@@ -101,6 +102,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
             inputs.stop_token_ids,
             all_greedy=temperature == 0,
         )
+        return lambda: verify_seeded_triton.verify_seeded(batch)
 
     return make
 
@@ -138,40 +140,41 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
-def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, remembered: int = 4) -> Callable:
+def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, ngram_top_k: int = 4) -> Callable:
     """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
-        from vllm_aasd.kernels.draft.batch import draft_workspace
+        from vllm_aasd.kernels.draft.batch import DraftBatch, draft_workspace
 
-        num_orders, max_matches, num_reqs = 6, 32, inputs.num_reqs
+        max_ngram_size, max_matches, num_reqs = 6, 32, inputs.num_reqs
         int32 = {"dtype": torch.int32}
         prior_shape = (inputs.vocab_size if prior_top_k else 0, prior_top_k)
-        return lambda: draft_triton.draft_batch(
+        batch = DraftBatch(
             all_token_ids=torch.empty((num_reqs, 32768), **int32),
             total_len=torch.empty(num_reqs, **int32),
             idx_mapping=inputs.idx_mapping,
             table=torch.empty((NUM_SLOTS if top_k else 0, 1 + 2 * top_k), **int32),
             block_tables=torch.empty((num_reqs, 2048), **int32),
             block_size=16,
-            theta=torch.empty(num_orders),
-            alignment=torch.empty(num_orders),
-            doubt=torch.empty(1),
+            theta=torch.empty(max_ngram_size),
+            alignment=torch.empty(max_ngram_size),
+            no_alignment_discount=torch.empty(1),
             memory_weights=torch.empty(4),
             prior_ids=torch.empty(prior_shape, **int32),
             prior_probs=torch.empty(prior_shape),
-            runs=torch.empty((NUM_RUNS if remembered else 0, 2 + 2 * remembered), **int32),
+            ngrams=torch.empty((NUM_NGRAMS if ngram_top_k else 0, 2 + 2 * ngram_top_k), **int32),
             vocab_size=inputs.vocab_size,
             max_matches=max_matches,
             min_survival=0.02,
             draft_limits=torch.empty(num_reqs, **int32),
-            workspace=draft_workspace(num_reqs, num_orders, max_matches, top_k, prior_top_k, remembered, "cpu"),
+            workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, ngram_top_k, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),
             survival=torch.empty((num_reqs, num_spec_tokens)),
             lookups=torch.empty(3, dtype=torch.int64),
         )
+        return lambda: draft_triton.draft_batch(batch)
 
     return make
 

@@ -1,1 +1,1 @@
-"""Tensor kernels of AASD: verify, align and draft, each with a plain twin of the same name."""
+"""Tensor kernels of AASD: verify, align and draft, each with a reference of the same name."""

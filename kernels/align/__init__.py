@@ -1,35 +1,21 @@
-"""Align: the target's top-k next-token ids and probabilities of many rows, straight into a paged table.
+"""Align: the target's top-k next-token ids and probabilities of each row, written into a paged table.
 
 The entry
     Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position (the input whose
-    output the entry describes, by which a reader recognises an entry of a draft token that was rejected),
+    output the entry describes, by which a reader recognizes an entry of a draft token that was rejected),
     then the ids of the k most probable next tokens, descending, the lowest id first among equals, then their
     probabilities as the bits of float32. A probability is e^(z - m) / s over the full vocabulary, with m the
     row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN, +inf, or nothing but
     -inf) is written with ids 0 and probabilities 0: a candidate that weighs nothing.
 
 Shards
-    Under tensor parallelism each rank holds the logits of a part of the vocabulary, and no rank needs the
-    others' logits. Rank r's partial entry of a row is its k best (id, z) and s_r = sum e^(z - m_r) with m_r
-    its own maximum, which is its first z. The row's k best are among the ranks' k best, and with m = max m_r
-    its normaliser is s = sum s_r e^(m_r - m), so probabilities are e^(z - m) / s over the full vocabulary, as
-    in one piece. A masked token's z is the lowest finite float32 in a partial entry, so that k tokens are
-    always there. A row that has no softmax on one rank, NaN or +inf, has s_r = NaN and so s = NaN.
+    Under tensor parallelism each rank holds the logits of a part of the vocabulary. Rank r's partial entry of a row is
+    its k best (id, z) and s_r = sum e^(z - m_r) with m_r its own maximum, which is its first z. The row's k best are
+    among the ranks' k best, and s = sum s_r e^(m_r - m) with m = max m_r. A masked token's z is the lowest finite
+    float32 in a partial entry, so that k tokens are always there. A row that has no softmax on one rank, NaN or +inf,
+    has s_r = NaN and so s = NaN. Blocks of a row are merged in the same way.
 
-Memory
-    One read of the logits, 1 + 2k words written for a row; a prefill chunk never needs a probability tensor
-    of its own. The CPU path keeps the top k in order while the online softmax runs
-    (`vllm_aasd.kernels.common.rows_cpu`). The Triton path loads each block of a row once, 16 bytes a thread and
-    instruction, and takes from it in registers the top k and s: 4 + 8k bytes for 4 to 16 KiB of logits. A
-    row's k best are among its blocks' k best, and blocks merge as s = sum s_i e^(m_i - m). Counted
-    (`benchmarks/kernels.py`), all that moves is 1.02 times the logits at k = 4. With tensor parallelism 1 + 2k words
-    per row and rank cross the wire (36 bytes at k = 4), where gathering the logits would move a whole row.
-
-Sources
-    The stored predictions are the alignment data of Wang et al., *Alignment-Augmented Speculative Decoding
-    with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204; the paged table with
-    its tag is ours. Merging normalizers: Milakov and Gimelshein, *Online normalizer calculation for softmax*,
-    arXiv 1805.02867.
+docs/design.md has the sources.
 """
 
 from types import ModuleType
@@ -38,7 +24,7 @@ import torch
 
 from vllm_aasd.kernels.align import reference
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
 
 __all__ = ["MAX_TOP_K", "align", "align_merge", "align_shard", "warm_up"]
 
@@ -77,10 +63,8 @@ def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Ten
     num_rows = slot_mapping.shape[0]
     check_logits("logits", logits)
     check_shape("logits", logits, (num_rows, logits.shape[1]))
-    check_shape("token_ids", token_ids, (num_rows,))
-    check_dtype("token_ids", token_ids, torch.int32)
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     check_table("table", table, logits.shape[1])
     _implementation(logits.device.type).align(logits, token_ids, slot_mapping, table)
 
@@ -105,8 +89,7 @@ def align_shard(logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id
     num_rows = slot_mapping.shape[0]
     check_logits("logits", logits)
     check_shape("logits", logits, (num_rows, logits.shape[1]))
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     most = min(MAX_TOP_K, logits.shape[1])
     if not 1 <= top_k <= most:
         raise ValueError(f"top_k is {top_k}, expected 1 to {most}")
@@ -131,12 +114,9 @@ def align_merge(
     """
     num_rows = slot_mapping.shape[0]
     check_table("table", table, MAX_TOP_K)
-    check_shape("partials", partials, (partials.shape[0], num_rows, table.shape[1]))
-    check_dtype("partials", partials, torch.int32)
-    check_shape("token_ids", token_ids, (num_rows,))
-    check_dtype("token_ids", token_ids, torch.int32)
-    check_shape("slot_mapping", slot_mapping, (num_rows,))
-    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    check_tensor("partials", partials, (partials.shape[0], num_rows, table.shape[1]), torch.int32)
+    check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
+    check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     _shard_implementation(table.device.type).align_merge(partials, token_ids, slot_mapping, table)
 
 

@@ -27,7 +27,7 @@ _PIECE = 128
 
 @compiled
 def _insert(keys, ids, key, token_id):
-    """Insert a token into the descending top k, behind its equals, dropping the last."""
+    """Insert a token into the descending top k, after its equals, dropping the last."""
     j = keys.size - 1
     while j > 0 and keys[j - 1] < key:
         keys[j] = keys[j - 1]

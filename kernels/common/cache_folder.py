@@ -31,7 +31,7 @@ def code_folder() -> tuple[Path | None, list[str]]:
     """
     named = [_expanded(os.environ[key]) for key in ("NUMBA_CACHE_DIR", "AASD_CACHE_ROOT") if os.environ.get(key)]
     name = f"numba-{_sources_hash()}-{os.geteuid()}"
-    reasons = []
+    reasons: list[str] = []
     for place in dict.fromkeys([*named, _KERNELS / "__pycache__", _cache_folder()]):
         folder = place / name
         try:

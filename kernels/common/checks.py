@@ -18,6 +18,12 @@ def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
 
 
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless a tensor has this shape and one of these dtypes."""
+    check_shape(name, tensor, shape)
+    check_dtype(name, tensor, *dtypes)
+
+
 def check_logits(name: str, logits: torch.Tensor) -> None:
     """Raise ValueError unless a tensor is [rows, vocab_size >= 1] logits whose rows are contiguous."""
     if logits.ndim != 2 or logits.shape[1] < 1:
@@ -25,17 +31,3 @@ def check_logits(name: str, logits: torch.Tensor) -> None:
     check_dtype(name, logits, *LOGITS_DTYPES)
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"{name} has stride {logits.stride(1)} along the vocabulary, expected 1")
-
-
-def check_rejected_rows(target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
-    """Raise ValueError unless these are logits, int64 rows that they have, and an int32 draft token for each row."""
-    num_drawn = rows.shape[0]
-    check_logits("target_logits", target_logits)
-    check_shape("rows", rows, (num_drawn,))
-    check_dtype("rows", rows, torch.int64)
-    check_shape("draft_token_ids", draft_token_ids, (num_drawn,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
-    num_rows = target_logits.shape[0]
-    for i, row in enumerate(rows.tolist()):
-        if not 0 <= row < num_rows:
-            raise ValueError(f"rows[{i}] is {row}, target_logits has {num_rows} rows")

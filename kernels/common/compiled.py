@@ -74,7 +74,7 @@ def compiled(function: Callable[..., Any] | None = None, *, reassociate: bool = 
 
     Args:
         function: the function, when used as a bare decorator.
-        reassociate: let sums be reordered, so that they vectorise.
+        reassociate: let sums be reordered, so that they vectorize.
     """
     if function is None:
         return lambda inner: compiled(inner, reassociate=reassociate)

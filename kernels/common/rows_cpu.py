@@ -3,15 +3,15 @@
 Reading. A row is a 1-D contiguous slice of the storage. Its elements are float32, or the raw bits of bfloat16
 (as int16) or float16 (as uint16), which numba has no arithmetic for; `to_float32` widens them in a register.
 
-Ordering. A floating-point maximum is not vectorised without fast-math flags that make NaN and infinity
+Ordering. A floating-point maximum is not vectorized without fast-math flags that make NaN and infinity
 undefined. `order_key` maps a float to an int32 with the same order, whose maximum is. NaN gets the largest
 key and -0.0 the key of 0.0, so "first element that has the largest key" is `torch.argmax`: the first NaN if
 there is one, else the lowest index of the maximum.
 
 Softmax. numba has no vector exp without Intel's SVML, so `exp_nonpositive` is 2**n times a polynomial, built
-from operations that LLVM vectorises. `softmax_stats` is the online softmax (Milakov and Gimelshein, *Online
+from operations that LLVM vectorizes. `softmax_stats` is the online softmax (Milakov and Gimelshein, *Online
 normalizer calculation for softmax*, arXiv 1805.02867) in blocks that stay in the L1 cache: memory is read
-once for the maximum, the normaliser s = sum e^(z - m) and t = sum e^(z - m) (z - m), from which the entropy
+once for the maximum, the normalizer s = sum e^(z - m) and t = sum e^(z - m) (z - m), from which the entropy
 is log s - t / s. When a block raises the maximum by d, s becomes s e^-d and t becomes e^-d (t - d s). Sums
 run in float32 lanes inside a block and in float64 between blocks.
 """

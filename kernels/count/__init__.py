@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_shape
+from vllm_aasd.kernels.common.checks import check_tensor
 
 SURVIVAL_BINS = 10
 """Promised survival is told apart by tenths; 1.0 is in the last."""
@@ -79,8 +79,7 @@ def count_drafts(
         ("exhausted", exhausted, by_request, (torch.bool,)),
         ("guarded", guarded, by_request, (torch.bool,)),
     ):
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, *dtypes)
+        check_tensor(name, tensor, shape, *dtypes)
     step = draft_token_ids, cu_num_rows, first_draft, num_emitted, idx_mapping, survival
     _implementation(totals.device.type).count_drafts(totals, *step, relaxed, regret, exhausted, guarded)
 

@@ -1,52 +1,33 @@
 """Draft: from a request's context to draft tokens, by suffix matches mixed with the target's own predictions.
 
-The op has two halves over one data structure, the *suffix index* of a request.
-
 Index
-    For each order ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
-    ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose
-    successor is known are entered. Appending a token costs ``M`` insertions, whatever the length of the
-    context; tables grow a share with every token (`vllm_aasd.drafting.suffix_index`).
+    For each n-gram size ``m = 1 .. M`` a hash table maps an m-gram to the most recent position that ends it, and
+    ``prev[m - 1, j]`` leads from position ``j`` to the one before it with the same m-gram. Only positions whose next
+    token is known are entered.
 
 Mixture
-    Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last
-    ``m`` tokens of context plus draft, ``n = |C_m|``, and ``L`` the longest order with a match. From the lowest
-    of the last four orders up to ``L``::
+    Let ``C_m`` be the (at most ``max_matches`` most recent) positions whose last ``m`` tokens are the last ``m`` tokens
+    of context plus draft, ``n = |C_m|``, and ``L`` the largest size with a match. From the smallest of the last four
+    sizes up to ``L``::
 
         P_m = (1 - w_m) P_{m-1} + w_m / n * sum_{j in C_m} [(1 - x_mj) delta(token j+1) + x_mj p_j]
-        w_m = n / (n + theta_m (1 + (doubt - 1) u_m))
+        w_m = n / (n + theta_m (1 + (no_alignment_discount - 1) u_m))
 
-    with ``P_0`` the prior (nothing, if there is none), ``p_j`` the target's stored top-k distribution at position
-    ``j`` (the *alignment* of that position), ``x_mj = x_m`` where a fresh one is stored, else 0, and ``u_m`` the
-    share of ``C_m`` without one: a retrieved token that the target's own view does not temper is right less
-    often than its count says, so its order escapes more. The draft token is the argmax of ``P_L``, ties going to the longest match and then to the most recent position; the
-    *survival* of a draft is the product of these maxima, the estimate that all of it is accepted. Drafting
-    stops before the token that would take it under ``min_survival``.
-
-    This is prediction by partial matching (Cleary and Witten, 1984) with escape weights ``theta_m / (n +
-    theta_m)``, over the candidates of alignment sampling (Wang et al., *Alignment-Augmented Speculative
-    Decoding with Alignment Sampling and Conditional Verification*, EMNLP 2025, arXiv 2505.13204). It deviates
-    from that paper, where the stored predictions join the retrieved token as separate candidates: vLLM
-    verifies one chain, so they are mixed into one choice instead. See README, "How it works".
-
-Work
-    Bounded by constants, whatever the context's length and tokens. A look-up or an insertion tries at most
-    ``MOST_PROBES`` slots, where tokens were chosen so that their hashes collide too; a token that is appended costs ``M`` of
-    them, and where tables grow 16 positions more. A draft token takes ``M`` look-ups, walks to ``max_matches`` positions of
-    four orders, and gets ``1 + k`` votes from each, besides those of memory and prior. `benchmarks.worst_case` measures
-    contexts made for it; ``tests/test_bounded_work.py`` counts the work.
+    with ``P_0`` the prior, ``p_j`` the target's stored top-k distribution at position ``j``, ``x_mj = x_m`` where a
+    fresh one is stored, else 0, and ``u_m`` the share of ``C_m`` without one. The draft token is the argmax of ``P_L``.
+    Ties go to the longest match, then to the most recent position. The *survival* of a draft is the product of these
+    maxima; drafting stops before the token that would take it below ``min_survival``. The sum is evaluated from ``L``
+    downwards with the mass that remains.
 
 Memory
-    What the target predicted behind runs of 2 and 3 tokens in earlier requests: a direct-mapped table
-    ``[S, 2 + 2k]`` int32 with, per run, a tag, how many distributions were averaged (at most 5: from then on
-    the newest has a fifth of the weight), k ids and k probabilities as float32 bits. It stands between the
-    request's own matches and the prior: ``P_0`` is the prior mixed with the memory of 2 tokens, then of 3, with
-    ``w_m = memory_m c / (c + 1)`` for c averaged distributions. A run that loses its row to another is
-    forgotten, so its size is fixed. The runs of a prior (`vllm_aasd.drafting.own_text`) are such a table too: it is read in the
-    memory's place and never written, or a memory begins as its copy.
+    Predictions after n-grams of 2 and 3 tokens, in a direct-mapped table ``[S, 2 + 2k]`` int32: a tag, how many
+    distributions were averaged, k ids, and k probabilities as float32 bits. An n-gram that loses its row to another is
+    forgotten. It is mixed in between prior and context: first 2 tokens, then 3, with ``w_m = memory_m c / (c + 1)`` for
+    c averaged distributions. The n-grams of a prior (`vllm_aasd.drafting.own_text`) are such a table, read in the
+    memory's place and never written, or copied as its beginning.
 
-The sum is evaluated from ``L`` downwards with the weight that is left. `vllm_aasd.kernels.draft.reference` is the
-specification. On the CPU, `index_cpu` holds the index, `cpu` the mixture and `memory_cpu` the memory; on GPUs,
+docs/design.md explains the mixture, bounds its work, and names the sources. `vllm_aasd.kernels.draft.reference` is the
+specification. On CPUs, `index_cpu` holds the index, `cpu` the mixture and `memory_cpu` the memory. On GPUs,
 `vllm_aasd.kernels.draft.batch` drafts for a whole batch without an index.
 """
 
@@ -59,12 +40,12 @@ from vllm_aasd.kernels.align import MAX_TOP_K
 __all__ = [
     "HASH_MULTIPLIER",
     "HIT",
-    "LONGEST_REMEMBERED",
+    "MAX_MEMORY_NGRAM",
+    "MAX_OBSERVATIONS",
     "MAX_TOP_K",
+    "MIN_MEMORY_NGRAM",
     "MISS",
-    "MOST_REMEMBERED",
-    "ORDERS_USED",
-    "SHORTEST_REMEMBERED",
+    "NGRAM_SIZES_USED",
     "STALE",
     "MixtureWeights",
     "Prior",
@@ -73,36 +54,37 @@ __all__ = [
     "no_prior",
 ]
 
-ORDERS_USED = 4
-"""How many of the longest matching orders vote; lower ones hardly count once four higher ones match."""
+NGRAM_SIZES_USED = 4
+"""How many of the largest matching n-gram sizes are used; smaller ones hardly count once four larger ones match."""
 
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 """An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio)."""
 
-SHORTEST_REMEMBERED, LONGEST_REMEMBERED = 2, 3
-"""Runs of tokens that a memory is asked for; of one token the prior knows more."""
+MIN_MEMORY_NGRAM, MAX_MEMORY_NGRAM = 2, 3
+"""Sizes of the n-grams that a memory holds; of one token the prior knows more."""
 
-MOST_REMEMBERED = 5
-"""How many distributions a run's entry averages; from then on the newest has this fraction's weight."""
+MAX_OBSERVATIONS = 5
+"""How many distributions an n-gram's row averages; from then on the newest has this fraction's weight."""
 
 HIT, MISS, STALE = range(3)
-"""What a look-up in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""
+"""What a lookup in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""
 
 
 class MixtureWeights(NamedTuple):
-    """The constants of the mixture; arrays have one entry per order, ``[M]`` float32.
+    """The constants of the mixture; arrays have one entry per n-gram size, ``[M]`` float32.
 
     Attributes:
-        theta: pseudo-count of each order, > 0; larger trusts its matches less.
-        alignment: the share ``x_m`` that the stored distribution gets beside the retrieved token, in [0, 1].
-        doubt: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
-        memory: ``[4]`` float32, by the length of the run, the weight of what the memory holds in the limit of
+        theta: pseudo-count of each size, > 0; larger trusts its matches less.
+        alignment: the share ``x_m`` that the stored distribution gets, and the next token in the context doesn't, in
+            [0, 1].
+        no_alignment_discount: float32 scalar, the factor on theta where no match has a stored distribution, >= 1.
+        memory: ``[4]`` float32, by the size of the n-gram, the weight of what the memory holds in the limit of
             many observations, in [0, 1].
     """
 
     theta: np.ndarray
     alignment: np.ndarray
-    doubt: np.float32
+    no_alignment_discount: np.float32
     memory: np.ndarray
 
 
@@ -115,15 +97,14 @@ class Prior(NamedTuple):
     """What the target says outside of any request's context.
 
     Attributes:
-        ids: ``[vocab_size, k]`` int32, the likeliest successors of each token; -1 where there are fewer than k.
+        ids: ``[vocab_size, k]`` int32, the likeliest next tokens of each token; -1 where there are fewer than k.
         probs: ``[vocab_size, k]`` float32.
-        runs: ``[S, 2 + 2k]`` int32, the same of runs of tokens, in the format of a memory (`vllm_aasd.kernels.draft`);
-            `no_memory` for none.
+        ngrams: ``[S, 2 + 2k]`` int32, the same of n-grams, in the format of a memory; `no_memory` for none.
     """
 
     ids: np.ndarray
     probs: np.ndarray
-    runs: np.ndarray = no_memory()
+    ngrams: np.ndarray = no_memory()
 
 
 def no_prior() -> Prior:
@@ -131,14 +112,14 @@ def no_prior() -> Prior:
     return Prior(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
 
 
-def max_candidates(max_matches: int, top_k: int, num_remembered: int, num_successors: int) -> int:
+def max_candidates(max_matches: int, top_k: int, ngram_top_k: int, num_successors: int) -> int:
     """How many candidates a draft token can have: what the scratch of `draft` must hold for none to be ignored.
 
     Args:
-        max_matches: of an order.
+        max_matches: of an n-gram size.
         top_k: predictions stored per context position.
-        num_remembered: predictions of a row of the memory.
+        ngram_top_k: predictions of a row of the memory.
         num_successors: of a token in the prior.
     """
-    runs = LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1
-    return ORDERS_USED * max_matches * (1 + top_k) + runs * num_remembered + num_successors
+    ngrams = MAX_MEMORY_NGRAM - MIN_MEMORY_NGRAM + 1
+    return NGRAM_SIZES_USED * max_matches * (1 + top_k) + ngrams * ngram_top_k + num_successors

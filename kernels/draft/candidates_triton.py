@@ -3,71 +3,73 @@
 import triton
 import triton.language as tl
 
+from vllm_aasd.kernels import draft
+
+NGRAM_SIZES_USED = tl.constexpr(draft.NGRAM_SIZES_USED)
+_MIN_MEMORY_NGRAM, _MAX_MEMORY_NGRAM = tl.constexpr(draft.MIN_MEMORY_NGRAM), tl.constexpr(draft.MAX_MEMORY_NGRAM)
+_MULTIPLIER = tl.constexpr(draft.HASH_MULTIPLIER)
+
 
 @triton.jit
-def _put_votes(votes_ptr, places, ids, weights, vocab_size, mask):
-    """Write votes; one that does not count becomes a vote of weight 0 for no token."""
+def _put_candidates(candidates_ptr, places, ids, weights, vocab_size, mask):
+    """Write candidates; one that does not count becomes no token, of weight 0."""
     counts = (weights > 0) & (ids >= 0) & (ids < vocab_size)
     bits = tl.where(counts, weights, 0.0).to(tl.int32, bitcast=True)
-    tl.store(votes_ptr + 2 * places, tl.where(counts, ids, -1), mask=mask)
-    tl.store(votes_ptr + 2 * places + 1, bits, mask=mask)
+    tl.store(candidates_ptr + 2 * places, tl.where(counts, ids, -1), mask=mask)
+    tl.store(candidates_ptr + 2 * places + 1, bits, mask=mask)
 
 
 @triton.jit
-def _hashed(suffix, ORDER: tl.constexpr, MULTIPLIER: tl.constexpr):
-    """The hash of the run of the last tokens: as the memory's on the CPU."""
-    hashed = tl.full([], ORDER, tl.uint64)
-    for back in tl.static_range(ORDER):
-        hashed = (hashed ^ suffix[back].to(tl.uint32, bitcast=True).to(tl.uint64)) * MULTIPLIER
+def _hashed(suffix, SIZE: tl.constexpr):
+    """The hash of the n-gram of the last tokens: as the memory's on the CPU."""
+    hashed = tl.full([], SIZE, tl.uint64)
+    for back in tl.static_range(SIZE):
+        hashed = (hashed ^ suffix[back].to(tl.uint32, bitcast=True).to(tl.uint64)) * _MULTIPLIER
     return hashed
 
 
 @triton.jit
-def cast_votes(
+def gather_candidates(
     tokens_ptr,  # [length] of all_token_ids
-    suffix,  # at least LONGEST_REMEMBERED tokens, the last of context plus draft first
+    suffix,  # at least MAX_MEMORY_NGRAM tokens, the last of context plus draft first
     num_tokens,  # of context plus draft
-    counts,  # [orders, padded to a power of two]
-    matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
+    counts,  # [n-gram sizes, padded to a power of two]
+    matches_ptr,  # [MAX_NGRAM_SIZE, MAX_MATCHES]
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
     num_slots,
     blocks_ptr,  # [max_blocks] of block_tables
     block_size,
-    theta_ptr,  # [NUM_ORDERS]
-    alignment_ptr,  # [NUM_ORDERS]
-    doubt_ptr,  # [1]
-    memory_weights_ptr,  # [LONGEST_REMEMBERED + 1]
+    theta_ptr,  # [MAX_NGRAM_SIZE]
+    alignment_ptr,  # [MAX_NGRAM_SIZE]
+    no_alignment_discount_ptr,  # [1]
+    memory_weights_ptr,  # [MAX_MEMORY_NGRAM + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
-    runs_ptr,  # [num_rows, 2 + 2 REMEMBERED]
+    ngrams_ptr,  # [num_rows, 2 + 2 NGRAM_TOP_K]
     num_rows,
     vocab_size,
-    votes_ptr,  # [max_votes, 2]: token id, bits of the weight
-    ORDERS_USED: tl.constexpr,
+    candidates_ptr,  # [max_candidates, 2]: token id, bits of the weight
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    REMEMBERED: tl.constexpr,
-    SHORTEST_REMEMBERED: tl.constexpr,
-    LONGEST_REMEMBERED: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    NGRAM_TOP_K: tl.constexpr,
 ):
-    """Write the votes of a step in the order in which the twin adds them.
+    """Write the candidates of a step in the order in which the reference adds them.
 
-    Returns how many; and of the positions that voted, how many had fresh predictions, how many stale ones; and how
-    many voted.
+    Returns how many candidates; and of the matching positions, how many had fresh predictions, how many had stale
+    ones, and how many there were.
     """
-    LANES: tl.constexpr = triton.next_power_of_2(ORDERS_USED * MAX_MATCHES)
-    orders = 1 + tl.arange(0, counts.shape[0])
-    longest = tl.max(tl.where(counts > 0, orders, 0), axis=0)
-    # One lane for each position that may vote: the orders used, longest first, times the rank in its list.
+    LANES: tl.constexpr = triton.next_power_of_2(NGRAM_SIZES_USED * MAX_MATCHES)
+    sizes = 1 + tl.arange(0, counts.shape[0])
+    longest = tl.max(tl.where(counts > 0, sizes, 0), axis=0)
+    # One lane for each position that may be used: the n-gram sizes, longest first, times the rank in its list.
     lanes = tl.arange(0, LANES)
     ranks = lanes % MAX_MATCHES
-    lane_orders = longest - lanes // MAX_MATCHES
-    lane_counts = tl.sum(tl.where(lane_orders[:, None] == orders[None, :], counts[None, :], 0), axis=1)
-    present = (lanes < ORDERS_USED * MAX_MATCHES) & (ranks < lane_counts)
-    positions = tl.load(matches_ptr + (lane_orders - 1) * MAX_MATCHES + ranks, mask=present, other=0)
+    lane_sizes = longest - lanes // MAX_MATCHES
+    lane_counts = tl.sum(tl.where(lane_sizes[:, None] == sizes[None, :], counts[None, :], 0), axis=1)
+    present = (lanes < NGRAM_SIZES_USED * MAX_MATCHES) & (ranks < lane_counts)
+    positions = tl.load(matches_ptr + (lane_sizes - 1) * MAX_MATCHES + ranks, mask=present, other=0)
     successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)
     fresh = lanes < 0
     num_fresh = 0
@@ -82,29 +84,29 @@ def cast_votes(
         num_fresh = tl.sum(fresh.to(tl.int32), axis=0)
         num_stale = tl.sum((in_table & (tags >= 0)).to(tl.int32), axis=0) - num_fresh
 
-    doubt = tl.load(doubt_ptr)
+    no_alignment_discount = tl.load(no_alignment_discount_ptr)
     lane_shares = tl.zeros([LANES], tl.float32)
     aligned = tl.zeros([LANES], tl.float32)
     places = tl.zeros([LANES], tl.int32)
-    left = 1.0
-    num_votes = 0
-    for drop in tl.static_range(ORDERS_USED):
-        order = longest - drop
+    remaining_mass = 1.0
+    num_candidates = 0
+    for drop in tl.static_range(NGRAM_SIZES_USED):
+        size = longest - drop
         mine = lanes // MAX_MATCHES == drop
-        num_matches = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+        num_matches = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
         num_unaligned = tl.sum((mine & present & (fresh == 0)).to(tl.int32), axis=0)
         count = num_matches.to(tl.float32)
-        theta = tl.load(theta_ptr + order - 1, mask=order > 0, other=1.0)
+        theta = tl.load(theta_ptr + size - 1, mask=size > 0, other=1.0)
         share_unaligned = tl.div_rn(num_unaligned.to(tl.float32), tl.maximum(count, 1.0))
-        escape = theta * (1.0 + (doubt - 1.0) * share_unaligned)
+        escape = theta * (1.0 + (no_alignment_discount - 1.0) * share_unaligned)
         weight = tl.div_rn(count, count + escape)
-        lane_shares = tl.where(mine, tl.div_rn(left * weight, tl.maximum(count, 1.0)), lane_shares)
-        alignment = tl.load(alignment_ptr + order - 1, mask=order > 0, other=0.0)
+        lane_shares = tl.where(mine, tl.div_rn(remaining_mass * weight, tl.maximum(count, 1.0)), lane_shares)
+        alignment = tl.load(alignment_ptr + size - 1, mask=size > 0, other=0.0)
         aligned = tl.where(mine & fresh, alignment, aligned)
-        places = tl.where(mine, num_votes + ranks * (1 + TOP_K), places)
-        # An order below 1 has count 0, so weight 0.
-        left = left * (1.0 - weight)
-        num_votes += num_matches * (1 + TOP_K)
+        places = tl.where(mine, num_candidates + ranks * (1 + TOP_K), places)
+        # A size below 1 has count 0, so weight 0.
+        remaining_mass = remaining_mass * (1.0 - weight)
+        num_candidates += num_matches * (1 + TOP_K)
 
     if TOP_K > 0:
         ks = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
@@ -112,36 +114,45 @@ def cast_votes(
         entry_ptrs = table_ptr + slots[:, None] * (1 + 2 * TOP_K) + 1 + ks
         ids = tl.load(entry_ptrs, mask=stored, other=-1)
         probs = tl.load(entry_ptrs + TOP_K, mask=stored, other=0).to(tl.float32, bitcast=True)
-        _put_votes(
-            votes_ptr,
+        _put_candidates(
+            candidates_ptr,
             places[:, None] + 1 + ks,
             ids,
             (lane_shares * aligned)[:, None] * probs,
             vocab_size,
             present[:, None] & (ks < TOP_K),
         )
-    _put_votes(votes_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present)
+    _put_candidates(candidates_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present)
 
-    if REMEMBERED > 0:
-        run_ks = tl.arange(0, triton.next_power_of_2(REMEMBERED))
-        for drop in tl.static_range(LONGEST_REMEMBERED - SHORTEST_REMEMBERED + 1):
-            hashed = _hashed(suffix, LONGEST_REMEMBERED - drop, MULTIPLIER)
+    if NGRAM_TOP_K > 0:
+        ngram_ks = tl.arange(0, triton.next_power_of_2(NGRAM_TOP_K))
+        for drop in tl.static_range(_MAX_MEMORY_NGRAM - _MIN_MEMORY_NGRAM + 1):
+            hashed = _hashed(suffix, _MAX_MEMORY_NGRAM - drop)
             place = (hashed >> 32).to(tl.int64) & (num_rows - 1)
-            run_ptr = runs_ptr + place * (2 + 2 * REMEMBERED)
-            is_run = num_tokens >= LONGEST_REMEMBERED - drop
-            # The low half tells runs apart that share a place.
+            ngram_ptr = ngrams_ptr + place * (2 + 2 * NGRAM_TOP_K)
+            is_ngram = num_tokens >= _MAX_MEMORY_NGRAM - drop
+            # The low half tells n-grams apart that share a place.
             tag = (hashed & 0x7FFFFFFF).to(tl.int32)
-            is_held = is_run & (tl.load(run_ptr, mask=is_run, other=-1) == tag)
-            observed = tl.load(run_ptr + 1, mask=is_held, other=0).to(tl.float32)
-            weight = tl.load(memory_weights_ptr + LONGEST_REMEMBERED - drop) * observed
+            is_held = is_ngram & (tl.load(ngram_ptr, mask=is_ngram, other=-1) == tag)
+            observed = tl.load(ngram_ptr + 1, mask=is_held, other=0).to(tl.float32)
+            weight = tl.load(memory_weights_ptr + _MAX_MEMORY_NGRAM - drop) * observed
             weight = tl.div_rn(weight, observed + 1.0)
-            num_held = tl.where(observed > 0, REMEMBERED, 0)
-            held = run_ks < num_held
-            run_ids = tl.load(run_ptr + 2 + run_ks, mask=held, other=-1)
-            run_probs = tl.load(run_ptr + 2 + REMEMBERED + run_ks, mask=held, other=0).to(tl.float32, bitcast=True)
-            _put_votes(votes_ptr, num_votes + run_ks, run_ids, left * weight * run_probs, vocab_size, held)
-            left = left * (1.0 - weight)
-            num_votes += num_held
+            num_held = tl.where(observed > 0, NGRAM_TOP_K, 0)
+            held = ngram_ks < num_held
+            ngram_ids = tl.load(ngram_ptr + 2 + ngram_ks, mask=held, other=-1)
+            ngram_probs = tl.load(ngram_ptr + 2 + NGRAM_TOP_K + ngram_ks, mask=held, other=0).to(
+                tl.float32, bitcast=True
+            )
+            _put_candidates(
+                candidates_ptr,
+                num_candidates + ngram_ks,
+                ngram_ids,
+                remaining_mass * weight * ngram_probs,
+                vocab_size,
+                held,
+            )
+            remaining_mass = remaining_mass * (1.0 - weight)
+            num_candidates += num_held
     if PRIOR_TOP_K > 0:
         last_token = suffix[0]
         num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)
@@ -149,32 +160,32 @@ def cast_votes(
         known = prior_ks < num_known
         successor_ks = last_token.to(tl.int64) * PRIOR_TOP_K + prior_ks
         prior_ids = tl.load(prior_ids_ptr + successor_ks, mask=known, other=-1)
-        prior_weights = left * tl.load(prior_probs_ptr + successor_ks, mask=known, other=0.0)
-        _put_votes(votes_ptr, num_votes + prior_ks, prior_ids, prior_weights, vocab_size, known)
-        num_votes += num_known
-    return num_votes, num_fresh, num_stale, tl.sum(present.to(tl.int32), axis=0)
+        prior_weights = remaining_mass * tl.load(prior_probs_ptr + successor_ks, mask=known, other=0.0)
+        _put_candidates(candidates_ptr, num_candidates + prior_ks, prior_ids, prior_weights, vocab_size, known)
+        num_candidates += num_known
+    return num_candidates, num_fresh, num_stale, tl.sum(present.to(tl.int32), axis=0)
 
 
 @triton.jit
-def elect(
-    votes_ptr,  # [max_votes, 2]: token id, bits of the weight
-    num_votes,
+def argmax_candidate(
+    candidates_ptr,  # [max_candidates, 2]: token id, bits of the weight
+    num_candidates,
     CHUNK: tl.constexpr,
 ):
-    """Return the token with the most votes, of equals the one voted for first, and its score; -1 for none."""
+    """Return the token of the largest score, of equals the first, and its score; -1 for none."""
     best_token = -1
     best_score = 0.0
-    for start in range(0, num_votes, CHUNK):
-        candidates = start + tl.arange(0, CHUNK)
-        ids = tl.load(votes_ptr + 2 * candidates, mask=candidates < num_votes, other=-1)
+    for start in range(0, num_candidates, CHUNK):
+        indices = start + tl.arange(0, CHUNK)
+        ids = tl.load(candidates_ptr + 2 * indices, mask=indices < num_candidates, other=-1)
         scores = tl.zeros([CHUNK], tl.float32)
-        # Every candidate adds up its votes in the order in which they were cast: the twin's sum to the bit.
-        for vote in range(num_votes):
-            weight = tl.load(votes_ptr + 2 * vote + 1).to(tl.float32, bitcast=True)
-            scores += tl.where(ids == tl.load(votes_ptr + 2 * vote), weight, 0.0)
+        # Every token adds up its weights in the order in which they were written: the reference's sum to the bit.
+        for other in range(num_candidates):
+            weight = tl.load(candidates_ptr + 2 * other + 1).to(tl.float32, bitcast=True)
+            scores += tl.where(ids == tl.load(candidates_ptr + 2 * other), weight, 0.0)
         score = tl.max(scores, axis=0)
         if score > best_score:
             best_score = score
-            first = tl.min(tl.where(scores == score, candidates, num_votes), axis=0)
-            best_token = tl.load(votes_ptr + 2 * first)
+            first = tl.min(tl.where(scores == score, indices, num_candidates), axis=0)
+            best_token = tl.load(candidates_ptr + 2 * first)
     return best_token, best_score

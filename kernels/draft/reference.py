@@ -1,7 +1,4 @@
-"""The plain twins of `vllm_aasd.kernels.draft` and `draft_batch`: the specification, written to be read.
-
-They scan the context.
-"""
+"""Plain references of `vllm_aasd.kernels.draft` and `draft_batch`: the specification. They scan the context."""
 
 import numpy as np
 import torch
@@ -9,11 +6,11 @@ import torch
 from vllm_aasd.kernels.draft import (
     HASH_MULTIPLIER,
     HIT,
-    LONGEST_REMEMBERED,
+    MAX_MEMORY_NGRAM,
+    MAX_OBSERVATIONS,
+    MIN_MEMORY_NGRAM,
     MISS,
-    MOST_REMEMBERED,
-    ORDERS_USED,
-    SHORTEST_REMEMBERED,
+    NGRAM_SIZES_USED,
     STALE,
     MixtureWeights,
     Prior,
@@ -30,7 +27,7 @@ def draft(
     block_size,
     theta,
     alignment,
-    doubt,
+    no_alignment_discount,
     memory_weights,
     prior_ids,
     prior_probs,
@@ -38,8 +35,8 @@ def draft(
     max_matches,
     min_survival,
     scores,
-    seen,
-    starts,
+    candidates,
+    match_heads,
     draft_token_ids,
     survival,
     lookups,
@@ -47,30 +44,30 @@ def draft(
     """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`.
 
     ``prev``, ``head`` and the scratch are not used: matches are found by comparing every position,
-    and the candidates of a step are kept in a dictionary, in order of their first vote. Sums are float32, a position's
-    votes order by order; the compiled path adds up what a position has from its orders first, so that token ids may
-    differ where two tokens are within rounding of each other.
+    and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are float32, by
+    n-gram size; the compiled path first adds up what a position has from its sizes, so that token ids may differ where
+    two tokens are within rounding of each other.
     """
     context = [int(token) for token in tokens[:length]]
     vocab_size = len(scores)
     top_k = (table.shape[1] - 1) // 2
-    alive = np.float32(1)
+    draft_survival = np.float32(1)
     for step in range(len(draft_token_ids)):
         sequence = context + [int(token) for token in draft_token_ids[:step]]
-        matches = {order: _matches(context, sequence, order, max_matches) for order in range(1, len(theta) + 1)}
-        longest = max((order for order, positions in matches.items() if positions), default=0)
-        votes: dict[int, np.float32] = {}
+        matches = {size: _matches(context, sequence, size, max_matches) for size in range(1, len(theta) + 1)}
+        longest = max((size for size, positions in matches.items() if positions), default=0)
+        weights: dict[int, np.float32] = {}
 
-        def vote(token, weight, votes=votes):
+        def add(token, weight, weights=weights):
             if weight > 0 and 0 <= token < vocab_size:
-                votes[token] = votes.get(token, np.float32(0)) + weight
+                weights[token] = weights.get(token, np.float32(0)) + weight
 
-        left = np.float32(1)
-        for order in range(longest, max(longest - ORDERS_USED, 0), -1):
-            entries = [_entry(table, block_table, block_size, position) for position in matches[order]]
+        remaining_mass = np.float32(1)
+        for size in range(longest, max(longest - NGRAM_SIZES_USED, 0), -1):
+            entries = [_entry(table, block_table, block_size, position) for position in matches[size]]
             fresh = [
                 entry is not None and entry[0] == context[position]
-                for position, entry in zip(matches[order], entries, strict=True)
+                for position, entry in zip(matches[size], entries, strict=True)
             ]
             if len(table):
                 stale = [
@@ -82,36 +79,36 @@ def draft(
                 lookups[MISS] += len(entries) - fresh.count(True) - stale.count(True)
             count = np.float32(len(entries))
             share_unaligned = np.float32(fresh.count(False)) / count
-            escape = theta[order - 1] * (np.float32(1) + (doubt - np.float32(1)) * share_unaligned)
+            escape = theta[size - 1] * (np.float32(1) + (no_alignment_discount - np.float32(1)) * share_unaligned)
             weight = count / (count + escape)
-            share = left * weight / count
-            for position, entry, is_fresh in zip(matches[order], entries, fresh, strict=True):
-                aligned = alignment[order - 1] if is_fresh else np.float32(0)
-                vote(context[position + 1], share * (np.float32(1) - aligned))
+            share = remaining_mass * weight / count
+            for position, entry, is_fresh in zip(matches[size], entries, fresh, strict=True):
+                aligned = alignment[size - 1] if is_fresh else np.float32(0)
+                add(context[position + 1], share * (np.float32(1) - aligned))
                 if is_fresh:
                     for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
-                        vote(int(token), share * aligned * prob)
-            left *= np.float32(1) - weight
-        for order in range(min(LONGEST_REMEMBERED, len(sequence)), SHORTEST_REMEMBERED - 1, -1):
-            held = _remembered(memory, sequence[len(sequence) - order :])
+                        add(int(token), share * aligned * prob)
+            remaining_mass *= np.float32(1) - weight
+        for size in range(min(MAX_MEMORY_NGRAM, len(sequence)), MIN_MEMORY_NGRAM - 1, -1):
+            held = _row_of(memory, sequence[len(sequence) - size :])
             if held is None:
                 continue
             count = np.float32(held[1])
-            weight = memory_weights[order] * count / (count + np.float32(1))
+            weight = memory_weights[size] * count / (count + np.float32(1))
             for token, prob in zip(*_predictions(held), strict=True):
-                vote(int(token), left * weight * prob)
-            left *= np.float32(1) - weight
+                add(int(token), remaining_mass * weight * prob)
+            remaining_mass *= np.float32(1) - weight
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
-                vote(int(token), left * prob)
-        if not votes:
+                add(int(token), remaining_mass * prob)
+        if not weights:
             return step
-        best = max(votes, key=lambda token: votes[token])
-        alive *= votes[best]
-        if alive < min_survival:
+        best = max(weights, key=lambda token: weights[token])
+        draft_survival *= weights[best]
+        if draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
-        survival[step] = alive
+        survival[step] = draft_survival
     return len(draft_token_ids)
 
 
@@ -122,14 +119,14 @@ def remember(tokens, first, last, table, block_table, block_size, memory):
         if entry is None or entry[0] != tokens[position] or not len(memory):
             continue
         stored = (len(entry) - 1) // 2
-        for order in range(SHORTEST_REMEMBERED, min(LONGEST_REMEMBERED, position + 1) + 1):
-            row, tag = _place(memory, [int(token) for token in tokens[position - order + 1 : position + 1]])
+        for size in range(MIN_MEMORY_NGRAM, min(MAX_MEMORY_NGRAM, position + 1) + 1):
+            row, tag = _place(memory, [int(token) for token in tokens[position - size + 1 : position + 1]])
             held = memory[row]
             ids, probs = _predictions(held)
             if held[0] != tag:
                 held[:2] = tag, 0
                 ids[:], probs[:] = -1, 0
-            held[1] = min(held[1] + 1, MOST_REMEMBERED)
+            held[1] = min(held[1] + 1, MAX_OBSERVATIONS)
             share = np.float32(1) / np.float32(held[1])
             probs *= np.float32(1) - share
             for token, prob in zip(entry[1 : stored + 1], entry[stored + 1 :].view(np.float32), strict=True):
@@ -140,18 +137,18 @@ def remember(tokens, first, last, table, block_table, block_size, memory):
                     ids[weakest], probs[weakest] = token, share * prob
 
 
-def _place(memory, run):
-    """The row of the memory that is a run's, and the tag by which it is known there."""
-    hashed = len(run)
-    for token in reversed(run):
+def _place(memory, ngram):
+    """The row of the memory that is an n-gram's, and its tag there."""
+    hashed = len(ngram)
+    for token in reversed(ngram):
         hashed = ((hashed ^ (token & 0xFFFFFFFF)) * HASH_MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
     return (hashed >> 32) & (len(memory) - 1), hashed & 0x7FFFFFFF
 
 
-def _remembered(memory, run):
+def _row_of(memory, ngram):
     if not len(memory):
         return None
-    row, tag = _place(memory, run)
+    row, tag = _place(memory, ngram)
     return memory[row] if memory[row, 0] == tag and memory[row, 1] > 0 else None
 
 
@@ -161,13 +158,13 @@ def _predictions(held):
     return held[2 : 2 + top_k], held[2 + top_k :].view(np.float32)
 
 
-def _matches(context, sequence, order, max_matches):
-    """Positions of the context, latest first, that end the run ending the sequence and have a successor."""
-    if order > len(sequence):
+def _matches(context, sequence, size, max_matches):
+    """Positions of the context, latest first, that end the n-gram ending the sequence and have a next token."""
+    if size > len(sequence):
         return []
-    suffix = sequence[len(sequence) - order :]
-    ends = range(len(context) - 2, order - 2, -1)
-    return [end for end in ends if context[end - order + 1 : end + 1] == suffix][:max_matches]
+    suffix = sequence[len(sequence) - size :]
+    ends = range(len(context) - 2, size - 2, -1)
+    return [end for end in ends if context[end - size + 1 : end + 1] == suffix][:max_matches]
 
 
 def _entry(table, block_table, block_size, position):
@@ -176,48 +173,28 @@ def _entry(table, block_table, block_size, position):
     return table[block_table[position // block_size] * block_size + position % block_size]
 
 
-def draft_batch(
-    all_token_ids,
-    total_len,
-    idx_mapping,
-    table,
-    block_tables,
-    block_size,
-    theta,
-    alignment,
-    doubt,
-    memory_weights,
-    prior_ids,
-    prior_probs,
-    runs,
-    vocab_size,
-    max_matches,
-    min_survival,
-    draft_limits,
-    workspace,
-    draft_token_ids,
-    num_drafts,
-    survival,
-    lookups,
-):
+def draft_batch(batch):
     """See `vllm_aasd.kernels.draft.batch.draft_batch`; one `draft` after the other, without the workspace."""
-    entries, num_blocks = table.cpu().numpy(), table.shape[0] // block_size
+    entries, num_blocks = batch.table.cpu().numpy(), batch.table.shape[0] // batch.block_size
     # One more block, never fresh (no context holds token -1), stands for those outside the table.
-    nowhere = np.full((block_size, table.shape[1]), -1, np.int32)
+    nowhere = np.full((batch.block_size, batch.table.shape[1]), -1, np.int32)
     if num_blocks:
         entries = np.concatenate([entries, nowhere])
-    prior = Prior(prior_ids.cpu().numpy(), prior_probs.cpu().numpy(), runs.cpu().numpy())
+    prior = Prior(batch.prior_ids.cpu().numpy(), batch.prior_probs.cpu().numpy(), batch.ngrams.cpu().numpy())
     found = np.zeros(3, np.int64)
     weights = MixtureWeights(
-        theta.cpu().numpy(), alignment.cpu().numpy(), np.float32(doubt.item()), memory_weights.cpu().numpy()
+        batch.theta.cpu().numpy(),
+        batch.alignment.cpu().numpy(),
+        np.float32(batch.no_alignment_discount.item()),
+        batch.memory_weights.cpu().numpy(),
     )
-    width = draft_token_ids.shape[1]
-    for row, slot in enumerate(idx_mapping.tolist()):
-        length = int(total_len[slot]) if slot >= 0 else 0
-        context = all_token_ids[slot, :length].cpu().numpy()
-        blocks = block_tables[slot].cpu().numpy()
-        limit = max(min(int(draft_limits[row]), width), 0) if length else 0
-        ids, alive = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
+    width = batch.draft_token_ids.shape[1]
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        length = int(batch.total_len[slot]) if slot >= 0 else 0
+        context = batch.all_token_ids[slot, :length].cpu().numpy()
+        blocks = batch.block_tables[slot].cpu().numpy()
+        limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
+        ids, survival = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
         count = draft(
             context,
             None,
@@ -225,24 +202,24 @@ def draft_batch(
             length,
             entries,
             np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
-            block_size,
+            batch.block_size,
             *weights,
             *prior,
-            max_matches,
-            np.float32(min_survival),
-            np.zeros(vocab_size, np.float32),
+            batch.max_matches,
+            np.float32(batch.min_survival),
+            np.zeros(batch.vocab_size, np.float32),
             None,
             None,
             ids,
-            alive,
+            survival,
             found,
         )
-        draft_token_ids[row] = int(context[-1]) if length else 0
-        survival[row] = 0
+        batch.draft_token_ids[row] = int(context[-1]) if length else 0
+        batch.survival[row] = 0
         for step in range(count):
-            draft_token_ids[row, step] = int(ids[step])
-            survival[row, step] = float(alive[step])
-        num_drafts[row] = count
+            batch.draft_token_ids[row, step] = int(ids[step])
+            batch.survival[row, step] = float(survival[step])
+        batch.num_drafts[row] = count
     # The block that stands for those outside is no store.
     if num_blocks:
-        lookups += torch.from_numpy(found).to(lookups.device)
+        batch.lookups.add_(torch.from_numpy(found).to(batch.lookups.device))

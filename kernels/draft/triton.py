@@ -1,69 +1,64 @@
-"""The Triton path of `draft_batch`. The method, memory and cost are in `vllm_aasd.kernels.draft.batch`."""
+"""The Triton path of `draft_batch`. The method is in `vllm_aasd.kernels.draft.batch`."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_aasd.kernels.draft import (
-    HASH_MULTIPLIER,
-    HIT,
-    LONGEST_REMEMBERED,
-    MISS,
-    ORDERS_USED,
-    SHORTEST_REMEMBERED,
-    STALE,
-)
-from vllm_aasd.kernels.draft.candidates_triton import cast_votes, elect
+from vllm_aasd.kernels import draft
+from vllm_aasd.kernels.draft.batch import DraftBatch
+from vllm_aasd.kernels.draft.candidates_triton import argmax_candidate, gather_candidates
+
+_HIT, _MISS, _STALE = tl.constexpr(draft.HIT), tl.constexpr(draft.MISS), tl.constexpr(draft.STALE)
 
 TILE = 1024
 """Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
 
 CHUNK = 256
-"""Candidates scored at once: one a thread, and most steps have fewer votes than that."""
+"""Candidates scored at once: one a thread, and most steps have fewer than that."""
 
 LAUNCH_OPTIONS = {
-    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor; with up
-    # to 128 two fit, and none is spilled.
+    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor;
+    # with up to 128 two fit, and none is spilled.
     "cuda": {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False},
     "hip": {"num_warps": 4, "enable_fp_fusion": False},
 }
-"""By the kind of GPU. A product that is not fused with its sum is rounded, as the twin's is."""
+"""By the kind of GPU. A product that is not fused with its sum is rounded, as the reference's is."""
 
 
 @triton.jit
 def _collect_matches(
     tokens_ptr,  # [length] of all_token_ids
     length,
-    suffix,  # NUM_ORDERS tokens, the last of context plus draft first
-    matches_ptr,  # [NUM_ORDERS, MAX_MATCHES]
-    NUM_ORDERS: tl.constexpr,
+    suffix,  # MAX_NGRAM_SIZE tokens, the last of context plus draft first
+    matches_ptr,  # [MAX_NGRAM_SIZE, MAX_MATCHES]
+    MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write the latest positions of each order, latest first, and return how many, by order."""
-    ORDERS_PAD: tl.constexpr = triton.next_power_of_2(NUM_ORDERS)
-    orders = 1 + tl.arange(0, ORDERS_PAD)
-    counts = tl.zeros([ORDERS_PAD], tl.int32)
+    """Write the latest matches of each n-gram size, latest first, and return how many, by size."""
+    SIZES_PAD: tl.constexpr = triton.next_power_of_2(MAX_NGRAM_SIZE)
+    sizes = 1 + tl.arange(0, SIZES_PAD)
+    counts = tl.zeros([SIZES_PAD], tl.int32)
     # The last token has no successor yet.
     num_positions = tl.maximum(length - 1, 0)
     num_tiles = tl.cdiv(num_positions, TILE)
     for tile in range(num_tiles):
         positions = (num_tiles - 1 - tile) * TILE + tl.arange(0, TILE)
-        run = tl.where(positions < num_positions, 0, -1)
-        for back in tl.static_range(NUM_ORDERS):
+        matched = tl.where(positions < num_positions, 0, -1)
+        for back in tl.static_range(MAX_NGRAM_SIZE):
             # A suffix token from before the context is never compared: no position reaches back as far.
-            same = (run == back) & (positions >= back)
+            same = (matched == back) & (positions >= back)
             tokens = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
-            run += (same & (tokens == suffix[back])).to(tl.int32)
+            matched += (same & (tokens == suffix[back])).to(tl.int32)
         # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
         lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
-        for order in range(lowest_open, tl.max(run, axis=0) + 1):
-            ends = (run >= order).to(tl.int32)
-            found = tl.sum(tl.where(orders == order, counts, 0), axis=0)
+        for size in range(lowest_open, tl.max(matched, axis=0) + 1):
+            ends = (matched >= size).to(tl.int32)
+            found = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
             ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
-            places = (order - 1) * MAX_MATCHES + ranks
+            places = (size - 1) * MAX_MATCHES + ranks
             tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
-            counts += tl.where(orders == order, tl.sum(ends, axis=0), 0)
+            counts += tl.where(sizes == size, tl.sum(ends, axis=0), 0)
     return tl.minimum(counts, MAX_MATCHES)
 
 
@@ -83,14 +78,14 @@ def draft_kernel(
     block_tables_ptr,  # [max_num_reqs, max_blocks]
     block_tables_stride,
     block_size,
-    theta_ptr,  # [NUM_ORDERS]
-    alignment_ptr,  # [NUM_ORDERS]
-    doubt_ptr,  # [1]
-    memory_weights_ptr,  # [LONGEST_REMEMBERED + 1]
+    theta_ptr,  # [MAX_NGRAM_SIZE]
+    alignment_ptr,  # [MAX_NGRAM_SIZE]
+    no_alignment_discount_ptr,  # [1]
+    memory_weights_ptr,  # [MAX_MEMORY_NGRAM + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
-    runs_ptr,  # [num_rows, 2 + 2 REMEMBERED]
+    ngrams_ptr,  # [num_rows, 2 + 2 NGRAM_TOP_K]
     num_rows,
     vocab_size,
     min_survival,
@@ -103,18 +98,11 @@ def draft_kernel(
     survival_stride,
     lookups_ptr,  # [3]
     num_spec_tokens,
-    NUM_ORDERS: tl.constexpr,
-    ORDERS_USED: tl.constexpr,
+    MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    REMEMBERED: tl.constexpr,
-    SHORTEST_REMEMBERED: tl.constexpr,
-    LONGEST_REMEMBERED: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    HIT: tl.constexpr,
-    MISS: tl.constexpr,
-    STALE: tl.constexpr,
+    NGRAM_TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -127,26 +115,26 @@ def draft_kernel(
     tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
     blocks_ptr = block_tables_ptr + slot * block_tables_stride
     matches_ptr = workspace_ptr + row * workspace_stride
-    votes_ptr = matches_ptr + NUM_ORDERS * MAX_MATCHES
+    candidates_ptr = matches_ptr + MAX_NGRAM_SIZE * MAX_MATCHES
     draft_token_ids_ptr += row * draft_token_ids_stride
     survival_ptr += row * survival_stride
 
     suffix = ()
-    for back in tl.static_range(NUM_ORDERS):
-        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore
+    for back in tl.static_range(MAX_NGRAM_SIZE):
+        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore  # noqa: RUF005
     last_token = tl.where(length > 0, suffix[0], 0)  # type: ignore
 
     num_drafts = 0
-    alive = 1.0
+    survival = 1.0
     num_hits = 0
     num_misses = 0
     num_stales = 0
     drafting = (length > 0) & (limit > 0)
     while drafting:
-        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, NUM_ORDERS, MAX_MATCHES, TILE)
-        # Lists and votes go from thread to thread through memory (L1).
+        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, MAX_NGRAM_SIZE, MAX_MATCHES, TILE)
+        # Matches and candidates go from thread to thread through memory (L1).
         tl.debug_barrier()
-        num_votes, num_fresh, num_stale, num_positions = cast_votes(
+        num_candidates, num_fresh, num_stale, num_positions = gather_candidates(
             tokens_ptr,
             suffix,
             length + num_drafts,
@@ -158,119 +146,85 @@ def draft_kernel(
             block_size,
             theta_ptr,
             alignment_ptr,
-            doubt_ptr,
+            no_alignment_discount_ptr,
             memory_weights_ptr,
             prior_ids_ptr,
             prior_probs_ptr,
             prior_vocab_size,
-            runs_ptr,
+            ngrams_ptr,
             num_rows,
             vocab_size,
-            votes_ptr,
-            ORDERS_USED,
+            candidates_ptr,
             MAX_MATCHES,
             TOP_K,
             PRIOR_TOP_K,
-            REMEMBERED,
-            SHORTEST_REMEMBERED,
-            LONGEST_REMEMBERED,
-            MULTIPLIER,
+            NGRAM_TOP_K,
         )
         num_hits += num_fresh
         num_misses += num_positions - num_fresh - num_stale
         num_stales += num_stale
         tl.debug_barrier()
-        token, score = elect(votes_ptr, num_votes, CHUNK)
-        alive *= score
-        drafting = (token >= 0) & (alive >= min_survival)
+        token, score = argmax_candidate(candidates_ptr, num_candidates, CHUNK)
+        survival *= score
+        drafting = (token >= 0) & (survival >= min_survival)
         if drafting:
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
-            tl.store(survival_ptr + num_drafts, alive)
+            tl.store(survival_ptr + num_drafts, survival)
             num_drafts += 1
-            suffix = (token,) + suffix[:-1]  # type: ignore
+            suffix = (token,) + suffix[:-1]  # type: ignore  # noqa: RUF005
         drafting = drafting & (num_drafts < limit)
 
     tl.store(num_drafts_ptr + row, num_drafts)
     if (TOP_K > 0) & (num_slots > 0):
-        tl.atomic_add(lookups_ptr + HIT, num_hits.to(tl.int64))  # type: ignore
-        tl.atomic_add(lookups_ptr + MISS, num_misses.to(tl.int64))  # type: ignore
-        tl.atomic_add(lookups_ptr + STALE, num_stales.to(tl.int64))  # type: ignore
+        tl.atomic_add(lookups_ptr + _HIT, num_hits.to(tl.int64))  # type: ignore
+        tl.atomic_add(lookups_ptr + _MISS, num_misses.to(tl.int64))  # type: ignore
+        tl.atomic_add(lookups_ptr + _STALE, num_stales.to(tl.int64))  # type: ignore
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
         tl.store(survival_ptr + column, 0.0)
 
 
-def draft_batch(
-    all_token_ids: torch.Tensor,
-    total_len: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    table: torch.Tensor,
-    block_tables: torch.Tensor,
-    block_size: int,
-    theta: torch.Tensor,
-    alignment: torch.Tensor,
-    doubt: torch.Tensor,
-    memory_weights: torch.Tensor,
-    prior_ids: torch.Tensor,
-    prior_probs: torch.Tensor,
-    runs: torch.Tensor,
-    vocab_size: int,
-    max_matches: int,
-    min_survival: float,
-    draft_limits: torch.Tensor,
-    workspace: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    num_drafts: torch.Tensor,
-    survival: torch.Tensor,
-    lookups: torch.Tensor,
-) -> None:
+def draft_batch(batch: DraftBatch) -> None:
     """See `vllm_aasd.kernels.draft.batch.draft_batch`."""
-    num_reqs = len(idx_mapping)
+    num_reqs = len(batch.idx_mapping)
     if num_reqs == 0:
         return
     draft_kernel[(num_reqs,)](
-        all_token_ids,
-        all_token_ids.stride(0),
-        total_len,
-        idx_mapping,
-        draft_limits,
-        table,
-        table.shape[0],
-        block_tables,
-        block_tables.stride(0),
-        block_size,
-        theta,
-        alignment,
-        doubt,
-        memory_weights,
-        prior_ids,
-        prior_probs,
-        prior_ids.shape[0],
-        runs,
-        runs.shape[0],
-        vocab_size,
-        min_survival,
-        workspace,
-        workspace.stride(0),
-        draft_token_ids,
-        draft_token_ids.stride(0),
-        num_drafts,
-        survival,
-        survival.stride(0),
-        lookups,
-        draft_token_ids.shape[1],
-        NUM_ORDERS=len(theta),
-        ORDERS_USED=ORDERS_USED,
-        MAX_MATCHES=max_matches,
-        TOP_K=(table.shape[1] - 1) // 2,
-        PRIOR_TOP_K=prior_ids.shape[1],
-        REMEMBERED=(runs.shape[1] - 2) // 2,
-        SHORTEST_REMEMBERED=SHORTEST_REMEMBERED,
-        LONGEST_REMEMBERED=LONGEST_REMEMBERED,
-        MULTIPLIER=HASH_MULTIPLIER,
-        HIT=HIT,
-        MISS=MISS,
-        STALE=STALE,
+        batch.all_token_ids,
+        batch.all_token_ids.stride(0),
+        batch.total_len,
+        batch.idx_mapping,
+        batch.draft_limits,
+        batch.table,
+        batch.table.shape[0],
+        batch.block_tables,
+        batch.block_tables.stride(0),
+        batch.block_size,
+        batch.theta,
+        batch.alignment,
+        batch.no_alignment_discount,
+        batch.memory_weights,
+        batch.prior_ids,
+        batch.prior_probs,
+        batch.prior_ids.shape[0],
+        batch.ngrams,
+        batch.ngrams.shape[0],
+        batch.vocab_size,
+        batch.min_survival,
+        batch.workspace,
+        batch.workspace.stride(0),
+        batch.draft_token_ids,
+        batch.draft_token_ids.stride(0),
+        batch.num_drafts,
+        batch.survival,
+        batch.survival.stride(0),
+        batch.lookups,
+        batch.draft_token_ids.shape[1],
+        MAX_NGRAM_SIZE=len(batch.theta),
+        MAX_MATCHES=batch.max_matches,
+        TOP_K=(batch.table.shape[1] - 1) // 2,
+        PRIOR_TOP_K=batch.prior_ids.shape[1],
+        NGRAM_TOP_K=(batch.ngrams.shape[1] - 2) // 2,
         TILE=TILE,
         CHUNK=CHUNK,
         **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],

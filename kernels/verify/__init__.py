@@ -5,11 +5,8 @@ The rule
     A draft token x, proposed with certainty, is accepted
 
     - in a greedy request iff x is the argmax of z, the lowest index among equals;
-    - in a sampled request iff p(x) > 0 and p(x) >= u for a uniform u. This is speculative sampling with a
-      one-hot proposal q: accept with probability min(1, p(x) / q(x)), and on rejection draw from the residual
-      max(p - q, 0) / sum max(p - q, 0), which is p without x. The emitted token then has exactly the law p,
-      since p(v) (v = x) + (1 - p(x)) p(v) / (1 - p(x)) (v != x) = p(v);
-    - in a *relaxed* request of either kind, besides, iff its rule says so:
+    - in a sampled request iff p(x) > 0 and p(x) >= u for a uniform u;
+    - in a *relaxed* request of either kind, also iff its rule says so:
         conditional:      p(x) >= min(beta - alpha H, max p)
         fly:              -sum p log p over the three likeliest tokens >= threshold, the next `window` drafts of the
                           request are all there, and each is accepted strictly at its row
@@ -18,61 +15,39 @@ The rule
       and all guards let it pass:
         p(x) >= floor,
         p(x) > 0,
-        x is no stop token, and p(x) > sum of p over the request's stop tokens (the EOS guard),
+        x is no stop token, and p(x) > sum of p over the request's stop tokens,
         level * decay + 1 <= limit, and the request isn't in a cooldown (the collapse guard),
-        under budget, what it costs is still there.
+        under budget, the budget covers its cost.
 
-    The first rejection ends the request's prefix. A greedy request then emits the argmax, a sampled one a
-    token that `recover` draws from the residual; a request without a rejection emits its bonus token. That
-    p(x) >= max p is read as "x is the argmax", so that of tokens tied for the maximum only the lowest index
-    passes by it and alpha = 0 with beta > 1 is exactly greedy. A row without a softmax (NaN, +inf, or nothing
-    but -inf) accepts nothing but the greedy argmax, which for NaN is the first NaN, as in `torch.argmax`.
+    The first rejection ends the request's prefix. A greedy request then emits the argmax, a sampled one a recovered
+    token (`vllm_aasd.kernels.verify.recovered`); a request without a rejection emits its bonus token. p(x) >= max p is
+    read as "x is the argmax", so of tokens tied for the maximum only the lowest index passes by it, and alpha = 0 with
+    beta > 1 is exactly greedy. A row without a softmax (NaN, +inf, or nothing but -inf) accepts nothing but the greedy
+    argmax, which for NaN is the first NaN, as in `torch.argmax`.
 
-    A request's state. Each emitted token, the last one included, makes level <- level * decay + 1 if it was
-    relaxed, level * decay otherwise, and counts a cooldown down. A draft that the rule and the other guards
-    accept and the level doesn't is rejected, and the `cooldown` tokens behind the one that is emitted instead
-    are verified strictly. A budget is spent by a greedy request's relaxed tokens, each its regret
-    log max p - log p(x); and by a sampled request at every row that it reaches and where the guards on p(x) and
-    the collapse guard leave the draft open, min(kappa, -log p(x)), whatever comes of it: that is the KL
-    divergence of the row's law from p. The first cost that isn't there any more exhausts it, and the request
-    is strict from there on. With `nats` = 0, and for sampled requests with kappa = 0, it is strict throughout.
+A request's state
+    Each emitted token, the last one included, makes level <- level * decay + 1 if it was relaxed, level * decay
+    otherwise, and counts a cooldown down. A draft that only the level rejects starts a cooldown: the `cooldown` tokens
+    after the one that is emitted instead are verified strictly. A budget pays for a greedy request's relaxed tokens,
+    each its regret log max p - log p(x). For a sampled request it pays min(kappa, -log p(x)) at every row that is
+    reached and where the guards on p(x) and the collapse guard leave the draft open, accepted or not: the KL divergence
+    of the row's distribution from p. The first cost that it can't cover exhausts it, and the request is strict from
+    there on. With `nats` = 0, and for sampled requests with kappa = 0, it is strict throughout.
 
-    Why d(u || p) <= kappa inverts the divergence exactly: d(q || p) grows with q from p on, so u <= p', the
-    largest q with d(q || p) <= kappa, iff u <= p or d(u || p) <= kappa. So x is accepted with probability p', and
-    with the residual, p without x, the emitted law is p' at x and (1 - p') / (1 - p(x)) p elsewhere.
-
-    The race in `recover` draws from weights w: argmax_v w(v) / E(v) with independent exponential E(v) is v
-    with probability w(v) / sum w.
-
-Memory
-    Logits are all that is large. The CPU path reads a row from memory once and stops at the first rejection:
-    greedy rows need a running maximum only, others an online softmax (`vllm_aasd.kernels.common.rows_cpu`). A
-    relaxed greedy row that its maximum does not settle is swept a second time, out of the cache, and a third for
-    fly's three likeliest tokens. A fly request reads its window ahead, and doesn't read it again. Nothing of
-    the size of a row is written. `recover` reads its few rows once more, with their noise.
-
-Sources
-    Leviathan, Kalman, Matias, *Fast Inference from Transformers via Speculative Decoding*, arXiv 2211.17192:
-    speculative sampling. Wang et al., *Alignment-Augmented Speculative Decoding with Alignment Sampling and
-    Conditional Verification*, EMNLP 2025, arXiv 2505.13204: the bar min(beta - alpha H, max p). The EOS guard
-    is after CASD (github.com/Jikai0Wang/CASD: p > max(0.1, p(EOS))); the floor and p > 0 are ours, because
-    beta - alpha H is negative from H = beta / alpha on and would then accept masked tokens. The other rules: Li et al., *Training-Free Loosely Speculative Decoding*, arXiv
-    2511.22972, in the form of vLLM 0.33's ``rejection_sample_method: "fly"``; ASD, arXiv 2608.03447 (budget,
-    greedy); Cactus, arXiv 2604.04987 (budget, sampled). The collapse guard and the sum of a sampled request's
-    divergences are ours; more in `vllm_aasd.verification`. Output layout, placeholder and race are those of
-    vLLM's `v1/sample/rejection_sampler.py`.
+docs/verification.md explains the rules and guards and names their sources. Output layout and placeholder are those of
+vLLM's `v1/sample/rejection_sampler.py`.
 """
 
 from types import ModuleType
 
 import torch
 
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_rejected_rows, check_shape
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
 from vllm_aasd.kernels.verify import reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, NUM_PARAMETERS, NUM_STATES, VerifyPolicies, policy_shapes
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID, VerifyOutput
 
-__all__ = ["PLACEHOLDER_TOKEN_ID", "VerifyOutput", "VerifyPolicies", "recover", "verify", "warm_up"]
+__all__ = ["PLACEHOLDER_TOKEN_ID", "VerifyOutput", "VerifyPolicies", "verify", "warm_up"]
 
 
 def verify(
@@ -112,25 +87,19 @@ def verify(
     batch_size = cu_num_draft_tokens.shape[0]
     check_logits("target_logits", target_logits)
     check_shape("target_logits", target_logits, (num_tokens, target_logits.shape[1]))
-    check_shape("draft_token_ids", draft_token_ids, (num_tokens,))
-    check_dtype("draft_token_ids", draft_token_ids, torch.int32)
-    check_shape("cu_num_draft_tokens", cu_num_draft_tokens, (batch_size,))
-    check_dtype("cu_num_draft_tokens", cu_num_draft_tokens, torch.int32)
+    check_tensor("draft_token_ids", draft_token_ids, (num_tokens,), torch.int32)
+    check_tensor("cu_num_draft_tokens", cu_num_draft_tokens, (batch_size,), torch.int32)
     if bonus_token_ids.shape != (batch_size, 1):
         check_shape("bonus_token_ids", bonus_token_ids, (batch_size,))
     check_dtype("bonus_token_ids", bonus_token_ids, torch.int64, torch.int32)
-    check_shape("is_greedy", is_greedy, (batch_size,))
-    check_dtype("is_greedy", is_greedy, torch.bool)
+    check_tensor("is_greedy", is_greedy, (batch_size,), torch.bool)
     if uniform_probs is not None:
-        check_shape("uniform_probs", uniform_probs, (num_tokens,))
-        check_dtype("uniform_probs", uniform_probs, torch.float64)
+        check_tensor("uniform_probs", uniform_probs, (num_tokens,), torch.float64)
     elif not is_greedy.all():
         raise ValueError("uniform_probs is None, which is allowed only if every request is greedy")
     for name, (tensor, shape, dtype) in policy_shapes(policies, batch_size).items():
-        check_shape(name, tensor, shape)
-        check_dtype(name, tensor, dtype)
-    check_shape("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]))
-    check_dtype("stop_token_ids", stop_token_ids, torch.int32)
+        check_tensor(name, tensor, shape, dtype)
+    check_tensor("stop_token_ids", stop_token_ids, (batch_size, stop_token_ids.shape[-1]), torch.int32)
     return _implementation(target_logits.device.type).verify(
         draft_token_ids,
         cu_num_draft_tokens,
@@ -144,33 +113,6 @@ def verify(
     )
 
 
-def recover(
-    target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, inv_q: torch.Tensor
-) -> torch.Tensor:
-    """Draw the recovered token of each given row from p without its draft token.
-
-    A token with p = 0 is never drawn from a row that has a softmax: if the draft alone has a probability,
-    which rounding can leave rejected, the draft is emitted (vLLM emits token 0 there). A row without a
-    softmax gives its argmax.
-
-    Args:
-        target_logits: as for `verify`.
-        rows: [n] int64, the rejected rows of sampled requests.
-        draft_token_ids: [n] int32, the draft token rejected at each of these rows; -1 excludes nothing.
-        inv_q: [n, vocab_size] float32, 1 / E with E drawn from the exponential law of rate 1.
-
-    Returns:
-        [n] int32 token ids.
-
-    Raises:
-        ValueError: an argument has a wrong shape or dtype, or a row does not exist.
-    """
-    check_rejected_rows(target_logits, rows, draft_token_ids)
-    check_shape("inv_q", inv_q, (rows.shape[0], target_logits.shape[1]))
-    check_dtype("inv_q", inv_q, torch.float32)
-    return _implementation(target_logits.device.type).recover(target_logits, rows, draft_token_ids, inv_q)
-
-
 def _implementation(device_type: str) -> ModuleType:
     if device_type == "cpu":
         from vllm_aasd.kernels.verify import cpu
@@ -180,7 +122,7 @@ def _implementation(device_type: str) -> ModuleType:
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile what `verify` and `recover` need for logits of a dtype, or load it from the cache on disk.
+    """Compile what `verify` needs for logits of a dtype, or load it from the cache on disk.
 
     To be called when a worker starts, so that no request waits for the compiler (seconds without a cache).
 
@@ -207,4 +149,3 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
         policies,
         drafts[:, None],
     )
-    recover(logits, drafts.long(), drafts, torch.ones(2, 2, device=device))

@@ -1,10 +1,10 @@
 """Compiled CPU path of the verify op; the rule and its sources are in `vllm_aasd.kernels.verify`.
 
 A greedy row is settled by its maximum in most cases: the draft is the argmax, or the request is strict, or
-the draft fails a condition that needs no normaliser (`vllm_aasd.kernels.verify.relaxation_cpu`). Only what is left
+the draft fails a condition that needs no normalizer (`vllm_aasd.kernels.verify.relaxation_cpu`). Only what is left
 pays for exponentials, in a second sweep over a row that the first one brought into the cache. A sampled row
 takes one sweep with exponentials. Rows past the first rejection are not read, but for the window of a fly
-request behind a mismatch that passed its gate; rows of a window that held are not read again. A weight
+request after a mismatch that passed its gate; rows of a window that held are not read again. A weight
 e^(z - m) below 2^-126, where float32 becomes subnormal, counts as 0, and p(x) > 0 means that it does not.
 
 One thread does all of it: a row takes tens of microseconds, and threads that numba started from vLLM's
@@ -15,16 +15,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.common.rows_cpu import (
-    BLOCK,
-    exp_nonpositive,
-    first_with_key,
-    flat_view,
-    max_key,
-    order_key,
-    row_max,
-    to_float32,
-)
+from vllm_aasd.kernels.common.rows_cpu import flat_view
 from vllm_aasd.kernels.verify.policies import (
     BUDGET,
     CONDITIONAL,
@@ -214,63 +205,3 @@ def verify(
             f"fall, nor exceed the {num_tokens} rows, nor give a request more than {max_spec_len} drafts"
         )
     return output
-
-
-@compiled
-def _score(raw, inv_q, maximum):
-    """Return a token's score in the race: e**(z - maximum) inv_q, or -1 for a token of probability 0."""
-    weight = exp_nonpositive(to_float32(raw) - maximum)
-    return weight * inv_q if weight > np.float32(0.0) else np.float32(-1.0)
-
-
-@compiled
-def _race(row, inv_q, draft):
-    """Return the winner of the exponential race over one row without its draft token."""
-    maximum, argmax = row_max(row)
-    if not np.isfinite(maximum):
-        return argmax
-    none = order_key(np.float32(-1.0))
-    best = none
-    winner = argmax
-    scores = np.empty(BLOCK, dtype=np.float32)
-    for start in range(0, row.size, BLOCK):
-        block = row[start : start + BLOCK]
-        block_inv_q = inv_q[start : start + BLOCK]
-        for i in range(block.size):
-            scores[i] = _score(block[i], block_inv_q[i], maximum)
-        if start <= draft < start + block.size:
-            scores[draft - start] = np.float32(-1.0)
-        key = max_key(scores[: block.size])
-        if key > best:
-            best = key
-            winner = start + first_with_key(scores[: block.size], key)
-    return winner
-
-
-@compiled
-def _recover_kernel(logits, stride, vocab_size, rows, draft_token_ids, inv_q, inv_q_stride, recovered_token_ids):
-    """Fill the recovered tokens; the rows exist."""
-    for i in range(rows.size):
-        row = logits[rows[i] * stride : rows[i] * stride + vocab_size]
-        noise = inv_q[i * inv_q_stride : i * inv_q_stride + vocab_size]
-        recovered_token_ids[i] = _race(row, noise, np.int64(draft_token_ids[i]))
-
-
-def recover(
-    target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, inv_q: torch.Tensor
-) -> torch.Tensor:
-    """See `vllm_aasd.kernels.verify.recover`."""
-    recovered_token_ids = torch.empty(rows.shape[0], dtype=torch.int32)
-    logits, stride = flat_view(target_logits)
-    noise, inv_q_stride = flat_view(inv_q)
-    _recover_kernel(
-        logits,
-        stride,
-        target_logits.shape[1],
-        rows.contiguous().numpy(),
-        draft_token_ids.contiguous().numpy(),
-        noise,
-        inv_q_stride,
-        recovered_token_ids.numpy(),
-    )
-    return recovered_token_ids

@@ -55,7 +55,7 @@ def decide_kernel(
     """Decide one request: its accepted prefix, and what follows it unless that is drawn in a race.
 
     Numbers of rows and of states change as requests come and go, and so does where a part of a batch begins:
-    specialised, they would have the kernel compiled again.
+    specialized, they would have the kernel compiled again.
     """
     req = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
@@ -74,7 +74,7 @@ def decide_kernel(
 
     # Merge the blocks. Rows and blocks that don't exist are read as the last that does, which costs less than
     # a mask; for their maxima it changes nothing, and their sums count for 0. What was not written for a row,
-    # because nobody wants it, is not looked at below.
+    # because it isn't needed, is not used below.
     block = tl.arange(0, BLOCKS)
     near = tl.minimum(block, num_blocks - 1)
     offset = tl.minimum(row, num_logits - 1)[:, None] * num_blocks + near[None, :]

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from vllm_aasd.kernels.common.rows_triton import first_argmax, load_block
 from vllm_aasd.kernels.verify.random_triton import token_gumbel
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 # A race spends some 40 operations on a logit, and only one row per request runs it: blocks of 1024 spread it
 # over the GPU. Two warps, because 8 logits a thread are the least for 16-byte loads of bfloat16 on AMD.
@@ -63,7 +64,7 @@ def _finish_kernel(
     num_speculative_steps,
     BLOCKS: tl.constexpr,
 ):
-    """Put the winner of a request's race behind its accepted prefix."""
+    """Put the winner of a request's race after its accepted prefix."""
     req = tl.program_id(0).to(tl.int64)
     if tl.load(race_row_ptr + req) < 0:
         return
@@ -76,36 +77,29 @@ def _finish_kernel(
     tl.store(sampled_ptr + req * (num_speculative_steps + 1) + place, winner.to(tl.int64))
 
 
-def race(
-    sampled: torch.Tensor,
-    num_sampled: torch.Tensor,
-    race_row: torch.Tensor,
-    target_logits: torch.Tensor,
-    draft_sampled: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    pos: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    seed: torch.Tensor,
-) -> None:
+def race(sampled: torch.Tensor, num_sampled: torch.Tensor, race_row: torch.Tensor, batch: SeededBatch) -> None:
     """Draw the last token of each request whose `race_row` is not -1, into its place in `sampled`.
 
-    `race_row` is [num_reqs] int64; the rest is as for `vllm_aasd.kernels.verify.seeded.verify_seeded`.
+    Args:
+        sampled, num_sampled: of `vllm_aasd.kernels.verify.seeded.SeededVerifyOutput`.
+        race_row: [num_reqs] int64.
+        batch: as for `vllm_aasd.kernels.verify.seeded.verify_seeded`.
     """
-    num_reqs, vocab_size = race_row.shape[0], target_logits.shape[1]
+    num_reqs, vocab_size = race_row.shape[0], batch.target_logits.shape[1]
     num_blocks = triton.cdiv(vocab_size, RACE["BLOCK"])
-    winner = target_logits.new_empty(num_reqs, num_blocks, dtype=torch.int32)
-    score = target_logits.new_empty(num_reqs, num_blocks, dtype=torch.float32)
+    winner = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.int32)
+    score = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.float32)
     _race_kernel[(num_reqs, num_blocks)](
         winner,
         score,
         race_row,
-        target_logits,
-        target_logits.stride(0),
-        draft_sampled,
-        cu_num_logits,
-        pos,
-        idx_mapping,
-        seed,
+        batch.target_logits,
+        batch.target_logits.stride(0),
+        batch.draft_sampled,
+        batch.cu_num_logits,
+        batch.pos,
+        batch.idx_mapping,
+        batch.seed,
         vocab_size,
         **RACE,
     )

@@ -1,7 +1,7 @@
 """How each request of a batch is verified, in tensors: rules, their parameters, guards, and what is remembered.
 
 The rules themselves are in `vllm_aasd.kernels.verify`; the policies that fill these tensors, with their ranges and
-sources, in `vllm_aasd.verification`. Numbers and columns stand here once, for the twins and for every compiled path.
+sources, in `vllm_aasd.verification`. Numbers and columns stand here once, for the references and every compiled path.
 """
 
 from typing import NamedTuple

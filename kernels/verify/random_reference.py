@@ -1,4 +1,4 @@
-"""Plain numpy twin of vLLM's counter-based random numbers; what they are is in `kernels.verify.random_triton`.
+"""Plain numpy reference of vLLM's counter-based random numbers; what they are is in `kernels.verify.random_triton`.
 
 Numbers are float32 as on the GPU, and every operation stands in the same order.
 """
@@ -22,7 +22,7 @@ def row_uniform(seed: int, position: int) -> np.float32:
             product_a & _MASK,
         ]
         key = [(key[0] + 0x9E3779B9) & _MASK, (key[1] + 0xBB67AE85) & _MASK]
-    # The word is taken as a signed number, of which a negative one is complemented.
+    # The word is read as a signed number; a negative one is complemented.
     magnitude = counter[0] ^ _MASK if counter[0] >> 31 else counter[0]
     return max(np.float32(magnitude) * np.float32(4.6566127342e-10), _SMALLEST_UNIFORM)
 

@@ -7,7 +7,7 @@ kernel draws it, in whatever batch. Two streams hang on them: one uniform per ro
 
 Sources: vLLM 0.32, `v1/worker/gpu/sample/gumbel.py`, whose numbers these are; Salmon et al., *Parallel random
 numbers: as easy as 1, 2, 3*, SC 2011 (Philox); MurmurHash3_x86_32 by Austin Appleby, public domain.
-The order of floating-point operations is part of the contract. The plain twin is
+The order of floating-point operations is part of the contract. The reference is
 `vllm_aasd.kernels.verify.random_reference`.
 """
 
@@ -35,7 +35,7 @@ def _murmur_mix(h, word):
 
 @triton.jit
 def _murmur(seed, position, ids):
-    """Hash the 16 bytes (seed, low word of the position, id), which need one finalisation."""
+    """Hash the 16 bytes (seed, low word of the position, id), which need one finalization."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     h = _murmur_mix(tl.zeros_like(low), low)
     h = _murmur_mix(h, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))

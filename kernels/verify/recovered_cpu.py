@@ -1,19 +1,63 @@
-"""Compiled CPU path of the redraw op: three sweeps over a row, of which the last looks into one block only.
+"""Compiled CPU path of the recovered tokens; see `vllm_aasd.kernels.verify.recovered`.
 
-The first finds the maximum and brings the row into the cache, the second sums the weights of each block, and the
-block in which the drawn token lies is then gone through one token at a time.
+A first sweep over a row finds its maximum and brings it into the cache. With noise a second one takes the best score.
+By a uniform number, it sums the weights of each block, and the block in which the drawn token lies is then gone through
+one token at a time.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.common.rows_cpu import BLOCK, block_sums, exp_nonpositive, flat_view, row_max, to_float32
+from vllm_aasd.kernels.common.rows_cpu import (
+    BLOCK,
+    block_sums,
+    exp_nonpositive,
+    first_with_key,
+    flat_view,
+    max_key,
+    order_key,
+    row_max,
+    to_float32,
+)
 
 
 @compiled
-def _token_in(row, start, end, draft, maximum, left):
-    """Return the token of a block at which the running sum exceeds `left`; its last with a weight if none does."""
+def _score(raw, inv_q, maximum):
+    """Return a token's score in the race: e**(z - maximum) inv_q, or -1 for a token of probability 0."""
+    weight = exp_nonpositive(to_float32(raw) - maximum)
+    return weight * inv_q if weight > np.float32(0.0) else np.float32(-1.0)
+
+
+@compiled
+def _race(row, inv_q, draft):
+    """Return the winner of the exponential race over one row without its draft token."""
+    maximum, argmax = row_max(row)
+    if not np.isfinite(maximum):
+        return argmax
+    none = order_key(np.float32(-1.0))
+    best = none
+    winner = argmax
+    scores = np.empty(BLOCK, dtype=np.float32)
+    for start in range(0, row.size, BLOCK):
+        block = row[start : start + BLOCK]
+        block_inv_q = inv_q[start : start + BLOCK]
+        for i in range(block.size):
+            scores[i] = _score(block[i], block_inv_q[i], maximum)
+        if start <= draft < start + block.size:
+            scores[draft - start] = np.float32(-1.0)
+        key = max_key(scores[: block.size])
+        if key > best:
+            best = key
+            winner = start + first_with_key(scores[: block.size], key)
+    return winner
+
+
+@compiled
+def _token_in(row, start, end, draft, maximum, remaining):
+    """Return the token of a block at which the running sum exceeds `remaining`; its last with a weight if none does."""
     running = 0.0
     last = start
     for i in range(start, end):
@@ -22,7 +66,7 @@ def _token_in(row, start, end, draft, maximum, left):
             continue
         last = i
         running += np.float64(weight)
-        if running > left:
+        if running > remaining:
             break
     return last
 
@@ -47,39 +91,54 @@ def _draw(row, draft, uniform):
     # Nothing but the draft has a weight; or the row has no softmax, and then nothing has one.
     if total <= 0.0:
         return argmax
-    left = uniform * total
-    block, within = 0, left
+    remaining = uniform * total
+    block, within = 0, remaining
     for b in range(num_blocks):
         if sums[b] > 0.0:
             # The last one that has a weight, where rounding takes the bar past them all.
-            block, within = b, left
-            if left < sums[b]:
+            block, within = b, remaining
+            if remaining < sums[b]:
                 break
-            left -= sums[b]
+            remaining -= sums[b]
     return _token_in(row, block * BLOCK, min((block + 1) * BLOCK, row.size), draft, maximum, within)
 
 
 @compiled
-def _redraw_kernel(logits, stride, vocab_size, rows, draft_token_ids, uniform, token_ids):
+def _noise_kernel(logits, stride, vocab_size, rows, draft_token_ids, inv_q, inv_q_stride, token_ids):
+    """Fill the drawn tokens; the rows exist."""
+    for i in range(rows.size):
+        row = logits[rows[i] * stride : rows[i] * stride + vocab_size]
+        noise = inv_q[i * inv_q_stride : i * inv_q_stride + vocab_size]
+        token_ids[i] = _race(row, noise, np.int64(draft_token_ids[i]))
+
+
+@compiled
+def _uniform_kernel(logits, stride, vocab_size, rows, draft_token_ids, uniform, token_ids):
     """Fill the drawn tokens; the rows exist."""
     for i in range(rows.size):
         row = logits[rows[i] * stride : rows[i] * stride + vocab_size]
         token_ids[i] = _draw(row, np.int64(draft_token_ids[i]), uniform[i])
 
 
-def redraw(
+def sample_recovered_tokens(
+    target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, inv_q: torch.Tensor
+) -> torch.Tensor:
+    """See `vllm_aasd.kernels.verify.recovered.sample_recovered_tokens`."""
+    return _sample(_noise_kernel, target_logits, rows, draft_token_ids, *flat_view(inv_q))
+
+
+def sample_recovered_tokens_by_uniform(
     target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """See `vllm_aasd.kernels.verify.recovered.redraw`."""
+    """See `vllm_aasd.kernels.verify.recovered.sample_recovered_tokens_by_uniform`."""
+    return _sample(_uniform_kernel, target_logits, rows, draft_token_ids, uniform.contiguous().numpy())
+
+
+def _sample(
+    kernel: Any, target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, *numbers: Any
+) -> torch.Tensor:
     token_ids = torch.empty(rows.shape[0], dtype=torch.int32)
     logits, stride = flat_view(target_logits)
-    _redraw_kernel(
-        logits,
-        stride,
-        target_logits.shape[1],
-        rows.contiguous().numpy(),
-        draft_token_ids.contiguous().numpy(),
-        uniform.contiguous().numpy(),
-        token_ids.numpy(),
-    )
+    each_row = rows.contiguous().numpy(), draft_token_ids.contiguous().numpy()
+    kernel(logits, stride, target_logits.shape[1], *each_row, *numbers, token_ids.numpy())
     return token_ids

@@ -1,4 +1,4 @@
-"""Plain torch twin of the verify op: the specification that the compiled paths are tested against.
+"""Plain torch reference of the verify op: the specification that the compiled paths are tested against.
 
 The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify`.
 """
@@ -18,7 +18,7 @@ class VerifyOutput(NamedTuple):
 
     output_token_ids: torch.Tensor
     """[batch_size, max_spec_len + 1] int32: accepted tokens, then the recovered or the bonus token, then -1.
-    The recovered token of a sampled request is -1 too, until `recover` has drawn it."""
+    The recovered token of a sampled request is -1 too, until it is drawn (`vllm_aasd.kernels.verify.recovered`)."""
     num_accepted: torch.Tensor
     """[batch_size] int32: accepted draft tokens, without the recovered or bonus token."""
     relaxed: torch.Tensor
@@ -88,17 +88,3 @@ def verify(
         exhausted[i], guarded[i] = relaxation.exhausted, relaxation.guarded
         start = end
     return VerifyOutput(output, num_accepted, relaxed, regret, exhausted, guarded)
-
-
-def recover(
-    target_logits: torch.Tensor, rows: torch.Tensor, draft_token_ids: torch.Tensor, inv_q: torch.Tensor
-) -> torch.Tensor:
-    """See `vllm_aasd.kernels.verify.recover`."""
-    logits = target_logits[rows].float()
-    probs = logits.softmax(dim=-1)
-    score = torch.where(probs > 0, probs * inv_q, -1.0)
-    drafts = draft_token_ids.long()
-    excluded = ((drafts >= 0) & (drafts < logits.shape[-1])).nonzero()[:, 0]
-    score[excluded, drafts[excluded]] = -1.0
-    # Where no other token has a probability the argmax is the only token that has one; NaN rows end here too.
-    return torch.where(score.amax(dim=-1) >= 0, score.argmax(dim=-1), logits.argmax(dim=-1)).to(torch.int32)

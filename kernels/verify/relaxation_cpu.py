@@ -2,7 +2,7 @@
 
 What a rule needs of a row is computed where it is needed: no rule looks at a row that the strict rule accepts (but
 for the budget of sampled requests, which sums that row anyway), and a draft that fails a condition which needs no
-normaliser costs no exponentials. Since s >= 1, p(x) <= e^(z(x) - m), so a draft with e^(z(x) - m) < floor fails the
+normalizer costs no exponentials. Since s >= 1, p(x) <= e^(z(x) - m), so a draft with e^(z(x) - m) < floor fails the
 floor, and the guard of the stop tokens compares weights of the same s.
 """
 

@@ -1,6 +1,6 @@
-"""Plain torch twin of what verification does beyond strict: rules, guards, budget, and the state of a request.
+"""Plain torch reference of what verification does beyond strict: rules, guards, budget, and the state of a request.
 
-Both verify ops' twins walk a request's rows by it, token by token. The rules and their sources are in
+Both verify ops' references walk a request's rows by it, token by token. The rules and their sources are in
 `vllm_aasd.kernels.verify`.
 """
 
@@ -46,7 +46,7 @@ class RowStatistics(NamedTuple):
     entropy: torch.Tensor
     """float32, nats."""
     top_entropy: torch.Tensor
-    """float32, nats: -sum p log p of the three likeliest tokens, which aren't normalised."""
+    """float32, nats: -sum p log p of the three likeliest tokens, which aren't normalized."""
 
 
 def row_statistics(logits: torch.Tensor) -> RowStatistics:
@@ -93,13 +93,13 @@ class Relaxation:
     ) -> bool:
         """Whether draft token x, a token of the vocabulary, is accepted at a row though the strict rule rejects it.
 
-        To be asked at every row that is reached, for a sampled request's budget is spent where its law was another
-        than the target's, whatever came of it.
+        To be asked at every row that is reached: a sampled request's budget is spent wherever the emitted distribution
+        differs from the target's, accepted or not.
 
         Args:
             is_strict: whether the strict rule accepts x.
             uniform: of the row; of no meaning for greedy requests.
-            strict_ahead: whether so many draft tokens follow and the strict rule accepts every one.
+            strict_ahead: whether this many draft tokens follow and the strict rule accepts every one.
         """
         p = row.probs
         if self._rule == STRICT or not self._passes_guards(x, p) or self._state[STRICT_LEFT] > 0:
@@ -123,7 +123,7 @@ class Relaxation:
         return is_candidate
 
     def emitted(self, is_relaxed: bool) -> None:
-        """Take in that a token was emitted: accepted, recovered or bonus."""
+        """Record an emitted token: accepted, recovered or bonus."""
         if self._rule != STRICT or self.exhausted:
             self._state[LEVEL] = self._state[LEVEL] * self._parameters[DECAY] + float(is_relaxed)
             self._state[STRICT_LEFT] = (self._state[STRICT_LEFT] - 1).clamp(min=0)

@@ -144,7 +144,7 @@ def relax(
 ):
     """Return ([ROWS], where a draft is accepted by relaxation; whether the budget ran out; whether the guard engaged).
 
-    What is returned of rows behind the first rejection means nothing.
+    What is returned of rows after the first rejection means nothing.
     """
     parameters_ptr += slot * _NUM_PARAMETERS
     log_s = tl.log(s)

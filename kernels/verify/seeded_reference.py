@@ -1,33 +1,16 @@
-"""Plain torch twin of the seeded verify op: the specification that the Triton path is tested against.
+"""Plain torch reference of the seeded verify op: the specification that the Triton path is tested against.
 
 The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify.seeded`.
 """
 
-from typing import NamedTuple
+import itertools
 
 import torch
 
-from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics
-
-
-class SeededVerifyOutput(NamedTuple):
-    """What one verification step emitted, as vLLM's V2 `rejection_sample` gives it, and why."""
-
-    sampled: torch.Tensor
-    """[num_reqs, num_speculative_steps + 1] int64: accepted tokens, the recovered or bonus token, then -1."""
-    num_sampled: torch.Tensor
-    """[num_reqs] int32: emitted tokens, the recovered or bonus token included; 0 for a request of no rows."""
-    relaxed: torch.Tensor
-    """[num_logits] bool: the draft tested by this row was accepted though the strict rule rejects it."""
-    regret: torch.Tensor
-    """[num_logits] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
-    exhausted: torch.Tensor
-    """[num_reqs] bool: the request's budget ran out in this step; happens once."""
-    guarded: torch.Tensor
-    """[num_reqs] bool: the collapse guard engaged in this step."""
+from vllm_aasd.kernels.verify.seeded import SeededBatch, SeededVerifyOutput
 
 
 def _strictly_accepted(z: torch.Tensor, x: int, seed: int, position: int) -> bool:
@@ -44,26 +27,12 @@ def _race(z: torch.Tensor, excluded: int, seed: int, position: int) -> int:
     return int(score.argmax())
 
 
-def verify_seeded(
-    target_logits: torch.Tensor,
-    draft_sampled: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    pos: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    expanded_idx_mapping: torch.Tensor,
-    expanded_local_pos: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    num_speculative_steps: int,
-    policies: VerifyPolicies,
-    stop_token_ids: torch.Tensor,
-    all_greedy: bool = False,
-) -> SeededVerifyOutput:
+def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
-    num_logits, vocab_size = target_logits.shape
-    num_reqs = len(cu_num_logits) - 1
-    device = target_logits.device
-    sampled = torch.full((num_reqs, num_speculative_steps + 1), PLACEHOLDER_TOKEN_ID, device=device)
+    num_logits, vocab_size = batch.target_logits.shape
+    num_reqs = len(batch.cu_num_logits) - 1
+    device = batch.target_logits.device
+    sampled = torch.full((num_reqs, batch.num_speculative_steps + 1), PLACEHOLDER_TOKEN_ID, device=device)
     num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
     relaxed = torch.zeros(num_logits, dtype=torch.bool, device=device)
     regret = torch.zeros(num_logits, dtype=torch.float32, device=device)
@@ -71,19 +40,19 @@ def verify_seeded(
 
     def strictly(row: int, slot: int) -> bool:
         """Whether the strict rule accepts the draft that a row tests."""
-        x, z = int(draft_sampled[row + 1]), target_logits[row].float()
-        if temperature[slot] == 0:
+        x, z = int(batch.draft_sampled[row + 1]), batch.target_logits[row].float()
+        if batch.temperature[slot] == 0:
             return x == int(z.argmax())
-        return 0 <= x < vocab_size and _strictly_accepted(z, x, int(seed[slot]), int(pos[row]))
+        return 0 <= x < vocab_size and _strictly_accepted(z, x, int(batch.seed[slot]), int(batch.pos[row]))
 
-    bounds = cu_num_logits.tolist()
-    for req, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        slot = int(idx_mapping[req])
-        is_greedy = bool(temperature[slot] == 0)
-        relaxation = Relaxation(policies, slot, is_greedy, stop_token_ids[slot], vocab_size)
+    bounds = batch.cu_num_logits.tolist()
+    for req, (start, end) in enumerate(itertools.pairwise(bounds)):
+        slot = int(batch.idx_mapping[req])
+        is_greedy = bool(batch.temperature[slot] == 0)
+        relaxation = Relaxation(batch.policies, slot, is_greedy, batch.stop_token_ids[slot], vocab_size)
         for row in range(start, end):
-            z, position = target_logits[row].float(), int(pos[row])
-            x = int(draft_sampled[row + 1]) if row + 1 < end else PLACEHOLDER_TOKEN_ID
+            z, position = batch.target_logits[row].float(), int(batch.pos[row])
+            x = int(batch.draft_sampled[row + 1]) if row + 1 < end else PLACEHOLDER_TOKEN_ID
             accepted, statistics = False, row_statistics(z)
 
             def strict_ahead(window: int, row: int = row, end: int = end, slot: int = slot) -> bool:
@@ -92,12 +61,12 @@ def verify_seeded(
 
             if 0 <= x < vocab_size:
                 accepted = strictly(row, slot)
-                uniform = 0.0 if is_greedy else float(row_uniform(int(seed[slot]), position))
+                uniform = 0.0 if is_greedy else float(row_uniform(int(batch.seed[slot]), position))
                 if relaxation.accepts(x, statistics, accepted, uniform, strict_ahead):
                     accepted = relaxed[row] = True
                     regret[row] = z.max() - z[x]
             if not accepted:
-                x = statistics.argmax if is_greedy else _race(z, x, int(seed[slot]), position)
+                x = statistics.argmax if is_greedy else _race(z, x, int(batch.seed[slot]), position)
             relaxation.emitted(bool(relaxed[row]))
             sampled[req, num_sampled[req]] = x
             num_sampled[req] += 1

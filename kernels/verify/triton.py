@@ -13,10 +13,9 @@ import triton.language as tl
 from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block
 from vllm_aasd.kernels.verify.decide_triton import DECIDE, decide_kernel
 from vllm_aasd.kernels.verify.gumbel_triton import race
-from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify.relaxation_triton import FLY
-from vllm_aasd.kernels.verify.seeded_reference import SeededVerifyOutput
+from vllm_aasd.kernels.verify.seeded import SeededBatch, SeededVerifyOutput
 
 
 # A part of a batch begins anywhere, and that must not ask for another compilation.
@@ -87,28 +86,14 @@ def _row_statistics_kernel(
         tl.store(sums_ptr + 4 * plane + out, tl.max(tl.where(ids == second_id, float("-inf"), rest), axis=0))
 
 
-def verify_seeded(
-    target_logits: torch.Tensor,
-    draft_sampled: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    pos: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    expanded_idx_mapping: torch.Tensor,
-    expanded_local_pos: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    num_speculative_steps: int,
-    policies: VerifyPolicies,
-    stop_token_ids: torch.Tensor,
-    all_greedy: bool = False,
-) -> SeededVerifyOutput:
+def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
-    num_logits, vocab_size = target_logits.shape
-    num_reqs = cu_num_logits.shape[0] - 1
-    empty = target_logits.new_empty
+    num_logits, vocab_size = batch.target_logits.shape
+    num_reqs = batch.cu_num_logits.shape[0] - 1
+    empty = batch.target_logits.new_empty
     events = empty(2, num_reqs, dtype=torch.bool)
     output = SeededVerifyOutput(
-        empty(num_reqs, num_speculative_steps + 1, dtype=torch.int64),
+        empty(num_reqs, batch.num_speculative_steps + 1, dtype=torch.int64),
         empty(num_reqs, dtype=torch.int32),
         empty(num_logits, dtype=torch.bool),
         empty(num_logits, dtype=torch.float32),
@@ -125,13 +110,13 @@ def verify_seeded(
     sums = empty(5, num_logits, num_blocks, dtype=torch.float32)
     race_row = empty(num_reqs, dtype=torch.int64)
     _row_statistics_kernel[(num_logits, num_blocks)](
-        target_logits,
-        target_logits.stride(0),
-        draft_sampled,
-        expanded_idx_mapping,
-        expanded_local_pos,
-        temperature,
-        policies.rule,
+        batch.target_logits,
+        batch.target_logits.stride(0),
+        batch.draft_sampled,
+        batch.expanded_idx_mapping,
+        batch.expanded_local_pos,
+        batch.temperature,
+        batch.policies.rule,
         argmax,
         sums,
         vocab_size,
@@ -141,39 +126,29 @@ def verify_seeded(
         *output[:4],
         events,
         race_row,
-        target_logits,
-        target_logits.stride(0),
+        batch.target_logits,
+        batch.target_logits.stride(0),
         argmax,
         sums,
         num_logits,
         num_blocks,
-        draft_sampled,
-        cu_num_logits,
-        pos,
-        idx_mapping,
-        temperature,
-        seed,
-        *policies,
-        policies.state.shape[0],
-        stop_token_ids,
-        stop_token_ids.shape[1],
+        batch.draft_sampled,
+        batch.cu_num_logits,
+        batch.pos,
+        batch.idx_mapping,
+        batch.temperature,
+        batch.seed,
+        *batch.policies,
+        batch.policies.state.shape[0],
+        batch.stop_token_ids,
+        batch.stop_token_ids.shape[1],
         vocab_size,
-        num_speculative_steps,
+        batch.num_speculative_steps,
         BLOCK=shape["BLOCK"],
-        ROWS=triton.next_power_of_2(num_speculative_steps + 1),
+        ROWS=triton.next_power_of_2(batch.num_speculative_steps + 1),
         BLOCKS=triton.next_power_of_2(num_blocks),
         **DECIDE,
     )
-    if not all_greedy:
-        race(
-            output.sampled,
-            output.num_sampled,
-            race_row,
-            target_logits,
-            draft_sampled,
-            cu_num_logits,
-            pos,
-            idx_mapping,
-            seed,
-        )
+    if not batch.all_greedy:
+        race(output.sampled, output.num_sampled, race_row, batch)
     return output

@@ -82,9 +82,9 @@ def test_runs_are_what_a_memory_would_have_learnt():
         view = AlignmentView(table, np.zeros(1, np.int32), len(token_ids))
         for length in range(2, len(token_ids) + 1):
             teacher.draft(str(number), token_ids[:length], view, 0)
-    runs = with_texts(random_prior(np.random.default_rng(2)), texts).runs
+    ngrams = with_texts(random_prior(np.random.default_rng(2)), texts).ngrams
     assert np.count_nonzero(memory[:, 1]) > 50
-    np.testing.assert_array_equal(runs, memory)
+    np.testing.assert_array_equal(ngrams, memory)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def drafted(drafter, context=CONTEXT, view=NO_ALIGNMENT, request="r"):
 
 def test_runs_are_drafted_from_and_never_written(knowing):
     drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing)
-    before = knowing.runs.copy()
+    before = knowing.ngrams.copy()
     ids, survival = drafted(drafter)
     assert ids == [7, 8]
     assert 0 < survival[1] < survival[0] < 1
@@ -112,12 +112,12 @@ def test_runs_are_drafted_from_and_never_written(knowing):
     view = AlignmentView(text_of([3, 5, 6, 4], {2: {4: 1.0}}).table, np.zeros(1, np.int32), 4)
     drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, "other")
     drafter.clear_memory()
-    np.testing.assert_array_equal(knowing.runs, before)
+    np.testing.assert_array_equal(knowing.ngrams, before)
     assert drafted(drafter) == (ids, survival)
 
 
 def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
-    before = knowing.runs.copy()
+    before = knowing.ngrams.copy()
     memory = new_memory(knowing)
     drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing, memory)
     known = drafted(drafter)
@@ -127,7 +127,7 @@ def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
         drafted(drafter, CONTEXT, view, f"{request}")
         drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, f"{request}")
     assert drafted(drafter)[0][0] == 4
-    np.testing.assert_array_equal(knowing.runs, before)
+    np.testing.assert_array_equal(knowing.ngrams, before)
     drafter.clear_memory()
     assert drafted(drafter) == known
     np.testing.assert_array_equal(new_memory(None), empty_memory())

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from aasd_testing.drafts import assert_same_drafts
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, NO_ALIGNMENT, NUM_ORDERS, Drafter
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_SIZE, NO_ALIGNMENT, Drafter
 from vllm_aasd.kernels.draft import index_cpu, no_prior
 from vllm_aasd.kernels.draft import reference as draft_reference
 
@@ -29,29 +29,29 @@ def random_tokens(seed, length):
     return tokens.tolist()
 
 
-def occurrences(context, order):
+def occurrences(context, size):
     """Earlier ends of the run of `order` tokens that ends the context, latest first."""
-    if order > len(context):
+    if size > len(context):
         return []
-    windows = np.lib.stride_tricks.sliding_window_view(np.array(context), order)
-    return (np.nonzero((windows[:-1] == windows[-1]).all(axis=1))[0] + order - 1)[::-1].tolist()
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(context), size)
+    return (np.nonzero((windows[:-1] == windows[-1]).all(axis=1))[0] + size - 1)[::-1].tolist()
 
 
-def chain(index, order):
+def chain(index, size):
     """What the index says of the same."""
     hashed = np.uint64(0)
-    for back in range(order):
+    for back in range(size):
         hashed = np.uint64(index_cpu.hash_with(hashed, index.tokens[index.length - 1 - back]))
-    _, position = index_cpu.find(index.tokens, index.head, order, index.length - 1, hashed)
+    _, position = index_cpu.find(index.tokens, index.head, size, index.length - 1, hashed)
     found = []
     while position >= 0:
         found.append(int(position))
-        position = index.prev[order - 1, position]
+        position = index.prev[size - 1, position]
     return found
 
 
-def twins_draft(context, limit):
-    """What the plain twin drafts, which scans, and its survival."""
+def references_draft(context, limit):
+    """What the reference drafts, which scans, and its survival."""
     ids, survival = np.empty(limit, np.int32), np.empty(limit, np.float32)
     constants = *DEFAULT_WEIGHTS, *no_prior(), MAX_MATCHES, np.float32(0)
     scratch = np.zeros(VOCAB, np.float32), None, None
@@ -83,10 +83,12 @@ class Indexes(RuleBasedStateMachine):
     def draft(self, req_id, limit=K):
         context = self.contexts[req_id]
         drafts, survival = self.drafter.draft(req_id, np.array(context, np.int32), NO_ALIGNMENT, limit)
-        twins, estimated = twins_draft(context, limit)
+        reference, estimated = references_draft(context, limit)
         # The only other thing that the survival rests on is a factor learnt of the request.
         expected = self.drafter._requests[req_id].calibration.apply(estimated)
-        assert_same_drafts((drafts.tolist(), survival.tolist()), (twins.tolist(), expected.tolist()), min_survival=0)
+        assert_same_drafts(
+            (drafts.tolist(), survival.tolist()), (reference.tolist(), expected.tolist()), min_survival=0
+        )
         assert np.all(np.diff(survival) <= 0) and self.drafter.predicted_survival(req_id) is survival
         return drafts.tolist()
 
@@ -148,8 +150,8 @@ class Indexes(RuleBasedStateMachine):
         for req_id, context in (self.contexts | self.waiting).items():
             index = self.drafter._requests[req_id].index
             assert index.tokens[: index.length].tolist() == context
-            found = [chain(index, order) for order in range(1, min(NUM_ORDERS, len(context)) + 1)]
-            assert found == [occurrences(context, order) for order in range(1, len(found) + 1)]
+            found = [chain(index, size) for size in range(1, min(MAX_NGRAM_SIZE, len(context)) + 1)]
+            assert found == [occurrences(context, size) for size in range(1, len(found) + 1)]
 
     def teardown(self):
         self.drafter.forget({**self.contexts, **self.waiting})

@@ -11,6 +11,7 @@ from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 pytestmark = pytest.mark.engine
 
@@ -236,15 +237,14 @@ def loose(demo_model, tmp_path_factory):
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
-def test_conditional_accepts_exactly_what_the_twin_says(loose):
+def test_conditional_accepts_exactly_what_the_reference_says(loose):
     result, calls = loose
     relaxed, says_relaxed, says_regret = 0, 0, 0.0
     for one in calls:
         call = one["call"]
         policies = VerifyPolicies(*one["policies"])
-        says = verify_seeded_reference.verify_seeded(
-            **call, policies=policies, stop_token_ids=one["stop_token_ids"], all_greedy=False
-        )
+        batch = SeededBatch(**call, policies=policies, stop_token_ids=one["stop_token_ids"])
+        says = verify_seeded_reference.verify_seeded(batch)
         assert one["num_sampled"].tolist() == says.num_sampled.tolist()
         assert one["sampled"].tolist() == says.sampled.tolist()
         for row, first in enumerate(call["cu_num_logits"][:-1].tolist()):

@@ -28,6 +28,7 @@ from vllm_aasd.kernels.draft.memory_cpu import memory_slot
 
 VOCAB_SIZE = 7
 FORMAT = {"format": "vllm-aasd prior, version 2", "model": "m"}
+KEYS = ("ids", "probs", "runs")
 
 
 def learnt_memory():
@@ -69,7 +70,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path, monkeypat
 
 
 def damaged(**changes):
-    return {**small_prior()._asdict(), **changes}
+    return {**dict(zip(KEYS, small_prior(), strict=True)), **changes}
 
 
 def with_column(at, value):
@@ -113,7 +114,7 @@ def cut_off(path):
 
 def of_type(path, dtype):
     """A type that numpy doesn't know."""
-    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in Prior._fields}
+    tensors = {name: torch.zeros(VOCAB_SIZE, 2).to(dtype) for name in KEYS}
     safetensors.torch.save_file(tensors, path, FORMAT)
 
 
@@ -172,7 +173,7 @@ def odd_arrays(usual):
         yield usual.astype(dtype)
 
 
-@pytest.mark.parametrize("name", Prior._fields)
+@pytest.mark.parametrize("name", KEYS)
 def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, name, monkeypatch):
     """The reader hands over arrays of odd types, shapes and values; what is not refused must draft without harm."""
     _, load = load_prior
@@ -353,7 +354,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path,
         want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
     np.testing.assert_array_equal(loaded.ids, want.indices)
     np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
-    assert loaded.runs.size == 0
+    assert loaded.ngrams.size == 0
 
     assert "there already" in command()
 
@@ -369,12 +370,12 @@ def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_mode
     is_right = []
     for second in range(300):
         tokens = np.array([1, second], np.int32)
-        row, tag = memory_slot(tokens, 2, 1, prior.runs)
-        if prior.runs[row, 0] != tag:
+        row, tag = memory_slot(tokens, 2, 1, prior.ngrams)
+        if prior.ngrams[row, 0] != tag:
             continue
         with torch.inference_mode():
             want = torch.softmax(model(torch.from_numpy(tokens)[None].long()).logits[0, 1].float(), dim=-1).topk(3)
-        found = dict(zip(prior.runs[row, 2:6].tolist(), prior.runs[row, 6:].view(np.float32).tolist(), strict=True))
+        found = dict(zip(prior.ngrams[row, 2:6].tolist(), prior.ngrams[row, 6:].view(np.float32).tolist(), strict=True))
         wanted = dict(zip(want.indices.tolist(), want.values.tolist(), strict=True))
         is_right.append(found == pytest.approx({**wanted, -1: 0}, rel=1e-3))
     # Where it also stands later in a text, others are averaged in.

@@ -19,7 +19,7 @@ ONE = Prior(
 SAME = Prior(*(array.copy() for array in ONE))
 OTHER_IDS = ONE._replace(ids=np.array([[1, 2], [1, -1]], np.int32))
 OTHER_PROBS = ONE._replace(probs=np.array([[0.5, 0.25], [0.25, 0]], np.float32))
-OTHER_RUNS = ONE._replace(runs=np.zeros_like(ONE.runs))
+OTHER_NGRAMS = ONE._replace(ngrams=np.zeros_like(ONE.ngrams))
 OTHER_SHAPE = ONE._replace(ids=ONE.ids.reshape(4, 1), probs=ONE.probs.reshape(4, 1))
 
 
@@ -72,7 +72,7 @@ def test_ranks_that_agree_go_on_as_they_were(on_all_ranks, caplog, priors):
         ((ONE, SAME, None), 2, 1),
         ((ONE, OTHER_IDS), 2, 2),
         ((OTHER_PROBS, ONE), 2, 2),
-        ((ONE, OTHER_RUNS), 2, 2),
+        ((ONE, OTHER_NGRAMS), 2, 2),
         ((ONE, OTHER_SHAPE), 2, 2),
     ],
     ids=["not the first", "not the last", "other tokens", "other probabilities", "other runs", "other shape"],

@@ -1,4 +1,4 @@
-"""align: the compiled CPU path against the plain torch twin, odd rows, argument checks."""
+"""align: the compiled CPU path against the plain torch reference, odd rows, argument checks."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from vllm_aasd.kernels.align import align, warm_up
 from vllm_aasd.kernels.align import cpu as align_cpu
 from vllm_aasd.kernels.align import reference as align_reference
 
-# Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the twin takes torch's
+# Relative. The CPU path sums float32 weights in blocks and the blocks in float64; the reference takes torch's
 # float32 softmax, whose sum of 150k weights is off by up to 3e-5.
 CPU_TOLERANCE = 1e-6
 TWIN_TOLERANCE = 5e-5
 
-both_paths = pytest.mark.parametrize("path", [align_cpu, align_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [align_cpu, align_reference], ids=["cpu", "reference"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -23,7 +23,7 @@ both_paths = pytest.mark.parametrize("path", [align_cpu, align_reference], ids=[
     ("vocab_size", "top_k"),
     [(2, 1), (2, 2), (111, 1), (111, 4), (111, 8), (32000, 2), (32000, 8), (151936, 4)],
 )
-def test_cpu_path_equals_twin(vocab_size, top_k, dtype):
+def test_cpu_path_equals_reference(vocab_size, top_k, dtype):
     num_rows = 18 if vocab_size < 1000 else 9
     logits = random_rows(num_rows, vocab_size, dtype, seed=vocab_size + top_k)
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,6 @@
-"""align, align_shard and align_merge: the Triton kernels, interpreted, against their plain twins."""
+"""align, align_shard and align_merge: the Triton kernels, interpreted, against their references."""
+
+import itertools
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from aasd_testing.alignment_rows import INF, UNTOUCHED, probabilities, random_ro
 from vllm_aasd.kernels.align import align_merge, align_shard
 from vllm_aasd.kernels.align import reference as align_reference
 
-# Relative, of float32: the kernels sum blocks of 2048 or 4096 weights, the twin sums all of a row.
+# Relative, of float32: the kernels sum blocks of 2048 or 4096 weights, the reference sums all of a row.
 TOLERANCE = 5e-5
 ALIGN = "vllm_aasd.kernels.align:align"
 SHARD = "vllm_aasd.kernels.align:align_shard"
@@ -45,7 +47,7 @@ def assert_same_entries(actual, expected, slots):
 
 
 @grid
-def test_triton_equals_twin(interpreter, vocab_size, top_k, dtype):
+def test_triton_equals_reference(interpreter, vocab_size, top_k, dtype):
     logits, tokens, slots = rows_to_align(9, vocab_size, getattr(torch, dtype), vocab_size + top_k)
     table = untouched_table(18, top_k)
     expected = table.clone()
@@ -56,24 +58,21 @@ def test_triton_equals_twin(interpreter, vocab_size, top_k, dtype):
 
 @grid
 def test_shards_merge_into_the_same_entries(interpreter, vocab_size, top_k, dtype):
-    """Ranks hold parts of different sizes; kernels' partials and twins' are of one kind and mix."""
+    """Ranks hold parts of different sizes; kernels' partials and references' are of one kind and mix."""
     logits, tokens, slots = rows_to_align(9, vocab_size, getattr(torch, dtype), vocab_size + top_k)
     expected = untouched_table(18, top_k)
     align_reference.align(logits, tokens, slots, expected)
-    if vocab_size < 3 * top_k:
-        bounds = [0, vocab_size]
-    else:
-        bounds = [0, vocab_size // 3, vocab_size - top_k, vocab_size]
-    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    bounds = [0, vocab_size] if vocab_size < 3 * top_k else [0, vocab_size // 3, vocab_size - top_k, vocab_size]
+    spans = list(itertools.pairwise(bounds))
     ours = [interpreter.call(SHARD, logits[:, a:b], slots, a, top_k) for a, b in spans]
-    twins = [align_reference.align_shard(logits[:, a:b], slots, a, top_k) for a, b in spans]
+    references = [align_reference.align_shard(logits[:, a:b], slots, a, top_k) for a, b in spans]
     kept = slots >= 0
-    for one, other in zip(ours, twins, strict=True):
+    for one, other in zip(ours, references, strict=True):
         assert torch.equal(one[kept, : 2 * top_k], other[kept, : 2 * top_k])
         sums = [partial[kept, 2 * top_k].view(torch.float32) for partial in (one, other)]
         torch.testing.assert_close(*sums, rtol=TOLERANCE, atol=0, equal_nan=True)
     table = untouched_table(18, top_k)
-    for partials in (ours, twins, [ours[0], *twins[1:]]):
+    for partials in (ours, references, [ours[0], *references[1:]]):
         _, (*_, actual) = interpreter.run(MERGE, torch.stack(partials), tokens, slots, table)
         assert_same_entries(actual, expected, slots)
         actual = table.clone()

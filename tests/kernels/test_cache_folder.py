@@ -155,7 +155,8 @@ def test_what_is_put_in_its_place_later_is_not_loaded(call, tmp_path):
     indices = list((tmp_path / "bad").rglob("*.nbi"))
     for index in indices:
         index.write_bytes(pickle.dumps(Bomb(gone_off)))
-    swap = f"os.rename({str(folder)!r}, {str(folder) + '-before'!r}); os.rename({str(tmp_path / 'bad')!r}, {str(folder)!r})"
+    before, bad = f"{folder}-before", str(tmp_path / "bad")
+    swap = f"os.rename({str(folder)!r}, {before!r}); os.rename({bad!r}, {str(folder)!r})"
     assert call(swap, AASD_CACHE_ROOT=str(root))[1] == 1
     assert indices and not gone_off.exists()
     # That it would have been seen:

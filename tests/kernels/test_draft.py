@@ -1,4 +1,4 @@
-"""The compiled drafter against its plain twin, and the index against a scan of the context."""
+"""The compiled drafter against its reference, and the index against a scan of the context."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aasd_testing.drafts import assert_same_drafts
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_NGRAM_SIZE, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import Prior, no_memory, no_prior
@@ -30,7 +30,7 @@ contexts = st.one_of(
 
 
 def index_of(context, pieces=1):
-    index = SuffixIndex(NUM_ORDERS, K)
+    index = SuffixIndex(MAX_NGRAM_SIZE, K)
     for piece in np.array_split(np.array(context, np.int32), pieces):
         index.extend(piece)
     return index
@@ -53,10 +53,10 @@ def aligned_store(context, seed, vocab_size, top_k=2, stale_share=0.2):
 
 def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
     scores, seen = np.zeros(vocab_size, np.float32), np.empty(4096, np.int32)
-    starts = np.empty(NUM_ORDERS, np.int32)
+    starts = np.empty(MAX_NGRAM_SIZE, np.int32)
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
-    constants = *DEFAULT_WEIGHTS, *prior._replace(runs=memory), max_matches, np.float32(min_survival)
+    constants = *DEFAULT_WEIGHTS, *prior._replace(ngrams=memory), max_matches, np.float32(min_survival)
     lookups = np.full(3, 100, np.int64)
     count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival, lookups)
     assert not scores.any(), "the scratch must be left clean"
@@ -64,7 +64,7 @@ def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
 
 
 def remembered_by(op, wanted, seed, vocab_size):
-    """A small memory of two other requests, in which some runs have lost their row to others."""
+    """A small memory of two other requests, in which some n-grams have lost their row to others."""
     if not wanted:
         return no_memory()
     memory = empty_memory(16, 3)
@@ -137,15 +137,15 @@ def test_compiled_path_drafts_what_the_twin_drafts(
 def test_index_chains_are_the_earlier_occurrences_latest_first(context, pieces):
     index = index_of(context, pieces)
     for end in range(len(context) - 1):
-        for order in range(1, min(NUM_ORDERS, end + 1) + 1):
-            gram = context[end - order + 1 : end + 1]
-            earlier = [e for e in range(order - 1, end) if context[e - order + 1 : e + 1] == gram]
-            assert index.prev[order - 1, end] == (earlier[-1] if earlier else -1)
+        for size in range(1, min(MAX_NGRAM_SIZE, end + 1) + 1):
+            gram = context[end - size + 1 : end + 1]
+            earlier = [e for e in range(size - 1, end) if context[e - size + 1 : e + 1] == gram]
+            assert index.prev[size - 1, end] == (earlier[-1] if earlier else -1)
 
 
 def test_index_is_the_same_however_the_context_arrives():
     context = np.random.default_rng(0).integers(0, 5, 3000).astype(np.int32)
-    whole, grown = SuffixIndex(NUM_ORDERS, K, len(context)), SuffixIndex(NUM_ORDERS, K)
+    whole, grown = SuffixIndex(MAX_NGRAM_SIZE, K, len(context)), SuffixIndex(MAX_NGRAM_SIZE, K)
     whole.extend(context)
     for token in context:
         grown.extend(np.array([token], np.int32))
@@ -166,7 +166,7 @@ def test_a_copied_span_is_drafted_on():
     assert np.all(np.diff(survival) < 0)
 
 
-def test_the_stored_distribution_outvotes_a_token_seen_once():
+def test_the_stored_distribution_outweighs_a_token_seen_once():
     context = np.array([1, 2, 3, 4, 1], np.int32)
     table = np.full((5, 3), -1, np.int32)
     table[0] = [1, 9, np.array([0.99], np.float32).view(np.int32)[0]]
@@ -176,7 +176,7 @@ def test_the_stored_distribution_outvotes_a_token_seen_once():
     assert drafter.draft("a", context, view, 1)[0].tolist() == [9]
     assert lookups.tolist() == [1, 0, 0]
     table[0, 0] = 7
-    assert drafter.draft("b", context, view, 1)[0].tolist() == [2], "a stale entry must not vote"
+    assert drafter.draft("b", context, view, 1)[0].tolist() == [2], "a stale entry must not count"
     assert lookups.tolist() == [1, 0, 1]
     table[0, 0] = -1
     drafter.draft("c", context, view, 1)

@@ -1,4 +1,4 @@
-"""The device-resident drafter, interpreted, against its plain twin and against the CPU drafter."""
+"""The device-resident drafter, interpreted, against its reference and against the CPU drafter."""
 
 import inspect
 import os
@@ -20,8 +20,8 @@ from aasd_testing.prompts import real_prompts
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
+    MAX_NGRAM_SIZE,
     NO_ALIGNMENT,
-    NUM_ORDERS,
     AlignmentView,
     Drafter,
 )
@@ -30,14 +30,14 @@ from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
 ROUND = MixtureWeights(
     theta=np.array([2, 1.5, 1, 1, 1, 1], np.float32),
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
-    doubt=np.float32(1),
+    no_alignment_discount=np.float32(1),
     memory=np.zeros(4, np.float32),
 )
 POISON_ID, POISON_COUNT = -77, -99
@@ -55,11 +55,11 @@ class Batch:
     block_size: int
     theta: torch.Tensor
     alignment: torch.Tensor
-    doubt: torch.Tensor
+    no_alignment_discount: torch.Tensor
     memory_weights: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
-    runs: torch.Tensor
+    ngrams: torch.Tensor
     vocab_size: int
     max_matches: int
     min_survival: float
@@ -73,7 +73,7 @@ class Batch:
     def workspace(self):
         """A workspace full of nonsense."""
         top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1], (self.runs.shape[1] - 2) // 2
+        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1], (self.ngrams.shape[1] - 2) // 2
         return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
 
     def drafts(self, op, workspace=None, lookups=None):
@@ -86,7 +86,8 @@ class Batch:
         )
         inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
         workspace = self.workspace() if workspace is None else workspace
-        op(*inputs, workspace, *outputs, torch.zeros(3, dtype=torch.int64) if lookups is None else lookups)
+        lookups = torch.zeros(3, dtype=torch.int64) if lookups is None else lookups
+        op(DraftBatch(*inputs, workspace, *outputs, lookups))
         return outputs
 
 
@@ -102,7 +103,7 @@ def batch_of(
     block_size=4,
     seed=0,
     weights=DEFAULT_WEIGHTS,
-    remembered=0,
+    ngram_top_k=0,
 ):
     """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
     rng = np.random.default_rng(seed)
@@ -134,11 +135,11 @@ def batch_of(
         block_size,
         torch.from_numpy(weights.theta),
         torch.from_numpy(weights.alignment),
-        torch.tensor([weights.doubt]),
+        torch.tensor([weights.no_alignment_discount]),
         torch.from_numpy(weights.memory),
         torch.from_numpy(prior_ids),
         torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
-        torch.from_numpy(random_runs(rng, contexts, vocab_size, remembered)),
+        torch.from_numpy(random_ngrams(rng, contexts, vocab_size, ngram_top_k)),
         vocab_size,
         max_matches,
         min_survival,
@@ -147,21 +148,21 @@ def batch_of(
     )
 
 
-def random_runs(rng, contexts, vocab_size, remembered):
-    """What was predicted behind every second run of the contexts, and behind some that aren't in them."""
-    if not remembered:
+def random_ngrams(rng, contexts, vocab_size, ngram_top_k):
+    """What was predicted after every second n-gram of the contexts, and after some that aren't in them."""
+    if not ngram_top_k:
         return no_memory()
-    runs = empty_memory(256, remembered)
+    ngrams = empty_memory(256, ngram_top_k)
     for context in (*contexts, *random_contexts((20, 20), vocab_size, seed=99)):
         length = len(context)
-        table = np.full((length, 1 + 2 * remembered), -1, np.int32)
+        table = np.full((length, 1 + 2 * ngram_top_k), -1, np.int32)
         table[::2, 0] = context[::2]
-        table[:, 1 : 1 + remembered] = rng.integers(-1, vocab_size + 1, (length, remembered))
-        probs = rng.dirichlet(np.ones(remembered + 1), length)[:, :remembered].astype(np.float32)
-        table[:, 1 + remembered :] = probs.view(np.int32)
+        table[:, 1 : 1 + ngram_top_k] = rng.integers(-1, vocab_size + 1, (length, ngram_top_k))
+        probs = rng.dirichlet(np.ones(ngram_top_k + 1), length)[:, :ngram_top_k].astype(np.float32)
+        table[:, 1 + ngram_top_k :] = probs.view(np.int32)
         if length:
-            draft_reference.remember(np.asarray(context), 0, length - 1, table, np.zeros(1, np.int32), length, runs)
-    return runs
+            draft_reference.remember(np.asarray(context), 0, length - 1, table, np.zeros(1, np.int32), length, ngrams)
+    return ngrams
 
 
 def random_contexts(lengths, vocab_size, seed=0):
@@ -172,22 +173,22 @@ def random_contexts(lengths, vocab_size, seed=0):
 def interpreted(interpreter):
     """The Triton path as an op: what it writes there is written here."""
 
-    def op(*args):
-        _, after = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", *args)
-        for ours, theirs in zip(args[-5:], after[-5:], strict=True):
+    def op(batch):
+        _, (after,) = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", batch)
+        for ours, theirs in zip(batch[-5:], after[-5:], strict=True):
             ours.copy_(theirs)
 
     return op
 
 
 def assert_equal(got, want):
-    for name, ours, twins in zip(("draft_token_ids", "num_drafts", "survival"), got, want, strict=True):
+    for name, ours, references in zip(("draft_token_ids", "num_drafts", "survival"), got, want, strict=True):
         # The same bits: every sum is taken in the same order.
-        torch.testing.assert_close(ours, twins, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours, references, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check(interpreter, batch):
-    """Compare the kernel with the twin, and return what they draft."""
+    """Compare the kernel with the reference, and return what they draft."""
     looked_up, want_looked_up = torch.full((2, 3), 100)
     got = batch.drafts(interpreted(interpreter), lookups=looked_up)
     want = batch.drafts(draft_reference.draft_batch, lookups=want_looked_up)
@@ -212,8 +213,8 @@ GRID = [
 @pytest.mark.parametrize(("num_spec_tokens", "top_k", "prior_top_k", "max_matches"), GRID)
 def test_kernel_drafts_what_the_twin_drafts(interpreter, num_spec_tokens, top_k, prior_top_k, max_matches):
     contexts = random_contexts((0, 1, 2, 60), 3) + random_contexts((90,), 9)
-    remembered = (0, 3)[(num_spec_tokens + max_matches) % 2]
-    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches, remembered=remembered)
+    ngram_top_k = (0, 3)[(num_spec_tokens + max_matches) % 2]
+    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches, ngram_top_k=ngram_top_k)
     _, num_drafts, _ = check(interpreter, batch)
     assert num_drafts[0] == 0 and num_drafts.max() == num_spec_tokens
 
@@ -249,13 +250,13 @@ def test_lists_go_on_from_tile_to_tile(interpreter, length):
     seed=st.integers(0, 2**31),
     top_k=st.integers(0, 3),
     prior_top_k=st.integers(0, 5),
-    remembered=st.integers(0, 4),
+    ngram_top_k=st.integers(0, 4),
     max_matches=st.integers(1, 7),
     min_survival=st.sampled_from([0.0, 0.05, 0.3]),
 )
-def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, remembered, max_matches, min_survival):
+def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, ngram_top_k, max_matches, min_survival):
     sizes = 3, top_k, prior_top_k, max_matches, min_survival
-    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed, remembered=remembered))
+    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed, ngram_top_k=ngram_top_k))
 
 
 def test_rows_do_not_affect_each_other(interpreter):
@@ -316,7 +317,7 @@ def test_the_scores_of_an_example_worked_out_by_hand(interpreter):
     draft_token_ids, _, survival = check(interpreter, batch)
     assert draft_token_ids.tolist() == [[4]]
     assert survival.item() == pytest.approx(0.3, rel=1e-6)
-    batch.doubt[0] = 2
+    batch.no_alignment_discount[0] = 2
     # No match has a stored distribution, so w = 2 / (2 + 2 * 2), and 7 has 2/3 * 0.5 from the prior.
     draft_token_ids, _, survival = check(interpreter, batch)
     assert draft_token_ids.tolist() == [[7]]
@@ -341,7 +342,7 @@ def test_of_equal_scores_the_latest_position_wins_among_many(interpreter):
     assert check(interpreter, batch)[0].tolist() == [[301]]
     # 2 / 302 of the weight is the prior's, 1 / 302 that of each match.
     batch.prior_probs[1] = 0.6
-    assert check(interpreter, batch)[0].tolist() == [[350]], "the last vote of all can win"
+    assert check(interpreter, batch)[0].tolist() == [[350]], "the last candidate of all can win"
 
 
 def test_stale_predictions_do_not_count(interpreter):
@@ -371,7 +372,7 @@ def test_ids_outside_the_vocabulary_are_never_drafted(interpreter):
 
 def test_a_token_that_the_prior_does_not_hold_has_no_successors(interpreter):
     batch = batch_of([[1, 900], [900, 1]], 4, 2, prior_top_k=3)
-    # What lies behind the prior in memory would pass for a row of it.
+    # What lies after the prior in memory would pass for a row of it.
     ids, probs = torch.full((1000, 3), 2, dtype=torch.int32), torch.full((1000, 3), 0.3)
     ids[:4], probs[:4] = batch.prior_ids, batch.prior_probs
     batch = replace(batch, prior_ids=ids[:4], prior_probs=probs[:4])
@@ -418,7 +419,7 @@ def real_batch(contexts, min_survival):
     """A batch whose stored predictions are right about every second time, as a model's are."""
     vocab_size, top_k = 49152, 4
     sizes = 8, top_k, 8, MAX_MATCHES, min_survival
-    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, remembered=4)
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, ngram_top_k=4)
     rng = np.random.default_rng(1)
     for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
         positions = np.arange(len(context) - 1)
@@ -443,7 +444,7 @@ def cpu_drafts(drafter, batch, row):
 def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_survival):
     """Against the CPU drafter, which keeps an index; the workspace is never cleared."""
     batch = real_batch(texts[first : first + 3], min_survival)
-    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy(), batch.runs.numpy())
+    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy(), batch.ngrams.numpy())
     drafter = Drafter(batch.vocab_size, batch.num_spec_tokens, min_survival, prior)
     workspace = batch.workspace()
     full_len = batch.total_len.clone()
@@ -463,11 +464,11 @@ def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_sur
 
 @pytest.mark.parametrize(
     ("text", "ending"),
-    [(topics["specialnames"], "the"), (inspect.getsource(textwrap), " " * NUM_ORDERS)],
+    [(topics["specialnames"], "the"), (inspect.getsource(textwrap), " " * MAX_NGRAM_SIZE)],
     ids=["prose", "code"],
 )
 def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
-    """Bytes as tokens, up to an ending that has more matches of low orders, or of all, than vote."""
+    """Bytes as tokens, up to an ending that has more matches of small n-grams, or of all, than are used."""
     text = text[: text.rindex(ending, 0, 6 * TILE) + len(ending)]
     assert text.count(ending) > MAX_MATCHES + 1
     context = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -480,7 +481,7 @@ def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
     assert_same_drafts((draft_token_ids[0].tolist(), survival[0].tolist()), (ids.tolist(), alive.tolist()), 0.0)
 
 
-def test_cpu_tensors_get_the_twin():
+def test_cpu_tensors_get_the_reference():
     batch = batch_of(random_contexts((50,), 3), 3)
     assert_equal(batch.drafts(draft_batch), batch.drafts(draft_reference.draft_batch))
     assert draft_batch_op._implementation("cpu") is draft_reference
@@ -512,10 +513,10 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("alignment", torch.zeros(2), r"alignment has shape \(2,\), expected \(6,\)"),
         ("prior_probs", torch.zeros(3, 3), "prior_probs has shape"),
         ("memory_weights", torch.zeros(3), r"memory_weights has shape \(3,\), expected \(4,\)"),
-        ("runs", torch.zeros((3, 4), dtype=torch.int32), r"runs has shape \(3, 4\)"),
-        ("runs", torch.zeros((4, 5), dtype=torch.int32), r"runs has shape \(4, 5\)"),
-        ("runs", torch.zeros((0, 4), dtype=torch.int32), r"runs has shape \(0, 4\)"),
-        ("runs", torch.zeros((4, 4)), "runs has dtype torch.float32"),
+        ("ngrams", torch.zeros((3, 4), dtype=torch.int32), r"ngrams has shape \(3, 4\)"),
+        ("ngrams", torch.zeros((4, 5), dtype=torch.int32), r"ngrams has shape \(4, 5\)"),
+        ("ngrams", torch.zeros((0, 4), dtype=torch.int32), r"ngrams has shape \(0, 4\)"),
+        ("ngrams", torch.zeros((4, 4)), "ngrams has dtype torch.float32"),
         ("vocab_size", 0, "vocab_size is 0, must be at least 1"),
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
         ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),

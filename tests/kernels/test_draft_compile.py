@@ -28,8 +28,8 @@ def test_a_spill_would_be_seen():
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_lists_and_votes_are_fenced(target):
-    """Threads read what others wrote to memory: twice, and each time behind a barrier for all of memory."""
+def test_matches_and_candidates_are_fenced(target):
+    """Threads read what others wrote to memory: twice, and each time after a barrier for all of memory."""
     kernel = compiled_kernel(launched(target), TARGETS[target])
     assert kernel.asm["ttgir"].count("ttg.barrier all") == 2
     # NVIDIA's read-only and AMD's scalar cache do not see stores of the same kernel: no load in the loop over
@@ -42,7 +42,7 @@ def test_lists_and_votes_are_fenced(target):
         assert "s_load_dword" not in loop and "s_buffer_load" not in loop
 
 
-def test_divisions_are_rounded_as_the_twins():
+def test_divisions_are_rounded_as_the_references():
     ptx = compiled_kernel(launched("sm_90"), TARGETS["sm_90"]).asm["ptx"]
     assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx
 

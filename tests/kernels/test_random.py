@@ -1,4 +1,4 @@
-"""The counter-based random numbers: Triton functions, plain twin and vLLM's own, bit for bit."""
+"""The counter-based random numbers: Triton functions, reference and vLLM's own, bit for bit."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ def test_numbers_are_vllms(interpreter, seed, position):
     stock = interpreter.call("aasd_testing.stock_v2:numbers", seed, position, ids, False)
     assert torch.equal(ours, stock)
     assert ours.isfinite().all() and len(ours[0].unique()) > 500 and len(ours[1].unique()) > 500
-    twin = np.array([row_uniform(seed, position + i) for i in range(len(ids))])
-    assert np.array_equal(twin, ours[0].numpy())
+    reference = np.array([row_uniform(seed, position + i) for i in range(len(ids))])
+    assert np.array_equal(reference, ours[0].numpy())
     assert np.array_equal(token_gumbel(seed, position, 262144)[ids.numpy()], ours[1].numpy())
 
 
-def test_numbers_have_their_laws():
+def test_numbers_have_their_distributions():
     """Mean and variance of 200k Gumbel variables and of 20k uniforms, within five standard errors."""
     gumbel = token_gumbel(3, 5, 200_000).astype(np.float64)
     assert abs(gumbel.mean() - np.euler_gamma) < 5 * np.pi / 6**0.5 / 200_000**0.5

@@ -1,16 +1,15 @@
-"""redraw: the compiled CPU path and its twin against p itself, the law that is drawn, edge cases, argument checks."""
+"""Recovered tokens by a uniform number: both paths against p itself, its distribution, edge cases, argument checks."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from vllm_aasd.kernels.verify import recovered_cpu as redraw_cpu
-from vllm_aasd.kernels.verify import recovered_reference as redraw_reference
-from vllm_aasd.kernels.verify.recovered import redraw, warm_up
+from vllm_aasd.kernels.verify import recovered_cpu, recovered_reference
+from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens_by_uniform, warm_up
 
 INF, NAN = float("inf"), float("nan")
-both_paths = pytest.mark.parametrize("path", [redraw_cpu, redraw_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [recovered_cpu, recovered_reference], ids=["cpu", "reference"])
 
 
 def residual(row, draft):
@@ -33,7 +32,7 @@ def test_the_token_drawn_is_the_one_that_u_falls_on(path, vocab_size, dtype):
     drafts[::2] = logits[rows].float().argmax(-1)[::2].int()
     uniform = torch.rand(n, dtype=torch.float64, generator=g)
     uniform[0], uniform[1] = 0.0, 1 - 2**-53
-    tokens = path.redraw(logits, rows, drafts, uniform)
+    tokens = path.sample_recovered_tokens_by_uniform(logits, rows, drafts, uniform)
     for row, draft, u, token in zip(rows, drafts.tolist(), uniform.tolist(), tokens.tolist(), strict=True):
         p = residual(logits[row], draft)
         assert p[token] > 0
@@ -43,12 +42,12 @@ def test_the_token_drawn_is_the_one_that_u_falls_on(path, vocab_size, dtype):
 
 @both_paths
 @pytest.mark.parametrize("draft", [0, 3, -1])
-def test_what_is_drawn_has_the_law_of_p_without_the_draft(path, draft):
+def test_what_is_drawn_has_the_distribution_of_p_without_the_draft(path, draft):
     n, row = 40_000, torch.randn(6, generator=torch.Generator().manual_seed(11))
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(draft + 1))
 
     def pvalue(expected_draft, uniform):
-        counts = np.bincount(path.redraw(row[None], torch.zeros(n, dtype=torch.int64),
+        counts = np.bincount(path.sample_recovered_tokens_by_uniform(row[None], torch.zeros(n, dtype=torch.int64),
                                          torch.full((n,), draft, dtype=torch.int32), uniform), minlength=6)  # fmt: skip
         expected = residual(row, expected_draft).numpy() * n
         possible = expected > 0
@@ -65,7 +64,7 @@ def test_what_is_drawn_has_the_law_of_p_without_the_draft(path, draft):
 def test_a_token_without_probability_is_never_drawn(path):
     row = torch.tensor([[-INF, 0.0, -INF, 0.0, -INF]])
     for u, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)):
-        assert path.redraw(row, torch.tensor([0]), torch.tensor([-1], dtype=torch.int32),
+        assert path.sample_recovered_tokens_by_uniform(row, torch.tensor([0]), torch.tensor([-1], dtype=torch.int32),
                            torch.tensor([u], dtype=torch.float64)).tolist() == [token]  # fmt: skip
 
 
@@ -73,7 +72,7 @@ def test_a_token_without_probability_is_never_drawn(path):
 def test_the_draft_is_emitted_where_nothing_else_has_a_probability(path):
     row = torch.tensor([[-INF, 2.0, -INF]])
     draft, u = torch.tensor([1], dtype=torch.int32), torch.tensor([0.5], dtype=torch.float64)
-    assert path.redraw(row, torch.tensor([0]), draft, u).tolist() == [1]
+    assert path.sample_recovered_tokens_by_uniform(row, torch.tensor([0]), draft, u).tolist() == [1]
 
 
 @both_paths
@@ -81,7 +80,7 @@ def test_the_draft_is_emitted_where_nothing_else_has_a_probability(path):
 def test_a_row_without_softmax_gives_its_argmax(path, row):
     logits = torch.tensor([row])
     u = torch.tensor([0.5], dtype=torch.float64)
-    drawn = path.redraw(logits, torch.tensor([0]), torch.tensor([2], dtype=torch.int32), u)
+    drawn = path.sample_recovered_tokens_by_uniform(logits, torch.tensor([0]), torch.tensor([2], dtype=torch.int32), u)
     assert drawn.tolist() == [int(logits[0].argmax())]
 
 
@@ -91,16 +90,20 @@ def test_a_token_far_from_the_draft_and_nearly_impossible_is_not_lost_in_its_rou
     row[0, 10], row[0, 20], row[0, 3000] = 0.0, -20.7, -20.7
     draft, where = torch.tensor([10, 10], dtype=torch.int32), torch.tensor([0, 0])
     u = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert redraw(row, where, draft, u).tolist() == [20, 3000]
+    assert sample_recovered_tokens_by_uniform(row, where, draft, u).tolist() == [20, 3000]
 
 
 def test_nothing_compiles_after_warm_up_and_nothing_to_draw_is_legal():
     warm_up(torch.device("cpu"), torch.float32)
-    before = len(redraw_cpu._redraw_kernel.signatures)
+    before = len(recovered_cpu._uniform_kernel.signatures)
     nothing = torch.empty(0, dtype=torch.int64)
-    assert redraw(torch.zeros(3, 9)[::2], nothing, nothing.int(), nothing.double()).shape == (0,)
-    redraw(torch.zeros(3, 9)[::2], torch.tensor([1]), torch.tensor([4], dtype=torch.int32), torch.rand(1).double())
-    assert len(redraw_cpu._redraw_kernel.signatures) == before
+    assert sample_recovered_tokens_by_uniform(
+        torch.zeros(3, 9)[::2], nothing, nothing.int(), nothing.double()
+    ).shape == (0,)
+    sample_recovered_tokens_by_uniform(
+        torch.zeros(3, 9)[::2], torch.tensor([1]), torch.tensor([4], dtype=torch.int32), torch.rand(1).double()
+    )
+    assert len(recovered_cpu._uniform_kernel.signatures) == before
 
 
 def test_bad_arguments_are_named():
@@ -116,4 +119,4 @@ def test_bad_arguments_are_named():
         ((logits, row, draft, u.repeat(2)), "uniform"),
     ):
         with pytest.raises(ValueError, match=name):
-            redraw(*arguments)
+            sample_recovered_tokens_by_uniform(*arguments)

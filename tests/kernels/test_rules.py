@@ -1,5 +1,6 @@
-"""The verification rules, guards and budgets, by cases worked out by hand: twins, CPU path and Triton kernels alike."""
+"""The verification rules, guards and budgets, by cases worked out by hand, on references, CPU and Triton paths."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from vllm_aasd.kernels.verify.policies import (
     STRICT_LEFT,
 )
 from vllm_aasd.kernels.verify.random_reference import row_uniform
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 INF = float("inf")
 # Entropy 1.34 nats, of the three likeliest 1.05; token 0 is the argmax.
@@ -55,11 +57,11 @@ def as_v1(path, arguments):
     ), rows
 
 
-@pytest.fixture(params=["triton", "seeded twin", "cpu", "twin"])
+@pytest.fixture(params=["triton", "seeded reference", "cpu", "reference"])
 def path(request):
     """Verifies a batch of the seeded op by one of the implementations.
 
-    Returns: num_accepted and relaxed rows per request, events, and the state by slot, which it also leaves behind.
+    Returns: num_accepted and relaxed rows per request, events, and the state by slot, which it also leaves there.
     """
 
     def run(arguments):
@@ -68,9 +70,9 @@ def path(request):
             interpreter = request.getfixturevalue("interpreter")
             result, state = interpreter.call("aasd_testing.interpreter:verify_and_state", arguments)
             policies.state.copy_(state)
-        elif request.param == "seeded twin":
-            result = verify_seeded_reference.verify_seeded(**arguments)
-        if request.param in ("triton", "seeded twin"):
+        elif request.param == "seeded reference":
+            result = verify_seeded_reference.verify_seeded(SeededBatch(**arguments))
+        if request.param in ("triton", "seeded reference"):
             accepted, relaxed = (result.num_sampled - 1).tolist(), result.relaxed
         else:
             result, rows = as_v1(verify_cpu if request.param == "cpu" else verify_reference, arguments)
@@ -79,7 +81,7 @@ def path(request):
             relaxed[rows] = result.relaxed
         return SimpleNamespace(
             accepted=accepted,
-            relaxed=[relaxed[a:b].nonzero()[:, 0].tolist() for a, b in zip(cu[:-1], cu[1:], strict=True)],
+            relaxed=[relaxed[a:b].nonzero()[:, 0].tolist() for a, b in itertools.pairwise(cu)],
             exhausted=result.exhausted.tolist(),
             guarded=result.guarded.tolist(),
             state=policies.state[policies.state_rows.long()],
@@ -105,10 +107,10 @@ def one(rows, drafts, **given):
         # A second mismatch in the window rejects the first retroactively.
         ([ROW] * 4, [1, 0, 1, 0], 2, 0.3, 0, []),
         ([ROW] * 3, [1, 1, 0], 1, 0.3, 0, []),
-        # A mismatch behind the window has a window of its own.
+        # A mismatch after the window has a window of its own.
         ([ROW] * 4, [1, 0, 1, 0], 1, 0.3, 4, [0, 2]),
         ([ROW] * 5, [1, 0, 1, 0, 2], 1, 0.3, 4, [0, 2]),
-        # The gate, over three probabilities that aren't normalised: 1.0505 nats; all four have 1.3351.
+        # The gate, over three probabilities that aren't normalized: 1.0505 nats; all four have 1.3351.
         ([ROW] * 2, [1, 0], 1, 1.049, 2, [0]),
         ([ROW] * 2, [1, 0], 1, 1.052, 0, []),
         ([CERTAIN] * 2, [1, 0], 1, 0.3, 0, []),
@@ -218,7 +220,7 @@ def test_the_guards_stand_under_every_rule(path, rule):
 
 
 def test_the_collapse_guard_engages_and_lets_go(path):
-    """Level 1, 0.5 + 1, then 0.75 + 1 is too much: strict for the two tokens behind the recovered one."""
+    """Level 1, 0.5 + 1, then 0.75 + 1 is too much: strict for the two tokens after the recovered one."""
     guard = {"limit": [1.6], "decay": [0.5], "cooldown": [2]}
     arguments = one([ROW] * 4, [1, 1, 1, 1], **LOOSE, **guard)
     result = path(arguments)

@@ -1,7 +1,7 @@
 """What vLLM expects of a rejection sampler, on both runners, with ours in its place.
 
 From its documentation and source (`vllm/v1/sample/rejection_sampler.py`; `vllm/v1/worker/gpu/spec_decode`,
-`rejection_sampler_utils.py`): a request emits its accepted drafts, and behind them one token more, the recovered one where
+`rejection_sampler_utils.py`): a request emits its accepted drafts, and after them one more token, the recovered one if
 a draft was rejected and the bonus one where none was; placeholders fill the row; a log-probability row belongs to each
 emitted token; a seed decides everything that is random; and nothing depends on what else is in the batch.
 """
@@ -30,6 +30,7 @@ from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 VOCAB = 40
 MAX_DRAFTS = 4
@@ -246,14 +247,14 @@ def v2_arguments(requests):
 
 
 @pytest.fixture
-def v2_twin():
-    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(**v2_arguments(requests)))
+def v2_reference():
+    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(SeededBatch(**v2_arguments(requests))))
 
 
 @pytest.fixture
 def v2_kernels(interpreter):
     operation = "vllm_aasd.kernels.verify.seeded:verify_seeded"
-    return lambda requests: of_v2(interpreter.call(operation, **v2_arguments(requests)))
+    return lambda requests: of_v2(interpreter.call(operation, SeededBatch(**v2_arguments(requests))))
 
 
 def of_v2(output):
@@ -261,7 +262,7 @@ def of_v2(output):
     return output.sampled.tolist()
 
 
-@pytest.fixture(params=["v1", "v2_twin", "v2_kernels"])
+@pytest.fixture(params=["v1", "v2_reference", "v2_kernels"])
 def step(request):
     """Runs a step on a runner: requests in, rows of ``MAX_DRAFTS + 1`` token ids out."""
     return request.getfixturevalue(request.param)
@@ -273,7 +274,7 @@ SEEDS = range(4)
 def num_accepted(request, row):
     """Of a request's row, how many drafts it begins with, after the form that every row must have."""
     emitted = [token for token in row if token != -1]
-    assert row == emitted + [-1] * (MAX_DRAFTS + 1 - len(emitted)), "placeholders behind the tokens, nowhere else"
+    assert row == emitted + [-1] * (MAX_DRAFTS + 1 - len(emitted)), "placeholders after the tokens, nowhere else"
     assert 1 <= len(emitted) <= len(request.drafts) + 1
     assert all(0 <= token < VOCAB for token in emitted)
     assert emitted[:-1] == request.drafts[: len(emitted) - 1], "drafts in their order, then one more"

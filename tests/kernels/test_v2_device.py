@@ -21,11 +21,10 @@ def _no_pinned_memory(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Our kernels' plain twins stand for launches of kernels: what they do inside isn't watched."""
+    """Our kernels' references stand for launches of kernels: what they do inside isn't watched."""
     for module in (align, draft_batch, verify_seeded):
-        monkeypatch.setattr(
-            module, "_implementation", lambda *args, stock=module._implementation: Unwatched(stock(*args))
-        )
+        stock = module._implementation
+        monkeypatch.setattr(module, "_implementation", lambda device, stock=stock: Unwatched(stock(device)))
 
 
 class Unwatched:
@@ -57,7 +56,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-class NoSynchronisation(Watch):
+class NoSynchronization(Watch):
     """Fails on what would wait for a GPU: a number read on the host, a shape that depends on values."""
 
     # In inference mode `item` comes as such, and `tolist` and `numpy` come as `resolve_conj`.
@@ -94,12 +93,12 @@ class LargestTensor(Watch):
 
 def test_nothing_waits_for_the_device(launches):
     runner = FakeRunner(alignment=True, **STRICT)
-    runner.watch = NoSynchronisation
+    runner.watch = NoSynchronization
     serve(runner, PROMPTS, chunk=3)
     assert sum(runner.accepted) > 0
-    with NoSynchronisation(), pytest.raises(AssertionError, match="local_scalar_dense.* waits for the device"):
+    with NoSynchronization(), pytest.raises(AssertionError, match=r"local_scalar_dense.* waits for the device"):
         runner.total_len.max().item()
-    with NoSynchronisation(), pytest.raises(AssertionError, match="with a mask waits"):
+    with NoSynchronization(), pytest.raises(AssertionError, match="with a mask waits"):
         runner.total_len[runner.total_len > 0]
 
 

@@ -1,4 +1,4 @@
-"""verify and recover: the compiled CPU path against the plain torch twin, edge cases, argument checks."""
+"""verify and sample_recovered_tokens: the compiled CPU path against the reference, edge cases, argument checks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from aasd_testing.policy_tensors import RELAXED, copied, policy_tensors
 from vllm_aasd.kernels import verify as op
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.kernels.verify import cpu as verify_cpu
-from vllm_aasd.kernels.verify import recover, verify, warm_up
+from vllm_aasd.kernels.verify import recovered, recovered_cpu, recovered_reference, verify, warm_up
 from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import (
     ALPHA,
@@ -24,10 +24,10 @@ from vllm_aasd.kernels.verify.policies import (
 from vllm_aasd.kernels.verify.relaxation_reference import binary_kl
 
 INF, NAN = float("inf"), float("nan")
-# torch's float32 softmax, which the twin uses, is off by up to 3e-5 of a probability at 150k tokens:
+# torch's float32 softmax, which the reference uses, is off by up to 3e-5 of a probability at 150k tokens:
 # decisions nearer than this to a bar may differ.
 MARGIN = 5e-5
-# Regret is a difference of logits on the CPU and of logarithms of float32 probabilities in the twin.
+# Regret is a difference of logits on the CPU and of logarithms of float32 probabilities in the reference.
 REGRET_TOLERANCE = 1e-5
 # What a few such regrets, or levels, add up to.
 STATE_TOLERANCE = 5e-5
@@ -35,7 +35,7 @@ STATE_TOLERANCE = 5e-5
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill uninitialised memory with NaN and the largest integer, so that an unwritten output shows."""
+    """Fill uninitialized memory with NaN and the largest integer, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -172,7 +172,7 @@ def random_case(vocab_size, max_spec_len, dtype, seed, rule=None):
 
 
 def on_both_paths(arguments):
-    """The results of the CPU path and of the twin, after having compared them and what they left in the state."""
+    """The results of the CPU path and of the reference, after having compared them and what they left in the state."""
     results, states = [], []
     for path in (verify_cpu, verify_reference):
         own = copied(arguments[7])
@@ -189,12 +189,12 @@ def on_both_paths(arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("max_spec_len", [0, 1, 3, 8])
 @pytest.mark.parametrize("vocab_size", [2, 111, 32000, 151936])
-def test_cpu_path_equals_twin(vocab_size, max_spec_len, dtype):
+def test_cpu_path_equals_reference(vocab_size, max_spec_len, dtype):
     seeds = range(20 if vocab_size <= 111 else 1)
     skipped = rows = relaxed = 0
     for seed in seeds:
         arguments, near = random_case(vocab_size, max_spec_len, dtype, seed)
-        actual, expected = on_both_paths(arguments)
+        actual, _expected = on_both_paths(arguments)
         skipped, rows, relaxed = skipped + near, rows + len(arguments[0]), relaxed + int(actual.relaxed.sum())
     # Exact ties, made on purpose, are most of these: at two tokens a draft often ties with a stop token.
     assert skipped <= max(1, 0.05 * rows)
@@ -204,18 +204,18 @@ def test_cpu_path_equals_twin(vocab_size, max_spec_len, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [2, 111, 32000, 151936])
-def test_recover_equals_twin(vocab_size, dtype):
+def test_recovered_tokens_equal_the_references(vocab_size, dtype):
     arguments, _ = random_case(vocab_size, 8, dtype, seed=1)
     drafts, logits = arguments[0], arguments[3]
     rows = torch.randperm(len(drafts), generator=torch.Generator().manual_seed(2))
     noise = torch.empty(len(rows), vocab_size + 3).exponential_(generator=torch.Generator().manual_seed(3))
     inv_q = noise.reciprocal()[:, :vocab_size]
-    actual = verify_cpu.recover(logits, rows, drafts[rows], inv_q)
-    assert torch.equal(actual, verify_reference.recover(logits, rows, drafts[rows], inv_q))
+    actual = recovered_cpu.sample_recovered_tokens(logits, rows, drafts[rows], inv_q)
+    assert torch.equal(actual, recovered_reference.sample_recovered_tokens(logits, rows, drafts[rows], inv_q))
     assert ((actual >= 0) & (actual < vocab_size)).all()
 
 
-both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "reference"])
 
 
 @both_paths
@@ -242,8 +242,8 @@ def test_a_row_without_softmax_does_no_harm(path, greedy, row):
         accepted = greedy and draft == argmax
         assert tokens == ([draft, 99] if accepted else [argmax if greedy else -1, -1])
         assert not result.relaxed.any() and not result.regret.any()
-        recovered = path.recover(torch.tensor([row]), torch.tensor([0]), int32(draft), torch.ones(1, 4))
-        assert 0 <= int(recovered) < 4
+        sample = (recovered_cpu if path is verify_cpu else recovered_reference).sample_recovered_tokens
+        assert 0 <= int(sample(torch.tensor([row]), torch.tensor([0]), int32(draft), torch.ones(1, 4))) < 4
 
 
 @both_paths
@@ -324,12 +324,13 @@ def test_cpu_tensors_run_on_the_compiled_path(monkeypatch):
 def test_nothing_compiles_after_warm_up():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         warm_up(torch.device("cpu"), dtype)
-    kernels = (verify_cpu._verify_kernel, verify_cpu._recover_kernel)
+        recovered.warm_up(torch.device("cpu"), dtype)
+    kernels = (verify_cpu._verify_kernel, recovered_cpu._noise_kernel)
     before = [len(kernel.signatures) for kernel in kernels]
     for dtype in (torch.float32, torch.bfloat16):
         arguments, _ = random_case(111, 3, dtype, seed=0)
         verify(*arguments)
-        recover(arguments[3][::2], torch.tensor([1]), int32(0), torch.ones(2, 200)[1:, 3:114])
+        recovered.sample_recovered_tokens(arguments[3][::2], torch.tensor([1]), int32(0), torch.ones(2, 200)[1:, 3:114])
         verify(*arguments[:4], arguments[4].int()[:, 0], *arguments[5:8], arguments[8][:, ::3])
     run_one(torch.zeros(1, 5), [0])
     assert [len(kernel.signatures) for kernel in kernels] == before
@@ -353,14 +354,14 @@ def test_bad_arguments_are_named():
         bad = getattr(good[7], field).double()
         with pytest.raises(ValueError, match=rf"^policies\.{field} has dtype"):
             verify(*good[:7], good[7]._replace(**{field: bad}), good[8])
-    with pytest.raises(ValueError, match="^uniform_probs is None"):
+    with pytest.raises(ValueError, match=r"^uniform_probs is None"):
         verify(*good[:6], None, *good[7:])
-    with pytest.raises(ValueError, match="^target_logits has stride 2"):
+    with pytest.raises(ValueError, match=r"^target_logits has stride 2"):
         verify(*good[:3], torch.zeros(len(good[0]), 222)[:, ::2], *good[4:])
     for cu in ([3, 2, 2, 2, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4], [3, 3, 6, 9, 12, 15, 18, 21]):
         with pytest.raises(ValueError, match=r"^cu_num_draft_tokens\[\d\] is"):
             verify(good[0], int32(*cu), *good[2:])
     with pytest.raises(ValueError, match=r"^rows\[1\] is 99"):
-        recover(good[3], torch.tensor([0, 99]), int32(1, 1), torch.ones(2, 111))
-    with pytest.raises(ValueError, match="^inv_q has shape"):
-        recover(good[3], torch.tensor([0]), int32(1), torch.ones(1, 110))
+        recovered.sample_recovered_tokens(good[3], torch.tensor([0, 99]), int32(1, 1), torch.ones(2, 111))
+    with pytest.raises(ValueError, match=r"^inv_q has shape"):
+        recovered.sample_recovered_tokens(good[3], torch.tensor([0]), int32(1), torch.ones(1, 110))

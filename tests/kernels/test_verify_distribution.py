@@ -1,4 +1,4 @@
-"""The laws that verify and recover obey: losslessness, the conditional rule, and properties of any input."""
+"""The distributions of verify and recovered tokens: losslessness, the conditional rule, properties of any input."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from aasd_testing.policy_tensors import policy_tensors
 from vllm_aasd.kernels.verify import cpu as verify_cpu
-from vllm_aasd.kernels.verify import recover, verify
+from vllm_aasd.kernels.verify import recovered_cpu, recovered_reference, verify
 from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import (
     ALPHA,
@@ -22,6 +22,7 @@ from vllm_aasd.kernels.verify.policies import (
     STRICT,
     VerifyPolicies,
 )
+from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens
 from vllm_aasd.kernels.verify.relaxation_reference import binary_kl
 
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
@@ -29,7 +30,8 @@ TRUE_SAMPLER = 1e-5
 # A sampler that is off by a tenth must be told apart beyond doubt.
 TILTED_SAMPLER = 1e-12
 
-both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "twin"])
+both_paths = pytest.mark.parametrize("path", [verify_cpu, verify_reference], ids=["cpu", "reference"])
+RECOVERED = {verify_cpu: recovered_cpu, verify_reference: recovered_reference}
 
 
 def one_row_each(
@@ -67,7 +69,7 @@ def peaked_logits(vocab_size, seed, scale=2.0):
 
 @both_paths
 def test_strict_sampling_is_lossless_by_algebra(path):
-    """P(x accepted) is p(x), the race's weights are p without x, and so the emitted law is p.
+    """P(x accepted) is p(x), the race's weights are p without x, and so the emitted distribution is p.
 
     A draft is accepted up to u = p(x) and not beyond, so its chance is p(x). In a race where two tokens alone
     have noise, 1 and c, the winner changes at c = the ratio of their weights, so the ratios are p's.
@@ -89,7 +91,9 @@ def test_strict_sampling_is_lossless_by_algebra(path):
             inv_q[:, anchor] = 1.0
             inv_q[:, v] = torch.stack([ratio * (1 - nudge), ratio * (1 + nudge)]).float()
             drafts = torch.tensor([x, x], dtype=torch.int32)
-            assert path.recover(logits[None], torch.tensor([0, 0]), drafts, inv_q).tolist() == [anchor, v]
+            assert RECOVERED[path].sample_recovered_tokens(
+                logits[None], torch.tensor([0, 0]), drafts, inv_q
+            ).tolist() == [anchor, v]
         q = torch.nn.functional.one_hot(torch.tensor(x), vocab_size).double()
         residual = torch.where(q == 0, p, 0.0) / p[others].sum()
         emitted = torch.minimum(p, q) + (1 - p[x]) * residual
@@ -97,14 +101,15 @@ def test_strict_sampling_is_lossless_by_algebra(path):
 
 
 @both_paths
-def test_recover_emits_the_draft_when_nothing_else_has_a_probability(path):
+def test_the_draft_is_recovered_when_nothing_else_has_a_probability(path):
     row = torch.tensor([[-torch.inf, 2.0, -torch.inf]])
     first, one = torch.tensor([0]), torch.tensor([1], dtype=torch.int32)
-    assert path.recover(row, first, one, torch.ones(1, 3)).tolist() == [1]
+    sample = RECOVERED[path].sample_recovered_tokens
+    assert sample(row, first, one, torch.ones(1, 3)).tolist() == [1]
     row[0, 2] = -20.0
     inv_q = torch.tensor([[1e30, 1.0, 1e-6]])
-    assert path.recover(row, first, one, inv_q).tolist() == [2]
-    assert path.recover(row, first, -one, inv_q).tolist() == [1]
+    assert sample(row, first, one, inv_q).tolist() == [2]
+    assert sample(row, first, -one, inv_q).tolist() == [1]
 
 
 def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, policies=None):
@@ -117,12 +122,12 @@ def emitted_counts(logits, draft, n, seed, stretch=1.0, exclude_draft=True, poli
     rejected = (tokens == -1).nonzero()[:, 0]
     inv_q = torch.empty(len(rejected), len(logits)).exponential_(generator=g).reciprocal()
     excluded = drafts[rejected] if exclude_draft else torch.full_like(drafts[rejected], -1)
-    tokens[rejected] = recover(logits.expand(n, -1).contiguous(), rejected, excluded, inv_q)
+    tokens[rejected] = sample_recovered_tokens(logits.expand(n, -1).contiguous(), rejected, excluded, inv_q)
     return np.bincount(tokens.numpy(), minlength=len(logits))
 
 
 @pytest.mark.parametrize("draft", range(6))
-def test_emitted_tokens_have_the_targets_law(draft):
+def test_emitted_tokens_have_the_targets_distribution(draft):
     n, logits = 40_000, peaked_logits(6, seed=11, scale=1.0)
     expected = logits.double().softmax(-1).numpy() * n
     assert chisquare(emitted_counts(logits, draft, n, seed=draft), expected).pvalue > TRUE_SAMPLER
@@ -147,17 +152,17 @@ def raised(p, kappa):
     return low
 
 
-def budgets_law(p, draft, kappa):
+def budgets_distribution(p, draft, kappa):
     """What a sampled request under a budget emits: p' at the draft, and p scaled elsewhere."""
-    law = p * (1 - raised(p[draft], kappa)) / (1 - p[draft])
-    law[draft] = raised(p[draft], kappa)
-    return law
+    distribution = p * (1 - raised(p[draft], kappa)) / (1 - p[draft])
+    distribution[draft] = raised(p[draft], kappa)
+    return distribution
 
 
 @both_paths
 @pytest.mark.parametrize("kappa", [1e-3, 0.02, 0.5])
 def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
-    """A draft is accepted up to u = p' and not beyond, so its chance is p'; the law then costs at most kappa."""
+    """A draft is accepted up to u = p' and not beyond, so its chance is p'; this costs at most kappa."""
     vocab_size, nudge = 12, 1e-4
     logits = peaked_logits(vocab_size, seed=5)
     p = logits.double().softmax(-1).numpy()
@@ -175,9 +180,11 @@ def test_a_budgets_sampler_accepts_up_to_the_inverted_divergence(path, kappa):
     assert results[0].num_accepted.all() and results[0].relaxed.all()
     assert not results[1].num_accepted[bound < 1].any()
     for x in range(vocab_size):
-        law = budgets_law(p, x, kappa)
-        assert law.sum() == pytest.approx(1, abs=1e-12)
-        assert (law[law > 0] * np.log(law[law > 0] / p[law > 0])).sum() <= kappa + 1e-12
+        distribution = budgets_distribution(p, x, kappa)
+        assert distribution.sum() == pytest.approx(1, abs=1e-12)
+        assert (
+            distribution[distribution > 0] * np.log(distribution[distribution > 0] / p[distribution > 0])
+        ).sum() <= kappa + 1e-12
 
 
 @both_paths
@@ -192,14 +199,14 @@ def test_no_divergence_is_strict_even_where_u_exceeds_p_by_next_to_nothing(path)
 
 
 @pytest.mark.parametrize("draft", range(6))
-def test_tokens_of_a_budget_have_the_promised_law(draft):
+def test_tokens_of_a_budget_have_the_promised_distribution(draft):
     n, logits, kappa = 40_000, peaked_logits(6, seed=11, scale=1.0), 0.05
     p = logits.double().softmax(-1).numpy()
     policies = policy_tensors([BUDGET] * n, kappa=kappa, nats=1.0, floor=1e-4)
     counts = emitted_counts(logits, draft, n, seed=draft, policies=policies)
-    assert chisquare(counts, budgets_law(p, draft, kappa) * n).pvalue > TRUE_SAMPLER
+    assert chisquare(counts, budgets_distribution(p, draft, kappa) * n).pvalue > TRUE_SAMPLER
     assert chisquare(counts, p * n).pvalue < TILTED_SAMPLER
-    assert chisquare(counts, budgets_law(p, draft, 1.5 * kappa) * n).pvalue < TILTED_SAMPLER
+    assert chisquare(counts, budgets_distribution(p, draft, 1.5 * kappa) * n).pvalue < TILTED_SAMPLER
 
 
 @both_paths
@@ -302,7 +309,7 @@ def complete(arguments, result):
             assert output[i, accepted] == -1
             inv_q = torch.empty(1, logits.shape[1]).exponential_(generator=torch.Generator().manual_seed(i))
             row = torch.tensor([start + accepted])
-            output[i, accepted] = recover(logits, row, drafts[row], inv_q.reciprocal())
+            output[i, accepted] = sample_recovered_tokens(logits, row, drafts[row], inv_q.reciprocal())
     return output
 
 

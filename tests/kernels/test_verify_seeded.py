@@ -1,4 +1,4 @@
-"""verify_seeded: the Triton kernels, interpreted, against the plain twin, edge cases, argument checks."""
+"""verify_seeded: the Triton kernels, interpreted, against the reference, edge cases, argument checks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from aasd_testing.policy_tensors import copied
 from aasd_testing.seeded_batches import INF, NAN, batch, random_batch
 from vllm_aasd.kernels.verify import seeded
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
-from vllm_aasd.kernels.verify.seeded import verify_seeded
+from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
 # Regret is a difference of two logits on either path.
 REGRET_TOLERANCE = 1e-6
@@ -17,20 +17,20 @@ OP = "vllm_aasd.kernels.verify.seeded:verify_seeded"
 RAGGED = {0: [1, 1, 0, 1], 1: [2, 1, 2, 0, 2], 3: [4, 0, 3, 4, 1, 4, 4], 8: [9, 1, 9, 5, 0, 9]}
 
 
-@pytest.fixture(params=["triton", "twin"])
+@pytest.fixture(params=["triton", "reference"])
 def path(request):
-    """The op as the interpreter runs it, and the twin."""
-    if request.param == "twin":
-        return lambda arguments: verify_seeded_reference.verify_seeded(**arguments)
+    """The op as the interpreter runs it, and the reference."""
+    if request.param == "reference":
+        return lambda arguments: verify_seeded_reference.verify_seeded(SeededBatch(**arguments))
     interpreter = request.getfixturevalue("interpreter")
-    return lambda arguments: interpreter.call(OP, **arguments)
+    return lambda arguments: interpreter.call(OP, SeededBatch(**arguments))
 
 
 def run_both(interpreter, arguments):
-    """(what the Triton kernels give, what the twin gives), after having compared what they left in the state."""
+    """(what the Triton kernels give, what the reference gives), after having compared what they left in the state."""
     own = {**arguments, "policies": copied(arguments["policies"])}
     actual, left = interpreter.call("aasd_testing.interpreter:verify_and_state", own)
-    expected = verify_seeded_reference.verify_seeded(**own)
+    expected = verify_seeded_reference.verify_seeded(SeededBatch(**own))
     torch.testing.assert_close(left, own["policies"].state, rtol=0, atol=STATE_TOLERANCE)
     return actual, expected
 
@@ -59,18 +59,18 @@ QUICK = {(2, 3, "float32"), (111, 0, "float32"), (111, 8, "bfloat16"), (111, 3, 
     ("vocab_size", "num_drafts", "dtype"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.long) for case in CASES] + [(6000, 3, "float16")],
 )
-def test_triton_equals_twin(interpreter, vocab_size, num_drafts, dtype):
+def test_triton_equals_reference(interpreter, vocab_size, num_drafts, dtype):
     counts = RAGGED[num_drafts]
     arguments = random_batch(vocab_size, counts, getattr(torch, dtype), seed=vocab_size + num_drafts)
     assert_equal(*run_both(interpreter, arguments))
 
 
 def test_the_random_batches_reach_every_outcome():
-    """What the comparison with the twin is worth: over its batches, all branches of the rule are taken."""
+    """What the comparison with the reference is worth: over its batches, all branches of the rule are taken."""
     seen = set()
     for seed in range(40):
         arguments = random_batch(111, RAGGED[3], torch.float32, seed)
-        result = verify_seeded_reference.verify_seeded(**arguments)
+        result = verify_seeded_reference.verify_seeded(SeededBatch(**arguments))
         for req, slot in enumerate(arguments["idx_mapping"].tolist()):
             start, end = arguments["cu_num_logits"][req : req + 2].tolist()
             kind = "greedy" if arguments["temperature"][slot] == 0 else "sampled"
@@ -225,15 +225,17 @@ def test_batches_of_nothing(path):
 
 
 def test_padding_rows_are_left_alone(interpreter):
-    """Rows behind the last request, of no slot, and slots behind the batch, do not disturb."""
+    """Rows after the last request, of no slot, and slots after the batch, do not disturb."""
     arguments = random_batch(300, [3, 3, 2, 3], torch.float32, seed=4)
-    expected = verify_seeded_reference.verify_seeded(**{**arguments, "policies": copied(arguments["policies"])})
+    expected = verify_seeded_reference.verify_seeded(
+        SeededBatch(**{**arguments, "policies": copied(arguments["policies"])})
+    )
     n = len(arguments["target_logits"])
     for name, value in (("target_logits", NAN), ("draft_sampled", 3), ("pos", 0), ("expanded_idx_mapping", -1),
                         ("expanded_local_pos", 0)):  # fmt: skip
         tensor = arguments[name]
         arguments[name] = torch.cat([tensor, torch.full((2, *tensor.shape[1:]), value, dtype=tensor.dtype)])
-    actual = interpreter.call(OP, **arguments)
+    actual = interpreter.call(OP, SeededBatch(**arguments))
     assert_equal(actual._replace(relaxed=actual.relaxed[:n], regret=actual.regret[:n]), expected)
 
 
@@ -248,22 +250,22 @@ def test_which_backend_runs_where(interpreter):
 
 def test_bad_arguments_are_named():
     good = random_batch(20, [2, 3], torch.float32, seed=0)
-    verify_seeded(**good)
+    verify_seeded(SeededBatch(**good))
     for name, tensor in good.items():
         if isinstance(tensor, torch.Tensor):
             with pytest.raises(ValueError, match=f"^{name} has dtype"):
-                verify_seeded(**{**good, name: tensor.to(torch.complex64)})
+                verify_seeded(SeededBatch(**{**good, name: tensor.to(torch.complex64)}))
     for name in ("draft_sampled", "pos", "idx_mapping", "expanded_idx_mapping", "expanded_local_pos", "seed"):
         with pytest.raises(ValueError, match=f"^{name} has shape"):
-            verify_seeded(**{**good, name: good[name][:-1]})
+            verify_seeded(SeededBatch(**{**good, name: good[name][:-1]}))
         with pytest.raises(ValueError, match=f"^{name} has strides"):
-            verify_seeded(**{**good, name: good[name].repeat_interleave(2)[::2]})
-    with pytest.raises(ValueError, match="^target_logits has stride 2"):
-        verify_seeded(**{**good, "target_logits": torch.zeros(5, 40)[:, ::2]})
+            verify_seeded(SeededBatch(**{**good, name: good[name].repeat_interleave(2)[::2]}))
+    with pytest.raises(ValueError, match=r"^target_logits has stride 2"):
+        verify_seeded(SeededBatch(**{**good, "target_logits": torch.zeros(5, 40)[:, ::2]}))
     for field, tensor in good["policies"]._asdict().items():
         with pytest.raises(ValueError, match=rf"^policies\.{field} has shape"):
-            verify_seeded(**{**good, "policies": good["policies"]._replace(**{field: torch.ones(1)})})
+            verify_seeded(SeededBatch(**{**good, "policies": good["policies"]._replace(**{field: torch.ones(1)})}))
         with pytest.raises(ValueError, match=rf"^policies\.{field} has dtype"):
-            verify_seeded(**{**good, "policies": good["policies"]._replace(**{field: tensor.double()})})
-    with pytest.raises(ValueError, match="^num_speculative_steps is -1"):
-        verify_seeded(**{**good, "num_speculative_steps": -1})
+            verify_seeded(SeededBatch(**{**good, "policies": good["policies"]._replace(**{field: tensor.double()})}))
+    with pytest.raises(ValueError, match=r"^num_speculative_steps is -1"):
+        verify_seeded(SeededBatch(**{**good, "num_speculative_steps": -1}))

@@ -1,8 +1,10 @@
-"""The laws that verify_seeded obeys: the law of emitted tokens, and properties of any input.
+"""The distributions that verify_seeded obeys: the distribution of emitted tokens, and properties of any input.
 
-The twin draws the samples, since the interpreter takes milliseconds for each; that the kernels emit the same
+The reference draws the samples, since the interpreter takes milliseconds for each; that the kernels emit the same
 tokens for the same seeds is tested on a part of the very samples, and in `test_verify_seeded.py`.
 """
+
+import itertools
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,6 +17,7 @@ from aasd_testing.policy_tensors import policy_tensors
 from aasd_testing.seeded_batches import batch
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import ALPHA, BETA, BUDGET, CONDITIONAL, FLOOR, LIMIT, STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 OP = "vllm_aasd.kernels.verify.seeded:verify_seeded"
 # A true sampler fails a chi-square at this p-value once in 100,000 seeds; the seeds are fixed.
@@ -36,8 +39,8 @@ def samples(n, relaxed, logits=LOGITS, drafts=None, first_seed=0):
     )  # fmt: skip
 
 
-def expected_law(relaxed):
-    """The law of a request's first token: p, or under the bar the draft itself, uniform over the drafts."""
+def expected_distribution(relaxed):
+    """The distribution of a request's first token: p, or under the bar the draft itself, uniform over the drafts."""
     p = LOGITS.double().softmax(-1).numpy()
     if not relaxed:
         return p
@@ -47,50 +50,51 @@ def expected_law(relaxed):
     return np.where(clears, 1.0, 0.0) / len(p) + (~clears).mean() * p
 
 
-def p_value(tokens, law):
-    counts = np.bincount(tokens.numpy(), minlength=len(law))
-    return chisquare(counts, law * len(tokens)).pvalue
+def p_value(tokens, distribution):
+    counts = np.bincount(tokens.numpy(), minlength=len(distribution))
+    return chisquare(counts, distribution * len(tokens)).pvalue
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Samples of the twin, strict and conditional."""
+    """Samples of the reference, strict and conditional."""
     return {
-        relaxed: verify_seeded_reference.verify_seeded(**samples(NUM_SAMPLES, relaxed)) for relaxed in (False, True)
+        relaxed: verify_seeded_reference.verify_seeded(SeededBatch(**samples(NUM_SAMPLES, relaxed)))
+        for relaxed in (False, True)
     }
 
 
 @pytest.mark.parametrize("relaxed", [False, True], ids=["strict", "conditional"])
-def test_emitted_tokens_have_the_exact_law(drawn, relaxed):
-    assert p_value(drawn[relaxed].sampled[:, 0], expected_law(relaxed)) > TRUE_SAMPLER
+def test_emitted_tokens_have_the_exact_distribution(drawn, relaxed):
+    assert p_value(drawn[relaxed].sampled[:, 0], expected_distribution(relaxed)) > TRUE_SAMPLER
 
 
-def test_bonus_tokens_have_the_targets_law(drawn):
+def test_bonus_tokens_have_the_targets_distribution(drawn):
     bonus = drawn[False].sampled[drawn[False].num_sampled == 2, 1]
     assert len(bonus) > 500
-    assert p_value(bonus, expected_law(False)) > TRUE_SAMPLER
+    assert p_value(bonus, expected_distribution(False)) > TRUE_SAMPLER
 
 
 @pytest.mark.parametrize("relaxed", [False, True], ids=["strict", "conditional"])
 def test_the_kernels_draw_the_twins_samples(interpreter, drawn, relaxed):
     n = 120
-    emitted = interpreter.call(OP, **samples(n, relaxed))
+    emitted = interpreter.call(OP, SeededBatch(**samples(n, relaxed)))
     assert emitted.sampled.tolist() == drawn[relaxed].sampled[:n].tolist()
 
 
 def test_the_chi_square_finds_what_is_wrong(drawn):
-    """Another rule's law, a row at temperature 2, and a race that doesn't leave out the rejected draft."""
-    assert p_value(drawn[True].sampled[:, 0], expected_law(False)) < TILTED_SAMPLER
-    assert p_value(drawn[False].sampled[:, 0], expected_law(True)) < TILTED_SAMPLER
+    """Another rule's distribution, a row at temperature 2, and a race that doesn't leave out the rejected draft."""
+    assert p_value(drawn[True].sampled[:, 0], expected_distribution(False)) < TILTED_SAMPLER
+    assert p_value(drawn[False].sampled[:, 0], expected_distribution(True)) < TILTED_SAMPLER
     n = 2000
     hot, top, free = (
-        verify_seeded_reference.verify_seeded(**samples(n, False, logits=logits, drafts=[draft] * n))
+        verify_seeded_reference.verify_seeded(SeededBatch(**samples(n, False, logits=logits, drafts=[draft] * n)))
         for logits, draft in ((LOGITS / 2, 0), (LOGITS, 0), (LOGITS, -1))
     )
-    assert p_value(top.sampled[:, 0], expected_law(False)) > TRUE_SAMPLER
-    assert p_value(hot.sampled[:, 0], expected_law(False)) < TILTED_SAMPLER
+    assert p_value(top.sampled[:, 0], expected_distribution(False)) > TRUE_SAMPLER
+    assert p_value(hot.sampled[:, 0], expected_distribution(False)) < TILTED_SAMPLER
     careless = torch.where(top.num_sampled == 2, top.sampled[:, 0], free.sampled[:, 0])
-    assert p_value(careless, expected_law(False)) < TILTED_SAMPLER
+    assert p_value(careless, expected_distribution(False)) < TILTED_SAMPLER
 
 
 @st.composite
@@ -124,7 +128,7 @@ def batches(draw):
 
 def bounds(arguments):
     ends = arguments["cu_num_logits"].tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 # The interpreter takes a tenth of a second for such a batch, more on a busy machine.
@@ -134,7 +138,7 @@ some = settings(max_examples=12, deadline=None, derandomize=True, suppress_healt
 @some
 @given(arguments=batches())
 def test_output_is_an_accepted_prefix_one_token_and_placeholders(interpreter, arguments):
-    result = interpreter.call(OP, **arguments)
+    result = interpreter.call(OP, SeededBatch(**arguments))
     logits, drafts = arguments["target_logits"], arguments["draft_sampled"].tolist()
     for req, (start, end) in enumerate(bounds(arguments)):
         emitted = int(result.num_sampled[req])
@@ -160,7 +164,7 @@ def test_a_looser_bar_never_shortens_an_accepted_prefix(interpreter, arguments, 
     looser.parameters[:, parameter] += sign * step
     strict = policies._replace(rule=torch.zeros_like(policies.rule))
     rules = (strict, policies, looser)
-    lengths = [interpreter.call(OP, **{**arguments, "policies": rule}).num_sampled for rule in rules]
+    lengths = [interpreter.call(OP, SeededBatch(**{**arguments, "policies": rule})).num_sampled for rule in rules]
     assert (lengths[0] <= lengths[1]).all() and (lengths[1] <= lengths[2]).all()
 
 
@@ -175,7 +179,7 @@ def test_alpha_zero_and_beta_above_one_is_strict_for_greedy_requests(interpreter
 
 def assert_same(interpreter, arguments, *policies):
     """Two policies give the same output for a batch, bit for bit; but for what is said of budgets and guards."""
-    ours, others = (interpreter.call(OP, **{**arguments, "policies": one}) for one in policies)
+    ours, others = (interpreter.call(OP, SeededBatch(**{**arguments, "policies": one})) for one in policies)
     for actual, expected in zip(ours[:4], others[:4], strict=True):
         assert torch.equal(actual, expected)
 
@@ -193,14 +197,14 @@ def test_a_budget_of_nothing_is_strict(interpreter, arguments, what):
 @some
 @given(batches())
 def test_requests_of_a_batch_do_not_affect_each_other(interpreter, arguments):
-    together = interpreter.call(OP, **arguments)
+    together = interpreter.call(OP, SeededBatch(**arguments))
     for req, (start, end) in enumerate(bounds(arguments)):
         alone = dict(arguments)
         for name in ("target_logits", "draft_sampled", "pos", "expanded_idx_mapping", "expanded_local_pos"):
             alone[name] = arguments[name][start:end]
         alone["idx_mapping"] = arguments["idx_mapping"][req : req + 1]
         alone["cu_num_logits"] = torch.tensor([0, end - start], dtype=torch.int32)
-        single = interpreter.call(OP, **alone)
+        single = interpreter.call(OP, SeededBatch(**alone))
         assert torch.equal(single.sampled[0], together.sampled[req])
         assert torch.equal(single.relaxed, together.relaxed[start:end])
         assert torch.equal(single.regret, together.regret[start:end])

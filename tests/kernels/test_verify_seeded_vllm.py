@@ -5,6 +5,7 @@ import torch
 
 from aasd_testing.seeded_batches import random_batch
 from vllm_aasd.kernels.verify.policies import STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 OP = "vllm_aasd.kernels.verify.seeded:verify_seeded"
 STOCK = "aasd_testing.stock_v2:rejection_sample"
@@ -15,7 +16,7 @@ def compare(interpreter, arguments):
     arguments["policies"].rule.fill_(STRICT)
     given = {name: value for name, value in arguments.items() if name not in ("policies", "stop_token_ids")}
     sampled, num_sampled = interpreter.call(STOCK, draft_logits=None, **given)
-    ours = interpreter.call(OP, **arguments)
+    ours = interpreter.call(OP, SeededBatch(**arguments))
     assert ours.num_sampled.tolist() == num_sampled.tolist()
     assert ours.num_sampled.dtype == num_sampled.dtype and ours.sampled.dtype == sampled.dtype
     for mine, theirs, count in zip(ours.sampled, sampled, num_sampled.tolist(), strict=True):

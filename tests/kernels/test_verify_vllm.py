@@ -1,4 +1,4 @@
-"""verify and recover against vLLM's own `rejection_sample`, which they replace on the V1 runner."""
+"""verify and sample_recovered_tokens against vLLM's own `rejection_sample`, which they replace on the V1 runner."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample import rejection_sampler as stock
 
 from aasd_testing.policy_tensors import strict
-from vllm_aasd.kernels.verify import recover, verify
+from vllm_aasd.kernels.verify import verify
+from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ def random_batch(vocab_size, counts, seed):
 
 
 def ours(drafts, cu, max_spec_len, logits, bonus, temperature, counts):
-    """Run verify and recover with the random numbers that vLLM draws from the same generators."""
+    """Run verify and sample_recovered_tokens with the random numbers that vLLM draws from the same generators."""
     batch_size = len(counts)
     seeded = generators(batch_size)
     uniform = stock.generate_uniform_probs(len(drafts), counts, seeded, logits.device)
@@ -60,7 +61,7 @@ def ours(drafts, cu, max_spec_len, logits, bonus, temperature, counts):
         if temperature[i] != 0 and result.num_accepted[i] < counts[i]:
             noise = torch.empty(1, logits.shape[1]).exponential_(generator=seeded[i])
             row = cu[i : i + 1].long() - counts[i] + result.num_accepted[i]
-            output[i, result.num_accepted[i]] = recover(logits, row, drafts[row], noise.reciprocal())
+            output[i, result.num_accepted[i]] = sample_recovered_tokens(logits, row, drafts[row], noise.reciprocal())
     return output
 
 

@@ -11,13 +11,13 @@ from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_memory, no_prior
 from vllm_aasd.kernels.draft import cpu as draft_op
 
-NUM_ORDERS = 6
-"""Longest run of tokens that is looked up."""
+MAX_NGRAM_SIZE = 6
+"""Largest n-gram that is looked up."""
 
 DEFAULT_WEIGHTS = MixtureWeights(
     theta=np.array([1.571, 1.286, 0.857, 0.714, 0.8, 0.545], np.float32),
     alignment=np.array([0.583, 0.7, 0.26, 0.25, 0.25, 0.179], np.float32),
-    doubt=np.float32(2.5),
+    no_alignment_discount=np.float32(2.5),
     memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
 """Found by ``python -m benchmarks.drafter fit`` (``benchmarks/results/fit.json``), but for the memory's, which
@@ -28,7 +28,7 @@ MIN_SURVIVAL = 0.02
 drafts of up to 8 tokens this left out 40% of the draft tokens and 0.5% of the accepted ones."""
 
 MAX_MATCHES = 32
-"""Most recent matches of each order that vote: the bound on the work of a step."""
+"""Most recent matches of each n-gram size that are used: the bound on the work of a step."""
 
 
 class AlignmentView(NamedTuple):
@@ -69,9 +69,9 @@ class Drafter:
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
         prior: what the target says outside of any context; none by default.
-        memory: what other requests taught, read and written here in the place of the prior's runs, from which it may
+        memory: what other requests taught, read and written here in the place of the prior's n-grams, from which it may
             have begun; none by default. See `vllm_aasd.kernels.draft`.
-        weights: the constants of the mixture, an entry for each of `NUM_ORDERS`.
+        weights: the constants of the mixture, an entry for each of `MAX_NGRAM_SIZE`.
         lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft.cpu`.
     """
 
@@ -89,16 +89,16 @@ class Drafter:
         self._min_survival = np.float32(min_survival)
         self._memory = memory if memory is not None else no_memory()
         self._prior = prior if prior is not None else no_prior()
-        self._runs = self._prior.runs
+        self._ngrams = self._prior.ngrams
         if memory is not None:
-            self._prior = self._prior._replace(runs=memory)
+            self._prior = self._prior._replace(ngrams=memory)
         self._weights = weights
         self._lookups = lookups if lookups is not None else np.zeros(3, np.int64)
         self._scores = np.zeros(vocab_size, np.float32)
-        num_remembered, num_successors = (self._prior.runs.shape[1] - 2) // 2, self._prior.ids.shape[1]
-        most = max_candidates(MAX_MATCHES, MAX_TOP_K, num_remembered, num_successors)
-        self._seen = np.empty(most, np.int32)
-        self._starts = np.empty(NUM_ORDERS, np.int32)
+        ngram_top_k, num_successors = (self._prior.ngrams.shape[1] - 2) // 2, self._prior.ids.shape[1]
+        most = max_candidates(MAX_MATCHES, MAX_TOP_K, ngram_top_k, num_successors)
+        self._candidates = np.empty(most, np.int32)
+        self._match_heads = np.empty(MAX_NGRAM_SIZE, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)
         self._survival = np.empty(max_draft_tokens, np.float32)
 
@@ -115,7 +115,7 @@ class Drafter:
         max_draft_tokens: int,
         min_draft_tokens: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Learn what is new of a request's context, and draft its continuation.
+        """Index what is new in a request's context, and draft its continuation.
 
         Args:
             request_id: the request, as `forget` will name it.
@@ -130,7 +130,7 @@ class Drafter:
         """
         request = self._requests.get(request_id)
         if request is None or not request.index.continues_to(token_ids):
-            request = _Request(SuffixIndex(NUM_ORDERS, len(self._draft_token_ids), len(token_ids)))
+            request = _Request(SuffixIndex(MAX_NGRAM_SIZE, len(self._draft_token_ids), len(token_ids)))
             self._requests[request_id] = request
         index = request.index
         # The last token has not been run yet, so nothing is stored after it; of a new request only what its
@@ -150,8 +150,8 @@ class Drafter:
             MAX_MATCHES,
             self._min_survival if min_draft_tokens == 0 else np.float32(0.0),
             self._scores,
-            self._seen,
-            self._starts,
+            self._candidates,
+            self._match_heads,
             self._draft_token_ids[:limit],
             self._survival,
             self._lookups,
@@ -184,9 +184,9 @@ class Drafter:
         self._scores.fill(0)
 
     def clear_memory(self) -> None:
-        """Unlearn what other requests taught; the prior's runs are not theirs."""
-        if self._memory.shape == self._runs.shape:
-            self._memory[...] = self._runs
+        """Unlearn what other requests taught; the prior's n-grams are not theirs."""
+        if self._memory.shape == self._ngrams.shape:
+            self._memory[...] = self._ngrams
         else:
             self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
 

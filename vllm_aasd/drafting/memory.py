@@ -5,17 +5,17 @@ import numpy as np
 from vllm_aasd.kernels.draft import Prior
 
 NUM_ROWS = 1 << 18
-"""Runs of tokens that are remembered at most: with `TOP_K` predictions each, 10 MiB."""
+"""N-grams that are held at most: with `TOP_K` predictions each, 10 MiB."""
 
 TOP_K = 4
-"""Predictions kept of each run."""
+"""Predictions kept of each n-gram."""
 
 
 def empty_memory(num_rows: int = NUM_ROWS, top_k: int = TOP_K) -> np.ndarray:
-    """A memory that has learnt nothing yet.
+    """A memory that has learned nothing yet.
 
     Args:
-        num_rows: runs of tokens that it can hold, a power of two.
+        num_rows: n-grams that it can hold, a power of two.
         top_k: predictions of each.
 
     Returns:
@@ -28,5 +28,5 @@ def empty_memory(num_rows: int = NUM_ROWS, top_k: int = TOP_K) -> np.ndarray:
 
 
 def new_memory(prior: Prior | None) -> np.ndarray:
-    """A memory that no request has taught: a copy of the prior's runs, or empty where there are none."""
-    return prior.runs.copy() if prior is not None and len(prior.runs) else empty_memory()
+    """A memory that no request has taught: a copy of the prior's n-grams, or empty where there are none."""
+    return prior.ngrams.copy() if prior is not None and len(prior.ngrams) else empty_memory()

@@ -1,9 +1,9 @@
-"""What the target predicts in text of its own making: the prior of runs of tokens, and a better one of single tokens.
+"""What the target predicts in text of its own making: the prior of n-grams, and a better one of single tokens.
 
-A request's own context says little about the plain words between what is copied. Other requests would (`aasd_memory`), but
-their contents are somebody's. What the target writes unasked is nobody's, and like what it will write. This is the datastore
-of REST (He et al., 2023, arXiv 2311.08252) without a corpus: the model is the corpus, and what is kept of it are the
-target's own distributions, not the text.
+A request's own context says little about the plain words between what is copied. Other requests would (`aasd_memory`),
+but their contents are private. What the target writes unasked belongs to no one, and is like what it will write. This
+is the datastore of REST (He et al., 2023, arXiv 2311.08252) without a corpus: the model is the corpus, and what is kept
+of it are the target's own distributions, not the text.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Text(NamedTuple):
 
     Attributes:
         token_ids: ``[n]`` int32.
-        table: ``[n, 1 + 2k]`` int32, an alignment store of it: by position its token, and the ids and probabilities (float32
-            bits) of the likeliest next ones; -1 where nothing was predicted.
+        table: ``[n, 1 + 2k]`` int32, an alignment store of it: by position its token, and the ids and probabilities
+            (float32 bits) of the likeliest next ones; -1 where nothing was predicted.
     """
 
     token_ids: np.ndarray
@@ -36,11 +36,11 @@ def with_texts(prior: Prior, texts: Sequence[Text]) -> Prior:
         texts: all with predictions of the same number, at least one position of each.
 
     Returns:
-        The successors of a token averaged over where it was seen, the likeliest k kept; and runs.
+        The successors of a token averaged over where it was seen, the likeliest k kept; and n-grams.
     """
     if not texts:
         return prior
-    return Prior(*_successors(prior, np.concatenate([text.table for text in texts])), _runs(texts))
+    return Prior(*_successors(prior, np.concatenate([text.table for text in texts])), _ngrams(texts))
 
 
 def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,11 +69,12 @@ def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return found_ids, found_probs
 
 
-def _runs(texts: Sequence[Text]) -> np.ndarray:
-    # Here, for numba must not be there before vLLM has started: vLLM looks through all modules, and stumbles over llvmlite's.
+def _ngrams(texts: Sequence[Text]) -> np.ndarray:
+    # Here, because numba must not be loaded before vLLM has started: vLLM looks through all modules, and stumbles over
+    # llvmlite's.
     from vllm_aasd.kernels.draft.memory_cpu import remember
 
-    runs = empty_memory()
+    ngrams = empty_memory()
     for token_ids, table in texts:
-        remember(token_ids, 0, len(token_ids) - 1, table, np.zeros(1, np.int32), len(token_ids), runs)
-    return runs
+        remember(token_ids, 0, len(token_ids) - 1, table, np.zeros(1, np.int32), len(token_ids), ngrams)
+    return ngrams

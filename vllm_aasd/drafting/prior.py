@@ -8,13 +8,15 @@ from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.memory import NUM_ROWS, TOP_K
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.kernels.common.cache_folder import cache_folder
-from vllm_aasd.kernels.draft import MOST_REMEMBERED, Prior, no_memory
+from vllm_aasd.kernels.draft import MAX_OBSERVATIONS, Prior, no_memory
 
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: the bound on what a file may hold."""
 
 _FORMAT = "vllm-aasd prior, version 2"
-_RUNS_SHAPE = (NUM_ROWS, 2 + 2 * TOP_K)
+# Of the prior's arrays in the file, in the order of its fields.
+_KEYS = ("ids", "probs", "runs")
+_NGRAMS_SHAPE = (NUM_ROWS, 2 + 2 * TOP_K)
 _MAX_HEADER_BYTES = 1 << 16
 # Sums of rounded probabilities may pass 1 by this much.
 _ROUNDING = 1e-3
@@ -28,7 +30,7 @@ def cache_path(model_key: str) -> Path | None:
 
 def save(path: Path, prior: Prior, model_key: str) -> None:
     """Write the prior of a model; see `tensor_file.save`."""
-    tensor_file.save(path, _FORMAT, model_key, prior._asdict())
+    tensor_file.save(path, _FORMAT, model_key, dict(zip(_KEYS, prior, strict=True)))
 
 
 def load(path: Path, model_key: str, vocab_size: int) -> Prior:
@@ -44,9 +46,10 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
     item_bytes = 4
-    num_values = 2 * vocab_size * MAX_SUCCESSORS + _RUNS_SHAPE[0] * _RUNS_SHAPE[1]
+    num_values = 2 * vocab_size * MAX_SUCCESSORS + _NGRAMS_SHAPE[0] * _NGRAMS_SHAPE[1]
     max_bytes = _MAX_HEADER_BYTES + item_bytes * num_values
-    prior = Prior(**tensor_file.load(path, _FORMAT, model_key, set(Prior._fields), max_bytes))
+    arrays = tensor_file.load(path, _FORMAT, model_key, set(_KEYS), max_bytes)
+    prior = Prior(*(arrays[key] for key in _KEYS))
     _check(path, prior, vocab_size)
     return prior
 
@@ -55,24 +58,23 @@ def _check(path: Path, prior: Prior, vocab_size: int) -> None:
     """Raise TensorFileError unless every array's type, shape and values are such as drafting relies on."""
     num_successors = prior.ids.shape[-1] if prior.ids.ndim else 0
     successors_shape = (vocab_size, min(max(num_successors, 1), MAX_SUCCESSORS))
-    expected = {
-        "ids": (np.int32, [successors_shape]),
-        "probs": (np.float32, [successors_shape]),
-        "runs": (np.int32, [no_memory().shape, _RUNS_SHAPE]),
-    }
-    for name, (dtype, shapes) in expected.items():
-        found = getattr(prior, name)
+    expected = (
+        (np.int32, [successors_shape]),
+        (np.float32, [successors_shape]),
+        (np.int32, [no_memory().shape, _NGRAMS_SHAPE]),
+    )
+    for name, found, (dtype, shapes) in zip(_KEYS, prior, expected, strict=True):
         if found.dtype != dtype or found.shape not in shapes:
             raise TensorFileError(
                 f"{path} holds {name} of type {found.dtype} and shape {found.shape}, expected {np.dtype(dtype)} and "
                 f"{' or '.join(map(str, shapes))}"
             )
     _check_predictions(path, prior.ids, prior.probs, vocab_size)
-    if len(prior.runs):
-        counts = prior.runs[:, 1]
-        if counts.min() < 0 or counts.max() > MOST_REMEMBERED:
-            raise TensorFileError(f"{path} holds counts outside of 0 to {MOST_REMEMBERED}")
-        ids, probs = prior.runs[:, 2 : 2 + TOP_K], prior.runs[:, 2 + TOP_K :].view(np.float32)
+    if len(prior.ngrams):
+        counts = prior.ngrams[:, 1]
+        if counts.min() < 0 or counts.max() > MAX_OBSERVATIONS:
+            raise TensorFileError(f"{path} holds counts outside of 0 to {MAX_OBSERVATIONS}")
+        ids, probs = prior.ngrams[:, 2 : 2 + TOP_K], prior.ngrams[:, 2 + TOP_K :].view(np.float32)
         _check_predictions(path, ids, probs, vocab_size)
 
 

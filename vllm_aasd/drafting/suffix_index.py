@@ -1,4 +1,4 @@
-"""The suffix index of one request: where in its context each recent run of tokens stood before."""
+"""The suffix index of one request: where in its context each recent n-gram stood before."""
 
 import numpy as np
 
@@ -13,26 +13,26 @@ _GROWING_SHARE = 8
 class SuffixIndex:
     """Grows with the request, at a bounded cost for each token; never rescans the context at once.
 
-    Tables can't be enlarged where they are. So while the last eighth of them fills, twice as large ones are made beside
-    them, a share with every token: cleared first, then entered from the beginning of the context. When they are
-    needed, they are there.
+    Tables can't be enlarged in place. So while the last eighth of them fills, tables of twice the size are prepared, a
+    share with every token: cleared first, then filled from the beginning of the context. When they are needed, they are
+    ready.
 
     Args:
-        num_orders: the longest run of tokens that is looked up, >= 1.
-        room: draft tokens that a caller may write behind the context.
+        max_ngram_size: the largest n-gram that is looked up, >= 1.
+        room: draft tokens that a caller may write after the context.
         expected_length: tokens that are known to come, so that a prompt causes no growing.
 
     Attributes:
         tokens: ``[capacity + room]`` int32; the context is the first `length` of it.
-        prev: ``[num_orders, capacity]`` int32, see `vllm_aasd.kernels.draft`.
-        head: ``[num_orders, 2 * capacity]`` int32, see `vllm_aasd.kernels.draft`.
+        prev: ``[max_ngram_size, capacity]`` int32, see `vllm_aasd.kernels.draft`.
+        head: ``[max_ngram_size, 2 * capacity]`` int32, see `vllm_aasd.kernels.draft`.
         length: tokens in the context.
     """
 
-    def __init__(self, num_orders: int, room: int, expected_length: int = 0) -> None:
-        self._num_orders, self._room = num_orders, room
+    def __init__(self, max_ngram_size: int, room: int, expected_length: int = 0) -> None:
+        self._max_ngram_size, self._room = max_ngram_size, room
         self.length = 0
-        self._tables = _Tables(num_orders, _capacity_for(expected_length), room)
+        self._tables = _Tables(max_ngram_size, _capacity_for(expected_length), room)
         self._tables.clear(1.0)
         self._larger: _Tables | None = None
 
@@ -85,7 +85,7 @@ class SuffixIndex:
     def _enlarge(self, share: float) -> "_Tables":
         """Advance the move to larger tables, which it returns, to this share: the first half is clearing them."""
         if self._larger is None:
-            self._larger = _Tables(self._num_orders, 2 * self._tables.capacity, self._room)
+            self._larger = _Tables(self._max_ngram_size, 2 * self._tables.capacity, self._room)
         self._larger.clear(min(2 * share, 1.0))
         known = int(max(2 * share - 1, 0.0) * self.length)
         self._larger.tokens[self._larger.length : known] = self._tables.tokens[self._larger.length : known]
@@ -98,17 +98,18 @@ class _Tables:
 
     __slots__ = ("_cleared", "_entered", "capacity", "head", "length", "prev", "tokens")
 
-    def __init__(self, num_orders: int, capacity: int, room: int) -> None:
+    def __init__(self, max_ngram_size: int, capacity: int, room: int) -> None:
         self.capacity = capacity
         self.tokens = np.empty(capacity + room, np.int32)
-        # A position's entries are written before anything leads to it; those of longer runs than end there, never.
-        self.prev = np.empty((num_orders, capacity), np.int32)
-        self.prev[:, :num_orders] = -1
-        self.head = np.empty((num_orders, 2 * capacity), np.int32)
+        # A position's entries are written before anything leads to it; those of n-grams longer than the context so
+        # far, never.
+        self.prev = np.empty((max_ngram_size, capacity), np.int32)
+        self.prev[:, :max_ngram_size] = -1
+        self.head = np.empty((max_ngram_size, 2 * capacity), np.int32)
         self.length = self._entered = self._cleared = 0
 
     def clear(self, share: float) -> None:
-        """Have this share of the table of runs cleared."""
+        """Have this share of the table of n-grams cleared."""
         last = int(share * self.head.size)
         self.head.reshape(-1)[self._cleared : last] = -1
         self._cleared = max(last, self._cleared)

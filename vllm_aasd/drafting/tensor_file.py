@@ -1,4 +1,4 @@
-"""Files of what was learnt of a model: safetensors, which carries no code, written whole or not at all."""
+"""Files of what was learned of a model: safetensors, which carries no code, written whole or not at all."""
 
 import json
 import os

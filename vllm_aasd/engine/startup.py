@@ -85,7 +85,7 @@ def load_prior(model: ModelConfig) -> Prior | None:
     except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
-    known = f"{np.count_nonzero(prior.runs[:, 1])} runs of tokens"
+    known = f"{np.count_nonzero(prior.ngrams[:, 1])} runs of tokens"
     logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
     return prior
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vllm_aasd.drafting.drafter import NUM_ORDERS
+from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
 
@@ -46,15 +46,15 @@ def hub(length: int, vocab_size: int) -> np.ndarray:
 
 
 def colliding(length: int, vocab_size: int) -> np.ndarray:
-    """Made against the index's hash: most runs want to stand in the same few slots, half as many as tokens."""
-    mask = np.uint64(SuffixIndex(NUM_ORDERS, 0, length).head.shape[1] - 1)
+    """Made against the index's hash: most runs want to stand in the same few slots, half as many as there are tokens."""
+    mask = np.uint64(SuffixIndex(MAX_NGRAM_SIZE, 0, length).head.shape[1] - 1)
     crowded = np.uint64(length // 2)
     rng = np.random.default_rng(3)
     tokens = np.zeros(length, np.int32)
     for end in range(length):
         tried = rng.integers(0, vocab_size, _TRIED).astype(np.uint64)
         hashed, num_there = tried * np.uint64(MULTIPLIER), np.zeros(len(tried), np.int32)
-        for back in range(1, min(NUM_ORDERS, end) + 1):
+        for back in range(1, min(MAX_NGRAM_SIZE, end) + 1):
             num_there += ((hashed >> np.uint64(32)) & mask) < crowded
             hashed = (hashed ^ np.uint64(tokens[end - back])) * np.uint64(MULTIPLIER)
         tokens[end] = tried[int(num_there.argmax())]

@@ -58,9 +58,9 @@ def backend_name(op: str) -> str:
 
 def verify_and_state(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """What `verify_seeded` gives, and the state that it leaves behind."""
-    from vllm_aasd.kernels.verify.seeded import verify_seeded
+    from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
-    return verify_seeded(**arguments), arguments["policies"].state
+    return verify_seeded(SeededBatch(**arguments)), arguments["policies"].state
 
 
 def _patch_language_once() -> None:

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, NUM_ORDERS, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE, MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
@@ -121,7 +121,7 @@ class V1Adapter:
             verify.warm_up(device, dtype)
         recovered.warm_up(device, torch.float32)
         counting.warm_up()
-        draft.warm_up(NUM_ORDERS, TOP_K)
+        draft.warm_up(MAX_NGRAM_SIZE, TOP_K)
         if self._alignment is not None:
             align.warm_up(device, self._model_config.dtype)
 

@@ -12,7 +12,7 @@ from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
-from vllm_aasd.kernels.verify.recovered import redraw
+from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens, sample_recovered_tokens_by_uniform
 from vllm_aasd.verification.batch import PolicyBatch
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
@@ -125,7 +125,7 @@ class V1Verifier:
             stop_token_ids,
         )
         if uniform_probs is not None:
-            self._recover(
+            self._sample_recovered_tokens(
                 result,
                 draft_token_ids,
                 num_draft_tokens,
@@ -143,7 +143,7 @@ class V1Verifier:
         """Count a step that vLLM's own ``rejection_sample`` has verified."""
         self._counting.verified(self._req_ids, draft_token_ids, cu_num_draft_tokens, output_token_ids)
 
-    def _recover(
+    def _sample_recovered_tokens(
         self,
         result: verify_op.VerifyOutput,
         draft_token_ids: torch.Tensor,
@@ -173,7 +173,7 @@ class V1Verifier:
             result.output_token_ids[requests, num_accepted] = draw(target_logits, rows, draft_token_ids[rows], numbers)
 
         if with_seed := [request for request in rejected if request in seeded]:
-            place(with_seed, verify_op.recover, torch.stack([seeded[request] for request in with_seed]))
+            place(with_seed, sample_recovered_tokens, torch.stack([seeded[request] for request in with_seed]))
         if without := [request for request in rejected if request not in seeded]:
             uniform = torch.rand(len(without), dtype=torch.float64, device=target_logits.device)
-            place(without, redraw, uniform)
+            place(without, sample_recovered_tokens_by_uniform, uniform)

@@ -22,7 +22,7 @@ from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.requests import RequestSlots
-from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID, verify_seeded
+from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID, SeededBatch, verify_seeded
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -130,7 +130,7 @@ class V2Verifier:
             Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 after them; and how many,
             ``[num_reqs]`` int32.
         """
-        verified = verify_seeded(
+        batch = SeededBatch(
             target_logits,
             draft_sampled,
             cu_num_logits,
@@ -145,6 +145,7 @@ class V2Verifier:
             self._requests.stop_token_ids,
             all_greedy=self._all_greedy,
         )
+        verified = verify_seeded(batch)
         self._counting.verified(draft_sampled, cu_num_logits, idx_mapping, verified.num_sampled, verified)
         return verified.sampled, verified.num_sampled
 

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MIN_SURVIVAL, NUM_ORDERS
+from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_SIZE, MIN_SURVIVAL
 from vllm_aasd.engine import patching, shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
@@ -34,7 +34,7 @@ from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
 from vllm_aasd.kernels.draft import no_prior
-from vllm_aasd.kernels.draft.batch import draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -129,8 +129,8 @@ class AASDSpeculator(BaseSpeculator):
             table, block_tables = store.slots, runner.block_tables.block_tables[group].gpu
         prior = (shared_prior.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
-        self._propose = functools.partial(
-            draft_batch,
+        batch_of = functools.partial(
+            DraftBatch,
             # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
             all_token_ids=self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len],
             table=table,
@@ -138,25 +138,26 @@ class AASDSpeculator(BaseSpeculator):
             block_size=block_size,
             theta=to_device(DEFAULT_WEIGHTS.theta),
             alignment=to_device(DEFAULT_WEIGHTS.alignment),
-            doubt=to_device(DEFAULT_WEIGHTS.doubt).reshape(1),
+            no_alignment_discount=to_device(DEFAULT_WEIGHTS.no_alignment_discount).reshape(1),
             memory_weights=to_device(DEFAULT_WEIGHTS.memory),
             prior_ids=to_device(prior.ids),
             prior_probs=to_device(prior.probs),
-            runs=to_device(prior.runs),
+            ngrams=to_device(prior.ngrams),
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
             lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
-                NUM_ORDERS,
+                MAX_NGRAM_SIZE,
                 MAX_MATCHES,
                 top_k,
                 prior.ids.shape[1],
-                (prior.runs.shape[1] - 2) // 2,
+                (prior.ngrams.shape[1] - 2) // 2,
                 self._device,
             ),
         )
+        self._propose = lambda **step: draft_batch(batch_of(**step))
 
     def profile(self) -> None:
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
