@@ -121,7 +121,7 @@ def draft_kernel(
 
     suffix = ()
     for back in tl.static_range(MAX_NGRAM_SIZE):
-        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore  # noqa: RUF005
+        suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore
     last_token = tl.where(length > 0, suffix[0], 0)  # type: ignore
 
     num_drafts = 0
@@ -171,7 +171,7 @@ def draft_kernel(
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
             tl.store(survival_ptr + num_drafts, survival)
             num_drafts += 1
-            suffix = (token,) + suffix[:-1]  # type: ignore  # noqa: RUF005
+            suffix = (token,) + suffix[:-1]  # type: ignore
         drafting = drafting & (num_drafts < limit)
 
     tl.store(num_drafts_ptr + row, num_drafts)

@@ -8,12 +8,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
-from benchmarks import kernels  # noqa: E402
-from benchmarks.launches import TARGETS, build, distinct, recorded  # noqa: E402
+from benchmarks import kernels
+from benchmarks.launches import TARGETS, build, distinct, recorded
 
 sys.path.remove(str(ROOT))
 
-from vllm_aasd.kernels.common import rows_triton  # noqa: E402
+from vllm_aasd.kernels.common import rows_triton
 
 # The kernels that read the logits.
 READERS = {"row_statistics_kernel", "race_kernel", "partials_kernel"}

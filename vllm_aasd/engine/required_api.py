@@ -104,7 +104,7 @@ V1 = _table(
     },
     {
         "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": (
-            "in_spec_mode has_tracked_requests update_state"
+            "_state in_spec_mode has_tracked_requests update_state"
         ),
         "vllm.v1.sample.rejection_sampler:RejectionSampler": "sampler is_logits_logprobs_mode",
         "vllm.v1.outputs:LogprobsTensors": "logprob_token_ids logprobs selected_token_ranks",

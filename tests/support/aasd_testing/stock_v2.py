@@ -12,18 +12,18 @@ import triton.language as tl
 # transformers looks for.
 _ROOT = str(Path(__file__).parents[3])
 sys.path.append(_ROOT)
-from benchmarks import kernels  # noqa: E402
+from benchmarks import kernels
 
 sys.path.remove(_ROOT)
 
-from aasd_testing import interpreted  # noqa: E402
+from aasd_testing import interpreted
 
 interpreted.let_vllm_see_triton()
 
-from vllm.v1.worker.gpu.sample import gumbel  # noqa: E402
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample  # noqa: E402
+from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
-from vllm_aasd.kernels.verify import random_triton as noise_triton  # noqa: E402
+from vllm_aasd.kernels.verify import random_triton as noise_triton
 
 __all__ = ["count_bytes", "numbers", "rejection_sample"]
 

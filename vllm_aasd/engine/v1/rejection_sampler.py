@@ -73,6 +73,10 @@ class V1Verifier:
         """Whether no policy of the batch watches its tokens."""
         return all(self._requests[req_id].verification.is_strict for req_id in self._req_ids)
 
+    def rows_with_budgets(self) -> set[int]:
+        """The batch rows of the requests that have a ``thinking_token_budget``."""
+        return {row for row, req_id in enumerate(self._req_ids) if self._requests.has_budget(req_id)}
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """While it lasts, vLLM's ``rejection_sample`` in this process calls this verifier."""

@@ -42,6 +42,7 @@ class V1Requests:
         self._faults = faults
         self._requests: dict[str, V1Request] = {}
         self._drafted: set[str] = set()
+        self._with_budget: set[str] = set()
 
     def __getitem__(self, req_id: str) -> V1Request:
         return self._requests[req_id]
@@ -59,9 +60,12 @@ class V1Requests:
         for req_id in req_ids:
             if req_id in self._requests:
                 continue
+            params = requests[req_id].sampling_params
+            if params is not None and params.thinking_token_budget is not None:
+                self._with_budget.add(req_id)
             if not self._faults.is_off("requests"):
                 with self._faults.contained("requests", shared=True):
-                    self._admit(req_id, requests[req_id].sampling_params)
+                    self._admit(req_id, params)
                     continue
             self._requests[req_id] = V1Request(strict(), is_seeded=False)
 
@@ -76,6 +80,10 @@ class V1Requests:
         """Whether the request gets drafts."""
         return req_id in self._drafted
 
+    def has_budget(self, req_id: str) -> bool:
+        """Whether the request has a ``thinking_token_budget``."""
+        return req_id in self._with_budget
+
     def stop_drafting(self, req_id: str) -> None:
         """Serve the request without drafts from here on."""
         self._drafted.discard(req_id)
@@ -85,3 +93,4 @@ class V1Requests:
         for req_id in req_ids:
             self._requests.pop(req_id, None)
             self._drafted.discard(req_id)
+            self._with_budget.discard(req_id)

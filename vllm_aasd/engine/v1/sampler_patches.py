@@ -111,7 +111,8 @@ def patch_rejection_sampler_forward(stock: Callable) -> Callable:
             return stock(self, metadata, draft_probs, logits, sampling_metadata)
         thinking = sampling_metadata.thinking_budget_state_holder
         if thinking is not None and thinking.has_tracked_requests():
-            sampling_metadata = replace(sampling_metadata, thinking_budget_state_holder=UndraftedBudgets(thinking))
+            undrafted = UndraftedBudgets(thinking, verifier.rows_with_budgets())
+            sampling_metadata = replace(sampling_metadata, thinking_budget_state_holder=undrafted)
         asked = sampling_metadata.logprob_token_ids
         # Beside such a request, vLLM's plain sampler loses the most likely tokens that others have asked for.
         is_mixed = bool(asked) and sampling_metadata.max_num_logprobs is not None

@@ -4,7 +4,12 @@ With speculation configured, vLLM's holder of budgets counts the rows of a step 
 thinking at the wrong token if the start or the end of thinking is itself drafted, and one token late from the second
 time on, with or without drafts. So requests with a budget have no drafts here, and the holder doesn't see those of
 others.
+
+With or without speculation, the holder also keeps a budget that has ended in its row when vLLM moves another request into
+that row, and ends the thinking of a request that has no budget. Such budgets are dropped here.
 """
+
+from collections.abc import Collection
 
 import torch
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
@@ -15,9 +20,12 @@ class UndraftedBudgets:
 
     Args:
         holder: vLLM's.
+        rows: batch rows of the requests that have a budget.
     """
 
-    def __init__(self, holder: ThinkingBudgetStateHolder) -> None:
+    def __init__(self, holder: ThinkingBudgetStateHolder, rows: Collection[int]) -> None:
+        for row in [row for row in holder._state if row not in rows]:
+            del holder._state[row]
         holder.in_spec_mode = False
         self._holder = holder
         self.has_tracked_requests = holder.has_tracked_requests
