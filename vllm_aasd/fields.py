@@ -25,12 +25,12 @@ def setting(
 
     Args:
         default: its value where none is given.
-        doc: what it does, for the README.
+        doc: what it does, for the settings page.
         within: lowest and highest number allowed.
         choices: words allowed.
         rule: the value of `verification` under which it takes effect; None for any.
         looser: which values, given by a request, let verification accept more than the server's: those that are
-            "higher" or "lower", any "other", or "none". None where a request may not give it. See `vllm_aasd.overrides`.
+            "higher" or "lower", any "other", or "none". None if a request may not give it. See `vllm_aasd.overrides`.
     """
     metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
     return dataclasses.field(default=default, metadata=metadata)

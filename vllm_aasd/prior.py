@@ -1,12 +1,12 @@
-"""Make the prior of a model: what it would say outside of any context, for drafts to begin from.
+"""Build the prior of a model: what it predicts outside of any request, for drafts to start from.
 
     python -m vllm_aasd.prior MODEL [--top-k 8] [--conversations 1024] [--output FILE] [--force]
                               [--give-up-beyond MINUTES] [arguments of vLLM's engine]
 
-Runs the model once over its vocabulary, then lets it make up conversations and keeps what it predicted behind the runs of
-tokens in them, not the text. The result lies in a cache folder under a name that stands for the
-model's content; a server with method ``aasd`` finds it there. On a cluster, run it on each node, or put
-``AASD_CACHE_ROOT`` on a file system that they share.
+Runs the model once over its vocabulary, then lets it make up conversations, and keeps what it predicted after the
+n-grams in them, not the text. The result is written to a cache folder, under a name derived from the model's content,
+where a server with method ``aasd`` finds it. On a cluster, run it on each node, or put ``AASD_CACHE_ROOT`` on a file
+system that the nodes share.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=math.inf,
         metavar="MINUTES",
-        help="don't make it where the vocabulary would take longer, and stop conversations then (default: however long)",
+        help="don't build it if the vocabulary would take longer, and stop conversations then (default: no limit)",
     )
     ours, engine_arguments = parser.parse_known_args(arguments)
 

@@ -46,7 +46,7 @@ def hub(length: int, vocab_size: int) -> np.ndarray:
 
 
 def colliding(length: int, vocab_size: int) -> np.ndarray:
-    """Made against the index's hash: most runs want to stand in the same few slots, half as many as there are tokens."""
+    """Made against the index's hash: most runs want to stand in the same few slots, half as many as tokens."""
     mask = np.uint64(SuffixIndex(MAX_NGRAM_SIZE, 0, length).head.shape[1] - 1)
     crowded = np.uint64(length // 2)
     rng = np.random.default_rng(3)

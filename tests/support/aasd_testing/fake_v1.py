@@ -40,7 +40,7 @@ class FakeRunner:
 
     Attributes:
         is_plain: whether the last step was sampled as without speculation.
-        masks: whether each step's logits are spoilt in place once they have been sampled from, as a grammar's mask does.
+        masks: whether each step's logits are spoilt in place after sampling, as a grammar's mask does.
     """
 
     def __init__(

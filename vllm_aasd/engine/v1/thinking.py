@@ -5,8 +5,8 @@ thinking at the wrong token if the start or the end of thinking is itself drafte
 time on, with or without drafts. So requests with a budget have no drafts here, and the holder doesn't see those of
 others.
 
-With or without speculation, the holder also keeps a budget that has ended in its row when vLLM moves another request into
-that row, and ends the thinking of a request that has no budget. Such budgets are dropped here.
+With or without speculation, the holder also keeps the budget of a request that has ended when vLLM moves another
+request into its row, and forces the end of thinking into a request that has no budget. Such budgets are dropped here.
 """
 
 from collections.abc import Collection
