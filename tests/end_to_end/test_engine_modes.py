@@ -77,5 +77,5 @@ def test_constrained_output_stays_valid(runs, mode):
 
 
 def test_the_bar_matters(runs):
-    assert runs["loosest"]["accepted"] > 1.2 * runs["strict"]["accepted"]
+    assert runs["loosest"]["accepted"] > runs["strict"]["accepted"]
     assert token_ids(runs["loosest"]["outputs"]) != token_ids(runs["strict"]["outputs"])

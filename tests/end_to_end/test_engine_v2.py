@@ -228,16 +228,17 @@ def assert_same_outputs(wanted, got):
 
 @pytest.fixture(scope="module")
 def loose(demo_model, tmp_path_factory):
-    """The bar at a low floor, with everything recorded that the verifier was asked."""
+    """A rule that relaxes often, with everything recorded that the verifier was asked."""
     out = tmp_path_factory.mktemp("loose") / "out.json"
     # A draft for every step that can have one.
-    aasd = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "num_speculative_tokens": 4}
+    rule = {"aasd_verification": "fly", "aasd_fly_window": 1, "aasd_fly_threshold": 0.0, "aasd_collapse_guard": False}
+    aasd = {**rule, "num_speculative_tokens": 4}
     requests = greedy(PROMPTS[:2], 20) + greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
     result = run_engine(demo_model, [requests], out, v2=True, aasd=aasd, record_verification=True)
     return result, torch.load(f"{out}.pt", weights_only=True)
 
 
-def test_conditional_accepts_exactly_what_the_reference_says(loose):
+def test_a_relaxed_rule_accepts_exactly_what_the_reference_says(loose):
     result, calls = loose
     relaxed, says_relaxed, says_regret = 0, 0, 0.0
     for one in calls:
@@ -255,7 +256,7 @@ def test_conditional_accepts_exactly_what_the_reference_says(loose):
             accepted = slice(first, first + len(emitted) - 1)
             says_relaxed += int(says.relaxed[accepted].sum())
             says_regret += float(says.regret[accepted].double().sum())
-    assert len(calls) > 4 and relaxed > 0, "the bar must let something by"
+    assert len(calls) > 4 and relaxed > 0, "the rule must let something by"
     assert result["metrics"]["aasd:relaxed_tokens"] == says_relaxed >= relaxed
     assert result["metrics"]["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
     _, accepted = drafted_and_accepted(result)

@@ -182,13 +182,13 @@ def test_a_bad_option_is_answered_with_status_400(client, xargs, message):
 
 def test_what_a_bad_option_holds_is_not_logged(client, server):
     """vLLM logs what a streamed request is refused with, and a traceback."""
-    option = {"aasd_floor": "my secret"}
-    with pytest.raises(openai.APIError, match="The request's aasd_floor is not allowed"):
+    option = {"aasd_beta": "my secret"}
+    with pytest.raises(openai.APIError, match="The request's aasd_beta is not allowed"):
         list(ask(client, PROMPTS[0], option, stream=True))
-    with pytest.raises(openai.APIError, match="The request's aasd_floor is not allowed"):
+    with pytest.raises(openai.APIError, match="The request's aasd_beta is not allowed"):
         list(client.completions.create(model="model", prompt="x", stream=True, extra_body={"vllm_xargs": option}))
     log = server.log()
-    assert "The request's aasd_floor is not allowed" in log and "my secret" not in log
+    assert "The request's aasd_beta is not allowed" in log and "my secret" not in log
 
 
 @pytest.mark.long

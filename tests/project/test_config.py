@@ -58,7 +58,7 @@ def test_a_typo_is_refused_with_the_nearest_key():
 
 
 def test_what_is_gone_is_refused_with_what_to_use_instead():
-    with pytest.raises(ValueError, match=r"^The setting 'aasd_draft' is gone: .* vLLM's method 'ngram'"):
+    with pytest.raises(ValueError, match=r"^The setting 'aasd_draft' is gone: .* method to 'ngram'"):
         Settings.parse({"aasd_draft": "mixture"})
     settings = {config.PREFIX + field.name for field in dataclasses.fields(Settings)}
     for key, instead in config.REMOVED.items():
