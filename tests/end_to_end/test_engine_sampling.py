@@ -60,8 +60,9 @@ def p_value(samples, cells, joint):
     counts = np.array([samples.count(cell) for cell in cells], float)
     expected = joint * len(samples)
     rare = expected < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
     return scipy.stats.chisquare(counts, expected).pvalue
 
 
