@@ -13,6 +13,7 @@ pytestmark = pytest.mark.engine
 # Two tokens that continue each other in the prompt, so that every position gets a draft; and both likely enough for a
 # relaxed rule, which the negative control uses.
 WORDS = [" one", " four"]
+MORE_WORDS = [" one", " two", " three", " four", " five", " six", " seven"]
 NUM_SAMPLES = 800
 DEPTH = 3
 # A seeded test: it passes or fails for good. A correct sampler fails it for one seed in a thousand.
@@ -21,12 +22,17 @@ P_VALUE = 1e-3
 
 @pytest.fixture(scope="module")
 def task(demo_model):
+    """The task of two words."""
+    return task_of(demo_model, WORDS)
+
+
+def task_of(demo_model, words):
     """The prompt, the allowed ids, and the target's exact distribution of the next tokens among them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    ids = [tokenizer.encode(word)[0] for word in WORDS]
+    ids = [tokenizer.encode(word)[0] for word in words]
     rng = np.random.default_rng(3)
     prompt = tokenizer.encode("Random numbers:") + [ids[i] for i in rng.integers(0, len(ids), 64)]
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
@@ -86,8 +92,9 @@ def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
 
 
 @pytest.mark.long
-def test_top_k_and_top_p_hold(demo_model, task, tmp_path):
+def test_top_k_and_top_p_hold(demo_model, tmp_path):
     """The two faults of vLLM's CPU build: garbage temperatures, and a dead engine on a step without drafts."""
+    task = task_of(demo_model, MORE_WORDS)
     _, ids, cells, joint = task
     first = np.array([joint[[c[0] == t for c in cells]].sum() for t in ids])
     best_two = {ids[i] for i in np.argsort(-first)[:2]}
