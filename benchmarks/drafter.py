@@ -7,8 +7,8 @@
 `fit` searches the constants of the mixture on prompts that nothing is measured on (`fitting_tasks`), for speed at
 three prices of a draft token, minus what the predictions are off. `calibration` measures, on other prompts, how far
 predicted survival is observed acceptance. `ablation` adds the parts one by one: alignment at generated positions,
-where it is free, then at the prompt's too; the prior of tokens, then of n-grams; the memory; the adaptive draft
-length. Acceptance is exact; speed leaves out what the parts themselves take. The constants aren't fitted again
+where it is free, then at the prompt's too; the prior of tokens; the model's own text; earlier answers; the adaptive
+draft length. Acceptance is exact; speed leaves out what the parts themselves take. The constants aren't fitted again
 without a part.
 """
 
@@ -32,9 +32,9 @@ from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.draft_length import draft_lengths
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
-from vllm_aasd.drafting.memory import new_memory
+from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
+from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_prior
 from vllm_aasd.tuning import stratified_ratio
 
 PRICES = (0.04, 0.12, 0.33)
@@ -44,6 +44,7 @@ MIN_SURVIVAL = 0.02
 """As served."""
 
 FIXED_DRAFT_LENGTH = 8
+ANSWER_BYTES = 64 << 20
 _STEPS = (1.4, 1.2, 1.1)
 # How much speed a search gives up for an expected calibration error smaller by one.
 _CALIBRATION = 0.5
@@ -54,9 +55,9 @@ STAGES: dict[str, tuple[Callable[[Trace], Trace], frozenset[str]]] = {
     "+ alignment, generated positions": (replay.generated_only, frozenset()),
     "+ alignment, prompt positions": (replay.unchanged, frozenset()),
     "+ prior of tokens": (replay.unchanged, frozenset({"prior"})),
-    "+ prior of n-grams": (replay.unchanged, frozenset({"prior", "ngrams"})),
-    "+ memory": (replay.unchanged, frozenset({"prior", "ngrams", "memory"})),
-    "+ adaptive length": (replay.unchanged, frozenset({"prior", "ngrams", "memory", "adaptive"})),
+    "+ the model's own text": (replay.unchanged, frozenset({"prior", "text"})),
+    "+ earlier answers": (replay.unchanged, frozenset({"prior", "text", "answers"})),
+    "+ adaptive length": (replay.unchanged, frozenset({"prior", "text", "answers", "adaptive"})),
 }
 """By name: what the drafter sees of a trace, and which parts it has."""
 
@@ -197,7 +198,7 @@ def calibration(traces: Sequence[Trace], prior: Prior) -> dict[str, Any]:
 
 def ablation(traces: Sequence[Trace], prior: Prior) -> dict[str, dict[str, Any]]:
     """The figures by stage and price: ``mal``, ``speed``, and ``gain`` in speed over the stage before."""
-    # Not by category, as traffic comes: the memory learns from one request for the next.
+    # Not by category, as traffic comes: earlier answers serve later requests.
     mixed = random.Random(0).sample(list(traces), len(traces))
     groups = [trace.category for trace in mixed]
     found: dict[str, dict[str, Any]] = {name: {} for name in STAGES}
@@ -220,14 +221,14 @@ def ablation(traces: Sequence[Trace], prior: Prior) -> dict[str, dict[str, Any]]
 
 
 def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) -> list[Replay]:
-    """What a stage does on each trace; one drafter for all, so that a memory learns."""
+    """What a stage does on each trace; one drafter for all, so that answers serve later requests."""
     seen, parts = STAGES[name]
-    known = prior if "ngrams" in parts else prior._replace(ngrams=no_memory())
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
-    memory = new_memory(prior) if "memory" in parts else None
-    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if "prior" in parts else None, memory)
+    texts = KnownTexts(ANSWER_BYTES, longest, (prior if "text" in parts else no_prior()).texts)
+    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if "prior" in parts else None, texts=texts)
     lengths = draft_lengths if "adaptive" in parts else replay.whole_drafts
-    return [replay.replay([seen(trace)], drafter, longest, price, lengths) for trace in traces]
+    namespace = 0 if "answers" in parts else None
+    return [replay.replay([seen(trace)], drafter, longest, price, lengths, namespace) for trace in traces]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
 TOP_K = 4
 NUM_SLOTS = 1024
-NUM_NGRAMS = 1 << 18
+
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
 
@@ -140,7 +140,7 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
-def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, ngram_top_k: int = 4) -> Callable:
+def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS) -> Callable:
     """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
@@ -160,15 +160,13 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
             theta=torch.empty(max_ngram_size),
             alignment=torch.empty(max_ngram_size),
             no_alignment_discount=torch.empty(1),
-            memory_weights=torch.empty(4),
             prior_ids=torch.empty(prior_shape, **int32),
             prior_probs=torch.empty(prior_shape),
-            ngrams=torch.empty((NUM_NGRAMS if ngram_top_k else 0, 2 + 2 * ngram_top_k), **int32),
             vocab_size=inputs.vocab_size,
             max_matches=max_matches,
             min_survival=0.02,
             draft_limits=torch.empty(num_reqs, **int32),
-            workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, ngram_top_k, "cpu"),
+            workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),
             survival=torch.empty((num_reqs, num_spec_tokens)),

@@ -80,16 +80,22 @@ def whole_drafts(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
 
 
 def replay(
-    traces: Iterable[Trace], drafter: Drafter, num_draft_tokens: int, price: float, lengths: Lengths = draft_lengths
+    traces: Iterable[Trace],
+    drafter: Drafter,
+    num_draft_tokens: int,
+    price: float,
+    lengths: Lengths = draft_lengths,
+    namespace: int | None = None,
 ) -> Replay:
     """Run a drafter over traces, one request after the other.
 
     Args:
-        traces: to run over, in this order (a memory learns from one for the next).
+        traces: to run over, in this order: earlier answers serve later requests.
         drafter: as served.
         num_draft_tokens: the longest draft.
         price: what a draft token adds to a step's time, as a share of a step without drafts.
         lengths: how much of each draft is verified; `draft_lengths` or `whole_drafts`.
+        namespace: of the answers that the requests share; None for none.
     """
     # Entry 1 is a step without drafts.
     step_times = 1 + price * np.maximum(np.arange(num_draft_tokens + 2) - 1, 0)
@@ -98,6 +104,7 @@ def replay(
     for number, trace in enumerate(traces):
         request_id, end = str(number), len(trace.token_ids)
         view = AlignmentView(trace.table, np.zeros(1, np.int32), end)
+        drafter.admit(request_id, namespace)
         # The first token of an answer comes from its prompt.
         length = trace.num_prompt_tokens + 1
         while length < end:

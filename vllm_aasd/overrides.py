@@ -37,10 +37,7 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(
             f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."
         )
-    values = {
-        _FIELDS[key].name: checked(_FIELDS[key], _switch(_FIELDS[key], value), is_clients=True)
-        for key, value in ours.items()
-    }
+    values = {_FIELDS[key].name: _checked(key, value) for key, value in ours.items()}
     asked = dataclasses.replace(server, **values)
     for key in ours:
         rule = _FIELDS[key].metadata["rule"]
@@ -79,6 +76,16 @@ def looser_than(asked: Settings, server: Settings) -> str | None:
         if {"higher": ours > theirs, "lower": ours < theirs, "other": ours != theirs}[direction]:
             return field.name
     return None
+
+
+def _checked(key: str, value: Any) -> Any:
+    field = _FIELDS[key]
+    if field.name == "memory":
+        # How much is kept is the server's.
+        if str(_SWITCH_WORDS.get(value, value)) not in ("False", "off"):
+            raise ValueError(f"The request's {key} is not allowed: it takes 'off'.")
+        return "off"
+    return checked(field, _switch(field, value), is_clients=True)
 
 
 def _switch(field: dataclasses.Field, value: Any) -> Any:

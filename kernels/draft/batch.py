@@ -1,6 +1,6 @@
 """Draft batch: draft tokens of a batch of requests whose contexts lie on the device, without waiting for it.
 
-It computes the mixture of `vllm_aasd.kernels.draft` for each request, with a memory that doesn't learn. Weights are
+It computes the mixture of `vllm_aasd.kernels.draft` for each request. Weights are
 added in the same order and in float32, so ids and survival equal the reference's to the bit. The compiled CPU drafter
 adds up a position's weights first and may fuse a product with its sum: a score then differs by at most 2^-23 of itself
 for each weight in it. There is room for every candidate: none is dropped.
@@ -17,7 +17,7 @@ import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape, check_tensor
-from vllm_aasd.kernels.draft import MAX_MEMORY_NGRAM, MIN_MEMORY_NGRAM, NGRAM_SIZES_USED
+from vllm_aasd.kernels.draft import NGRAM_SIZES_USED
 
 __all__ = ["DraftBatch", "draft_batch", "draft_workspace"]
 
@@ -28,7 +28,6 @@ def draft_workspace(
     max_matches: int,
     top_k: int,
     prior_top_k: int,
-    ngram_top_k: int,
     device: torch.device | str,
 ) -> torch.Tensor:
     """Allocate scratch for batches of up to ``max_num_reqs`` requests.
@@ -39,13 +38,12 @@ def draft_workspace(
         max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         top_k: predictions that the alignment table stores of a position; 0 without one.
         prior_top_k: successors that the prior gives of a token; 0 without one.
-        ngram_top_k: predictions that it gives of an n-gram; 0 without.
         device: that of the batch.
 
     Returns:
         [max_num_reqs, words] int32. What it holds between calls has no meaning.
     """
-    words = _workspace_words(max_ngram_size, max_matches, top_k, prior_top_k, ngram_top_k)
+    words = _workspace_words(max_ngram_size, max_matches, top_k, prior_top_k)
     return torch.empty((max_num_reqs, words), dtype=torch.int32, device=device)
 
 
@@ -66,10 +64,8 @@ class DraftBatch(NamedTuple):
         block_size: slots per KV block, >= 1.
         theta, alignment: [M] float32, see `vllm_aasd.kernels.draft.MixtureWeights`.
         no_alignment_discount: [1] float32, see there.
-        memory_weights: [MAX_MEMORY_NGRAM + 1] float32, see there, of the prior's n-grams.
         prior_ids, prior_probs: [prior_vocab_size, kp] int32 and float32, see `vllm_aasd.kernels.draft.Prior`;
             [0, 0] for none.
-        ngrams: [S, 2 + 2kr] int32, S a power of two, see there; [0, 2] for none.
         vocab_size: ids from it on never become a draft token, >= 1.
         max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         min_survival: stop before a token whose survival (a probability) would be lower.
@@ -93,10 +89,8 @@ class DraftBatch(NamedTuple):
     theta: torch.Tensor
     alignment: torch.Tensor
     no_alignment_discount: torch.Tensor
-    memory_weights: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
-    ngrams: torch.Tensor
     vocab_size: int
     max_matches: int
     min_survival: float
@@ -136,7 +130,6 @@ def _check(batch: DraftBatch) -> None:
         ("theta", max_ngram_size, (float32,)),
         ("alignment", max_ngram_size, (float32,)),
         ("no_alignment_discount", 1, (float32,)),
-        ("memory_weights", MAX_MEMORY_NGRAM + 1, (float32,)),
         ("draft_limits", num_reqs, (int32,)),
         ("num_drafts", num_reqs, (int32,)),
         ("lookups", 3, (int64,)),
@@ -150,12 +143,12 @@ def _check(batch: DraftBatch) -> None:
         ("survival", num_reqs, float32),
     ):
         _check_rows(name, getattr(batch, name), num_rows, dtype)
-    for name, dtype in (("table", int32), ("prior_ids", int32), ("prior_probs", float32), ("ngrams", int32)):
+    for name, dtype in (("table", int32), ("prior_ids", int32), ("prior_probs", float32)):
         check_dtype(name, getattr(batch, name), dtype)
     check_shape("prior_probs", batch.prior_probs, tuple(batch.prior_ids.shape))
     check_shape("survival", batch.survival, tuple(batch.draft_token_ids.shape))
 
-    table, block_size, ngrams, prior_ids = batch.table, batch.block_size, batch.ngrams, batch.prior_ids
+    table, block_size, prior_ids = batch.table, batch.block_size, batch.prior_ids
     if table.ndim != 2 or table.shape[1] % 2 == 0 or not table.is_contiguous():
         raise ValueError(f"table has shape {tuple(table.shape)}, expected contiguous (num_kv_slots, 1 + 2k)")
     if table.shape[0] % block_size:
@@ -168,23 +161,16 @@ def _check(batch: DraftBatch) -> None:
         )
     if prior_ids.ndim != 2 or not prior_ids.is_contiguous() or not batch.prior_probs.is_contiguous():
         raise ValueError(f"prior_ids has shape {tuple(prior_ids.shape)}, expected contiguous (vocab_size, k)")
-    if ngrams.ndim != 2 or ngrams.shape[1] % 2 or not ngrams.is_contiguous() or not _is_table(*ngrams.shape):
-        raise ValueError(f"ngrams has shape {tuple(ngrams.shape)}, expected (a power of two, 2 + 2k) or (0, 2)")
-    words = _workspace_words(max_ngram_size, batch.max_matches, top_k, prior_ids.shape[1], ngrams.shape[1] // 2 - 1)
+    words = _workspace_words(max_ngram_size, batch.max_matches, top_k, prior_ids.shape[1])
     if batch.workspace.shape[0] < num_reqs or batch.workspace.shape[1] != words:
         shape = tuple(batch.workspace.shape)
         raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
 
 
-def _workspace_words(max_ngram_size: int, max_matches: int, top_k: int, prior_top_k: int, ngram_top_k: int) -> int:
+def _workspace_words(max_ngram_size: int, max_matches: int, top_k: int, prior_top_k: int) -> int:
     # The lists of matches, then the candidates, each a token id and the bits of a weight.
     num_candidates = NGRAM_SIZES_USED * max_matches * (1 + top_k) + prior_top_k
-    num_candidates += (MAX_MEMORY_NGRAM - MIN_MEMORY_NGRAM + 1) * ngram_top_k
     return max_ngram_size * max_matches + 2 * num_candidates
-
-
-def _is_table(num_rows: int, words: int) -> bool:
-    return num_rows & (num_rows - 1) == 0 if num_rows else words == 2
 
 
 def _check_vector(name: str, tensor: torch.Tensor, length: int, *dtypes: torch.dtype) -> None:

@@ -6,8 +6,6 @@ import triton.language as tl
 from vllm_aasd.kernels import draft
 
 NGRAM_SIZES_USED = tl.constexpr(draft.NGRAM_SIZES_USED)
-_MIN_MEMORY_NGRAM, _MAX_MEMORY_NGRAM = tl.constexpr(draft.MIN_MEMORY_NGRAM), tl.constexpr(draft.MAX_MEMORY_NGRAM)
-_MULTIPLIER = tl.constexpr(draft.HASH_MULTIPLIER)
 
 
 @triton.jit
@@ -20,19 +18,9 @@ def _put_candidates(candidates_ptr, places, ids, weights, vocab_size, mask):
 
 
 @triton.jit
-def _hashed(suffix, SIZE: tl.constexpr):
-    """The hash of the n-gram of the last tokens: as the memory's on the CPU."""
-    hashed = tl.full([], SIZE, tl.uint64)
-    for back in tl.static_range(SIZE):
-        hashed = (hashed ^ suffix[back].to(tl.uint32, bitcast=True).to(tl.uint64)) * _MULTIPLIER
-    return hashed
-
-
-@triton.jit
 def gather_candidates(
     tokens_ptr,  # [length] of all_token_ids
-    suffix,  # at least MAX_MEMORY_NGRAM tokens, the last of context plus draft first
-    num_tokens,  # of context plus draft
+    suffix,  # the tokens of context plus draft, the last first
     counts,  # [n-gram sizes, padded to a power of two]
     matches_ptr,  # [MAX_NGRAM_SIZE, MAX_MATCHES]
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
@@ -42,18 +30,14 @@ def gather_candidates(
     theta_ptr,  # [MAX_NGRAM_SIZE]
     alignment_ptr,  # [MAX_NGRAM_SIZE]
     no_alignment_discount_ptr,  # [1]
-    memory_weights_ptr,  # [MAX_MEMORY_NGRAM + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
-    ngrams_ptr,  # [num_rows, 2 + 2 NGRAM_TOP_K]
-    num_rows,
     vocab_size,
     candidates_ptr,  # [max_candidates, 2]: token id, bits of the weight
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    NGRAM_TOP_K: tl.constexpr,
 ):
     """Write the candidates of a step in the order in which the reference adds them.
 
@@ -124,35 +108,6 @@ def gather_candidates(
         )
     _put_candidates(candidates_ptr, places, successors, lane_shares * (1.0 - aligned), vocab_size, present)
 
-    if NGRAM_TOP_K > 0:
-        ngram_ks = tl.arange(0, triton.next_power_of_2(NGRAM_TOP_K))
-        for drop in tl.static_range(_MAX_MEMORY_NGRAM - _MIN_MEMORY_NGRAM + 1):
-            hashed = _hashed(suffix, _MAX_MEMORY_NGRAM - drop)
-            place = (hashed >> 32).to(tl.int64) & (num_rows - 1)
-            ngram_ptr = ngrams_ptr + place * (2 + 2 * NGRAM_TOP_K)
-            is_ngram = num_tokens >= _MAX_MEMORY_NGRAM - drop
-            # The low half tells n-grams apart that share a place.
-            tag = (hashed & 0x7FFFFFFF).to(tl.int32)
-            is_held = is_ngram & (tl.load(ngram_ptr, mask=is_ngram, other=-1) == tag)
-            observed = tl.load(ngram_ptr + 1, mask=is_held, other=0).to(tl.float32)
-            weight = tl.load(memory_weights_ptr + _MAX_MEMORY_NGRAM - drop) * observed
-            weight = tl.div_rn(weight, observed + 1.0)
-            num_held = tl.where(observed > 0, NGRAM_TOP_K, 0)
-            held = ngram_ks < num_held
-            ngram_ids = tl.load(ngram_ptr + 2 + ngram_ks, mask=held, other=-1)
-            ngram_probs = tl.load(ngram_ptr + 2 + NGRAM_TOP_K + ngram_ks, mask=held, other=0).to(
-                tl.float32, bitcast=True
-            )
-            _put_candidates(
-                candidates_ptr,
-                num_candidates + ngram_ks,
-                ngram_ids,
-                remaining_mass * weight * ngram_probs,
-                vocab_size,
-                held,
-            )
-            remaining_mass = remaining_mass * (1.0 - weight)
-            num_candidates += num_held
     if PRIOR_TOP_K > 0:
         last_token = suffix[0]
         num_known = tl.where((last_token >= 0) & (last_token < prior_vocab_size), PRIOR_TOP_K, 0)

@@ -6,17 +6,15 @@ from vllm_aasd.kernels.align.cpu import aligned_slot
 from vllm_aasd.kernels.common.compiled import compiled
 from vllm_aasd.kernels.draft import (
     HIT,
-    MAX_MEMORY_NGRAM,
-    MIN_MEMORY_NGRAM,
     MISS,
     NGRAM_SIZES_USED,
     STALE,
     MixtureWeights,
-    no_memory,
     no_prior,
 )
 from vllm_aasd.kernels.draft.index_cpu import extend_index, find, hash_with
-from vllm_aasd.kernels.draft.memory_cpu import memory_slot, remember
+from vllm_aasd.kernels.text import KnownText
+from vllm_aasd.kernels.text.reliability_cpu import stack
 
 
 @compiled
@@ -77,10 +75,9 @@ def draft(
     theta,
     alignment,
     no_alignment_discount,
-    memory_weights,
     prior_ids,
     prior_probs,
-    memory,
+    known,
     max_matches,
     min_survival,
     scores,
@@ -103,9 +100,8 @@ def draft(
         block_size: slots per KV block.
         theta, alignment: ``[M]`` float32, see `MixtureWeights`.
         no_alignment_discount: float32, see `MixtureWeights`.
-        memory_weights: ``[MAX_MEMORY_NGRAM + 1]`` float32, see `MixtureWeights`.
         prior_ids, prior_probs: ``[vocab_size, k]`` int32 and float32, see `Prior`; ``[0, 0]`` for none.
-        memory: ``[S, 2 + 2k]`` int32, as `remember` fills it; ``[0, 2]`` for none.
+        known: a `vllm_aasd.kernels.text.KnownText`.
         max_matches: how many of the most recent matches of each n-gram size are used.
         min_survival: stop before a token whose survival (a probability) would be lower.
         scores: ``[vocab_size]`` float32 scratch, all zero, left all zero.
@@ -188,19 +184,6 @@ def draft(
                 for k in range(1, top_k + 1):
                     candidate_weight = aligned[match] * probs[slot, top_k + k]
                     num_candidates = _add_weight(scores, candidates, num_candidates, table[slot, k], candidate_weight)
-        if memory.shape[0] > 0:
-            ngram_top_k = (memory.shape[1] - 2) // 2
-            memory_probs = memory.view(np.float32)
-            for size in range(min(MAX_MEMORY_NGRAM, end + 1), MIN_MEMORY_NGRAM - 1, -1):
-                row, tag = memory_slot(tokens, size, end, memory)
-                if memory[row, 0] != tag or memory[row, 1] == 0:
-                    continue
-                observed = np.float32(memory[row, 1])
-                weight = memory_weights[size] * observed / (observed + np.float32(1.0))
-                for k in range(2, 2 + ngram_top_k):
-                    candidate_weight = remaining_mass * weight * memory_probs[row, ngram_top_k + k]
-                    num_candidates = _add_weight(scores, candidates, num_candidates, memory[row, k], candidate_weight)
-                remaining_mass *= np.float32(1.0) - weight
         last = tokens[end] if end >= 0 else -1
         if 0 <= last < prior_ids.shape[0]:
             for k in range(prior_ids.shape[1]):
@@ -215,6 +198,7 @@ def draft(
                 best_score = scores[token]
                 best = token
             scores[token] = np.float32(0.0)
+        best, best_score = stack(known, step, tokens, end, best, best_score)
         draft_survival *= best_score
         if best < 0 or draft_survival < min_survival:
             return step
@@ -224,12 +208,13 @@ def draft(
     return draft_token_ids.shape[0]
 
 
-def warm_up(max_ngram_size: int, top_k: int) -> None:
+def warm_up(max_ngram_size: int, top_k: int, known: KnownText) -> None:
     """Compile the path that serves, on one small request, so that no request pays for it.
 
     Args:
         max_ngram_size: the largest n-gram that the index looks up.
         top_k: entries per position of the alignment table.
+        known: of a request, for two draft tokens at least.
     """
     capacity = 16
     tokens = np.array([1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
@@ -240,10 +225,8 @@ def warm_up(max_ngram_size: int, top_k: int) -> None:
         np.ones(max_ngram_size, np.float32),
         np.full(max_ngram_size, 0.5, np.float32),
         np.float32(2),
-        np.ones(4, np.float32),
     )
     out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
     scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(max_ngram_size, np.int32)
     store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
-    draft(tokens, prev, head, 5, *store, *weights, *no_prior(), 4, 0.1, *scratch, *out)
-    remember(tokens, 3, 3, *store, no_memory())
+    draft(tokens, prev, head, 5, *store, *weights, *no_prior()[:2], known, 4, 0.1, *scratch, *out)

@@ -4,11 +4,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.kernels.draft import (
-    HASH_MULTIPLIER,
     HIT,
-    MAX_MEMORY_NGRAM,
-    MAX_OBSERVATIONS,
-    MIN_MEMORY_NGRAM,
     MISS,
     NGRAM_SIZES_USED,
     STALE,
@@ -28,10 +24,9 @@ def draft(
     theta,
     alignment,
     no_alignment_discount,
-    memory_weights,
     prior_ids,
     prior_probs,
-    memory,
+    known,
     max_matches,
     min_survival,
     scores,
@@ -89,15 +84,6 @@ def draft(
                     for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
                         add(int(token), share * aligned * prob)
             remaining_mass *= np.float32(1) - weight
-        for size in range(min(MAX_MEMORY_NGRAM, len(sequence)), MIN_MEMORY_NGRAM - 1, -1):
-            held = _row_of(memory, sequence[len(sequence) - size :])
-            if held is None:
-                continue
-            count = np.float32(held[1])
-            weight = memory_weights[size] * count / (count + np.float32(1))
-            for token, prob in zip(*_predictions(held), strict=True):
-                add(int(token), remaining_mass * weight * prob)
-            remaining_mass *= np.float32(1) - weight
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 add(int(token), remaining_mass * prob)
@@ -110,52 +96,6 @@ def draft(
         draft_token_ids[step] = best
         survival[step] = draft_survival
     return len(draft_token_ids)
-
-
-def remember(tokens, first, last, table, block_table, block_size, memory):
-    """Same arguments and result as `vllm_aasd.kernels.draft.memory_cpu.remember`."""
-    for position in range(first, last + 1):
-        entry = _entry(table, block_table, block_size, position)
-        if entry is None or entry[0] != tokens[position] or not len(memory):
-            continue
-        stored = (len(entry) - 1) // 2
-        for size in range(MIN_MEMORY_NGRAM, min(MAX_MEMORY_NGRAM, position + 1) + 1):
-            row, tag = _place(memory, [int(token) for token in tokens[position - size + 1 : position + 1]])
-            held = memory[row]
-            ids, probs = _predictions(held)
-            if held[0] != tag:
-                held[:2] = tag, 0
-                ids[:], probs[:] = -1, 0
-            held[1] = min(held[1] + 1, MAX_OBSERVATIONS)
-            share = np.float32(1) / np.float32(held[1])
-            probs *= np.float32(1) - share
-            for token, prob in zip(entry[1 : stored + 1], entry[stored + 1 :].view(np.float32), strict=True):
-                if token in ids:
-                    probs[list(ids).index(token)] += share * prob
-                elif probs.min() < share * prob:
-                    weakest = int(probs.argmin())
-                    ids[weakest], probs[weakest] = token, share * prob
-
-
-def _place(memory, ngram):
-    """The row of the memory that is an n-gram's, and its tag there."""
-    hashed = len(ngram)
-    for token in reversed(ngram):
-        hashed = ((hashed ^ (token & 0xFFFFFFFF)) * HASH_MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
-    return (hashed >> 32) & (len(memory) - 1), hashed & 0x7FFFFFFF
-
-
-def _row_of(memory, ngram):
-    if not len(memory):
-        return None
-    row, tag = _place(memory, ngram)
-    return memory[row] if memory[row, 0] == tag and memory[row, 1] > 0 else None
-
-
-def _predictions(held):
-    """Ids and probabilities of a row of the memory, as views."""
-    top_k = (len(held) - 2) // 2
-    return held[2 : 2 + top_k], held[2 + top_k :].view(np.float32)
 
 
 def _matches(context, sequence, size, max_matches):
@@ -180,13 +120,12 @@ def draft_batch(batch):
     nowhere = np.full((batch.block_size, batch.table.shape[1]), -1, np.int32)
     if num_blocks:
         entries = np.concatenate([entries, nowhere])
-    prior = Prior(batch.prior_ids.cpu().numpy(), batch.prior_probs.cpu().numpy(), batch.ngrams.cpu().numpy())
+    prior = Prior(batch.prior_ids.cpu().numpy(), batch.prior_probs.cpu().numpy())
     found = np.zeros(3, np.int64)
     weights = MixtureWeights(
         batch.theta.cpu().numpy(),
         batch.alignment.cpu().numpy(),
         np.float32(batch.no_alignment_discount.item()),
-        batch.memory_weights.cpu().numpy(),
     )
     width = batch.draft_token_ids.shape[1]
     for row, slot in enumerate(batch.idx_mapping.tolist()):
@@ -204,7 +143,9 @@ def draft_batch(batch):
             np.where((blocks >= 0) & (blocks < num_blocks), blocks, num_blocks),
             batch.block_size,
             *weights,
-            *prior,
+            prior.ids,
+            prior.probs,
+            None,
             batch.max_matches,
             np.float32(batch.min_survival),
             np.zeros(batch.vocab_size, np.float32),

@@ -81,12 +81,9 @@ def draft_kernel(
     theta_ptr,  # [MAX_NGRAM_SIZE]
     alignment_ptr,  # [MAX_NGRAM_SIZE]
     no_alignment_discount_ptr,  # [1]
-    memory_weights_ptr,  # [MAX_MEMORY_NGRAM + 1]
     prior_ids_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_probs_ptr,  # [prior_vocab_size, PRIOR_TOP_K]
     prior_vocab_size,
-    ngrams_ptr,  # [num_rows, 2 + 2 NGRAM_TOP_K]
-    num_rows,
     vocab_size,
     min_survival,
     workspace_ptr,  # [max_num_reqs, workspace_stride]
@@ -102,7 +99,6 @@ def draft_kernel(
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
-    NGRAM_TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -137,7 +133,6 @@ def draft_kernel(
         num_candidates, num_fresh, num_stale, num_positions = gather_candidates(
             tokens_ptr,
             suffix,
-            length + num_drafts,
             counts,
             matches_ptr,
             table_ptr,
@@ -147,18 +142,14 @@ def draft_kernel(
             theta_ptr,
             alignment_ptr,
             no_alignment_discount_ptr,
-            memory_weights_ptr,
             prior_ids_ptr,
             prior_probs_ptr,
             prior_vocab_size,
-            ngrams_ptr,
-            num_rows,
             vocab_size,
             candidates_ptr,
             MAX_MATCHES,
             TOP_K,
             PRIOR_TOP_K,
-            NGRAM_TOP_K,
         )
         num_hits += num_fresh
         num_misses += num_positions - num_fresh - num_stale
@@ -203,12 +194,9 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.theta,
         batch.alignment,
         batch.no_alignment_discount,
-        batch.memory_weights,
         batch.prior_ids,
         batch.prior_probs,
         batch.prior_ids.shape[0],
-        batch.ngrams,
-        batch.ngrams.shape[0],
         batch.vocab_size,
         batch.min_survival,
         batch.workspace,
@@ -224,7 +212,6 @@ def draft_batch(batch: DraftBatch) -> None:
         MAX_MATCHES=batch.max_matches,
         TOP_K=(batch.table.shape[1] - 1) // 2,
         PRIOR_TOP_K=batch.prior_ids.shape[1],
-        NGRAM_TOP_K=(batch.ngrams.shape[1] - 2) // 2,
         TILE=TILE,
         CHUNK=CHUNK,
         **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],

@@ -5,12 +5,12 @@ import types
 
 import numpy as np
 import pytest
+from vllm_aasd.drafting.memory import empty_memory, new_memory
 
 from aasd_testing import fake_v1, fake_v2
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
-from vllm_aasd.drafting.memory import empty_memory, new_memory
 from vllm_aasd.drafting.own_text import Text, with_texts
 from vllm_aasd.engine import conversations, shared_prior
 from vllm_aasd.engine.conversations import Turns, turns

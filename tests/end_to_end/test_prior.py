@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.numpy import save_file
+from vllm_aasd.kernels.draft.memory_cpu import memory_slot
 
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
@@ -24,7 +25,6 @@ from vllm_aasd.engine import startup, successors
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
 from vllm_aasd.kernels.draft import Prior
-from vllm_aasd.kernels.draft.memory_cpu import memory_slot
 
 VOCAB_SIZE = 7
 FORMAT = {"format": "vllm-aasd prior, version 2", "model": "m"}

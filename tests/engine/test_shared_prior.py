@@ -6,8 +6,8 @@ import types
 
 import numpy as np
 import pytest
-
 from vllm_aasd.drafting.memory import empty_memory
+
 from vllm_aasd.engine import shared_prior
 from vllm_aasd.kernels.draft import Prior
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_aasd.drafting.memory import empty_memory
 
 from aasd_testing.drafts import assert_same_drafts
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_NGRAM_SIZE, NO_ALIGNMENT, AlignmentView, Drafter
-from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import Prior, no_memory, no_prior
 from vllm_aasd.kernels.draft import cpu as draft_op

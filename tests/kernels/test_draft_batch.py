@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from vllm_aasd.drafting.memory import empty_memory
 
 from aasd_testing.drafts import assert_same_drafts
 from aasd_testing.prompts import real_prompts
@@ -25,7 +26,6 @@ from vllm_aasd.drafting.drafter import (
     AlignmentView,
     Drafter,
 )
-from vllm_aasd.drafting.memory import empty_memory
 from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference

@@ -11,50 +11,58 @@ _FORGETTING = 0.03
 
 
 class AcceptanceCalibration:
-    """One scale on the probability of each draft token, near 1 where the estimate holds.
+    """Two scales on the probability of each draft token, near 1 where the estimate holds.
 
-    A request whose drafts keep failing ends with survivals that are worth no step time, and so stops paying
-    for them; while it drafts nothing, the scale drifts back to 1, and it is tried again.
+    One is for tokens drafted from the request's own context, one for those that known text goes on with: a request may
+    copy one and not the other. A request whose drafts keep failing ends with survivals that are worth no step time, and
+    so stops paying for them; while it drafts nothing, the scales drift back to 1, and it is tried again.
 
     Attributes:
-        scale: of the probability that a draft token is accepted, given that those before it were.
+        scales: of the probability that a draft token is accepted, given that those before it were: from the own
+            context, and from known text.
     """
 
-    __slots__ = ("scale",)
+    __slots__ = ("scales",)
 
     def __init__(self) -> None:
-        self.scale = 1.0
+        self.scales = [1.0, 1.0]
 
-    def apply(self, survival: np.ndarray) -> np.ndarray:
+    def apply(self, survival: np.ndarray, is_known: np.ndarray) -> np.ndarray:
         """The survival to be expected of a draft.
 
         Args:
             survival: ``[n]`` float32, as estimated.
+            is_known: ``[>= n]`` bool, the tokens that known text goes on with.
 
         Returns:
             ``[n]`` float32, of the drafter's estimate and this request's record, at most 1.
         """
         # Plain numbers: a draft is short, and each operation of numpy's costs more than all of this.
-        scale, product = self.scale, 1.0
+        scales, product = self.scales, 1.0
         expected = np.empty(len(survival), np.float32)
+        kinds = is_known.tolist()
         for position, conditional in enumerate(_conditional(survival)):
-            product *= min(conditional * scale, 1.0)
+            product *= min(conditional * scales[kinds[position]], 1.0)
             expected[position] = product
         return expected
 
-    def observe(self, survival: np.ndarray, num_accepted: int) -> None:
+    def observe(self, survival: np.ndarray, is_known: np.ndarray, num_accepted: int) -> None:
         """Learn from the verification of a draft.
 
         Args:
             survival: ``[n]``, what was expected of it (`apply`); n = 0 for a step without a draft.
+            is_known: ``[>= n]`` bool, as for `apply`.
             num_accepted: how many of its tokens were accepted.
         """
         if not len(survival):
-            self.scale += _FORGETTING * (1.0 - self.scale)
+            self.scales = [scale + _FORGETTING * (1.0 - scale) for scale in self.scales]
             return
-        expected = sum(_conditional(survival[: num_accepted + 1]))
-        scale = self.scale * math.exp(_RATE * (num_accepted - expected))
-        self.scale = min(max(scale, _LOWEST), _HIGHEST)
+        surplus = [0.0, 0.0]
+        kinds = is_known.tolist()
+        for position, conditional in enumerate(_conditional(survival[: num_accepted + 1])):
+            surplus[kinds[position]] += (position < num_accepted) - conditional
+        for kind, error in enumerate(surplus):
+            self.scales[kind] = min(max(self.scales[kind] * math.exp(_RATE * error), _LOWEST), _HIGHEST)
 
 
 def _conditional(survival: np.ndarray) -> list[float]:

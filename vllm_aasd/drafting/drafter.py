@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_aasd.drafting.calibration import AcceptanceCalibration
-from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.known_text import KnownTexts, RequestText
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_memory, no_prior
+from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_prior
 from vllm_aasd.kernels.draft import cpu as draft_op
 
 MAX_NGRAM_SIZE = 6
@@ -18,10 +18,8 @@ DEFAULT_WEIGHTS = MixtureWeights(
     theta=np.array([1.571, 1.286, 0.857, 0.714, 0.8, 0.545], np.float32),
     alignment=np.array([0.583, 0.7, 0.26, 0.25, 0.25, 0.179], np.float32),
     no_alignment_discount=np.float32(2.5),
-    memory=np.array([0.0, 0.0, 0.8, 0.9], np.float32),
 )
-"""Found by ``python -m benchmarks.drafter fit`` (``benchmarks/results/fit.json``), but for the memory's, which
-were chosen by hand."""
+"""Found by ``python -m benchmarks.drafter fit`` (``benchmarks/results/fit.json``)."""
 
 MIN_SURVIVAL = 0.02
 """A draft ends before the token that would make it less likely than this to be accepted as a whole. In a replay with
@@ -53,10 +51,12 @@ NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 
 class _Request:
     """What is held for one request: its index, its calibration, and the survival predicted for its last draft."""
 
-    __slots__ = ("calibration", "index", "predicted_survival")
+    __slots__ = ("calibration", "index", "num_looked_up", "predicted_survival", "text")
 
-    def __init__(self, index: SuffixIndex) -> None:
+    def __init__(self, index: SuffixIndex, text: RequestText) -> None:
         self.index = index
+        self.text = text
+        self.num_looked_up = 0
         self.calibration = AcceptanceCalibration()
         self.predicted_survival = NOTHING_PREDICTED
 
@@ -69,10 +69,9 @@ class Drafter:
         max_draft_tokens: the longest draft, >= 1.
         min_survival: a draft ends before the token whose survival would be lower, in [0, 1].
         prior: what the target says outside of any context; none by default.
-        memory: what other requests taught, read and written here in the place of the prior's n-grams, from which it may
-            have begun; none by default. See `vllm_aasd.kernels.draft`.
         weights: the constants of the mixture, an entry for each of `MAX_NGRAM_SIZE`.
         lookups: ``[3]`` int64, added to: what was found in the alignment store, see `vllm_aasd.kernels.draft.cpu`.
+        texts: what requests share; nothing by default.
     """
 
     def __init__(
@@ -81,22 +80,19 @@ class Drafter:
         max_draft_tokens: int,
         min_survival: float,
         prior: Prior | None = None,
-        memory: np.ndarray | None = None,
         weights: MixtureWeights = DEFAULT_WEIGHTS,
         lookups: np.ndarray | None = None,
+        texts: KnownTexts | None = None,
     ) -> None:
+        self._texts = texts if texts is not None else KnownTexts(0, max_draft_tokens)
         self._requests: dict[str, _Request] = {}
+        self._admitted: dict[str, RequestText] = {}
         self._min_survival = np.float32(min_survival)
-        self._memory = memory if memory is not None else no_memory()
         self._prior = prior if prior is not None else no_prior()
-        self._ngrams = self._prior.ngrams
-        if memory is not None:
-            self._prior = self._prior._replace(ngrams=memory)
         self._weights = weights
         self._lookups = lookups if lookups is not None else np.zeros(3, np.int64)
         self._scores = np.zeros(vocab_size, np.float32)
-        ngram_top_k, num_successors = (self._prior.ngrams.shape[1] - 2) // 2, self._prior.ids.shape[1]
-        most = max_candidates(MAX_MATCHES, MAX_TOP_K, ngram_top_k, num_successors)
+        most = max_candidates(MAX_MATCHES, MAX_TOP_K, self._prior.ids.shape[1])
         self._candidates = np.empty(most, np.int32)
         self._match_heads = np.empty(MAX_NGRAM_SIZE, np.int32)
         self._draft_token_ids = np.empty(max_draft_tokens, np.int32)
@@ -106,6 +102,16 @@ class Drafter:
     def num_requests(self) -> int:
         """Requests that state is held for."""
         return len(self._requests)
+
+    def admit(self, request_id: str, namespace: int | None, prediction: np.ndarray | None = None) -> None:
+        """Give a request text besides its own context.
+
+        Args:
+            request_id: the request, before its first `draft`.
+            namespace: of the earlier answers that it shares, >= 0; None if it shares none.
+            prediction: ``[n]`` int32, what its client expects it to answer.
+        """
+        self._admitted[request_id] = self._texts.admit(namespace, prediction)
 
     def draft(
         self,
@@ -130,14 +136,15 @@ class Drafter:
         """
         request = self._requests.get(request_id)
         if request is None or not request.index.continues_to(token_ids):
-            request = _Request(SuffixIndex(MAX_NGRAM_SIZE, len(self._draft_token_ids), len(token_ids)))
+            text = self._admitted.get(request_id) or self._texts.admit(None)
+            text.restart()
+            request = _Request(SuffixIndex(MAX_NGRAM_SIZE, len(self._draft_token_ids), len(token_ids)), text)
             self._requests[request_id] = request
         index = request.index
-        # The last token has not been run yet, so nothing is stored after it; of a new request only what its
-        # prompt's last position predicted is learned.
-        first_new = (index.length or len(token_ids) - 1) - 1
+        if request.num_looked_up:
+            self._texts.learn(request.text, token_ids[index.length : index.length + request.num_looked_up])
+        request.text.extend(token_ids, index.length or len(token_ids) - 1)
         index.extend(token_ids[index.length :])
-        draft_op.remember(index.tokens, max(first_new, 0), index.length - 2, *alignment, self._memory)
         limit = min(max_draft_tokens, len(self._draft_token_ids))
         count = draft_op.draft(
             index.tokens,
@@ -146,7 +153,9 @@ class Drafter:
             index.length,
             *alignment,
             *self._weights,
-            *self._prior,
+            self._prior.ids,
+            self._prior.probs,
+            request.text.known,
             MAX_MATCHES,
             self._min_survival if min_draft_tokens == 0 else np.float32(0.0),
             self._scores,
@@ -156,7 +165,8 @@ class Drafter:
             self._survival,
             self._lookups,
         )
-        survival = request.calibration.apply(self._survival[:count])
+        request.num_looked_up = min(count + 1, limit)
+        survival = request.calibration.apply(self._survival[:count], request.text.known.is_known)
         count = max(np.count_nonzero(survival >= self._min_survival), min(min_draft_tokens, count))
         request.predicted_survival = survival[:count]
         return self._draft_token_ids[:count], request.predicted_survival
@@ -176,7 +186,9 @@ class Drafter:
         """
         request = self._requests.get(request_id)
         if request is not None:
-            request.calibration.observe(request.predicted_survival[:num_draft_tokens], num_accepted)
+            request.calibration.observe(
+                request.predicted_survival[:num_draft_tokens], request.text.known.is_known, num_accepted
+            )
 
     def abandon(self, request_id: str) -> None:
         """Drop a request in whose draft an exception was raised, and what that may have left for others."""
@@ -184,13 +196,11 @@ class Drafter:
         self._scores.fill(0)
 
     def clear_memory(self) -> None:
-        """Unlearn what other requests taught; the prior's n-grams are not theirs."""
-        if self._memory.shape == self._ngrams.shape:
-            self._memory[...] = self._ngrams
-        else:
-            self._memory[...] = empty_memory(len(self._memory), (self._memory.shape[1] - 2) // 2)
+        """Forget all text but the requests' own contexts."""
+        self._texts.clear()
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is held for requests that have ended; unknown ones are ignored."""
         for request_id in request_ids:
             self._requests.pop(request_id, None)
+            self._admitted.pop(request_id, None)

@@ -1,9 +1,8 @@
-"""What the target predicts in text of its own making: the prior of n-grams, and a better one of single tokens.
+"""What the target writes unasked: text to draft from, and a better prior of single tokens.
 
-A request's own context says little about the plain words between what is copied. Other requests would (`aasd_memory`),
-but their contents are private. What the target writes unasked belongs to no one, and is like what it will write. This
-is the datastore of REST (He et al., 2023, arXiv 2311.08252) without a corpus: the model is the corpus, and what is kept
-of it are the target's own distributions, not the text.
+A request's own context says little about the plain words between what is copied. What the target writes unasked belongs
+to no one, and is like what it will write. This is the datastore of REST (He et al., 2023, arXiv 2311.08252) with the
+model as its corpus.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_aasd.drafting.memory import empty_memory
+from vllm_aasd.drafting.prior import MAX_TEXT_TOKENS
 from vllm_aasd.kernels.draft import Prior
 
 
@@ -36,11 +35,13 @@ def with_texts(prior: Prior, texts: Sequence[Text]) -> Prior:
         texts: all with predictions of the same number, at least one position of each.
 
     Returns:
-        The successors of a token averaged over where it was seen, the likeliest k kept; and n-grams.
+        The successors of a token averaged over where it was seen, the likeliest k kept; and the texts.
     """
     if not texts:
         return prior
-    return Prior(*_successors(prior, np.concatenate([text.table for text in texts])), _ngrams(texts))
+    separator = np.array([-1], np.int32)
+    joined = np.concatenate([part for text in texts for part in (text.token_ids, separator)])
+    return Prior(*_successors(prior, np.concatenate([text.table for text in texts])), joined[:MAX_TEXT_TOKENS])
 
 
 def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,14 +68,3 @@ def _successors(prior: Prior, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
     found_ids[token[is_kept], rank[is_kept]] = successor[is_kept]
     found_probs[token[is_kept], rank[is_kept]] = mean[is_kept]
     return found_ids, found_probs
-
-
-def _ngrams(texts: Sequence[Text]) -> np.ndarray:
-    # Here, because numba must not be loaded before vLLM has started: vLLM looks through all modules, and stumbles over
-    # llvmlite's.
-    from vllm_aasd.kernels.draft.memory_cpu import remember
-
-    ngrams = empty_memory()
-    for token_ids, table in texts:
-        remember(token_ids, 0, len(token_ids) - 1, table, np.zeros(1, np.int32), len(token_ids), ngrams)
-    return ngrams

@@ -5,18 +5,19 @@ from pathlib import Path
 import numpy as np
 
 from vllm_aasd.drafting import tensor_file
-from vllm_aasd.drafting.memory import NUM_ROWS, TOP_K
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.kernels.common.cache_folder import cache_folder
-from vllm_aasd.kernels.draft import MAX_OBSERVATIONS, Prior, no_memory
+from vllm_aasd.kernels.draft import Prior
 
 MAX_SUCCESSORS = 64
-"""Most successors kept of a token: the bound on what a file may hold."""
+"""Most successors kept of a token: a bound on what a file may hold."""
 
-_FORMAT = "vllm-aasd prior, version 2"
+MAX_TEXT_TOKENS = 1 << 20
+"""Most tokens of text: a bound on what a file may hold."""
+
+_FORMAT = "vllm-aasd prior, version 3"
 # Of the prior's arrays in the file, in the order of its fields.
-_KEYS = ("ids", "probs", "runs")
-_NGRAMS_SHAPE = (NUM_ROWS, 2 + 2 * TOP_K)
+_KEYS = ("ids", "probs", "texts")
 _MAX_HEADER_BYTES = 1 << 16
 # Sums of rounded probabilities may pass 1 by this much.
 _ROUNDING = 1e-3
@@ -46,7 +47,7 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
     item_bytes = 4
-    num_values = 2 * vocab_size * MAX_SUCCESSORS + _NGRAMS_SHAPE[0] * _NGRAMS_SHAPE[1]
+    num_values = 2 * vocab_size * MAX_SUCCESSORS + MAX_TEXT_TOKENS
     max_bytes = _MAX_HEADER_BYTES + item_bytes * num_values
     arrays = tensor_file.load(path, _FORMAT, model_key, set(_KEYS), max_bytes)
     prior = Prior(*(arrays[key] for key in _KEYS))
@@ -59,28 +60,27 @@ def _check(path: Path, prior: Prior, vocab_size: int) -> None:
     num_successors = prior.ids.shape[-1] if prior.ids.ndim else 0
     successors_shape = (vocab_size, min(max(num_successors, 1), MAX_SUCCESSORS))
     expected = (
-        (np.int32, [successors_shape]),
-        (np.float32, [successors_shape]),
-        (np.int32, [no_memory().shape, _NGRAMS_SHAPE]),
+        (np.int32, successors_shape),
+        (np.float32, successors_shape),
+        (np.int32, (min(prior.texts.size, MAX_TEXT_TOKENS),)),
     )
-    for name, found, (dtype, shapes) in zip(_KEYS, prior, expected, strict=True):
-        if found.dtype != dtype or found.shape not in shapes:
+    for name, found, (dtype, shape) in zip(_KEYS, prior, expected, strict=True):
+        if found.dtype != dtype or found.shape != shape:
             raise TensorFileError(
                 f"{path} holds {name} of type {found.dtype} and shape {found.shape}, expected {np.dtype(dtype)} and "
-                f"{' or '.join(map(str, shapes))}"
+                f"{shape}"
             )
     _check_predictions(path, prior.ids, prior.probs, vocab_size)
-    if len(prior.ngrams):
-        counts = prior.ngrams[:, 1]
-        if counts.min() < 0 or counts.max() > MAX_OBSERVATIONS:
-            raise TensorFileError(f"{path} holds counts outside of 0 to {MAX_OBSERVATIONS}")
-        ids, probs = prior.ngrams[:, 2 : 2 + TOP_K], prior.ngrams[:, 2 + TOP_K :].view(np.float32)
-        _check_predictions(path, ids, probs, vocab_size)
+    _check_token_ids(path, prior.texts, vocab_size)
+
+
+def _check_token_ids(path: Path, ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and (ids.min() < -1 or ids.max() >= vocab_size):
+        raise TensorFileError(f"{path} holds token ids outside of the vocabulary of {vocab_size}")
 
 
 def _check_predictions(path: Path, ids: np.ndarray, probs: np.ndarray, vocab_size: int) -> None:
-    if ids.min() < -1 or ids.max() >= vocab_size:
-        raise TensorFileError(f"{path} holds token ids outside of the vocabulary of {vocab_size}")
+    _check_token_ids(path, ids, vocab_size)
     # Written so that NaN fails.
     if not (probs.min() >= 0 and probs.sum(axis=1).max() <= 1 + _ROUNDING):
         raise TensorFileError(f"{path} holds values that are no probabilities")

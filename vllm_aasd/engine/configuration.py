@@ -128,7 +128,7 @@ def _create(
         # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
-    if has_schedule_of_ours and args.scheduler_cls is None:
+    if args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
     if ours.aasd_learns_widths:

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, which learns how many tokens to draft. Used only where that is wanted."""
+"""vLLM's scheduler, extended: it says whose text a request may draft from, and learns how many tokens to draft."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,25 +8,38 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from vllm_aasd.engine.draft_length_schedule import DraftLengthSchedule
+from vllm_aasd.engine.namespaces import Namespaces
 
 # For mypy only: either of vLLM's schedulers comes next in the base classes.
 _Base: Any = Scheduler if TYPE_CHECKING else object
 
 
-class _WithDraftLengths(_Base):
-    """Comes before either of vLLM's schedulers in the base classes: it learns draft lengths."""
+class _AASDScheduling(_Base):
+    """Comes before either of vLLM's schedulers in the base classes."""
 
     dynamic_sd_lookup: Any
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        self._namespaces = Namespaces()
         self._draft_lengths: DraftLengthSchedule | None = None
         # vLLM has dropped the schedule where it can't follow one.
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
             self._draft_lengths = DraftLengthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
             self.dynamic_sd_lookup = self._draft_lengths
+
+    def add_request(self, request: Request) -> None:
+        """Also: say whose text it shares."""
+        self._namespaces.assign(request)
+        super().add_request(request)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Also: from now on, requests don't share the text of earlier ones."""
+        self._namespaces.reset()
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Also: note the time."""
@@ -44,11 +57,11 @@ class _WithDraftLengths(_Base):
         return super().update_from_output(scheduler_output, model_runner_output)
 
 
-class _Scheduler(_WithDraftLengths, Scheduler):
+class _Scheduler(_AASDScheduling, Scheduler):
     pass
 
 
-class _AsyncScheduler(_WithDraftLengths, AsyncScheduler):
+class _AsyncScheduler(_AASDScheduling, AsyncScheduler):
     pass
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
@@ -16,6 +16,7 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.step_time import knots
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.draft import Prior
 
@@ -85,8 +86,12 @@ def load_prior(model: ModelConfig) -> Prior | None:
     except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
-    known = f"{np.count_nonzero(prior.ngrams[:, 1])} runs of tokens"
-    logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
+    logger.info(
+        "aasd: prior with %d successors per token and %d tokens of text, from %s",
+        prior.ids.shape[1],
+        np.count_nonzero(prior.texts >= 0),
+        path,
+    )
     return prior
 
 
@@ -166,3 +171,13 @@ def _time_align(logits: torch.Tensor, top_k: int) -> float:
     began = time.perf_counter()
     align(logits, rows.int(), rows, table)
     return time.perf_counter() - began
+
+
+def memory_bytes(settings: Settings) -> int:
+    """Bytes of earlier answers to keep, at most."""
+    return 0 if settings.memory == "off" else int(settings.memory) << 20
+
+
+def shares_text(vllm_config: VllmConfig) -> bool:
+    """Whether our scheduler serves, which alone knows what requests may share text."""
+    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER

@@ -133,8 +133,18 @@ class AASDWorker(Worker):
         drafts = super().take_draft_token_ids()
         return drafts if drafts is None or self._adapter is None else self._adapter.trimmed(drafts)
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Also: forget what the old weights answered."""
+        super().reload_weights(*args, **kwargs)
+        self.aasd_clear_memory()
+
+    def finish_weight_update(self) -> None:
+        """Also: forget what the old weights answered."""
+        super().finish_weight_update()
+        self.aasd_clear_memory()
+
     def aasd_clear_memory(self) -> None:
-        """Unlearn what other requests taught: for ``collective_rpc("aasd_clear_memory")``."""
+        """Forget the text of earlier requests: for ``collective_rpc("aasd_clear_memory")``."""
         if self._adapter is not None:
             self._adapter.clear_memory()
 

@@ -22,9 +22,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE, MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
-from vllm_aasd.drafting.memory import new_memory
+from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.namespaces import prediction_of
 from vllm_aasd.engine.v1.alignment import V1Alignment
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.draft_lengths import V1DraftLengths
@@ -33,6 +34,7 @@ from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 from vllm_aasd.kernels import align, verify
 from vllm_aasd.kernels.draft import cpu as draft
+from vllm_aasd.kernels.draft import no_prior
 from vllm_aasd.kernels.verify import recovered
 
 logger = logging.getLogger("vllm.aasd")
@@ -70,15 +72,15 @@ class V1Adapter:
         self._lengths = V1DraftLengths(
             self._max_draft_tokens, self._max_step_tokens, settings.draft_length == "adaptive", self.faults
         )
-        self._requests = V1Requests(settings, self.faults)
+        self._requests = V1Requests(settings, startup.shares_text(vllm_config), self.faults)
         prior = shared_prior.load_prior(self._model_config) if settings.prior else None
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             MIN_SURVIVAL,
             prior,
-            new_memory(prior) if settings.memory == "process" else None,
             lookups=self.counters.lookups.numpy(),
+            texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, (prior or no_prior()).texts),
         )
         counting = V1Counting(self.counters, self.faults, max_num_seqs, self._max_draft_tokens)
         counting.drafter = self._drafter
@@ -100,8 +102,8 @@ class V1Adapter:
         with_prompts = startup.may_align_prompts(
             self._settings.alignment is not False, has_lora=self._runner.lora_config is not None
         )
-        # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`), but teach the memory.
-        if not with_prompts and self._settings.memory == "off":
+        # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`).
+        if not with_prompts:
             return None
         store = AlignmentStore(
             kv_cache_config.num_blocks,
@@ -121,7 +123,7 @@ class V1Adapter:
             verify.warm_up(device, dtype)
         recovered.warm_up(device, torch.float32)
         counting.warm_up()
-        draft.warm_up(MAX_NGRAM_SIZE, TOP_K)
+        draft.warm_up(MAX_NGRAM_SIZE, TOP_K, KnownTexts(0, 2).admit(None).known)
         if self._alignment is not None:
             align.warm_up(device, self._model_config.dtype)
 
@@ -141,15 +143,14 @@ class V1Adapter:
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
         if self._alignment is not None and self._settings.alignment == "auto":
             self._alignment.with_prompts &= alignment_share <= startup.MAX_ALIGNMENT_SHARE
-            if not self._alignment.with_prompts and self._settings.memory == "off":
+            if not self._alignment.with_prompts:
                 self._alignment = None
-        is_stored = self._alignment is not None and self._alignment.with_prompts
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{by_load.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
             100 * alignment_share,
-            "stored" if is_stored else "not stored",
+            "not stored" if self._alignment is None else "stored",
         )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
@@ -180,7 +181,8 @@ class V1Adapter:
     def _begin_sampling(self, state: Any) -> None:
         req_ids = self._runner.input_batch.req_ids
         self._verifier.begin_step(req_ids)
-        self._requests.admit(req_ids, self._runner.requests)
+        for req_id in self._requests.admit(req_ids, self._runner.requests):
+            self._admit(req_id)
         scheduled = state.scheduler_output
         with self.faults.contained("requests"):
             self._num_drafted = {
@@ -194,6 +196,11 @@ class V1Adapter:
             # parameters. All rows belong to the context then.
             if scheduled.has_structured_output_requests or not self._num_drafted:
                 self._commit()
+
+    def _admit(self, req_id: str) -> None:
+        request, params = self._requests[req_id], self._runner.requests[req_id].sampling_params
+        with self.faults.contained("draft"):
+            self._drafter.admit(req_id, request.namespace, prediction_of(params))
 
     def _commit(self, num_emitted: Sequence[int] | None = None) -> None:
         """Store the predictions of the step, if that hasn't been done; see `V1Alignment.write`."""
@@ -259,8 +266,8 @@ class V1Adapter:
         return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
 
     def clear_memory(self) -> None:
-        """Forget what other requests taught."""
+        """Forget the text of other requests."""
         self._drafter.clear_memory()
 
     def shutdown(self) -> None:
-        """Nothing to release: what requests taught ends with the process."""
+        """Nothing to release: what is known of requests ends with the process."""

@@ -7,6 +7,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.namespaces import namespace_of
 from vllm_aasd.engine.request_options import Verification, settings_of, strict, verification_of
 
 
@@ -16,10 +17,12 @@ class V1Request(NamedTuple):
     Attributes:
         verification: how its draft tokens are verified.
         is_seeded: whether it samples by a seed of its own.
+        namespace: of the earlier answers that it shares; None for none.
     """
 
     verification: Verification
     is_seeded: bool
+    namespace: int | None = None
 
 
 def _changes_with_drafts(params: SamplingParams | None) -> bool:
@@ -34,11 +37,13 @@ class V1Requests:
 
     Args:
         settings: the server's; a request's own options may change some of them for it.
+        shares_text: whether our scheduler says which requests share text.
         faults: of the worker.
     """
 
-    def __init__(self, settings: Settings, faults: Faults) -> None:
+    def __init__(self, settings: Settings, shares_text: bool, faults: Faults) -> None:
         self._settings = settings
+        self._shares_text = shares_text
         self._faults = faults
         self._requests: dict[str, V1Request] = {}
         self._drafted: set[str] = set()
@@ -50,13 +55,17 @@ class V1Requests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, req_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
+    def admit(self, req_ids: Iterable[str], requests: Mapping[str, Any]) -> list[str]:
         """Add the requests of a batch that are new.
 
         Args:
             req_ids: the batch.
             requests: the runner's state of each, by id.
+
+        Returns:
+            The new ones that get drafts.
         """
+        drafted = []
         for req_id in req_ids:
             if req_id in self._requests:
                 continue
@@ -65,16 +74,22 @@ class V1Requests:
                 self._with_budget.add(req_id)
             if not self._faults.is_off("requests"):
                 with self._faults.contained("requests", shared=True):
-                    self._admit(req_id, params)
+                    if self._admit(req_id, params):
+                        drafted.append(req_id)
                     continue
             self._requests[req_id] = V1Request(strict(), is_seeded=False)
+        return drafted
 
-    def _admit(self, req_id: str, params: SamplingParams | None) -> None:
+    def _admit(self, req_id: str, params: SamplingParams | None) -> bool:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
-        self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded)
-        if settings.enabled and not _changes_with_drafts(params):
-            self._drafted.add(req_id)
+        shares_text = self._shares_text and settings.memory != "off"
+        namespace = namespace_of(params) if shares_text else None
+        self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded, namespace)
+        if not settings.enabled or _changes_with_drafts(params):
+            return False
+        self._drafted.add(req_id)
+        return True
 
     def is_drafted(self, req_id: str) -> bool:
         """Whether the request gets drafts."""

@@ -139,10 +139,8 @@ class AASDSpeculator(BaseSpeculator):
             theta=to_device(DEFAULT_WEIGHTS.theta),
             alignment=to_device(DEFAULT_WEIGHTS.alignment),
             no_alignment_discount=to_device(DEFAULT_WEIGHTS.no_alignment_discount).reshape(1),
-            memory_weights=to_device(DEFAULT_WEIGHTS.memory),
             prior_ids=to_device(prior.ids),
             prior_probs=to_device(prior.probs),
-            ngrams=to_device(prior.ngrams),
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
@@ -153,7 +151,6 @@ class AASDSpeculator(BaseSpeculator):
                 MAX_MATCHES,
                 top_k,
                 prior.ids.shape[1],
-                (prior.ngrams.shape[1] - 2) // 2,
                 self._device,
             ),
         )

@@ -1,0 +1,161 @@
+"""Plain reference of `vllm_aasd.kernels.text`: the specification."""
+
+import numpy as np
+
+from vllm_aasd.kernels.draft import HASH_MULTIPLIER
+from vllm_aasd.kernels.text import (
+    CELL_SHAPE,
+    MATCH_LENGTHS,
+    MAX_COUNT,
+    MAX_MATCH,
+    NAMESPACE,
+    NEXT,
+    NGRAM_SIZES,
+    NUMBER,
+    PAGE_SIZE,
+    PREVIOUS,
+    PROBABILITIES,
+    WAYS,
+)
+
+
+def append(index, namespace, last_page, length, token_ids, first, last):
+    """Same arguments and result as `vllm_aasd.kernels.text.cpu.append`."""
+    for at in range(first, last):
+        before = last_page * PAGE_SIZE + (length - 1) % PAGE_SIZE
+        was_held = _is_held(index, last_page)
+        if length % PAGE_SIZE == 0:
+            number = int(index.begun[0])
+            index.begun[0] += 1
+            _page(index, number)[:] = number, namespace, last_page, -1
+            _tokens(index, number)[:] = -1
+            if was_held:
+                _page(index, last_page)[NEXT] = number
+            last_page = number
+        if _is_held(index, last_page):
+            _tokens(index, last_page)[length % PAGE_SIZE] = token_ids[at]
+            if was_held:
+                for table, size in zip(index.heads, NGRAM_SIZES, strict=True):
+                    if size <= length:
+                        bucket = _bucket(index, namespace, token_ids[at - size : at])
+                        table[bucket, _way(token_ids[at])] = before
+        length += 1
+    return last_page
+
+
+def lookup(index, namespace, token_ids, end):
+    """Same arguments and result as `vllm_aasd.kernels.text.cpu.lookup`."""
+    if not len(index.pages):
+        return -1, 0, 0, 0
+    context = [int(token) for token in token_ids[: end + 1]]
+    for table, size in reversed(list(zip(index.heads, NGRAM_SIZES, strict=True))):
+        if size > len(context):
+            continue
+        matches = []
+        for position in table[_bucket(index, namespace, context[-size:])]:
+            if position < 0 or not _is_held(index, position // PAGE_SIZE):
+                continue
+            page = _page(index, position // PAGE_SIZE)
+            following = _token_after(index, int(position))
+            common = _common(index, int(position), context)
+            if page[NAMESPACE] == namespace and common >= size and following >= 0:
+                matches.append((common, int(position), following))
+        if matches:
+            longest, _, token = max(matches)
+            num_equal = sum(common == longest for common, _, _ in matches) - 1
+            return token, longest, num_equal, len(matches) - 1 - num_equal
+    return -1, 0, 0, 0
+
+
+def cell_of(kind, length, num_equal, num_shorter, is_same, prob):
+    """Same arguments and result as `vllm_aasd.kernels.text.reliability_cpu.cell_of`."""
+    others = 2 if num_equal else 1 if num_shorter else 0
+    length_class = sum(length >= bound for bound in MATCH_LENGTHS[1:])
+    prob_class = sum(prob >= np.float32(bound) for bound in PROBABILITIES[1:])
+    return int(np.ravel_multi_index((kind, length_class, others, int(is_same), prob_class), CELL_SHAPE))
+
+
+def stack(known, step, token_ids, end, token, prob):
+    """Same arguments and result as `vllm_aasd.kernels.text.reliability_cpu.stack`."""
+    known.is_known[step] = False
+    known.cells[step] = -1
+    for at, (which, namespace, kind) in enumerate(known.sources):
+        found, length, num_equal, num_shorter = lookup(known.indexes[which], namespace, token_ids, end)
+        if found < 0:
+            continue
+        cell = cell_of(kind, length, num_equal, num_shorter, found == token, prob)
+        known.cells[step, at], known.tokens[step, at] = cell, found
+        reliability = known.reliability[cell]
+        rest = (np.float32(1) - reliability) * np.float32(prob)
+        if found == token or reliability > rest:
+            token, prob = found, reliability
+            known.is_known[step] = True
+        else:
+            prob = rest
+    return token, prob
+
+
+def learn(reliability, prior, cells, tokens, true_token_ids):
+    """Same arguments and result as `vllm_aasd.kernels.text.reliability_cpu.learn`."""
+    found, right, value = reliability
+    for step, truth in enumerate(true_token_ids):
+        for cell, token in zip(cells[step], tokens[step], strict=True):
+            if cell < 0:
+                continue
+            if found[cell] >= MAX_COUNT:
+                found[cell] //= 2
+                right[cell] //= 2
+            found[cell] += 1
+            right[cell] += token == truth
+            expected, weight = prior[cell]
+            value[cell] = (right[cell] + expected * weight) / (found[cell] + weight)
+
+
+def _page(index, number):
+    return index.pages[number % len(index.pages)]
+
+
+def _is_held(index, number):
+    return number >= 0 and _page(index, number)[NUMBER] == number
+
+
+def _tokens(index, number):
+    slot = number % len(index.pages)
+    return index.tokens[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE]
+
+
+def _token_after(index, position):
+    number, offset = divmod(position, PAGE_SIZE)
+    if offset + 1 < PAGE_SIZE:
+        return int(_tokens(index, number)[offset + 1])
+    following = _page(index, number)[NEXT]
+    return int(_tokens(index, following)[0]) if following >= 0 else -1
+
+
+def _common(index, position, context):
+    """How many tokens up to a position equal the last ones of a context, at most `MAX_MATCH`."""
+    number, offset = divmod(position, PAGE_SIZE)
+    for length, token in enumerate(reversed(context[-MAX_MATCH:])):
+        if offset < 0:
+            number, offset = int(_page(index, number)[PREVIOUS]), PAGE_SIZE - 1
+            if not _is_held(index, number):
+                return length
+        if _tokens(index, number)[offset] != token:
+            return length
+        offset -= 1
+    return min(len(context), MAX_MATCH)
+
+
+def _bucket(index, namespace, ngram):
+    hashed = int(namespace) & 0xFFFFFFFFFFFFFFFF
+    for token in reversed(ngram):
+        hashed = _hash_with(hashed, token)
+    return (hashed >> 32) & (index.heads.shape[1] - 1)
+
+
+def _way(token):
+    return (_hash_with(0, token) >> 48) & (WAYS - 1)
+
+
+def _hash_with(hashed, token):
+    return ((hashed ^ (int(token) & 0xFFFFFFFF)) * HASH_MULTIPLIER) & 0xFFFFFFFFFFFFFFFF
