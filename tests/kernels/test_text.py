@@ -229,7 +229,11 @@ def test_cells_are_told_apart_and_every_one_is_within_range():
         for prob in (0.0, 0.2, 0.3, 0.5, 0.7, 1.0)
     }
     assert sorted(cells) == list(range(NUM_CELLS))
-    for args in ((0, 2, 0, 0, True, 0.1), (1, 32, 1, 2, False, 0.75), (2, 7, 0, 3, True, 0.3)):
+    for args in (
+        (0, 2, 0, 0, True, np.float32(0.1)),
+        (1, 32, 1, 2, False, np.float32(0.75)),
+        (2, 7, 0, 3, True, np.float32(0.3)),
+    ):
         assert reliability_cpu.cell_of(*args) == reference.cell_of(*args)
 
 
