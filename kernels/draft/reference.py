@@ -11,6 +11,7 @@ from vllm_aasd.kernels.draft import (
     MixtureWeights,
     Prior,
 )
+from vllm_aasd.kernels.text.reference import stack
 
 
 def draft(
@@ -38,10 +39,10 @@ def draft(
 ):
     """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`.
 
-    ``prev``, ``head`` and the scratch are not used: matches are found by comparing every position,
-    and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are float32, by
-    n-gram size; the compiled path first adds up what a position has from its sizes, so that token ids may differ where
-    two tokens are within rounding of each other.
+    ``known`` may be None. ``prev``, ``head`` and the scratch are not used: matches are found by comparing every
+    position, and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are
+    float32, by n-gram size; the compiled path first adds up what a position has from its sizes, so that token ids may
+    differ where two tokens are within rounding of each other.
     """
     context = [int(token) for token in tokens[:length]]
     vocab_size = len(scores)
@@ -87,11 +88,12 @@ def draft(
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 add(int(token), remaining_mass * prob)
-        if not weights:
-            return step
-        best = max(weights, key=lambda token: weights[token])
-        draft_survival *= weights[best]
-        if draft_survival < min_survival:
+        best = max(weights, key=lambda token: weights[token], default=-1)
+        score = weights.get(best, np.float32(0))
+        if known is not None:
+            best, score = stack(known, step, sequence, len(sequence) - 1, best, score)
+        draft_survival *= score
+        if best < 0 or draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
         survival[step] = draft_survival

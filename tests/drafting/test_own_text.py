@@ -1,16 +1,15 @@
 """What a prior learns from text of the target's own making, and how that text is made up."""
 
-import itertools
 import types
 
 import numpy as np
 import pytest
-from vllm_aasd.drafting.memory import empty_memory, new_memory
 
 from aasd_testing import fake_v1, fake_v2
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
-from vllm_aasd.drafting.drafter import NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
+from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.drafting.own_text import Text, with_texts
 from vllm_aasd.engine import conversations, shared_prior
 from vllm_aasd.engine.conversations import Turns, turns
@@ -74,63 +73,19 @@ def test_successors_are_those_of_a_plain_sum():
     assert (found.probs.sum(axis=1) <= 1 + 1e-6).all()
 
 
-def test_runs_are_what_a_memory_would_have_learnt():
-    texts = random_texts(np.random.default_rng(2))
-    memory = empty_memory()
-    teacher = Drafter(VOCAB_SIZE, 3, 0.0, memory=memory)
-    for number, (token_ids, table) in enumerate(texts):
-        view = AlignmentView(table, np.zeros(1, np.int32), len(token_ids))
-        for length in range(2, len(token_ids) + 1):
-            teacher.draft(str(number), token_ids[:length], view, 0)
-    ngrams = with_texts(random_prior(np.random.default_rng(2)), texts).ngrams
-    assert np.count_nonzero(memory[:, 1]) > 50
-    np.testing.assert_array_equal(ngrams, memory)
+def test_texts_are_kept_with_an_end_after_each():
+    texts = [text_of([1, 2, 3], {0: {2: 1.0}}), text_of([4, 5], {0: {5: 1.0}})]
+    assert with_texts(random_prior(np.random.default_rng(2)), texts).texts.tolist() == [1, 2, 3, -1, 4, 5, -1]
 
 
-@pytest.fixture
-def knowing():
-    """A prior that knows that behind 5, 6 comes 7, and behind 6, 7 comes 8."""
-    nothing = Prior(np.full((VOCAB_SIZE, 1), -1, np.int32), np.zeros((VOCAB_SIZE, 1), np.float32))
-    return with_texts(nothing, [text_of([9, 5, 6, 7, 0], {2: {7: 1.0}, 3: {8: 1.0}})])
-
-
-CONTEXT = np.array([3, 5, 6], np.int32)
-
-
-def drafted(drafter, context=CONTEXT, view=NO_ALIGNMENT, request="r"):
-    draft_token_ids, survival = drafter.draft(request, context, view, 2)
-    return draft_token_ids.tolist(), survival.tolist()
-
-
-def test_runs_are_drafted_from_and_never_written(knowing):
-    drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing)
-    before = knowing.ngrams.copy()
-    ids, survival = drafted(drafter)
-    assert ids == [7, 8]
+def test_a_prior_s_texts_are_drafted_from():
+    texts = KnownTexts(0, 2, np.array([9, 5, 6, 7, 8, -1, 1, 2, -1], np.int32))
+    drafter = Drafter(VOCAB_SIZE, 2, 0.0, texts=texts)
+    drafted, survival = drafter.draft("r", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 2)
+    assert drafted.tolist() == [7, 8]
     assert 0 < survival[1] < survival[0] < 1
-    # Another request, whose own predictions say otherwise, is nobody's business.
-    view = AlignmentView(text_of([3, 5, 6, 4], {2: {4: 1.0}}).table, np.zeros(1, np.int32), 4)
-    drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, "other")
     drafter.clear_memory()
-    np.testing.assert_array_equal(knowing.ngrams, before)
-    assert drafted(drafter) == (ids, survival)
-
-
-def test_a_memory_begins_from_the_runs_and_returns_to_them(knowing):
-    before = knowing.ngrams.copy()
-    memory = new_memory(knowing)
-    drafter = Drafter(VOCAB_SIZE, 2, 0.0, knowing, memory)
-    known = drafted(drafter)
-    assert known[0] == [7, 8]
-    view = AlignmentView(text_of([3, 5, 6, 4], {2: {4: 1.0}}).table, np.zeros(1, np.int32), 4)
-    for request in range(5):
-        drafted(drafter, CONTEXT, view, f"{request}")
-        drafted(drafter, np.array([3, 5, 6, 4], np.int32), view, f"{request}")
-    assert drafted(drafter)[0][0] == 4
-    np.testing.assert_array_equal(knowing.ngrams, before)
-    drafter.clear_memory()
-    assert drafted(drafter) == known
-    np.testing.assert_array_equal(new_memory(None), empty_memory())
+    assert drafter.draft("s", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 2)[0].tolist() == [7, 8]
 
 
 NEW = [5, 6]
@@ -139,26 +94,19 @@ NEW = [5, 6]
 
 @pytest.fixture
 def all_knowing(monkeypatch):
-    """The adapters find a prior that knows what the fake target says behind any two tokens."""
-    pairs = itertools.product(range(fake_v2.VOCAB), repeat=2)
-    texts = [text_of([*pair, 0], {1: {fake_v2.next_token(*pair): 1.0}}) for pair in pairs]
+    """The adapters find a prior whose text is what the fake target answers."""
+    texts = [text_of([*NEW, *fake_v2.target_alone(NEW)], {0: {1: 1.0}})]
     nothing = Prior(np.full((fake_v2.VOCAB, 1), -1, np.int32), np.zeros((fake_v2.VOCAB, 1), np.float32))
     monkeypatch.setattr(shared_prior, "load_prior", lambda model: with_texts(nothing, texts)._replace(ids=nothing.ids))
 
 
 @pytest.mark.parametrize("has_prior", [True, False])
-def test_both_runners_draft_from_runs(all_knowing, monkeypatch, has_prior):
-    num_accepted = fake_v2.WIDTH if has_prior else 0
+def test_the_runner_drafts_from_a_prior_s_text(all_knowing, has_prior):
     v1 = fake_v1.FakeRunner({"a": NEW}, verification="strict", draft_length=fake_v2.WIDTH, prior=has_prior)
     for _ in range(2):
         v1.step()
-    assert v1.num_accepted == num_accepted
+    assert v1.num_accepted == (fake_v2.WIDTH if has_prior else 0)
     assert v1.tokens["a"] == NEW + fake_v2.target_alone(NEW)[: len(v1.tokens["a"]) - len(NEW)]
-    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
-    v2 = fake_v2.FakeRunner(fillers=False, verification="strict", prior=has_prior)
-    assert fake_v2.serve(v2, [NEW], fake_v2.MAX_LEN) == [fake_v2.target_alone(NEW)]
-    # The first step reads the prompt.
-    assert v2.accepted[1] == num_accepted
 
 
 def chat(text, answering):

@@ -98,7 +98,7 @@ def crowded(demo_model, tmp_path_factory):
         demo_model,
         [greedy(PROMPTS[:20], MAX_TOKENS), *(greedy(PROMPTS[:4], FEW_TOKENS) for _ in (*FAULTS, None))],
         tmp_path_factory.mktemp("crowded") / "out.json",
-        aasd={**STRICT, "aasd_alignment": True, "aasd_memory": "process"},
+        aasd={**STRICT, "aasd_alignment": True, "aasd_memory": 16},
         faults=[None, *FAULTS, None],
         max_num_batched_tokens=128,
         max_model_len=1024,

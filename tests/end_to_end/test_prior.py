@@ -13,34 +13,30 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.numpy import save_file
-from vllm_aasd.kernels.draft.memory_cpu import memory_slot
 
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
-from vllm_aasd.drafting import memory as memory_file
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
+from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import startup, successors
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.successors import assistant_prefix
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 7
-FORMAT = {"format": "vllm-aasd prior, version 2", "model": "m"}
-KEYS = ("ids", "probs", "runs")
+FORMAT = {"format": "vllm-aasd prior, version 3", "model": "m"}
+KEYS = ("ids", "probs", "texts")
 
 
-def learnt_memory():
-    memory = memory_file.empty_memory()
-    memory[3] = [17, 2, 1, 4, -1, -1, *np.array([0.5, 0.25, 0, 0], np.float32).view(np.int32)]
-    return memory
+TEXTS = np.array([2, 1, 4, -1, 0, 6, -1], np.int32)
 
 
 def small_prior():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB_SIZE, (VOCAB_SIZE, 2)).astype(np.int32)
-    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), learnt_memory())
+    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), TEXTS)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -73,12 +69,6 @@ def damaged(**changes):
     return {**dict(zip(KEYS, small_prior(), strict=True)), **changes}
 
 
-def with_column(at, value):
-    memory = learnt_memory()
-    memory[:, at] = value
-    return memory
-
-
 @pytest.mark.parametrize(
     ("tensors", "metadata", "reason"),
     [
@@ -93,11 +83,9 @@ def with_column(at, value):
         (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
-        (damaged(runs=learnt_memory()[:8]), FORMAT, "holds runs of type int32 and shape"),
-        (damaged(runs=with_column(1, 6)), FORMAT, "counts outside of 0"),
-        (damaged(runs=with_column(1, -1)), FORMAT, "counts outside of"),
-        (damaged(runs=with_column(2, 7)), FORMAT, "outside of the voc"),
-        (damaged(runs=with_column(slice(6, None), -1)), FORMAT, "no probabilities"),
+        (damaged(texts=TEXTS.reshape(7, 1)), FORMAT, "holds texts of type int32 and shape"),
+        (damaged(texts=TEXTS + 1), FORMAT, "outside of the vocabulary"),
+        (damaged(texts=TEXTS - 1), FORMAT, "outside of the vocabulary"),
     ],
 )
 def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
@@ -185,7 +173,7 @@ def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, n
         prior = load()
         outcomes.add(prior is None)
         if prior is not None:
-            drafter = Drafter(VOCAB_SIZE, 3, 0.0, prior, memory_file.new_memory(prior))
+            drafter = Drafter(VOCAB_SIZE, 3, 0.0, prior, texts=KnownTexts(0, 3, prior.texts))
             drafted, survival = drafter.draft("r", np.array([0, 2, 6], np.int32), NO_ALIGNMENT, 3)
             assert ((drafted >= 0) & (drafted < VOCAB_SIZE)).all() and (survival <= 1.01).all()
     assert outcomes == {True, False}
@@ -193,7 +181,7 @@ def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, n
 
 def test_a_flipped_byte_is_refused_or_harmless(load_prior):
     path, load = load_prior
-    save_file(damaged(runs=np.empty((0, 2), np.int32)), path, FORMAT)
+    save_file(damaged(texts=np.empty(0, np.int32)), path, FORMAT)
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
     for _ in range(500):
@@ -354,7 +342,7 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path,
         want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
     np.testing.assert_array_equal(loaded.ids, want.indices)
     np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
-    assert loaded.ngrams.size == 0
+    assert loaded.texts.size == 0
 
     assert "there already" in command()
 
@@ -362,24 +350,13 @@ def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path,
 @pytest.mark.engine
 @pytest.mark.long
 def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_model, tmp_path, command):
-    path, model = tiny_model
+    path, _ = tiny_model
     output = command("--conversations", "40", "--output", str(tmp_path / "prior.safetensors"))
     assert "written" in output
     prior = prior_file.load(tmp_path / "prior.safetensors", model_key(str(path)), 300)
     # A text of this model, which has no chat template, begins with token 1.
-    is_right = []
-    for second in range(300):
-        tokens = np.array([1, second], np.int32)
-        row, tag = memory_slot(tokens, 2, 1, prior.ngrams)
-        if prior.ngrams[row, 0] != tag:
-            continue
-        with torch.inference_mode():
-            want = torch.softmax(model(torch.from_numpy(tokens)[None].long()).logits[0, 1].float(), dim=-1).topk(3)
-        found = dict(zip(prior.ngrams[row, 2:6].tolist(), prior.ngrams[row, 6:].view(np.float32).tolist(), strict=True))
-        wanted = dict(zip(want.indices.tolist(), want.values.tolist(), strict=True))
-        is_right.append(found == pytest.approx({**wanted, -1: 0}, rel=1e-3))
-    # Where it also stands later in a text, others are averaged in.
-    assert len(is_right) > 5 and np.mean(is_right) > 0.6, is_right
+    begins = np.concatenate([[0], np.flatnonzero(prior.texts < 0)[:-1] + 1])
+    assert len(begins) == 40 and set(prior.texts[begins].tolist()) == {1}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_method_alone_is_a_configuration(create):
     config = create({"method": "aasd"})
     speculative_config = config.speculative_config
     assert speculative_config.aasd == Settings()
-    assert speculative_config.num_speculative_tokens == 16
+    assert speculative_config.num_speculative_tokens == 32
     assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
     assert "method='aasd'" in repr(speculative_config) and "aasd_beta=0.5" in repr(speculative_config)
 
@@ -138,10 +138,10 @@ def test_a_scheduler_that_does_not_learn_drafts_for_the_most_requests_too(create
     [
         ({}, {}, unsupported.SCHEDULER, True),
         ({}, {"scheduler_cls": "my.Scheduler"}, "my.Scheduler", False),
-        ({"num_speculative_tokens_per_batch_size": [[1, 9, 6]]}, {}, None, False),
-        ({"aasd_draft_length": 3}, {}, None, False),
-        ({}, {"async_scheduling": False}, None, False),
-        ({}, {"data_parallel_size": 2}, None, False),
+        ({"num_speculative_tokens_per_batch_size": [[1, 9, 6]]}, {}, unsupported.SCHEDULER, False),
+        ({"aasd_draft_length": 3}, {}, unsupported.SCHEDULER, False),
+        ({}, {"async_scheduling": False}, unsupported.SCHEDULER, False),
+        ({}, {"data_parallel_size": 2}, unsupported.SCHEDULER, False),
     ],
 )
 def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, keys, options, scheduler, learns):
@@ -176,11 +176,6 @@ def test_a_schedule_of_the_users_own_stays(create, on_v2):
 def test_a_fixed_length_is_as_long_as_it_says(create, length):
     found = create({"method": "aasd", "aasd_draft_length": length}).speculative_config
     assert found.num_speculative_tokens == length
-
-
-def test_vllms_scheduler_is_left_alone_where_lengths_are_not_learnt(create):
-    config = create({"method": "aasd"}, per_request_spec_decode_metrics="summary")
-    assert config.scheduler_config.scheduler_cls is None
 
 
 def test_vllms_own_methods_are_untouched(create):
@@ -273,7 +268,6 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
         ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
         ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
         (

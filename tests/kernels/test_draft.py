@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_aasd.drafting.memory import empty_memory
 
 from aasd_testing.drafts import assert_same_drafts
+from aasd_testing.texts import no_known, random_known
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_NGRAM_SIZE, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft import Prior, no_memory, no_prior
+from vllm_aasd.kernels.draft import Prior, no_prior
 from vllm_aasd.kernels.draft import cpu as draft_op
 from vllm_aasd.kernels.draft import reference as draft_reference
+from vllm_aasd.kernels.text import cpu as text_cpu
 
 K = 8
 BLOCK_SIZE = 16
@@ -51,54 +52,16 @@ def aligned_store(context, seed, vocab_size, top_k=2, stale_share=0.2):
     return AlignmentView(table, block_table, BLOCK_SIZE)
 
 
-def run(op, index, view, prior, memory, max_matches, min_survival, vocab_size):
+def run(op, index, view, prior, known, max_matches, min_survival, vocab_size):
     scores, seen = np.zeros(vocab_size, np.float32), np.empty(4096, np.int32)
     starts = np.empty(MAX_NGRAM_SIZE, np.int32)
     draft_token_ids, survival = np.full(K, -7, np.int32), np.full(K, np.nan, np.float32)
     request = index.tokens.copy(), index.prev, index.head, index.length
-    constants = *DEFAULT_WEIGHTS, *prior._replace(ngrams=memory), max_matches, np.float32(min_survival)
+    constants = *DEFAULT_WEIGHTS, prior.ids, prior.probs, known, max_matches, np.float32(min_survival)
     lookups = np.full(3, 100, np.int64)
     count = op(*request, *view, *constants, scores, seen, starts, draft_token_ids, survival, lookups)
     assert not scores.any(), "the scratch must be left clean"
     return draft_token_ids[:count].tolist(), survival[:count], (lookups - 100).tolist()
-
-
-def remembered_by(op, wanted, seed, vocab_size):
-    """A small memory of two other requests, in which some n-grams have lost their row to others."""
-    if not wanted:
-        return no_memory()
-    memory = empty_memory(16, 3)
-    for other in (seed + 1, seed + 2):
-        context = np.random.default_rng(other).integers(0, 3, 40).astype(np.int32)
-        op.remember(context, 0, 38, *aligned_store(context, other, vocab_size), memory)
-    return memory
-
-
-@settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_compiled_memory_holds_what_the_twins_holds(seed):
-    got, want = (remembered_by(op, True, seed, 11) for op in (draft_op, draft_reference))
-    np.testing.assert_array_equal(got[:, :5], want[:, :5])
-    np.testing.assert_allclose(got[:, 5:].view(np.float32), want[:, 5:].view(np.float32), rtol=1e-5)
-    assert (got[:, 1] > 1).any()
-
-
-def test_what_one_request_taught_helps_the_next():
-    table = np.full((6, 3), -1, np.int32)
-    context = np.array([5, 6, 7, 8, 9, 1], np.int32)
-    table[:, 0] = context
-    table[:, 1] = [6, 7, 8, 9, 1, 2]
-    table[:, 2:] = np.float32(0.9).view(np.int32)
-    memory = empty_memory(64, 2)
-    teacher = Drafter(10, 4, 0.0, memory=memory)
-    for length in range(2, 7):
-        teacher.draft("a", context[:length], AlignmentView(table, np.zeros(1, np.int32), 6), 0)
-    learner = Drafter(10, 4, 0.0, memory=memory)
-    assert learner.draft("b", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == [7, 8, 9, 1]
-    teacher.clear_memory()
-    assert learner.draft("c", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == []
-    untaught = Drafter(10, 4, 0.0, memory=empty_memory(64, 2))
-    assert untaught.draft("c", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 4)[0].tolist() == []
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,12 +70,12 @@ def test_what_one_request_taught_helps_the_next():
     seed=st.integers(0, 2**31),
     aligned=st.booleans(),
     with_prior=st.booleans(),
-    with_memory=st.booleans(),
+    with_text=st.booleans(),
     max_matches=st.sampled_from([1, 3, 32]),
     min_survival=st.sampled_from([0.0, 0.05, 0.3]),
 )
 def test_compiled_path_drafts_what_the_twin_drafts(
-    context, seed, aligned, with_prior, with_memory, max_matches, min_survival
+    context, seed, aligned, with_prior, with_text, max_matches, min_survival
 ):
     vocab_size = 11
     rng = np.random.default_rng(seed)
@@ -124,10 +87,13 @@ def test_compiled_path_drafts_what_the_twin_drafts(
             rng.integers(-1, vocab_size, (vocab_size, 3)).astype(np.int32),
             rng.dirichlet(np.ones(4), vocab_size).astype(np.float32)[:, :3],
         )
-    memory = remembered_by(draft_op, with_memory, seed, vocab_size)
-    arguments = (index, view, prior, memory, max_matches, min_survival, vocab_size)
-    got_ids, got_survival, got_lookups = run(draft_op.draft, *arguments)
-    want_ids, want_survival, want_lookups = run(draft_reference.draft, *arguments)
+    known = [
+        random_known(np.random.default_rng(seed), text_cpu, K, vocab_size) if with_text else no_known(K)
+        for _ in range(2)
+    ]
+    limits = max_matches, min_survival, vocab_size
+    got_ids, got_survival, got_lookups = run(draft_op.draft, index, view, prior, known[0], *limits)
+    want_ids, want_survival, want_lookups = run(draft_reference.draft, index, view, prior, known[1], *limits)
     if assert_same_drafts((got_ids, got_survival), (want_ids, want_survival), min_survival):
         assert got_lookups == want_lookups
 
@@ -152,7 +118,7 @@ def test_index_is_the_same_however_the_context_arrives():
     assert grown.prev.shape[1] > 2048, "the context must make the index grow"
     np.testing.assert_array_equal(whole.prev[:, :2999], grown.prev[:, :2999])
     drafts = [
-        run(draft_op.draft, index, NO_ALIGNMENT, no_prior(), no_memory(), 32, 0.0, 5)[0] for index in (whole, grown)
+        run(draft_op.draft, index, NO_ALIGNMENT, no_prior(), no_known(K), 32, 0.0, 5)[0] for index in (whole, grown)
     ]
     assert drafts[0] == drafts[1]
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from aasd_testing.texts import Documents, grow, random_known
 from vllm_aasd.kernels import text
 from vllm_aasd.kernels.text import (
     ANSWERS,
@@ -13,58 +14,12 @@ from vllm_aasd.kernels.text import (
     NGRAM_SIZES,
     NUM_CELLS,
     PAGE_SIZE,
-    KnownText,
     cpu,
     new_index,
     new_reliability,
     reference,
     reliability_cpu,
 )
-
-
-class Documents:
-    """Documents that grow in turn in an index, and the same as plain lists.
-
-    Args:
-        implementation: `cpu` or `reference`.
-        num_pages: of the index.
-    """
-
-    def __init__(self, implementation, num_pages):
-        self.index = new_index(num_pages)
-        self.texts: list[tuple[int, list[int]]] = []
-        self._append = implementation.append
-        self._last_pages: list[int] = []
-
-    def begin(self, namespace):
-        self.texts.append((namespace, []))
-        self._last_pages.append(-1)
-        return len(self.texts) - 1
-
-    def extend(self, document, token_ids):
-        namespace, known = self.texts[document]
-        known += token_ids
-        first, last = len(known) - len(token_ids), len(known)
-        self._last_pages[document] = self._append(
-            self.index, namespace, self._last_pages[document], first, np.array(known, np.int32), first, last
-        )
-
-
-def grow(rng, documents, num_rounds, vocab_size=6):
-    """Extend documents of three namespaces at random; often by what another one holds."""
-    for _ in range(num_rounds):
-        if not documents[0].texts or rng.random() < 0.2:
-            namespace = int(rng.integers(3))
-            for of in documents:
-                of.begin(namespace)
-        document = int(rng.integers(len(documents[0].texts)))
-        tokens = rng.integers(vocab_size, size=rng.integers(1, 90)).tolist()
-        other = documents[0].texts[rng.integers(len(documents[0].texts))][1]
-        if other and rng.random() < 0.5:
-            start = int(rng.integers(len(other)))
-            tokens = other[start : start + 70]
-        for of in documents:
-            of.extend(document, tokens)
 
 
 def contexts(rng, documents, count, vocab_size=6):
@@ -183,27 +138,9 @@ def test_the_time_of_a_step_stays_flat_over_a_million_requests():
     assert min(seconds_of_another() for _ in range(5)) < 1.5 * quiet
 
 
-def random_known(rng, module):
-    """A `KnownText` over random texts with random reliabilities, and the context that it is asked with."""
-    documents = Documents(module, 32)
-    grow(rng, (documents,), 30)
-    corpus = Documents(module, 16)
-    grow(rng, (corpus,), 10)
-    sources = np.array([[1, 0, CORPUS], [0, 0, ANSWERS], [0, 1, text.PREDICTION]], np.int64)
-    shape = (4, len(sources))
-    return KnownText(
-        (documents.index, corpus.index),
-        sources,
-        rng.random(NUM_CELLS).astype(np.float32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(4, np.bool_),
-    )
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_stacking_is_the_reference(seed):
-    known = [random_known(np.random.default_rng(seed), module) for module in (cpu, reference)]
+    known = [random_known(np.random.default_rng(seed), module, 4) for module in (cpu, reference)]
     rng = np.random.default_rng(seed)
     chosen = set()
     for _ in range(100):

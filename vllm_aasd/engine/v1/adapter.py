@@ -72,7 +72,7 @@ class V1Adapter:
         self._lengths = V1DraftLengths(
             self._max_draft_tokens, self._max_step_tokens, settings.draft_length == "adaptive", self.faults
         )
-        self._requests = V1Requests(settings, startup.shares_text(vllm_config), self.faults)
+        self._requests = V1Requests(settings, self.faults, startup.shares_text(vllm_config))
         prior = shared_prior.load_prior(self._model_config) if settings.prior else None
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
@@ -99,11 +99,10 @@ class V1Adapter:
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
             return None
-        with_prompts = startup.may_align_prompts(
-            self._settings.alignment is not False, has_lora=self._runner.lora_config is not None
-        )
         # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`).
-        if not with_prompts:
+        if not startup.may_align_prompts(
+            self._settings.alignment is not False, has_lora=self._runner.lora_config is not None
+        ):
             return None
         store = AlignmentStore(
             kv_cache_config.num_blocks,
@@ -111,9 +110,7 @@ class V1Adapter:
             TOP_K,
             self._runner.device,
         )
-        alignment = V1Alignment(self._runner, store, group, self._model, self.faults, loads_kv)
-        alignment.with_prompts = with_prompts
-        return alignment
+        return V1Alignment(self._runner, store, group, self._model, self.faults, loads_kv)
 
     def _warm_up(self, counting: V1Counting) -> None:
         """Compile the kernels, or load them from the cache on disk, before a request waits for them."""
@@ -141,12 +138,10 @@ class V1Adapter:
         by_load.warm_start(profile.samples)
         # All ranks compute logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
-        if self._alignment is not None and self._settings.alignment == "auto":
-            self._alignment.with_prompts &= alignment_share <= startup.MAX_ALIGNMENT_SHARE
-            if not self._alignment.with_prompts:
-                self._alignment = None
+        if self._settings.alignment == "auto" and alignment_share > startup.MAX_ALIGNMENT_SHARE:
+            self._alignment = None
         logger.info(
-            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
+            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f%% of "
             "a prompt's time and are %s",
             " ".join(f"{count}:{by_load.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
             100 * alignment_share,

@@ -28,9 +28,6 @@ class V1Alignment:
         model: the target, whose ``compute_logits`` is called for prompt positions.
         faults: of the worker.
         loads_kv: whether a KV connector may fill blocks.
-
-    Attributes:
-        with_prompts: whether predictions at prompt positions are stored too; their logits are computed for this.
     """
 
     def __init__(
@@ -42,7 +39,6 @@ class V1Alignment:
         faults: Faults,
         loads_kv: bool = False,
     ) -> None:
-        self.with_prompts = False
         self._loads_kv = loads_kv
         self._runner = runner
         self._store = store
@@ -88,7 +84,7 @@ class V1Alignment:
             is_real = is_of_context(metadata.num_draft_tokens, num_emitted)
             sampled_slots[torch.from_numpy(~is_real).to(slots.device)] = -1
         self._store_rows(state.logits, token_ids[sampled_rows], sampled_slots)
-        if not self.with_prompts or len(sampled_rows) == num_tokens:
+        if len(sampled_rows) == num_tokens:
             return
         is_interior = torch.ones(num_tokens, dtype=torch.bool)
         is_interior[sampled_rows] = False

@@ -37,11 +37,11 @@ class V1Requests:
 
     Args:
         settings: the server's; a request's own options may change some of them for it.
-        shares_text: whether our scheduler says which requests share text.
         faults: of the worker.
+        shares_text: whether our scheduler says which requests share text.
     """
 
-    def __init__(self, settings: Settings, shares_text: bool, faults: Faults) -> None:
+    def __init__(self, settings: Settings, faults: Faults, shares_text: bool = False) -> None:
         self._settings = settings
         self._shares_text = shares_text
         self._faults = faults

@@ -44,7 +44,7 @@ PROFILES = {
         32,
         {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
         | {"enable_prompt_embeds": True},
-        {**_LOOSEST, "num_speculative_tokens": 16, "aasd_memory": "process"},
+        {**_LOOSEST, "num_speculative_tokens": 16},
         frozenset({"embeds", "top_k", "sleep", "reload_weights", "prompt_logprobs", *_COMMON}),
         "V1",
     ),
@@ -56,7 +56,7 @@ PROFILES = {
         # With adapters vLLM wants room for all drafts of a full batch.
         {**_ENGINE, "max_num_seqs": 7, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
         | {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8},
-        {**_LOOSEST, "num_speculative_tokens": 8, "aasd_memory": "process"},
+        {**_LOOSEST, "num_speculative_tokens": 8},
         frozenset({"top_k", "sleep", "lora", *_COMMON}),
         "V1",
     ),
