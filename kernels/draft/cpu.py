@@ -9,11 +9,8 @@ from vllm_aasd.kernels.draft import (
     MISS,
     NGRAM_SIZES_USED,
     STALE,
-    MixtureWeights,
-    no_prior,
 )
-from vllm_aasd.kernels.draft.index_cpu import extend_index, find, hash_with
-from vllm_aasd.kernels.text import KnownText
+from vllm_aasd.kernels.draft.index_cpu import find, hash_with
 from vllm_aasd.kernels.text.reliability_cpu import stack
 
 
@@ -206,27 +203,3 @@ def draft(
         draft_token_ids[step] = best
         survival[step] = draft_survival
     return draft_token_ids.shape[0]
-
-
-def warm_up(max_ngram_size: int, top_k: int, known: KnownText) -> None:
-    """Compile the path that serves, on one small request, so that no request pays for it.
-
-    Args:
-        max_ngram_size: the largest n-gram that the index looks up.
-        top_k: entries per position of the alignment table.
-        known: of a request, for two draft tokens at least.
-    """
-    capacity = 16
-    tokens = np.array([1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
-    prev = np.empty((max_ngram_size, capacity), np.int32)
-    head = np.full((max_ngram_size, 2 * capacity), -1, np.int32)
-    extend_index(tokens, prev, head, 0, 5)
-    weights = MixtureWeights(
-        np.ones(max_ngram_size, np.float32),
-        np.full(max_ngram_size, 0.5, np.float32),
-        np.float32(2),
-    )
-    out = np.empty(2, np.int32), np.empty(2, np.float32), np.zeros(3, np.int64)
-    scratch = np.zeros(8, np.float32), np.empty(8, np.int32), np.empty(max_ngram_size, np.int32)
-    store = np.full((capacity, 1 + 2 * top_k), -1, np.int32), np.zeros(1, np.int32), capacity
-    draft(tokens, prev, head, 5, *store, *weights, *no_prior()[:2], known, 4, 0.1, *scratch, *out)

@@ -1,6 +1,8 @@
 """Drafts from text that other requests left: who sees it, what it is worth, and when it is forgotten."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +117,32 @@ def test_reliability_begins_as_what_longer_matches_deserve():
     assert ((expected > 0) & (expected < 1)).all()
     assert (np.diff(expected, axis=1) >= 0).all(), "of longer matches"
     assert (expected[:, :, :, 1] > expected[:, :, :, 0]).all(), "where the own context says the same"
+
+
+_SERVED = """
+import numpy as np
+from vllm_aasd.drafting.drafter import AlignmentView, Drafter, warm_up
+from vllm_aasd.drafting.known_text import KnownTexts
+from vllm_aasd.kernels.draft import Prior, cpu, index_cpu
+from vllm_aasd.kernels.text import cpu as text_cpu, reliability_cpu
+
+compiled = [cpu.draft, index_cpu.extend_index, text_cpu.append, text_cpu.lookup, reliability_cpu.learn]
+warm_up()
+before = [len(function.signatures) for function in compiled]
+prior = Prior(np.zeros((50, 3), np.int32), np.full((50, 3), 0.1, np.float32), np.array([1, 2, 3, -1], np.int32))
+drafter = Drafter(50, 8, 0.02, prior, texts=KnownTexts(1 << 20, 8, prior.texts))
+view = AlignmentView(np.full((32, 9), -1, np.int32), np.zeros(2, np.int32), 16)
+context = np.array([1, 2, 3] * 5, np.int32)
+for number, (namespace, prediction) in enumerate([(None, None), (3, None), (3, np.array([1, 2, 3], np.int32))]):
+    drafter.admit(f"{number}", namespace, prediction)
+    for length in (6, 7, 9):
+        drafter.draft(f"{number}", context[:length], view, 5)
+        drafter.verified(f"{number}", 1, 0)
+assert before == [1] * len(compiled), before
+assert [len(function.signatures) for function in compiled] == before
+"""
+
+
+def test_no_request_waits_for_a_compilation():
+    """In a process of its own, where nothing else has compiled anything."""
+    subprocess.run([sys.executable, "-c", _SERVED], check=True, capture_output=True)

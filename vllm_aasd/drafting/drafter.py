@@ -204,3 +204,12 @@ class Drafter:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
             self._admitted.pop(request_id, None)
+
+
+def warm_up() -> None:
+    """Compile all that drafting runs, or load it from the cache on disk, so that no request pays for it."""
+    drafter = Drafter(8, 2, 0.0, texts=KnownTexts(1 << 17, 2))
+    drafter.admit("", 0, np.zeros(2, np.int32))
+    context = np.array([1, 2, 3, 1, 2, 3], np.int32)
+    for length in (5, 6):
+        drafter.draft("", context[:length], NO_ALIGNMENT, 2)

@@ -21,7 +21,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE, MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting import drafter
+from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.failsafe import Faults
@@ -33,7 +34,6 @@ from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 from vllm_aasd.kernels import align, verify
-from vllm_aasd.kernels.draft import cpu as draft
 from vllm_aasd.kernels.draft import no_prior
 from vllm_aasd.kernels.verify import recovered
 
@@ -120,7 +120,7 @@ class V1Adapter:
             verify.warm_up(device, dtype)
         recovered.warm_up(device, torch.float32)
         counting.warm_up()
-        draft.warm_up(MAX_NGRAM_SIZE, TOP_K, KnownTexts(0, 2).admit(None).known)
+        drafter.warm_up()
         if self._alignment is not None:
             align.warm_up(device, self._model_config.dtype)
 
