@@ -126,7 +126,7 @@ from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.kernels.draft import Prior, cpu, index_cpu
 from vllm_aasd.kernels.text import cpu as text_cpu, reliability_cpu
 
-compiled = [cpu.draft, index_cpu.extend_index, text_cpu.append, text_cpu.lookup, reliability_cpu.learn]
+compiled = [cpu.draft, index_cpu.extend_index, text_cpu.append, reliability_cpu.learn]
 warm_up()
 before = [len(function.signatures) for function in compiled]
 prior = Prior(np.zeros((50, 3), np.int32), np.full((50, 3), 0.1, np.float32), np.array([1, 2, 3, -1], np.int32))
