@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_aasd import tuning
-from vllm_aasd.config import Settings
-from vllm_aasd.overrides import with_overrides
+from vllm_aasd.config import Settings, with_overrides
 
 OFF, STRICT = "no speculation", "strict"
 DEFAULTS: tuple[dict[str, Any], ...] = (

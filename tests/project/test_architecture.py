@@ -103,7 +103,7 @@ def test_every_import_points_downwards():
         ("vllm_aasd.verification.strict", "from torch import cuda"),
         ("vllm_aasd.alignment", "from vllm_aasd.config import Settings"),
         ("vllm_aasd.config", "from vllm_aasd.engine import patching"),
-        ("vllm_aasd.config", "from vllm_aasd.overrides import with_overrides"),
+        ("vllm_aasd.config", "from vllm_aasd.config import with_overrides"),
         ("vllm_aasd.engine.v1.proposer", "from ... import plugin"),
         ("vllm_aasd.doctor", "import vllm.envs"),
         ("vllm_aasd.doctor", "from kernels import verify"),

@@ -47,11 +47,6 @@ def test_a_refusal_names_the_key_the_value_and_what_is_allowed(key, value, allow
     assert str(refusal.value) == f"{key}={value!r} is not allowed: it takes {allowed}."
 
 
-def test_the_file_form_of_the_memory_is_refused_with_what_to_use():
-    with pytest.raises(ValueError, match="aasd_memory='file' is gone: use 'process'"):
-        Settings.parse({"aasd_memory": "file"})
-
-
 def test_a_typo_is_refused_with_the_nearest_key():
     with pytest.raises(ValueError, match=r"Unknown setting 'aasd_betta'\. Did you mean 'aasd_beta'\? Known: "):
         Settings.parse({"aasd_betta": 2})

@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from vllm_aasd.config import REMOVED, Settings
+from vllm_aasd.config import REMOVED, Settings, looser_than, with_overrides
 from vllm_aasd.kernels.verify import verify
-from vllm_aasd.overrides import looser_than, with_overrides
 from vllm_aasd.verification.batch import PolicyBatch
 
 ANY = Settings(allow_request_override="any")

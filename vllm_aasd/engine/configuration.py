@@ -17,16 +17,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_aasd.config import (
-    DRAFT_SCHEDULE,
-    NUM_SPECULATIVE_TOKENS,
-    NUM_SPECULATIVE_TOKENS_UNSCHEDULED,
-    NUM_SPECULATIVE_TOKENS_V1,
-    PREFIX,
-    Settings,
-)
+from vllm_aasd.config import PREFIX, Settings, shown
 from vllm_aasd.engine import metrics, patching, unsupported
-from vllm_aasd.fields import shown
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -34,6 +26,27 @@ V1_BASE_METHOD = "custom_class"
 V2_BASE_METHOD = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
+
+NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
+"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
+
+The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
+(`benchmarks.drafter`), and cost nothing where they aren't worth it. On V2 a step takes the time of the longest
+draft, and with adapters vLLM wants room for this many tokens of every request in a batch.
+"""
+
+DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
+"""Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
+on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best
+is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
+
+By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
+its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
+that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`).
+"""
+
+NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
+"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
 
 _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
 

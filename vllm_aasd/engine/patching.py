@@ -8,13 +8,13 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.aasd")
 
 SUPPORTED_VLLM = ("0.32", "0.33")
-"""The vLLM release series that this version works with; README says how each was checked."""
+"""The vLLM release series that this version works with; docs/compatibility.md says how each was checked."""
 
 
 class PatchTarget(NamedTuple):
@@ -137,6 +137,29 @@ V2_COMPUTE_LOGPROBS = PatchTarget(
     ),
 )
 
+TARGETS = {
+    "V1": (
+        CREATE_SPECULATIVE_CONFIG,
+        VERIFY_SAMPLING_PARAMS,
+        MULTIPROCESS_COLLECT,
+        REJECTION_SAMPLE,
+        REJECTION_SAMPLER_FORWARD,
+        EXPAND_BATCH_TO_TOKENS,
+        APPLY_SAMPLING_CONSTRAINTS,
+        GATHER_CHOSEN_LOGPROBS,
+    ),
+    "V2": (
+        CREATE_SPECULATIVE_CONFIG,
+        VERIFY_SAMPLING_PARAMS,
+        MULTIPROCESS_COLLECT,
+        V2_INIT_SPECULATOR,
+        V2_REJECTION_SAMPLE,
+        V2_GET_LOGPROBS,
+        V2_COMPUTE_LOGPROBS,
+    ),
+}
+"""What is replaced, by model runner."""
+
 
 class UnsupportedVLLMError(RuntimeError):
     """The installed vLLM lacks something that we rely on."""
@@ -209,6 +232,17 @@ def check(target: PatchTarget) -> tuple[Any, str, Callable]:
             f"{target.module}.{target.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us"
         )
     return owner, name, function
+
+
+def problems(targets: Iterable[PatchTarget]) -> list[str]:
+    """How the installed vLLM differs from what the targets say, one sentence each."""
+    found = []
+    for target in targets:
+        try:
+            check(target)
+        except UnsupportedVLLMError as error:
+            found.append(str(error))
+    return found
 
 
 def replace(replacements: dict[PatchTarget, Callable[[Callable], Callable]]) -> list[Replacement]:

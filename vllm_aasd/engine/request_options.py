@@ -16,11 +16,9 @@ from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, SamplingType
 
-from vllm_aasd.config import Settings
+from vllm_aasd.config import PREFIX, Settings, with_overrides
 from vllm_aasd.engine import patching
-from vllm_aasd.fields import PREFIX
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
-from vllm_aasd.overrides import with_overrides
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")

@@ -6,7 +6,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_aasd.fields import PREFIX
+from vllm_aasd.config import PREFIX
 
 
 class Trial:

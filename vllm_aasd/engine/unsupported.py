@@ -8,8 +8,7 @@ from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_aasd.config import Settings
-from vllm_aasd.fields import PREFIX, shown
+from vllm_aasd.config import PREFIX, Settings, shown
 
 CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
 GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
