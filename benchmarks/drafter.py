@@ -28,11 +28,11 @@ from benchmarks.fitting_tasks import fitting_tasks
 from benchmarks.methods import NEAR_TIE
 from benchmarks.replay import Replay, Trace
 from benchmarks.tasks import by_category
-from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.draft_length import draft_lengths
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import new_memory
+from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
 from vllm_aasd.tuning import stratified_ratio

@@ -69,31 +69,3 @@ def test_rows_of_a_dummy_step_have_no_adapter(has_adapters):
     )
     assert startup.dummy_forward(runner, 5).shape == (5, 2)
     assert mapped == [((0,) * 5, (0,) * 5, set())] * has_adapters
-
-
-class Model:
-    revision = None
-
-    def __init__(self, model):
-        self.model = model
-
-    def get_vocab_size(self):
-        return 7
-
-
-def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
-    with caplog.at_level("INFO", "vllm.aasd"):
-        assert startup.load_prior(Model(str(tmp_path))) is None
-    assert f"python -m vllm_aasd.prior {tmp_path}" in caplog.text
-
-
-def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    key = startup.model_key(str(tmp_path / "model"))
-    (tmp_path / f"prior-{key}.safetensors").write_bytes(b"nonsense")
-    with caplog.at_level("INFO", "vllm.aasd"):
-        assert startup.load_prior(Model(str(tmp_path / "model"))) is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "serving without a prior" in caplog.text and "can't be read" in caplog.text

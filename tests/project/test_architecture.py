@@ -13,14 +13,11 @@ PACKAGE = "vllm_aasd"
 # package (plugin, doctor, ...) is a command, on top. Units of one level know nothing of each other.
 LEVELS = {
     "kernels": 0,
-    "fields": 0,
-    "host": 0,
     "drafting": 1,
     "verification": 1,
     "alignment": 1,
     "counters": 1,
     "config": 2,
-    "overrides": 3,
     "engine": 4,
     "tuning": 4,
 }
@@ -103,7 +100,7 @@ def test_every_import_points_downwards():
         ("vllm_aasd.verification.strict", "from torch import cuda"),
         ("vllm_aasd.alignment", "from vllm_aasd.config import Settings"),
         ("vllm_aasd.config", "from vllm_aasd.engine import patching"),
-        ("vllm_aasd.config", "from vllm_aasd.config import with_overrides"),
+        ("vllm_aasd.config", "from vllm_aasd import tuning"),
         ("vllm_aasd.engine.v1.proposer", "from ... import plugin"),
         ("vllm_aasd.doctor", "import vllm.envs"),
         ("vllm_aasd.doctor", "from kernels import verify"),

@@ -1,23 +1,17 @@
-"""What a worker finds out once, before it serves: the model's prior, and what its steps cost."""
+"""What a worker determines once, before it serves: its limits, and what its steps cost."""
 
 import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from vllm.config import ModelConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings
-from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.step_time import knots
-from vllm_aasd.drafting.tensor_file import TensorFileError
-from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.align import align
-from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -65,29 +59,6 @@ def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
     if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
         return 1.0
     return kv_bytes / (kv_bytes + entry_bytes(top_k))
-
-
-def load_prior(model: ModelConfig) -> Prior | None:
-    """The prior of the served model, if one was made and is of use; says in the log which it is."""
-    key = model_key(model.model, model.revision)
-    path = prior_file.cache_path(key) if key else None
-    try:
-        if key is None or path is None:
-            raise FileNotFoundError
-        prior = prior_file.load(path, key, model.get_vocab_size())
-    except FileNotFoundError:
-        logger.info(
-            "aasd: no prior for %s; `python -m vllm_aasd.prior %s` makes one, and drafts get better by it",
-            model.model,
-            model.model,
-        )
-        return None
-    except TensorFileError as error:
-        logger.warning("aasd: serving without a prior: %s", error)
-        return None
-    known = f"{np.count_nonzero(prior.ngrams[:, 1])} runs of tokens"
-    logger.info("aasd: prior with %d successors a token and %s from %s", prior.ids.shape[1], known, path)
-    return prior
 
 
 class StepProfile(NamedTuple):
