@@ -29,7 +29,6 @@ from benchmarks.methods import NEAR_TIE
 from benchmarks.replay import Replay, Trace
 from benchmarks.tasks import by_category
 from vllm_aasd.drafting import prior as prior_file
-from vllm_aasd.drafting.draft_length import draft_lengths
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.memory import new_memory
 from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
@@ -226,7 +225,7 @@ def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) ->
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
     memory = new_memory(prior) if "memory" in parts else None
     drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known if "prior" in parts else None, memory)
-    lengths = draft_lengths if "adaptive" in parts else replay.whole_drafts
+    lengths = replay.adaptive_drafts if "adaptive" in parts else replay.whole_drafts
     return [replay.replay([seen(trace)], drafter, longest, price, lengths) for trace in traces]
 
 

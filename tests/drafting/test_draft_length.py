@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from aasd_testing import fake_v1
 from vllm_aasd.drafting.calibration import AcceptanceCalibration
-from vllm_aasd.drafting.draft_length import LengthsByLoad, draft_lengths, lengths_and_gain, reproducible_lengths
+from vllm_aasd.drafting.draft_length import LengthsByLoad, lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.step_time import StepTimeModel, knots
 
 K = 3
+
+
+def draft_lengths(survival, step_times):
+    return lengths_and_gain(survival, step_times)[0]
 
 
 def survivals(num_requests):
@@ -37,7 +41,6 @@ def test_no_other_lengths_emit_more_tokens_a_second(survival, costs, overhead):
         return expected / step_times[num_requests + sum(lengths)] / (overhead if sum(lengths) else 1.0)
 
     chosen, gain = lengths_and_gain(survival, step_times, overhead)
-    assert chosen.tolist() == draft_lengths(survival, step_times, overhead).tolist()
     assert chosen.shape == (num_requests,)
     best = max(rate(lengths) for lengths in itertools.product(range(K + 1), repeat=num_requests))
     assert rate(chosen) == pytest.approx(best, rel=1e-5)

@@ -148,7 +148,7 @@ def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, key
     config = create({"method": "aasd", **keys}, **options)
     assert config.scheduler_config.scheduler_cls == scheduler
     found = pickle.loads(pickle.dumps(config)).speculative_config
-    assert found.aasd_learns_widths is learns and ("as learnt" in repr(found)) is learns
+    assert found.aasd_learns_widths is learns and ("as learned" in repr(found)) is learns
 
 
 @pytest.mark.parametrize(

@@ -30,23 +30,20 @@ MAX_SPECULATIVE_TOKENS = 128
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
 
-The longest draft that the adaptive length may choose: 16 let answers that copy emit 4% more tokens a step than 8 do
-(`benchmarks.drafter`), and cost nothing where they aren't worth it. On V2 a step takes the time of the longest
-draft, and with adapters vLLM wants room for this many tokens of every request in a batch.
+The longest draft that the adaptive length may choose. With 16, answers that copy emit 4% more tokens per step than with 8
+(`benchmarks.drafter`), and other answers lose nothing. On V2 a step takes the time of the longest draft, and with
+adapters vLLM reserves room for this many tokens of every request in a batch.
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
-on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best
-is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
-
-By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
-its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
-that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`).
+"""The initial draft lengths on V2 with asynchronous scheduling, as pairs of a number of requests and the draft length up
+to it; more requests get no drafts. From there the best of these lengths, or none, is learned
+(`vllm_aasd.drafting.batch_draft_length`). If nothing is ever accepted, they cost at most a tenth of the first 300 steps
+(`tests/drafting/test_batch_draft_length.py`).
 """
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
-"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
+"""`num_speculative_tokens` under data parallelism, where vLLM ignores a schedule."""
 
 _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
 
@@ -66,20 +63,20 @@ class AASDSpeculativeConfig(SpeculativeConfig):
     """Where workers write their metrics, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
 
     aasd_learns_widths: bool = False
-    """Whether `num_speculative_tokens_per_batch_size` is ours, and only what the scheduler begins from."""
+    """Whether `num_speculative_tokens_per_batch_size` is ours, and the scheduler only starts with it."""
 
     def __repr__(self) -> str:
         settings = self.aasd.describe() if self.aasd is not None else ""
         schedule = self.num_speculative_tokens_per_batch_size
         by_requests = f" by requests {schedule}" if schedule is not None else ""
         if self.aasd_learns_widths:
-            by_requests += " at first, then as learnt"
+            by_requests += " at first, then as learned"
         length = f"num_spec_tokens={self.num_speculative_tokens}{by_requests}"
         return f"SpeculativeConfig(method='{METHOD}', {length}, {settings})"
 
 
 def install() -> list[patching.Replacement]:
-    """Teach `EngineArgs` the method; does nothing where it knows it already."""
+    """Make the method known to `EngineArgs`; does nothing if it is."""
     return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _patch_create_speculative_config})
 
 
@@ -92,7 +89,7 @@ def _patch_create_speculative_config(stock: Callable) -> Callable:
             return _create(self, stock, target_model_config, target_parallel_config)
         for key, value in (self.speculative_config or {}).items():
             if key.replace("-", "_").startswith(PREFIX):
-                # vLLM would call it unexpected, and not say why.
+                # vLLM's own message would only call it unexpected.
                 raise ValueError(
                     f"{key.replace('-', '_')}={shown(value)} is a setting of method '{METHOD}': "
                     f'add "method": "{METHOD}" to the speculative config, or leave the setting out.'
@@ -105,7 +102,7 @@ def _patch_create_speculative_config(stock: Callable) -> Callable:
 def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
-    """Check everything that can't work, then have vLLM build the base method's config, and extend it."""
+    """Refuse what can't work, then have vLLM build the base method's config, and extend it."""
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
@@ -121,7 +118,7 @@ def _create(
     carried = {**vllm_keys, "method": method, "model": PROPOSER if method == V1_BASE_METHOD else None}
     lengths = _lengths(args, settings, runner, _given_length(args, carried))
     if args.spec_tokens is not None:
-        # vLLM takes it from there by itself.
+        # vLLM reads it itself.
         del lengths[_LONGEST]
     carried = lengths | carried
     args.speculative_config = carried
@@ -129,7 +126,7 @@ def _create(
     try:
         stock_config = stock(args, target_model_config, target_parallel_config)
     finally:
-        # vLLM may build its configuration from the same arguments again.
+        # vLLM may build its configuration from the same arguments twice.
         args.speculative_config, args.spec_method = keys, spec_method
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
@@ -138,22 +135,18 @@ def _create(
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     if method == V1_BASE_METHOD:
-        # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
+        # They are 0, which vLLM refuses when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
     has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
     if has_schedule_of_ours and args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
-    if ours.aasd_learns_widths:
-        ours.num_speculative_tokens_per_batch_size = _holding_none(
-            ours.num_speculative_tokens_per_batch_size, args.max_num_seqs
-        )
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
 
 
 def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
-    """The `num_speculative_tokens` that was set, checked; None if it wasn't."""
+    """The user's `num_speculative_tokens`, checked; None if it isn't set."""
     if args.spec_tokens is None and _LONGEST not in vllm_keys:
         return None
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
@@ -165,10 +158,10 @@ def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
 
 
 def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | None) -> dict[str, Any]:
-    """vLLM's own keys that say how long drafts may be.
+    """vLLM's own keys for the length of drafts.
 
     Args:
-        given: the `num_speculative_tokens` that was set, if it was.
+        given: the user's `num_speculative_tokens`, if set.
     """
     if settings.draft_length != "adaptive":
         return {_LONGEST: given or settings.draft_length}
@@ -179,44 +172,37 @@ def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | Non
     if args.data_parallel_size > 1:
         return {_LONGEST: given or NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
     longest = given or NUM_SPECULATIVE_TOKENS
-    return {_LONGEST: longest, _SCHEDULE: _vllm_schedule(longest)}
+    learns = args.scheduler_cls in (None, unsupported.SCHEDULER)
+    return {_LONGEST: longest, _SCHEDULE: _vllm_schedule(longest, args.max_num_seqs if learns else None)}
 
 
-def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
-    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, of which none has more than
-    the first.
-    """
-    first = 1
-    entries: list[tuple[int, int, int]] = []
-    for last, length in DRAFT_SCHEDULE:
-        entries.append((first, last, min(length, longest) if entries else longest))
-        first = last + 1
-    # vLLM goes on with the last entry.
-    return [*entries, (first, first, 0)]
+def _vllm_schedule(longest: int, most: int | None) -> list[tuple[int, int, int]]:
+    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, at most as many as first.
 
-
-def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> list[tuple[int, int, int]]:
-    """The same schedule, but without drafts for the most requests, so that vLLM captures CUDA graphs for no drafts.
-
-    It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for
-    any number of requests, begins as if this weren't there (`vllm_aasd.engine.draft_length_schedule`).
+    Ends without drafts, because vLLM captures CUDA graphs for the scheduled lengths only, and our scheduler may choose
+    to draft nothing for any number of requests (`vllm_aasd.engine.draft_length_schedule`).
 
     Args:
-        schedule: ours; see `_vllm_schedule`.
-        most: requests that a step may have; None for vLLM's default, which is beyond what drafts are scheduled for.
+        longest: the most draft tokens.
+        most: requests that a step may have, which get no drafts in this schedule; None if it isn't set, or if another
+            scheduler follows the schedule.
     """
-    last_drafted = schedule[-1][0] - 1
-    if most is None or not 2 <= most <= last_drafted:
-        return schedule
-    below = [(first, min(last, most - 1), length) for first, last, length in schedule if first < most]
-    return [*below, (most, most, 0)]
+    entries: list[tuple[int, int, int]] = []
+    first = 1
+    for last, length in DRAFT_SCHEDULE:
+        last = last if most is None or most < 2 else min(last, most - 1)
+        if first <= last:
+            entries.append((first, last, min(length, longest) if entries else longest))
+            first = last + 1
+    # vLLM continues with the last entry.
+    return [*entries, (first, first, 0)]
 
 
 def base_method(args: EngineArgs) -> str:
     """vLLM's method for the model runner that it will choose for these arguments.
 
-    vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), of which the speculative one is a
-    part, so this foresees it, by the same rules and switches; the worker refuses to start where the two disagree.
+    vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), which includes the speculative one,
+    so this predicts the decision by the same rules; the worker refuses to start if the prediction was wrong.
     """
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
         if args.enable_dbo or args.ubatch_size > 1:
@@ -227,7 +213,7 @@ def base_method(args: EngineArgs) -> str:
 
 
 def chooses_v2() -> bool:
-    """Whether this machine and environment have vLLM choose its V2 model runner, whatever the arguments."""
+    """Whether vLLM chooses its V2 model runner on this machine and in this environment, whatever the arguments."""
     return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
 
 

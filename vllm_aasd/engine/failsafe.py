@@ -1,8 +1,8 @@
 """A failure in our code disables speculation, never a request.
 
-Each *component* of our work runs in a ``with faults.contained(component)`` block. An exception in the block is logged
-with its traceback the first time, and counted; the code after the block serves without what the component would have
-done. A component that has failed `MAX_FAULTS` times is off until the process ends.
+Each *component* runs in ``with faults.contained(component)`` blocks. An exception in a block is counted, and logged with
+its traceback the first time; the code after the block continues without the component's result. A component that has
+failed `MAX_FAULTS` times is off until the process ends.
 
 | component | after a failure | when off |
 | --- | --- | --- |

@@ -16,7 +16,7 @@ from vllm_aasd.kernels.align import align
 logger = logging.getLogger("vllm.aasd")
 
 MAX_ALIGNMENT_SHARE = 0.03
-"""Of a prompt's time, what storing predictions at its positions may take for ``aasd_alignment: auto`` to do it."""
+"""The share of a prompt's time that storing predictions at its positions may take with ``aasd_alignment: auto``."""
 
 # Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
 _REPETITIONS = 4
@@ -25,14 +25,14 @@ _MOST_TOKENS = 128
 
 
 def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
-    """The longest draft of a request at any load."""
+    """The longest draft of a request, whatever the load."""
     if isinstance(settings.draft_length, str):
         return num_speculative_tokens
     return min(num_speculative_tokens, settings.draft_length)
 
 
 def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
-    """Whether predictions may be stored at prompt positions; says in the log where they may not."""
+    """Whether predictions may be stored at prompt positions; logs it if they are wanted and may not."""
     if is_wanted and has_lora:
         # lm_head maps adapters by sampler row, so prompt rows would get another request's adapter.
         logger.info("aasd: with LoRA, no predictions are stored at prompt positions")
@@ -41,7 +41,7 @@ def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
 
 
 def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
-    """The KV cache group whose blocks keep every token of a request, by its index."""
+    """The index of the KV cache group whose blocks keep every token of a request; None if there is none."""
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         if isinstance(group.kv_cache_spec, FullAttentionSpec):
             return index
@@ -49,7 +49,7 @@ def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
 
 
 def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
-    """Of the memory for KV cache and alignment store, what the KV cache gets, in (0, 1].
+    """The KV cache's share of the memory for KV cache and alignment store, in (0, 1].
 
     Args:
         specs: of each layer, as vLLM's runner gives them.
@@ -65,8 +65,8 @@ class StepProfile(NamedTuple):
     """What steps cost.
 
     Attributes:
-        samples: tokens in the batch and seconds, of steps whose every token is sampled from.
-        alignment_share: of a prompt's time, what storing predictions at its positions takes.
+        samples: tokens in the batch and seconds, of steps that sample from every token.
+        alignment_share: the share of a prompt's time that storing predictions at its positions takes.
     """
 
     samples: list[tuple[int, float]]
@@ -85,7 +85,7 @@ def dummy_forward(runner: Any, num_tokens: int) -> torch.Tensor:
     """
     hidden_states = runner._dummy_run(num_tokens)[0]
     if runner.lora_config is not None:
-        # It maps adapters for as many rows as there may be requests, but every row needs an entry.
+        # The runner maps adapters for at most as many rows as requests, but every row needs an entry.
         runner._set_active_loras((0,) * num_tokens, (0,) * num_tokens, set())
     return hidden_states
 
@@ -110,7 +110,7 @@ def profile_steps(
     for repetition in range(_REPETITIONS):
         for num_tokens in map(int, knots(min(max_tokens, _MOST_TOKENS))):
             forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens)
-            if repetition:  # the first of a size pays for what libraries set up
+            if repetition:  # the first includes what libraries set up
                 samples.append((num_tokens, forward_seconds + logits_seconds))
     shares = []
     for _ in range(_REPETITIONS):
