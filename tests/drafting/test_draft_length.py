@@ -47,19 +47,6 @@ def test_no_other_lengths_emit_more_tokens_a_second(survival, costs, overhead):
     assert gain == pytest.approx(rate(chosen) / rate([0] * num_requests), rel=1e-5)
 
 
-def test_the_same_drafts_get_shorter_as_tokens_get_dearer():
-    survival = np.tile(np.cumprod(np.full(8, 0.6, np.float32)), (4, 1))
-    totals = [draft_lengths(survival, 1 + price * np.arange(60)).sum() for price in (0.0, 0.02, 0.1, 1.0)]
-    assert totals == sorted(totals, reverse=True)
-    assert totals[0] == 32, "free tokens are all worth having"
-    assert totals[-1] == 0, "no draft is a legal answer"
-
-
-def test_likelier_requests_get_the_tokens():
-    survival = np.array([[0.9, 0.8, 0.7], [0.1, 0.05, 0.0]], np.float32)
-    assert draft_lengths(survival, np.array([1, 1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0])).tolist() == [3, 0]
-
-
 def test_reproducible_lengths_are_each_rows_own():
     survival = np.array([[0.9, 0.2, 0.1, 0.05], [0.09, 0.0, 0.0, 0.0]], np.float32)
     assert reproducible_lengths(survival).tolist() == [3, 0]
@@ -131,21 +118,6 @@ def rising_and_falling(num_tokens):
     return 0.01 * {1: 1.0, 2: 1.1}.get(num_tokens, 0.85 if num_tokens <= 6 else 1.06 + 0.05 * (num_tokens - 7))
 
 
-@pytest.mark.parametrize("is_warm", [False, True])
-def test_more_tokens_may_take_less_time(is_warm):
-    model = StepTimeModel(32)
-    if is_warm:
-        model.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
-    else:
-        rng = np.random.default_rng(0)
-        for _ in range(30000):
-            num_tokens = int(rng.integers(1, 17))
-            model.observe(num_tokens, rising_and_falling(num_tokens) * rng.lognormal(0, 0.1))
-    for num_tokens in range(1, 17):
-        found, expected = model.relative()[num_tokens], rising_and_falling(num_tokens) / rising_and_falling(1)
-        assert found == pytest.approx(expected, rel=1e-9 if is_warm else 0.05)
-
-
 def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
     chooser = LengthsByLoad(32)
     chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
@@ -163,12 +135,6 @@ def test_drafts_are_filled_up_to_the_fastest_kernel(num_requests, least):
     assert chooser.min_draft_tokens(num_requests) == least
 
 
-def test_what_fills_a_step_is_shared_by_its_requests():
-    chooser = LengthsByLoad(16)
-    chooser.warm_start([(1, 0.010), (4, 0.010), (5, 0.005), (16, 0.010)])
-    assert [chooser.min_draft_tokens(num_requests) for num_requests in range(1, 6)] == [4, 2, 1, 1, 0]
-
-
 @pytest.mark.parametrize(("draft_length", "length"), [("adaptive", 2), (4, 0)])
 def test_v1_fills_drafts_whose_length_follows_the_load(draft_length, length, monkeypatch):
     monkeypatch.setattr(LengthsByLoad, "min_draft_tokens", lambda self, num_requests: 2 if num_requests == 1 else 0)
@@ -180,18 +146,6 @@ def test_v1_fills_drafts_whose_length_follows_the_load(draft_length, length, mon
         runner.step()
         lengths.append(len(runner.drafts["a"]))
     assert max(lengths) == length and (length == 0 or runner.num_accepted > 0)
-
-
-def test_filling_up_for_next_to_nothing_is_not_worth_it():
-    chooser = LengthsByLoad(8)
-    chooser.warm_start([(1, 0.0102), (2, 0.0100), (8, 0.0200)])
-    assert chooser.min_draft_tokens(1) == 0
-
-
-def test_a_curve_whose_end_was_timed_too_fast_is_not_drawn_on_downwards():
-    model = StepTimeModel(256)
-    model.warm_start([(1, 0.01), (32, 0.03), (64, 0.02)])
-    assert model.relative()[256] == pytest.approx(2.0)
 
 
 def test_what_can_not_be_a_step_is_passed_over():
@@ -244,11 +198,6 @@ def test_drafting_comes_back_when_the_overhead_is_gone():
     assert served(made, 1.0, WEAK, 400) > 300
 
 
-def test_nothing_is_tried_without_drafts_where_they_clearly_pay():
-    sure = np.full((8, 2), 0.9, np.float32)
-    assert served(chooser(), 1.3, sure, 300) == 300
-
-
 def test_the_overhead_does_not_bend_the_curve():
     made = chooser()
     before = made.relative().copy()
@@ -276,13 +225,6 @@ def test_a_request_with_a_seed_is_drafted_for_whatever_is_probed():
         drafted.append(int(lengths[3]))
         made.observe(8 + int(lengths.sum()), device(8 + int(lengths.sum())), bool(lengths.any()))
     assert set(drafted) == {1}
-
-
-@pytest.mark.parametrize("max_tokens", [1, 2, 5, 64, 100])
-def test_knots_begin_at_one_and_end_at_the_largest_size(max_tokens):
-    counts = knots(max_tokens)
-    assert counts[0] == 1 and counts[-1] == max_tokens
-    assert np.all(np.diff(counts) > 0)
 
 
 def test_a_request_whose_drafts_fail_stops_paying_and_is_tried_again():

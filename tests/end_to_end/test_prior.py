@@ -1,7 +1,6 @@
 """The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
 
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -191,52 +190,12 @@ def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, n
     assert outcomes == {True, False}
 
 
-def test_a_flipped_byte_is_refused_or_harmless(load_prior):
-    path, load = load_prior
-    save_file(damaged(runs=np.empty((0, 2), np.int32)), path, FORMAT)
-    content = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        at, bit = rng.integers(len(content)), rng.integers(8)
-        content[at] ^= 1 << bit
-        path.write_bytes(content)
-        prior = load()
-        assert prior is None or (prior.ids.shape == (7, 2) and prior.ids.max() < VOCAB_SIZE)
-        content[at] ^= 1 << bit
-
-
 def stand_in(monkeypatch):
     """Has the command believe that there is a model ``m``."""
     model_config = types.SimpleNamespace(get_vocab_size=lambda: VOCAB_SIZE)
     engine = types.SimpleNamespace(model="m", revision=None, create_model_config=lambda: model_config)
     monkeypatch.setattr(prior_builder, "engine_arguments", lambda *_: engine)
     monkeypatch.setattr("vllm_aasd.engine.model_key.model_key", lambda model, revision: "m")
-
-
-@pytest.fixture
-def as_another_user():
-    """Become a user that owns nothing, until the test ends."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
-
-
-def test_a_prior_that_may_not_be_read_is_not_taken_for_none(load_prior, tmp_path, monkeypatch, caplog, request):
-    """By the server, and by the command, with the reason."""
-    path, load = load_prior
-    prior_file.save(path, small_prior(), "m")
-    path.chmod(0o600)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    stand_in(monkeypatch)
-    request.getfixturevalue("as_another_user")
-    assert load() is None
-    reason = f"{path} can't be read: [Errno 13] Permission denied"
-    assert f"serving without a prior: {reason}" in caplog.text
-    with pytest.raises(SystemExit, match=re.escape(reason)):
-        prior.main(["m"])
 
 
 def test_the_command_says_before_it_works_that_it_can_not_write(tmp_path, monkeypatch):

@@ -240,16 +240,6 @@ def test_any_of_several_servers_shows_all_engines(front_end, publish, tmp_path):
     assert "aasd:" not in generate_latest().decode() and list(tmp_path.iterdir()) == []
 
 
-def test_a_server_without_room_for_a_folder_serves_without_metrics(front_end, caplog):
-    def full(prefix):
-        raise OSError("No space left on device")
-
-    front_end.setattr(metrics.tempfile, "mkdtemp", full)
-    with caplog.at_level(logging.WARNING, "vllm.aasd"):
-        assert metrics.serving_folder() == ""
-    assert "No space left on device" in caplog.text
-
-
 class FakeLLM:
     """As much of an `LLM` as the metrics are asked of; what workers answer comes by msgpack."""
 

@@ -53,7 +53,7 @@ def test_undo_leaves_what_somebody_else_has_put_there(host):
     [
         (PatchTarget("host_of_targets", "third", ("a",)), "has no host_of_targets.third any more"),
         (PatchTarget("no_such_module_of_vllm", "x", ()), "has no no_such_module_of_vllm.x any more"),
-        (PatchTarget("host_of_targets", "second", ("b",)), r"takes \('a',\), and we know it with \('b',\) first"),
+        (PatchTarget("host_of_targets", "second", ("b",)), r"takes \('a',\), expected \('b',\) first"),
     ],
 )
 def test_all_or_nothing(host, broken, message):

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from vllm_aasd.config import REMOVED, Settings, looser_than, with_overrides
+from vllm_aasd.config import Settings, looser_than, with_overrides
 from vllm_aasd.kernels.verify import verify
 from vllm_aasd.verification.batch import PolicyBatch
 
@@ -87,12 +87,6 @@ def test_a_refusal_takes_no_time_and_shows_no_value_however_long_the_option_is(o
     text = str(refusal.value)
     assert len(text) < 1000 and text.count("secret") <= 80 // len("secret")
     assert "secret" not in text or text.startswith(f"Unknown request option 'aasd_{11 * 'secret'}")
-
-
-def test_what_is_gone_is_refused_with_what_to_use_instead(monkeypatch):
-    monkeypatch.setitem(REMOVED, "aasd_old", "use 'aasd_new'.")
-    with pytest.raises(ValueError, match=r"^The request option 'aasd_old' is gone: use 'aasd_new'\.$"):
-        with_overrides(ANY, {"aasd_old": 1})
 
 
 def test_a_parameter_needs_its_rule():

@@ -26,7 +26,7 @@ _MEMORY_NOW = 64
 _MEMORY_USUAL = 4096
 _MEMORY_STEPS = 16
 
-# Steps between two probes of a neighboring length in the long run; more if probes cost more than this share of the time.
+# Steps between two probes of a neighboring length in the long run; more if they cost more than this share of the time.
 _STEPS_BETWEEN_PROBES = 64
 _PROBING_SHARE = 1 / 400
 # The share of requests that may have come or gone between the steps of a pair.

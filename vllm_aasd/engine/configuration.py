@@ -30,14 +30,14 @@ MAX_SPECULATIVE_TOKENS = 128
 NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 16
 """The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
 
-The longest draft that the adaptive length may choose. With 16, answers that copy emit 4% more tokens per step than with 8
-(`benchmarks.drafter`), and other answers lose nothing. On V2 a step takes the time of the longest draft, and with
+The longest draft that the adaptive length may choose. With 16, answers that copy emit 4% more tokens per step than
+with 8 (`benchmarks.drafter`), and others lose nothing. On V2 a step takes the time of the longest draft, and with
 adapters vLLM reserves room for this many tokens of every request in a batch.
 """
 
 DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""The initial draft lengths on V2 with asynchronous scheduling, as pairs of a number of requests and the draft length up
-to it; more requests get no drafts. From there the best of these lengths, or none, is learned
+"""The initial draft lengths on V2 with asynchronous scheduling, as pairs of a number of requests and the length up to
+it; more requests get no drafts. From there the best of these lengths, or none, is learned
 (`vllm_aasd.drafting.batch_draft_length`). If nothing is ever accepted, they cost at most a tenth of the first 300 steps
 (`tests/drafting/test_batch_draft_length.py`).
 """

@@ -1,8 +1,8 @@
 """A failure in our code disables speculation, never a request.
 
-Each *component* runs in ``with faults.contained(component)`` blocks. An exception in a block is counted, and logged with
-its traceback the first time; the code after the block continues without the component's result. A component that has
-failed `MAX_FAULTS` times is off until the process ends.
+Each *component* runs in ``with faults.contained(component)`` blocks. Exceptions in them are counted, and the first is
+logged with its traceback; the code after a block continues without the component's result. A component that has failed
+`MAX_FAULTS` times is off until the process ends.
 
 | component | after a failure | when off |
 | --- | --- | --- |
