@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="path or name of the target model")
-    parser.add_argument("--top-k", type=_top_k, default=DEFAULT_TOP_K, help="successors kept of each token")
+    parser.add_argument("--top-k", type=int, default=DEFAULT_TOP_K, help="successors kept of each token")
     parser.add_argument(
         "--conversations",
-        type=_count,
+        type=int,
         default=DEFAULT_CONVERSATIONS,
         metavar="N",
         help="questions that the model writes and answers, to learn from; 0 for the vocabulary alone",
@@ -46,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file to write (default: where the server looks for it)")
     parser.add_argument("--force", action="store_true", help="replace an existing one")
     ours, engine_arguments = parser.parse_known_args(arguments)
+    if not 1 <= ours.top_k <= prior_file.MAX_SUCCESSORS:
+        parser.error(f"--top-k {ours.top_k} is not allowed: it takes an integer from 1 to {prior_file.MAX_SUCCESSORS}")
+    if ours.conversations < 0:
+        parser.error(f"--conversations {ours.conversations} is not allowed: it takes an integer from 0")
 
     # Here, so that --help doesn't wait for vLLM.
     from vllm_aasd.engine import prior_builder
@@ -79,21 +83,6 @@ def main(arguments: list[str] | None = None) -> None:
     texts = prior_builder.conversations(llm, ours.conversations, ours.top_k)
     prior_file.save(path, own_text.with_texts(prior, texts), key)
     print(f"written: {path}")
-
-
-def _top_k(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if not 1 <= value <= prior_file.MAX_SUCCESSORS:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not allowed: it takes an integer from 1 to {prior_file.MAX_SUCCESSORS}"
-        )
-    return value
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: it takes an integer from 0")
-    return int(text)
 
 
 if __name__ == "__main__":

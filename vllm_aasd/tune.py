@@ -1,4 +1,4 @@
-"""Find the fastest verification whose effect on the answers to your own prompts stays within bounds.
+"""Find the fastest verification whose effect on the answers to your prompts stays within bounds.
 
     python -m vllm_aasd.tune --model MODEL --prompts FILE [--settings JSON ...] [vLLM's arguments]
 
@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; ends with a message where the prompts or the arguments can't be used."""
+    """Run the command; exits with a message if the prompts or the arguments can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
@@ -101,13 +101,13 @@ def compare(
     bounds: Mapping[str, float],
     sampling: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Measure every way of answering.
+    """Measure every set of options.
 
     Args:
         engine: see `vllm_aasd.engine.trial.Trial`.
         ways: request options by name, `OFF` and `STRICT` among them.
         max_tokens, rounds: of an answer; how often each is timed.
-        bounds: for what may be recommended, see `vllm_aasd.tuning.excess`.
+        bounds: of what may be recommended, see `vllm_aasd.tuning.excess`.
         sampling: vLLM's sampling parameters, by name, of those that aren't greedy; they are never recommended.
 
     Returns:
@@ -143,7 +143,7 @@ def compare(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, and the configuration to take."""
+    """The table in Markdown, and the recommended configuration."""
     lines = [f"| | tokens per step | {' | '.join(_COLUMNS.values())} | exceeds |", "| --- " * (len(_COLUMNS) + 3) + "|"]
     for name, run in result["runs"].items():
         mal = "-" if run["mal"] is None else f"{run['mal']:.2f}"
@@ -152,7 +152,7 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     chosen = result["recommended"]
     options = json.dumps({"method": "aasd", **result["runs"][chosen]["options"]})
-    lines += ["", f"Fastest within the bounds, beyond the noise: {chosen}", f"--speculative-config '{options}'"]
+    lines += ["", f"Fastest within the bounds: {chosen}", f"--speculative-config '{options}'"]
     return "\n".join(lines)
 
 

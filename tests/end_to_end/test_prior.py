@@ -81,9 +81,9 @@ def with_column(at, value):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "reason"),
     [
-        (damaged(), {}, "is no file of the format"),
-        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "is no file of the format"),
-        ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
+        (damaged(), {}, "isn't a file of the format"),
+        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "isn't a file of the format"),
+        ({"ids": small_prior().ids}, FORMAT, "isn't a file of the format"),
         (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
         (damaged(ids=small_prior().ids[:5]), FORMAT, "holds ids of type int32 and shape"),
         (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "holds ids of type int64"),

@@ -1,4 +1,4 @@
-"""One engine that answers prompts under any of the plugin's request options, for comparing them."""
+"""An engine that answers prompts with any request options of the plugin, to compare them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ class Trial:
         arguments: vLLM's own, such as ``["--max-num-seqs", "32"]``.
 
     Raises:
-        SystemExit: an argument that vLLM doesn't know, or one that isn't to be given here.
+        SystemExit: an argument that vLLM doesn't know, or a speculative config.
     """
 
     def __init__(self, model: str, arguments: list[str]) -> None:
