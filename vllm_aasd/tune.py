@@ -28,7 +28,7 @@ _COLUMNS |= {"repeated": "repeated", "score": "task score"}
 
 
 class Prompt(NamedTuple):
-    """One prompt: its token ids, its category, and the score of an answer given the plain one, if it has any."""
+    """A prompt: its token ids, its category, and a function that scores an answer, given the plain one; None without."""
 
     token_ids: list[int]
     category: str
@@ -101,17 +101,18 @@ def compare(
     bounds: Mapping[str, float],
     sampling: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Measure every set of options.
+    """Answer the prompts with every set of options, and measure speed and answers.
 
     Args:
         engine: see `vllm_aasd.engine.trial.Trial`.
-        ways: request options by name, `OFF` and `STRICT` among them.
-        max_tokens, rounds: of an answer; how often each is timed.
+        ways: request options by name, including `OFF` and `STRICT`.
+        max_tokens: the longest answer.
+        rounds: how often each prompt is answered with the same options.
         bounds: of what may be recommended, see `vllm_aasd.tuning.excess`.
-        sampling: vLLM's sampling parameters, by name, of those that aren't greedy; they are never recommended.
+        sampling: vLLM's sampling parameters, by name, if not greedy; these are never recommended.
 
     Returns:
-        ``bounds``; ``recommended``, a name; ``runs``, by name: options, figures, and what exceeds the bounds.
+        ``bounds``; ``recommended``, a name; ``runs``, by name: options, results, and which exceed the bounds.
     """
     sampling = sampling or {}
     token_ids, groups = [one.token_ids for one in prompts], [one.category for one in prompts]

@@ -92,12 +92,9 @@ def test_every_import_points_downwards():
     [
         ("vllm_aasd.kernels.verify", "from vllm_aasd import __version__"),
         ("vllm_aasd.kernels.verify", "from ..verification import strict"),
-        ("vllm_aasd.kernels.verify", "import vllm"),
         ("vllm_aasd.drafting.drafter", "from vllm_aasd.verification.strict import Strict"),
-        ("vllm_aasd.drafting.drafter", "from vllm_aasd import alignment"),
         ("vllm_aasd.drafting.drafter", "def late():\n    from torch import nn"),
         ("vllm_aasd.verification.strict", "import torch\ntorch.cuda.synchronize()"),
-        ("vllm_aasd.verification.strict", "from torch import cuda"),
         ("vllm_aasd.alignment", "from vllm_aasd.config import Settings"),
         ("vllm_aasd.config", "from vllm_aasd.engine import patching"),
         ("vllm_aasd.config", "from vllm_aasd import tuning"),
@@ -116,8 +113,6 @@ def test_the_check_sees_a_violation(module, source):
     [
         ("vllm_aasd.kernels.verify", "import torch, triton\nfrom vllm_aasd.kernels import verify_reference"),
         ("vllm_aasd.kernels.verify", "from . import verify_reference\ntorch.cuda.is_available()"),
-        ("vllm_aasd.drafting.drafter", "import numpy\nfrom vllm_aasd.kernels import draft"),
-        ("vllm_aasd.verification.strict", "import torch\nx = torch.float32"),
         ("vllm_aasd.engine.v1.proposer", "import vllm.envs\nfrom vllm_aasd import __version__, alignment, config"),
         ("vllm_aasd.plugin", "from vllm_aasd.engine import configuration\nimport vllm_aasd_other"),
     ],
