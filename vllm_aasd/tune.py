@@ -28,7 +28,7 @@ _COLUMNS |= {"repeated": "repeated", "score": "task score"}
 
 
 class Prompt(NamedTuple):
-    """A prompt: its token ids, its category, and a function that scores an answer, given the plain one; None without."""
+    """A prompt: its token ids, its category, and what scores an answer, given the plain one, if anything does."""
 
     token_ids: list[int]
     category: str

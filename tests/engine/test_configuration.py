@@ -150,6 +150,9 @@ def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, key
         ({"num_speculative_tokens": 5}, {"async_scheduling": False}, 5),
         ({"num_speculative_tokens": 5}, {"data_parallel_size": 2}, 5),
         ({"aasd_draft_length": 3}, {}, 3),
+        ({"aasd_draft_length": 40, "num_speculative_tokens": 5}, {}, 5),
+        ({"aasd_draft_length": 3, "num_speculative_tokens": 5}, {}, 3),
+        ({"aasd_draft_length": 3}, {"spec_tokens": 5}, 3),
         ({"aasd_draft_length": 3}, {"data_parallel_size": 2}, 3),
     ],
 )

@@ -115,29 +115,26 @@ def _create(
     unsupported.check(runner, args, vllm_keys, settings)
     unsupported.check_model(target_model_config)
 
-    carried = {**vllm_keys, "method": method, "model": PROPOSER if method == V1_BASE_METHOD else None}
-    lengths = _lengths(args, settings, runner, _given_length(args, carried))
-    if args.spec_tokens is not None:
-        # vLLM reads it itself.
-        del lengths[_LONGEST]
-    carried = lengths | carried
-    args.speculative_config = carried
-    spec_method, args.spec_method = args.spec_method, None
+    longest = _longest(args, settings, runner, vllm_keys)
+    schedule = _schedule(args, settings, runner, longest)
+    carried = schedule | vllm_keys | {"method": method, _LONGEST: longest}
+    carried["model"] = PROPOSER if method == V1_BASE_METHOD else None
+    given = keys, args.spec_method, args.spec_tokens
+    args.speculative_config, args.spec_method, args.spec_tokens = carried, None, None
     try:
         stock_config = stock(args, target_model_config, target_parallel_config)
     finally:
         # vLLM may build its configuration from the same arguments twice.
-        args.speculative_config, args.spec_method = keys, spec_method
+        args.speculative_config, args.spec_method, args.spec_tokens = given
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
-    longest_window = max(1, ours.num_speculative_tokens - 1)
-    ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
+    ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, max(1, longest - 1)))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     if method == V1_BASE_METHOD:
         # They are 0, which vLLM refuses when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
-    has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
+    has_schedule_of_ours = bool(schedule) and _SCHEDULE not in vllm_keys
     if has_schedule_of_ours and args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
@@ -145,35 +142,31 @@ def _create(
     return ours
 
 
-def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
-    """The user's `num_speculative_tokens`, checked; None if it isn't set."""
+def _longest(args: EngineArgs, settings: Settings, runner: str, vllm_keys: dict[str, Any]) -> int:
+    """The longest draft: the user's `num_speculative_tokens`, or its default, within `aasd_draft_length`."""
+    fixed = settings.draft_length if isinstance(settings.draft_length, int) else None
     if args.spec_tokens is None and _LONGEST not in vllm_keys:
-        return None
+        if fixed is not None:
+            return fixed
+        if runner == "V1":
+            return NUM_SPECULATIVE_TOKENS if args.enable_lora else NUM_SPECULATIVE_TOKENS_V1
+        is_unscheduled = args.data_parallel_size > 1 and not unsupported.is_synchronous(args)
+        return NUM_SPECULATIVE_TOKENS_UNSCHEDULED if is_unscheduled else NUM_SPECULATIVE_TOKENS
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
     if type(given) is not int or not 1 <= given <= MAX_SPECULATIVE_TOKENS:
         raise ValueError(
             f"{_LONGEST}={shown(given)} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
         )
-    return given
+    return given if fixed is None else min(given, fixed)
 
 
-def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | None) -> dict[str, Any]:
-    """vLLM's own keys for the length of drafts.
-
-    Args:
-        given: the user's `num_speculative_tokens`, if set.
-    """
-    if settings.draft_length != "adaptive":
-        return {_LONGEST: given or settings.draft_length}
-    if runner == "V1":
-        return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS if args.enable_lora else NUM_SPECULATIVE_TOKENS_V1)}
-    if unsupported.is_synchronous(args):
-        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS}
-    if args.data_parallel_size > 1:
-        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
-    longest = given or NUM_SPECULATIVE_TOKENS
+def _schedule(args: EngineArgs, settings: Settings, runner: str, longest: int) -> dict[str, Any]:
+    """vLLM's key for draft lengths by the number of requests; empty if all have the same."""
+    is_fixed = settings.draft_length != "adaptive" or runner == "V1" or args.data_parallel_size > 1
+    if is_fixed or unsupported.is_synchronous(args):
+        return {}
     learns = args.scheduler_cls in (None, unsupported.SCHEDULER)
-    return {_LONGEST: longest, _SCHEDULE: _vllm_schedule(longest, args.max_num_seqs if learns else None)}
+    return {_SCHEDULE: _vllm_schedule(longest, args.max_num_seqs if learns else None)}
 
 
 def _vllm_schedule(longest: int, most: int | None) -> list[tuple[int, int, int]]:

@@ -9,7 +9,6 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_aasd.alignment import entry_bytes
-from vllm_aasd.config import Settings
 from vllm_aasd.drafting.step_time import knots
 from vllm_aasd.kernels.align import align
 
@@ -22,13 +21,6 @@ MAX_ALIGNMENT_SHARE = 0.03
 _REPETITIONS = 4
 # Beyond this the curve is extrapolated linearly.
 _MOST_TOKENS = 128
-
-
-def max_draft_tokens(settings: Settings, num_speculative_tokens: int) -> int:
-    """The longest draft of a request, whatever the load."""
-    if isinstance(settings.draft_length, str):
-        return num_speculative_tokens
-    return min(num_speculative_tokens, settings.draft_length)
 
 
 def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:

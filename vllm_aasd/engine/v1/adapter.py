@@ -61,7 +61,7 @@ class V1Adapter:
         self._model_config = vllm_config.model_config
         self._runner = runner
         self._model = model
-        self._max_draft_tokens = startup.max_draft_tokens(settings, speculative_config.num_speculative_tokens)
+        self._max_draft_tokens = speculative_config.num_speculative_tokens
         self._max_step_tokens = min(
             max_num_seqs * (1 + self._max_draft_tokens), scheduler_config.max_num_batched_tokens
         )
