@@ -120,7 +120,7 @@ def rising_and_falling(num_tokens):
 
 def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
     chooser = LengthsByLoad(32)
-    chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
+    chooser.step_time.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
     never = np.zeros(1, np.bool_)
     for conditional, length in ((0.3, 5), (0.6, 5), (0.95, 16)):
         survival = np.cumprod(np.full((1, 16), conditional, np.float32), axis=1)
@@ -131,7 +131,7 @@ def test_drafts_fill_the_fastest_kernel_and_go_on_only_if_that_pays():
 def test_drafts_are_filled_up_to_the_fastest_kernel(num_requests, least):
     chooser = LengthsByLoad(32)
     assert chooser.min_draft_tokens(num_requests) == 0, "nothing is known yet"
-    chooser.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
+    chooser.step_time.warm_start([(int(count), rising_and_falling(count)) for count in knots(32)])
     assert chooser.min_draft_tokens(num_requests) == least
 
 
@@ -171,7 +171,7 @@ def served(chooser, overhead, survival, steps, seed=0):
 
 def chooser():
     made = LengthsByLoad(64)
-    made.warm_start([(count, device(count)) for count in (1, 2, 4, 8, 16, 32, 64)])
+    made.step_time.warm_start([(count, device(count)) for count in (1, 2, 4, 8, 16, 32, 64)])
     return made
 
 
@@ -200,12 +200,12 @@ def test_drafting_comes_back_when_the_overhead_is_gone():
 
 def test_the_overhead_does_not_bend_the_curve():
     made = chooser()
-    before = made.relative().copy()
+    before = made.step_time.relative().copy()
     rng = np.random.default_rng(2)
     for _ in range(3000):
         num_tokens, has_drafts = int(rng.integers(8, 33)), bool(rng.integers(2))
         made.observe(num_tokens, device(num_tokens) * (1.3 if has_drafts else 1.0), has_drafts)
-    np.testing.assert_allclose(made.relative(), before, rtol=0.05)
+    np.testing.assert_allclose(made.step_time.relative(), before, rtol=0.05)
 
 
 def test_steps_on_both_sides_of_a_prompt_are_no_neighbours():
@@ -273,5 +273,5 @@ def test_survival_under_trust_is_still_a_survival():
 def test_drafts_that_pay_by_a_hair_are_not_made(survival, length):
     """One more token takes a tenth longer."""
     lengths = LengthsByLoad(8)
-    lengths.warm_start([(n, 0.9 + 0.1 * n) for n in range(1, 9)])
+    lengths.step_time.warm_start([(n, 0.9 + 0.1 * n) for n in range(1, 9)])
     assert lengths.choose(np.array([[survival]]), np.zeros(1, bool)).tolist() == [length]

@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -76,19 +75,14 @@ class LengthsByLoad:
 
     Args:
         max_tokens: the most tokens of a step, >= 1.
+
+    Attributes:
+        step_time: what is known about the time that steps take.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self._step_time = StepTimeModel(max_tokens)
+        self.step_time = StepTimeModel(max_tokens)
         self._num_probes = 0
-
-    def warm_start(self, samples: Iterable[tuple[int, float]]) -> None:
-        """Begin from steps that were timed for this: see `StepTimeModel.warm_start`."""
-        self._step_time.warm_start(samples)
-
-    def relative(self) -> np.ndarray:
-        """The step-time curve: see `StepTimeModel.relative`."""
-        return self._step_time.relative()
 
     def min_draft_tokens(self, num_requests: int) -> int:
         """How many draft tokens a request should have at least, however unlikely, because that makes its step faster.
@@ -99,7 +93,7 @@ class LengthsByLoad:
         Returns:
             0, unless steps with more tokens were seen to take less time.
         """
-        times = self._step_time.relative()[num_requests:]
+        times = self.step_time.relative()[num_requests:]
         fastest = int(np.argmin(times)) if len(times) else 0
         if fastest == 0 or times[0] < _LEAST_GAIN * times[fastest]:
             return 0
@@ -114,9 +108,9 @@ class LengthsByLoad:
             has_drafts: whether draft tokens were among them.
         """
         if num_tokens is None:
-            self._step_time.skip()
+            self.step_time.skip()
         else:
-            self._step_time.observe(num_tokens, seconds, has_drafts)
+            self.step_time.observe(num_tokens, seconds, has_drafts)
 
     def choose(self, survival: np.ndarray, is_seeded: np.ndarray) -> np.ndarray:
         """Choose the draft lengths of a step.
@@ -129,7 +123,7 @@ class LengthsByLoad:
             ``[B]`` int64.
         """
         by_load = np.where(is_seeded[:, None], 0, survival)
-        lengths, gain = lengths_and_gain(by_load, self._step_time.relative(), self._step_time.overhead())
+        lengths, gain = lengths_and_gain(by_load, self.step_time.relative(), self.step_time.overhead())
         if is_seeded.any():
             lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
         elif gain < _LEAST_GAIN:
@@ -140,4 +134,4 @@ class LengthsByLoad:
         return lengths
 
     def _is_probe_due(self) -> bool:
-        return self._step_time.drafts_since_pair >= steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)
+        return self.step_time.drafts_since_pair >= steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)

@@ -135,8 +135,8 @@ class V1Adapter:
             min(PREFILL_CHUNK, self._runner.max_num_tokens),
             TOP_K,
         )
-        by_load = self._lengths.by_load
-        by_load.warm_start(profile.samples)
+        step_time = self._lengths.by_load.step_time
+        step_time.warm_start(profile.samples)
         # All ranks compute logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
         if self._alignment is not None and self._settings.alignment == "auto":
@@ -145,9 +145,9 @@ class V1Adapter:
                 self._alignment = None
         is_stored = self._alignment is not None and self._alignment.with_prompts
         logger.info(
-            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f %% of "
+            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f%% of "
             "a prompt's time and are %s",
-            " ".join(f"{count}:{by_load.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
+            " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
             100 * alignment_share,
             "stored" if is_stored else "not stored",
         )
