@@ -112,16 +112,18 @@ class UnsupportedVLLMError(RuntimeError):
     """The installed vLLM lacks something that we rely on."""
 
 
-class Replacement:
-    """One function of vLLM replaced by ours, until `undo`."""
+class Replacement(NamedTuple):
+    """A function of vLLM (`stock`, found as `name` of `owner`) that is replaced by `ours` until `undo`."""
 
-    def __init__(self, owner: Any, name: str, stock: Callable, ours: Callable) -> None:
-        self._owner, self._name, self._stock, self._ours = owner, name, stock, ours
+    owner: Any
+    name: str
+    stock: Callable
+    ours: Callable
 
     def undo(self) -> None:
         """Put vLLM's own function back; does nothing if ours has been replaced since."""
-        if getattr(self._owner, self._name) is self._ours:
-            setattr(self._owner, self._name, self._stock)
+        if getattr(self.owner, self.name) is self.ours:
+            setattr(self.owner, self.name, self.stock)
 
 
 def vllm_version() -> str:

@@ -34,7 +34,7 @@ def install() -> list[patching.Replacement]:
         What was replaced, to be undone.
 
     Raises:
-        UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if vLLM has changed; then nothing was replaced.
     """
     return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _patch_verify})
 
