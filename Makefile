@@ -1,22 +1,23 @@
 # Everything is made inside .venv in this clone; a target that is up to date does nothing.
-# The tools read FLAVOUR, MODEL, PORT and ARGS from the environment, so that no quoting is lost on the way.
 
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
-AASD_TEST_MODEL ?= $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
-export FLAVOUR MODEL PORT ARGS AASD_TEST_MODEL
+PORT ?= 8000
+DEMO_MODEL = $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
+AASD_TEST_MODEL ?= $(DEMO_MODEL)
+export FLAVOUR MODEL AASD_TEST_MODEL
 ifeq ($(strip $(MODEL)),)
 AASD_CACHE_ROOT ?= $(CURDIR)/.venv/cache
 export AASD_CACHE_ROOT
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prior prior-if-soon serve check-serve demo bench lint test test-long soak docs clean
+.PHONY: help setup model prior serve demo bench lint test test-long soak docs clean
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
 	@echo 'make model      make the demo chat model, and print its path'
-	@echo "make prior      make the demo model's prior, which drafts begin from"
+	@echo "make prior      make the demo model's prior, which drafts begin from (about ten minutes, once)"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make lint       check style and types (ruff, mypy)'
@@ -34,18 +35,17 @@ model: setup
 	@.venv/bin/python tools/demo_model.py
 
 prior: model
-	@.venv/bin/python tools/demo_prior.py
+	@HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm_aasd.prior $(DEMO_MODEL)
 
-prior-if-soon: model
-	@.venv/bin/python tools/demo_prior.py --before-serving
+# vLLM takes the last of equal arguments, so ARGS override ours. By default it would take most of a CPU's memory.
+serve: $(if $(strip $(MODEL)),setup,model)
+	@echo "[aasd] after 'Application startup complete.', ask it something:"
+	@echo "  curl -s http://localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "       -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'"
+	@exec env VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-2} .venv/bin/vllm serve $(or $(strip $(MODEL)),$(DEMO_MODEL)) \
+		--host 127.0.0.1 --port $(PORT) --speculative-config '{"method":"aasd"}' $(ARGS)
 
-serve: check-serve $(if $(strip $(MODEL)),setup,prior-if-soon)
-	@exec .venv/bin/python tools/serve.py
-
-check-serve:
-	@$(PYTHON) tools/serve.py --check
-
-demo: prior-if-soon
+demo: prior
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 bench: prior

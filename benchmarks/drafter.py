@@ -28,11 +28,10 @@ from benchmarks.fitting_tasks import fitting_tasks
 from benchmarks.methods import NEAR_TIE
 from benchmarks.replay import Replay, Trace
 from benchmarks.tasks import by_category
-from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.drafting import prior as prior_file
-from vllm_aasd.drafting.draft_length import draft_lengths
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
+from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_prior
 from vllm_aasd.tuning import stratified_ratio
@@ -226,7 +225,7 @@ def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) ->
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
     texts = KnownTexts(ANSWER_BYTES, longest, (prior if "text" in parts else no_prior()).texts)
     drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if "prior" in parts else None, texts=texts)
-    lengths = draft_lengths if "adaptive" in parts else replay.whole_drafts
+    lengths = replay.adaptive_drafts if "adaptive" in parts else replay.whole_drafts
     namespace = 0 if "answers" in parts else None
     return [replay.replay([seen(trace)], drafter, longest, price, lengths, namespace) for trace in traces]
 

@@ -26,7 +26,7 @@ import torch
 from benchmarks import report, results
 from benchmarks.kernels import policy_tensors
 from benchmarks.tasks import load_tokenizer
-from vllm_aasd.config import NUM_SPECULATIVE_TOKENS_V1
+from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1
 from vllm_aasd.kernels import verify as verify_op
 from vllm_aasd.kernels.verify import reference as verify_reference
 

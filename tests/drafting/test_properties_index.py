@@ -53,7 +53,7 @@ def chain(index, size):
 def references_draft(context, limit):
     """What the reference drafts, which scans, and its survival."""
     ids, survival = np.empty(limit, np.int32), np.empty(limit, np.float32)
-    constants = *DEFAULT_WEIGHTS, *no_prior(), MAX_MATCHES, np.float32(0)
+    constants = *DEFAULT_WEIGHTS, *no_prior()[:2], None, MAX_MATCHES, np.float32(0)
     scratch = np.zeros(VOCAB, np.float32), None, None
     tokens = np.array(context, np.int32)
     count = draft_reference.draft(

@@ -1,7 +1,6 @@
 """The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
 
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
-from vllm_aasd.engine import startup, successors
+from vllm_aasd.engine import prior_builder, shared_prior
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.engine.successors import assistant_prefix
+from vllm_aasd.engine.prior_builder import assistant_prefix, emulates_bfloat16
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 7
@@ -72,9 +71,9 @@ def damaged(**changes):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "reason"),
     [
-        (damaged(), {}, "is no file of the format"),
-        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "is no file of the format"),
-        ({"ids": small_prior().ids}, FORMAT, "is no file of the format"),
+        (damaged(), {}, "isn't a file of the format"),
+        (damaged(), {**FORMAT, "format": "vllm-aasd prior, version 0"}, "isn't a file of the format"),
+        ({"ids": small_prior().ids}, FORMAT, "isn't a file of the format"),
         (damaged(), {**FORMAT, "model": "other"}, "made with another model"),
         (damaged(ids=small_prior().ids[:5]), FORMAT, "holds ids of type int32 and shape"),
         (damaged(ids=small_prior().ids.astype(np.int64)), FORMAT, "holds ids of type int64"),
@@ -130,9 +129,9 @@ IN_ITS_PLACE = {
 def load_prior(tmp_path, monkeypatch):
     """Has a server of the model ``m`` load its prior, from the path that is given first."""
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
-    monkeypatch.setattr(startup, "model_key", lambda model, revision: "m")
+    monkeypatch.setattr(shared_prior, "model_key", lambda model, revision: "m")
     model = types.SimpleNamespace(model="m", revision=None, get_vocab_size=lambda: VOCAB_SIZE)
-    return prior_file.cache_path("m"), lambda: startup.load_prior(model)
+    return prior_file.cache_path("m"), lambda: shared_prior.own_prior(model)
 
 
 @pytest.mark.parametrize("put", IN_ITS_PLACE.values(), ids=IN_ITS_PLACE)
@@ -179,53 +178,18 @@ def test_whatever_an_array_is_it_is_refused_or_can_be_drafted_from(load_prior, n
     assert outcomes == {True, False}
 
 
-def test_a_flipped_byte_is_refused_or_harmless(load_prior):
-    path, load = load_prior
-    save_file(damaged(texts=np.empty(0, np.int32)), path, FORMAT)
-    content = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        at, bit = rng.integers(len(content)), rng.integers(8)
-        content[at] ^= 1 << bit
-        path.write_bytes(content)
-        prior = load()
-        assert prior is None or (prior.ids.shape == (7, 2) and prior.ids.max() < VOCAB_SIZE)
-        content[at] ^= 1 << bit
-
-
-@pytest.fixture
-def as_another_user():
-    """Become a user that owns nothing, until the test ends."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
-
-
-def test_a_prior_that_may_not_be_read_is_not_taken_for_none(load_prior, tmp_path, monkeypatch, caplog, request):
-    """By the server, and by the command, with the reason."""
-    path, load = load_prior
-    prior_file.save(path, small_prior(), "m")
-    path.chmod(0o600)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    monkeypatch.setattr(successors, "engine_arguments", lambda *_: None)
-    monkeypatch.setattr(successors, "key_of", lambda engine: "m")
-    monkeypatch.setattr(successors, "vocab_size", lambda engine: VOCAB_SIZE)
-    request.getfixturevalue("as_another_user")
-    assert load() is None
-    reason = f"{path} can't be read: [Errno 13] Permission denied"
-    assert f"serving without a prior: {reason}" in caplog.text
-    with pytest.raises(SystemExit, match=re.escape(reason)):
-        prior.main(["m"])
+def stand_in(monkeypatch):
+    """Has the command believe that there is a model ``m``."""
+    model_config = types.SimpleNamespace(get_vocab_size=lambda: VOCAB_SIZE)
+    engine = types.SimpleNamespace(model="m", revision=None, create_model_config=lambda: model_config)
+    monkeypatch.setattr(prior_builder, "engine_arguments", lambda *_: engine)
+    monkeypatch.setattr("vllm_aasd.engine.model_key.model_key", lambda model, revision: "m")
 
 
 def test_the_command_says_before_it_works_that_it_can_not_write(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(successors, "engine_arguments", lambda *_: None)
-    monkeypatch.setattr(successors, "key_of", lambda engine: "m")
-    monkeypatch.setattr(successors, "start", lambda engine: pytest.fail("it has begun"))
+    stand_in(monkeypatch)
+    monkeypatch.setattr(prior_builder, "start", lambda engine: pytest.fail("it has begun"))
     for arguments in (["m", "--force"], ["m", "--force", "--output", str(tmp_path / "file" / "prior")]):
         monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "file"))
         with pytest.raises(SystemExit, match="can't be written to"):
@@ -363,10 +327,10 @@ def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_mode
     ("is_cpu", "emulates", "dtype"), [(True, True, "float32"), (True, False, "auto"), (False, True, "auto")]
 )
 def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is_cpu, emulates, dtype):
-    monkeypatch.setattr(successors, "current_platform", types.SimpleNamespace(is_cpu=lambda: is_cpu))
-    monkeypatch.setattr(successors, "emulates_bfloat16", lambda: emulates)
-    assert successors.engine_arguments("model", [], 8).dtype == dtype
-    assert successors.engine_arguments("model", ["--dtype", "float16"], 8).dtype == "float16"
+    monkeypatch.setattr(prior_builder, "current_platform", types.SimpleNamespace(is_cpu=lambda: is_cpu))
+    monkeypatch.setattr(prior_builder, "emulates_bfloat16", lambda: emulates)
+    assert prior_builder.engine_arguments("model", [], 8).dtype == dtype
+    assert prior_builder.engine_arguments("model", ["--dtype", "float16"], 8).dtype == "float16"
 
 
 def test_the_command_refuses_what_it_can_not_do(capsys):
@@ -375,13 +339,15 @@ def test_the_command_refuses_what_it_can_not_do(capsys):
     assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err
 
 
-def test_the_command_gives_up_where_it_would_take_too_long(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(prior.time, "monotonic", lambda: now)
-    progress = prior._Progress(most_seconds=100.0)
-    now = 1.0
-    progress(10, 1000)
-    now = 2.1
-    with pytest.raises(prior._TooSlow) as too_slow:
-        progress(20, 1000)
-    assert too_slow.value.args[0] == pytest.approx(105.0)
+@pytest.mark.parametrize(
+    ("described", "emulates"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse2 avx2 fma\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_bf16\n", False),
+        ("Features\t: fp asimd bf16\n", False),
+        ("", False),
+    ],
+)
+def test_older_x86_cpus_emulate_bfloat16(described, emulates):
+    assert emulates_bfloat16(described) is emulates

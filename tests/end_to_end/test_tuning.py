@@ -149,10 +149,6 @@ def test_the_command_from_prompts_to_the_configuration(fake, capsys):
     assert """--speculative-config '{"method": "aasd", "aasd_beta": 0.3}'""" in capsys.readouterr().out
 
 
-def test_the_defaults_are_settings_that_requests_may_bring():
-    assert list(tune.candidates(tune.DEFAULTS))[:3] == ["no speculation", "strict", "verification conditional"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,20 +157,13 @@ def test_the_defaults_are_settings_that_requests_may_bring():
         (["--settings", "[1]"], r"--settings takes JSON objects, not \[1\]"),
         (["--settings", "{"], "argument --settings"),
         (["--prompts", "none.jsonl"], "none.jsonl"),
+        (["--prompts", __file__], r"test_tuning\.py:1: "),
     ],
 )
 def test_bad_arguments_end_it_with_a_message(fake, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         tune.main([*fake, *arguments])
     assert re.search(message, f"{ended.value}{capsys.readouterr().err}")
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}'])
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "p.jsonl"
-    path.write_text(f'{{"prompt": "a"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"p\.jsonl:2: "):
-        tune.read(path)
 
 
 def test_a_speculative_config_is_refused(capsys):

@@ -47,13 +47,6 @@ def test_an_entry_of_another_token_is_stale(store):
     assert not probs[0].any() and probs[1].all()
 
 
-def test_a_new_owner_overwrites(store):
-    store.write(predictions((3, 4)), ids(1), torch.tensor([5]))
-    store.write(predictions((6, 7)), ids(2), torch.tensor([5]))
-    top, _, fresh = store.read(ids(1, 2), torch.tensor([5, 5]))
-    assert fresh.tolist() == [False, True] and top[1].tolist() == [6, 7]
-
-
 def test_slot_minus_one_is_neither_written_nor_fresh(store):
     before = store.table.clone()
     store.write(predictions((3, 4)), ids(1), torch.tensor([-1]))
@@ -63,14 +56,6 @@ def test_slot_minus_one_is_neither_written_nor_fresh(store):
     assert not fresh.any() and not probs.any()
 
 
-def test_copying_a_block_carries_its_entries(store):
-    store.write(predictions((3, 4), (5, 6)), ids(1, 2), torch.tensor([4, 7]))
-    store.table[2].copy_(store.table[1])
-    top, _, fresh = store.read(ids(1, 2), torch.tensor([8, 11]))
-    assert fresh.all() and top.tolist() == [[3, 4], [5, 6]]
-    assert store.table.shape[0] == 3 and store.table.is_contiguous()
-
-
 def test_the_numpy_view_shares_memory(store):
     view = store.numpy()
     assert view.shape == (12, 5) and (view[:, 0] == -1).all()
@@ -78,14 +63,6 @@ def test_the_numpy_view_shares_memory(store):
     assert view[9, :3].tolist() == [1, 3, 4]
     view[9, 0] = 8
     assert store.read(ids(8), torch.tensor([9]))[2].all()
-
-
-def test_reading_does_not_alias_the_table(store):
-    store.write(predictions((3, 4)), ids(1), torch.tensor([0]))
-    top, probs, _ = store.read(ids(1), torch.tensor([0]))
-    kept = (top.clone(), probs.clone())
-    store.write(predictions((7, 8)), ids(1), torch.tensor([0]))
-    assert torch.equal(top, kept[0]) and torch.equal(probs, kept[1])
 
 
 def test_blocks_that_change_hands_are_forgotten_and_no_others(store):

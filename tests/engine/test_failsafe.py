@@ -8,7 +8,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from aasd_testing import fake_v1, fake_v2
-from aasd_testing.fake_v2 import MAX_LEN, VOCAB, WIDTH, next_token
+from aasd_testing.fake_v2 import VOCAB, WIDTH, next_token
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
@@ -76,7 +76,7 @@ def serve_v1(runner):
 def accepted_v1():
     runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
     serve_v1(runner)
-    assert set(runner.proposer.faults.counts.values()) == {0}
+    assert set(runner.proposer.faults.counts.values()) == {0} and runner.num_accepted > NUM_TOKENS / 2
     return runner.num_accepted
 
 
@@ -121,10 +121,6 @@ def test_v1_serves_the_targets_tokens_whatever_fails(seam, times, monkeypatch, c
         assert MAX_FAULTS <= counts[place] <= MAX_FAULTS + len(PROMPTS), "what is off isn't tried again"
 
 
-def test_v1_without_faults_accepts_drafts():
-    assert accepted_v1() > NUM_TOKENS / 2
-
-
 def test_v1_a_request_whose_draft_fails_has_none_from_then_on_and_others_have(monkeypatch):
     runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
     real = Drafter.draft
@@ -141,13 +137,6 @@ def test_v1_a_request_whose_draft_fails_has_none_from_then_on_and_others_have(mo
     assert runner.proposer.faults.counts["draft"] == 1 and drafter.num_requests == 1
     assert not runner.drafts["a"] and runner.num_accepted > 0
     assert float(abs(drafter._scores).sum()) == 0
-
-
-def test_v1_a_step_without_requests_is_no_fault():
-    runner = fake_v1.FakeRunner(PROMPTS, verification="strict")
-    empty = torch.empty(0, dtype=torch.int32).numpy()
-    assert runner.proposer.propose([], empty, empty.reshape(0, 1)) == []
-    assert set(runner.proposer.faults.counts.values()) == {0}
 
 
 def test_v1_a_fault_of_one_rank_never_changes_how_often_logits_are_asked_for(monkeypatch):
@@ -300,7 +289,7 @@ def serve_v2(runner):
 def accepted_v2(fillers):
     runner = fake_v2.FakeRunner(max_num_reqs=2, fillers=fillers, alignment=True, verification="strict")
     serve_v2(runner)
-    assert set(runner.speculator.faults.counts.values()) == {0}
+    assert set(runner.speculator.faults.counts.values()) == {0} and sum(runner.accepted) > NUM_TOKENS / 2
     return runner.accepted
 
 
@@ -336,10 +325,6 @@ def test_v2_serves_the_targets_tokens_whatever_fails(seam, times, fillers, monke
         assert sum(runner.accepted) > 0, "one fault isn't the end of speculation"
     elif seam in ("drafting", "store", "verifier"):
         assert runner.speculator.faults.is_off(place) and counts[place] <= MAX_FAULTS + 1
-
-
-def test_v2_without_faults_accepts_drafts():
-    assert sum(accepted_v2(fillers=True)) > NUM_TOKENS / 2
 
 
 def test_v2_promises_that_cannot_be_kept_cost_metrics_only():
@@ -397,16 +382,6 @@ def test_v2_stale_policies_are_never_verified_by(monkeypatch):
     assert requests.policies.rule[0] == CONDITIONAL and not runner.speculator.verifier.is_on
     requests.apply_staged_writes()
     assert requests.policies.rule[0] == STRICT and runner.speculator.verifier.is_on
-
-
-def test_v2_a_request_that_could_not_be_taken_in_is_strict_and_has_no_drafts(monkeypatch):
-    requests = fake_v2.FakeRunner(max_num_reqs=2).speculator.requests
-    requests._max_seq_len[:] = MAX_LEN
-    requests.add_request(0, SamplingParams(temperature=0.0))
-    inject(monkeypatch, v2_requests, "verification_of")
-    requests.add_request(0, SamplingParams(temperature=0.0))
-    requests.apply_staged_writes()
-    assert requests.policies.rule[0] == STRICT and requests.max_len[0] == 0
 
 
 @pytest.mark.parametrize("seam", ["admission", "drafting", "store", "prompts' store", "verifier", "fillers"])

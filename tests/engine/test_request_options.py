@@ -6,14 +6,13 @@ import types
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine import request_options
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify.policies import BETA, CONDITIONAL, STRICT
-from vllm_aasd.verification.rules import STRICT_POLICY
 
 # Another test of this process may have had vLLM load the plugin, whose replacement stays.
 STOCK = inspect.unwrap(SamplingParams.verify)
@@ -94,11 +93,6 @@ def test_a_request_keeps_its_policy_object_and_is_forgotten_with_its_end():
     assert requests.is_drafted("1"), "a later request may have that id"
 
 
-def test_requests_that_ask_for_nothing_have_the_servers_policy():
-    requests = admitted(Settings(verification="strict"), None, {"other": 1})
-    assert requests["0"].verification.policy == requests["1"].verification.policy == STRICT_POLICY
-
-
 def test_a_pooling_request_has_no_sampling_parameters():
     requests = V1Requests(Settings(), Faults())
     requests.admit(["p"], {"p": types.SimpleNamespace(sampling_params=None)})
@@ -106,9 +100,16 @@ def test_a_pooling_request_has_no_sampling_parameters():
 
 
 @pytest.mark.parametrize(
-    ("relaxes_sampling", "temperature", "is_strict"), [(0, 0.7, True), (1, 0.7, False), (0, 0.0, False)]
+    ("relaxes_sampling", "asked", "is_strict"),
+    [
+        (False, {"temperature": 0.7}, True),
+        (True, {"temperature": 0.7}, False),
+        (False, {}, False),
+        (True, {"logprobs": 1}, True),
+        (True, {"structured_outputs": StructuredOutputsParams(regex="a*")}, True),
+    ],
 )
-def test_sampled_requests_stay_strict_unless_asked(relaxes_sampling, temperature, is_strict):
-    params = SamplingParams(temperature=temperature, stop_token_ids=[5, 3])
-    asked = request_options.verification_of(Settings(relax_sampling=bool(relaxes_sampling)), params)
+def test_sampling_grammars_and_logprobs_make_a_request_strict(relaxes_sampling, asked, is_strict):
+    params = SamplingParams(**{"temperature": 0.0, "stop_token_ids": [5, 3], **asked})
+    asked = request_options.verification_of(Settings(relax_sampling=relaxes_sampling), params)
     assert asked.is_strict is is_strict and asked.stop_token_ids == ([] if is_strict else [3, 5])

@@ -81,3 +81,31 @@ def test_ranks_that_differ_go_on_without_and_one_says_so(on_all_ranks, caplog, p
         assert on_all_ranks(priors) == [None] * len(priors)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{held} of {len(priors)} tensor-parallel ranks have one, of {kinds} kinds" in caplog.text
+
+
+class Model:
+    revision = None
+
+    def __init__(self, model):
+        self.model = model
+
+    def get_vocab_size(self):
+        return 7
+
+
+def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert shared_prior.own_prior(Model(str(tmp_path))) is None
+    assert f"python -m vllm_aasd.prior {tmp_path}" in caplog.text
+
+
+def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    key = shared_prior.model_key(str(tmp_path / "model"))
+    (tmp_path / f"prior-{key}.safetensors").write_bytes(b"nonsense")
+    with caplog.at_level("INFO", "vllm.aasd"):
+        assert shared_prior.own_prior(Model(str(tmp_path / "model"))) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "serving without a prior" in caplog.text and "can't be read" in caplog.text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.multimodal.inputs import PlaceholderRange
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams
 
 from aasd_testing.fake_v2 import (
     BLOCK,
@@ -237,31 +237,6 @@ def test_a_request_that_wants_no_speculation_gets_no_drafts():
         runner.add(1, prompt, 20, SamplingParams(temperature=0.0, max_tokens=20))
         runner.step([0, 1])
         assert runner.speculator._num_valid_drafts[1] > 0
-
-
-def test_each_slot_has_the_policy_that_its_request_asked_for():
-    requests = FakeRunner(max_num_reqs=3, beta=0.25).speculator.requests
-    strict, tighter = {"aasd_verification": "strict"}, {"aasd_beta": 0.75, "aasd_alpha": 0}
-    for slot, options in enumerate((None, strict, tighter)):
-        requests.add_request(slot, SamplingParams(temperature=0.0, extra_args=options))
-    requests.apply_staged_writes()
-    asked = requests.policies
-    assert asked.rule.tolist() == [policies.CONDITIONAL, policies.STRICT, policies.CONDITIONAL]
-    assert asked.parameters[[0, 2], policies.BETA].tolist() == [0.25, 0.75]
-    assert asked.parameters[[0, 2], policies.ALPHA].tolist() == [pytest.approx(0.1), 0.0]
-    # Back to the server's own with the next request of the slot.
-    requests.add_request(2, SamplingParams(temperature=0.0))
-    requests.apply_staged_writes()
-    assert requests.policies.parameters[2, policies.BETA] == 0.25
-
-
-@pytest.mark.parametrize("asked", [{"logprobs": 1}, {"structured_outputs": StructuredOutputsParams(regex="a*")}])
-def test_nothing_is_relaxed_under_a_grammar_or_where_logprobs_are_wanted(asked):
-    for params, rule in ((asked, policies.STRICT), ({}, policies.CONDITIONAL)):
-        runner = FakeRunner(max_num_reqs=1)
-        runner.add(0, [1, 2], 8, SamplingParams(temperature=0.0, max_tokens=8, **params))
-        runner.speculator.requests.apply_staged_writes()
-        assert runner.speculator.requests.policies.rule.tolist() == [rule]
 
 
 def test_a_budget_survives_preemption_and_ends_with_the_request():

@@ -29,6 +29,7 @@ def test_defaults_are_valid_and_survive_parsing():
         ("aasd_draft_length", True, "'adaptive' or an integer from 1 to 128"),
         ("aasd_prior", "auto", "true or false"),
         ("aasd_memory", True, "'off' or an integer from 1 to 65536"),
+        ("aasd_memory", "process", "'off' or an integer from 1 to 65536"),
         ("aasd_memory", "/tmp/x", "'off' or an integer from 1 to 65536"),
         ("aasd_alignment", 1, "'auto' or true or false"),
         ("aasd_alignment", None, "'auto' or true or false"),
@@ -45,12 +46,6 @@ def test_a_refusal_names_the_key_the_value_and_what_is_allowed(key, value, allow
     with pytest.raises(ValueError) as refusal:
         Settings.parse({key: value})
     assert str(refusal.value) == f"{key}={value!r} is not allowed: it takes {allowed}."
-
-
-@pytest.mark.parametrize("value", ["file", "process"])
-def test_earlier_forms_of_the_memory_are_refused_with_what_to_use(value):
-    with pytest.raises(ValueError, match="aasd_memory takes a number of MiB now, or 'off'"):
-        Settings.parse({"aasd_memory": value})
 
 
 def test_a_typo_is_refused_with_the_nearest_key():

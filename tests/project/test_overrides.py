@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from vllm_aasd.config import REMOVED, Settings
+from vllm_aasd.config import Settings, looser_than, with_overrides
 from vllm_aasd.kernels.verify import verify
-from vllm_aasd.overrides import looser_than, with_overrides
 from vllm_aasd.verification.batch import PolicyBatch
 
 ANY = Settings(allow_request_override="any")
@@ -88,12 +87,6 @@ def test_a_refusal_takes_no_time_and_shows_no_value_however_long_the_option_is(o
     text = str(refusal.value)
     assert len(text) < 1000 and text.count("secret") <= 80 // len("secret")
     assert "secret" not in text or text.startswith(f"Unknown request option 'aasd_{11 * 'secret'}")
-
-
-def test_what_is_gone_is_refused_with_what_to_use_instead(monkeypatch):
-    monkeypatch.setitem(REMOVED, "aasd_old", "use 'aasd_new'.")
-    with pytest.raises(ValueError, match=r"^The request option 'aasd_old' is gone: use 'aasd_new'\.$"):
-        with_overrides(ANY, {"aasd_old": 1})
 
 
 def test_a_parameter_needs_its_rule():
@@ -203,3 +196,16 @@ def test_every_parameter_of_a_rule_has_its_rule_and_its_direction():
         assert of_a_rule == (rule is not None), f"{field.name}: the text begins with the rule's name, or names none"
         if rule is not None:
             assert looser is not None and field.metadata["doc"].startswith(f"`{rule}`:"), field.name
+
+
+@pytest.mark.parametrize("value", ["off", False, 0, "false"])
+def test_a_request_can_keep_out_of_the_memory(value):
+    assert with_overrides(Settings(), {"aasd_memory": value}).memory == "off"
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"), [(128, "'off', since requests share"), ("on", "'off' or"), (True, "'off'")]
+)
+def test_a_request_can_not_change_how_much_is_kept(value, allowed):
+    with pytest.raises(ValueError, match=f"aasd_memory is not allowed: it takes {allowed}"):
+        with_overrides(Settings(), {"aasd_memory": value})

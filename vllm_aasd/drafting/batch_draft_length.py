@@ -1,8 +1,8 @@
-"""How many draft positions every request of a step gets where all get equally many, learned while serving.
+"""The draft length of a batch whose requests all get the same number of draft positions, learned while serving.
 
-Where the next step is scheduled before this one's drafts are known, a step takes the time of its positions whether they
-are drafts or fillers, and all requests get the same number of them: the batch's draft length. What must be known is
-what each length emits, and how long it takes.
+If the next step is scheduled before this step's drafts are known, all requests get the same number of draft positions,
+and these take time whether they hold drafts or fillers. So what matters is how many tokens each length emits, and how
+long it takes.
 """
 
 import bisect
@@ -11,43 +11,42 @@ import math
 import operator
 from collections.abc import Sequence
 
-from vllm_aasd.drafting.probes import PAIR_RATE, bounded, steps_between_probes
+from vllm_aasd.drafting.step_time import PAIR_RATE, bounded, steps_between_probes
 
-# Of draft tokens whose predecessors were all accepted, by position, the share accepted of the default drafter's,
-# fillers counted as rejected (`benchmarks/results/end_to_end.json`, greedy, one request at a time); the last goes on.
+# By position, the share of the default drafter's tokens that are accepted if all before them are; fillers count as
+# rejected (`benchmarks/results/end_to_end.json`, greedy, one request at a time). The last also holds after it.
 _ACCEPTED_AT_FIRST = (0.34, 0.6, 0.75, 0.8)
-# Drafts that this counts for where nothing else is known; and that the usual counts for when a request begins.
+# The weights, in drafts, of the above before anything is known, and of what is usual when a request begins.
 _WEIGHT_AT_FIRST = 64.0
 _WEIGHT_OF_USUAL = 8.0
-# What counts where a position is hardly ever come to.
+# The weight of what is expected at positions that are hardly ever reached.
 _LEAST_WEIGHT = 0.5
-# Drafts after which one counts for 1/e, of what is accepted now and of what usually is; and steps at least.
+# Drafts after which one counts for 1/e, for current and for usual acceptance; and the least number of steps.
 _MEMORY_NOW = 64
 _MEMORY_USUAL = 4096
 _MEMORY_STEPS = 16
 
-# Steps between two probes of a neighboring length in the long run; more where a probe is expected to cost more than
-# this share of the time.
+# Steps between two probes of a neighboring length in the long run; more if they cost more than this share of the time.
 _STEPS_BETWEEN_PROBES = 64
 _PROBING_SHARE = 1 / 400
-# Requests that may have come or gone between the steps of a pair, as a share of them.
+# The share of requests that may have come or gone between the steps of a pair.
 _PAIR_TOLERANCE = 1 / 16
 
 
 class BatchDraftLength:
-    """Chooses the draft length of each step, and learns from what steps emit and take.
+    """Chooses the draft length of each step, and learns from the tokens that steps emit and the time that they take.
 
-    A step of R requests and n draft tokens each emits R (1 + s_1 + ... + s_n) tokens in expectation, s_i being the
-    share of drafts that are accepted up to their i-th token, and takes a time T_R(n). The length chosen is the one
-    whose rate is highest among those whose time is known. Of T_R only the ratios of neighboring lengths matter; they
-    are learned, at powers of two of requests and interpolated between, from neighboring steps of which one is a
-    *probe*: now and then a step has the next smaller or next larger length, one step in 33 at most in the long run, and
-    fewer where they cost much. So no device has to be described, and nothing is timed at start-up. The s_i are learned
-    from all requests together; requests that begin bring with them what is usual, in proportion to their number.
+    A step of R requests with n draft tokens each emits an expected R (1 + s_1 + ... + s_n) tokens, s_i being the share
+    of drafts that are accepted up to their i-th token, and takes the time T_R(n). Of the lengths whose time is known,
+    the one with the highest rate is chosen. Only the ratios of T_R between neighboring lengths matter. They are learned
+    at powers of two of R, and interpolated, from neighboring steps of which one is a *probe*: now and then a step has
+    the next smaller or next larger length, at most one step in 33 in the long run, and fewer if probes are expensive.
+    So nothing has to be known of the device, and nothing is timed at start-up. The s_i are learned from all requests
+    together; when requests begin, the estimate moves towards what is usual, in proportion to their number.
 
     Args:
-        by_requests: ``[max_num_reqs + 1]``, the draft length to begin from by the number of requests; entry 0 is
-            unused. The lengths chosen from are those that stand here, and 0.
+        by_requests: ``[max_num_reqs + 1]``, the initial draft length by the number of requests; entry 0 is unused. One
+            of these lengths, or 0, is chosen.
         max_tokens: the most tokens of a step.
     """
 
@@ -68,7 +67,7 @@ class BatchDraftLength:
         Args:
             num_requests: of the step, 1 to ``max_num_reqs``.
         """
-        # How many of the lengths leave room for every request; one at least.
+        # The number of lengths that leave room for every request; at least one.
         num_fitting = max(1, bisect.bisect_right(self._lengths, self._max_tokens // num_requests - 1))
         rates = self._rates(num_requests, num_fitting)
         best = max(rates, key=rates.__getitem__)
@@ -90,11 +89,11 @@ class BatchDraftLength:
 
         Args:
             num_requests: of the step, 1 to ``max_num_reqs``.
-            num_new: how many of them it was the first step of.
-            num_spec_tokens: draft positions of each request that had any, up to the longest; lengths not chosen from
-                teach no time.
-            num_accepted: by request that had any, draft tokens accepted, 0 to ``num_spec_tokens``.
-            seconds: what the step took; None if it read prompts or its time isn't known.
+            num_new: requests whose first step it was.
+            num_spec_tokens: draft positions of each request with drafts; the times of lengths that aren't chosen from
+                are ignored.
+            num_accepted: accepted draft tokens of each request with drafts, 0 to ``num_spec_tokens``.
+            seconds: the time of the step; None if it read prompts or its time isn't known.
         """
         if num_new:
             self._now.move_towards(self._usual, min(num_new / num_requests, 1.0))
@@ -102,7 +101,7 @@ class BatchDraftLength:
             counts = [0] * (num_spec_tokens + 1)
             for count in num_accepted:
                 counts[count] += 1
-            # How many drafts were accepted up to each position, from none on.
+            # The number of drafts that were accepted up to each position, or further.
             up_to = list(itertools.accumulate(reversed(counts)))[::-1]
             self._now.learn(up_to, _MEMORY_NOW)
             self._usual.learn(up_to, _MEMORY_USUAL)
@@ -118,7 +117,7 @@ class BatchDraftLength:
         return self._probes[round(math.log2(num_requests))]
 
     def _rates(self, num_requests: int, num_fitting: int) -> dict[int, float]:
-        """Tokens by time, in any unit, of each length that fits and whose time relative to the first's is known."""
+        """Tokens per time, in any unit, of each length that fits, if its time relative to the initial one is known."""
         emitted = list(itertools.accumulate(self.survival(), initial=1.0))
         costs = self._costs.of(num_requests)
         first = min(self._lengths.index(self._first[num_requests]), num_fitting - 1)
@@ -141,10 +140,10 @@ class BatchDraftLength:
 
 
 class _Acceptance:
-    """Drafts that were accepted up to each position, older ones counting less; at first, those of the average drafter.
+    """Counts of drafts that were accepted up to each position, older ones weighted less.
 
     Args:
-        longest: draft positions there are.
+        longest: number of draft positions.
     """
 
     def __init__(self, longest: int) -> None:
@@ -154,10 +153,10 @@ class _Acceptance:
         self._reached, self._accepted = up_to[:-1], up_to[1:]
 
     def learn(self, up_to: Sequence[int], memory: int) -> None:
-        """Learn from drafts of one step.
+        """Learn from the drafts of one step.
 
         Args:
-            up_to: ``[num_spec_tokens + 1]``, how many were accepted up to each position at least, from none on.
+            up_to: ``[num_spec_tokens + 1]``, the number of drafts with at least 0, 1, ... accepted tokens.
             memory: drafts after which one counts for 1/e.
         """
         keep = 1 - 1 / max(_MEMORY_STEPS, memory / up_to[0])
@@ -166,16 +165,16 @@ class _Acceptance:
             self._accepted[at] = keep * self._accepted[at] + accepted
 
     def move_towards(self, usual: "_Acceptance", share: float) -> None:
-        """Replace so much of it by what is usual."""
+        """Replace a share of it by what is usual."""
         usual_share = share * _WEIGHT_OF_USUAL / max(usual._reached[0], _WEIGHT_OF_USUAL)
         for ours, theirs in ((self._reached, usual._reached), (self._accepted, usual._accepted)):
             ours[:] = [(1 - share) * one + usual_share * other for one, other in zip(ours, theirs, strict=True)]
 
     def shares(self, expected: Sequence[float] | None = None) -> list[float]:
-        """By position: of drafts that were accepted up to the one before, those accepted there too.
+        """By position, the share of tokens that are accepted if all before them are.
 
         Args:
-            expected: the same where nothing is known; by default that of the average drafter.
+            expected: the same where nothing is known; by default, the average drafter's.
         """
         return [
             (accepted + _LEAST_WEIGHT * share) / (reached + _LEAST_WEIGHT)
@@ -184,11 +183,11 @@ class _Acceptance:
 
 
 class _Costs:
-    """Nats of time by which the next length takes longer, at powers of two of requests.
+    """Nats of time that the next length takes longer, at powers of two of requests.
 
     Args:
         num_knots: powers of two, from 1 on.
-        num_lengths: draft lengths that there are.
+        num_lengths: number of draft lengths.
     """
 
     def __init__(self, num_knots: int, num_lengths: int) -> None:
@@ -196,7 +195,7 @@ class _Costs:
         self._num_pairs = [[0.0] * (num_lengths - 1) for _ in range(num_knots)]
 
     def of(self, num_requests: int) -> list[float | None]:
-        """By length but the last; None where nothing is known about this many requests."""
+        """By length, except the last; None if nothing is known for this number of requests."""
         low, share = _power_of_two(num_requests)
         found: list[float | None] = []
         for at in range(len(self._nats[low])):
@@ -207,7 +206,7 @@ class _Costs:
         return found
 
     def learn(self, num_requests: int, at: int, nats: float) -> None:
-        """Learn from what a step of the length after ``at`` took longer than its neighbor of length ``at``."""
+        """Learn from two neighboring steps, of length ``at`` and of the next length, which took ``nats`` longer."""
         low, share = _power_of_two(num_requests)
         for knot, part in ((low, 1 - share), (low + 1, share)):
             if part > 0:
@@ -218,16 +217,16 @@ class _Costs:
 
 
 def _power_of_two(count: int) -> tuple[int, float]:
-    """The exponent below, and how far the next one has been come to."""
+    """The exponent of the power of two below, and how far the count is on the way to the next, in [0, 1)."""
     exponent = math.log2(count)
     return int(exponent), exponent - int(exponent)
 
 
 class _Probes:
-    """When lengths that aren't the best are probed, with about this many requests.
+    """When lengths that aren't the best are probed, for about the same number of requests.
 
     Args:
-        num_lengths: draft lengths that there are.
+        num_lengths: number of draft lengths.
     """
 
     def __init__(self, num_lengths: int) -> None:
@@ -235,20 +234,20 @@ class _Probes:
         self._num_probes = 0
 
     def pass_by(self) -> None:
-        """Note that a step has passed whose time is known."""
+        """Note a step whose time is known."""
         self._steps_since = [steps + 1 for steps in self._steps_since]
 
     def is_due(self, at: int, slowdown: float) -> bool:
         """Whether a length should be probed.
 
         Args:
-            at: which.
-            slowdown: how many times as slow as the best it is; 0 if that isn't known.
+            at: the length.
+            slowdown: its slowdown relative to the best; 0 if it isn't known.
         """
         steps = steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)
         return self._steps_since[at] >= max(steps, (slowdown - 1) / _PROBING_SHARE)
 
     def begin(self, at: int) -> None:
-        """Note that a length is probed."""
+        """Note a probe of a length."""
         self._steps_since[at] = 0
         self._num_probes += 1

@@ -1,31 +1,28 @@
 """How many draft tokens each request of a batch gets: as many as are worth their share of the next step.
 
-`LengthsByLoad` learns what steps take while serving, and what drafts are worth by it.
+`LengthsByLoad` learns while serving how long steps take, and chooses by it.
 """
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
-from vllm_aasd.drafting.probes import steps_between_probes
-from vllm_aasd.drafting.step_time import StepTimeModel
+from vllm_aasd.drafting.step_time import StepTimeModel, steps_between_probes
 
-# Drafts expected to gain less than this lose as often as not, for survival and times are estimates: then there are
-# none.
+# Survival and times are estimates, so drafts with a smaller expected gain lose as often as not: none are made.
 _LEAST_GAIN = 1.03
-# Those expected to gain less than this might not gain at all: what they cost is then probed now and then, by a step
-# without them. At worst that takes a 160th of the time.
+# Drafts with a smaller expected gain might not gain at all. Their cost is probed now and then, by a step without them,
+# which costs at most a 160th of the time.
 _CONTESTED_GAIN = 1.2
 _STEPS_BETWEEN_PROBES = 32
 
 REPRODUCIBLE_SURVIVAL = 0.1
-"""What a draft token is worth verifying for where its price must not be asked: between that at one request at a
-time, and that at sixteen."""
+"""The least survival of a draft token that is worth verifying, if step times must not decide: between what one request
+at a time needs, and what sixteen do."""
 
 
-def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0) -> np.ndarray:
-    """Choose the draft lengths that make the batch emit most tokens a second.
+def lengths_and_gain(survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0) -> tuple[np.ndarray, float]:
+    """Choose the draft lengths with the most expected tokens per second.
 
     A step in which n draft tokens are verified emits one token per request and, in expectation, the sum of
     the survivals of those n. Its time depends on how many tokens are in the batch, not on whose they are. So
@@ -33,23 +30,18 @@ def draft_lengths(survival: np.ndarray, step_times: np.ndarray, overhead: float 
 
         (B + s_1 + ... + s_n) / (T(B + n) overhead[n > 0])      s sorted descending, B requests, T the step time
 
-    Survival falls along a draft, so the likeliest tokens are a prefix of each. n = 0 is a legal answer.
+    Survival falls along a draft, so the likeliest tokens are a prefix of each. n = 0 is a valid choice.
 
     Args:
         survival: ``[B, K]``, the probability that a draft is accepted up to and including each of its tokens;
             non-increasing along a row, 0 after a draft's end.
-        step_times: ``[>= B + 1]``, the time of a step by the tokens in its batch, in any unit; beyond its end
-            nothing is drafted.
-        overhead: by what a step with drafts takes longer, beyond what its tokens take; >= 1.
+        step_times: ``[>= B + 1]``, the time of a step by the tokens in its batch, in any unit; nothing is
+            drafted beyond its end.
+        overhead: the factor by which a step with drafts takes longer than its tokens do; >= 1.
 
     Returns:
-        ``[B]`` int64, the length of each draft.
+        ``[B]`` int64, the length of each draft; and the factor by which drafting increases tokens per second, >= 1.
     """
-    return lengths_and_gain(survival, step_times, overhead)[0]
-
-
-def lengths_and_gain(survival: np.ndarray, step_times: np.ndarray, overhead: float = 1.0) -> tuple[np.ndarray, float]:
-    """Choose as `draft_lengths`, and return how many times as many tokens a second that makes as no drafts; >= 1."""
     num_requests, width = survival.shape
     flat = survival.ravel()
     # Stable, so that of equal survivals in a row the earlier token comes first.
@@ -64,13 +56,13 @@ def lengths_and_gain(survival: np.ndarray, step_times: np.ndarray, overhead: flo
 
 
 def reproducible_lengths(survival: np.ndarray) -> np.ndarray:
-    """Draft lengths that depend on nothing but the drafts: neither on time nor on other requests.
+    """Choose draft lengths that depend on the drafts alone, neither on time nor on other requests.
 
     For sampled requests with a seed. A request's random numbers are drawn in the order of its tokens and draft
     tokens, so the same seed gives the same answer only if the same lengths are drafted.
 
     Args:
-        survival: ``[B, K]``, as for `draft_lengths`.
+        survival: ``[B, K]``, as for `lengths_and_gain`.
 
     Returns:
         ``[B]`` int64, the tokens whose survival is at least `REPRODUCIBLE_SURVIVAL`.
@@ -79,34 +71,29 @@ def reproducible_lengths(survival: np.ndarray) -> np.ndarray:
 
 
 class LengthsByLoad:
-    """Chooses the lengths of each step's drafts, and learns from what its steps take.
+    """Chooses the draft lengths of each step, and learns from the time that steps take.
 
     Args:
         max_tokens: the most tokens of a step, >= 1.
+
+    Attributes:
+        step_time: what is known about the time that steps take.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self._step_time = StepTimeModel(max_tokens)
+        self.step_time = StepTimeModel(max_tokens)
         self._num_probes = 0
 
-    def warm_start(self, samples: Iterable[tuple[int, float]]) -> None:
-        """Begin from steps that were timed for the purpose: see `StepTimeModel.warm_start`."""
-        self._step_time.warm_start(samples)
-
-    def relative(self) -> np.ndarray:
-        """The step-time curve: see `StepTimeModel.relative`."""
-        return self._step_time.relative()
-
     def min_draft_tokens(self, num_requests: int) -> int:
-        """How many draft tokens a request should have, however unlikely, because that makes its step faster.
+        """How many draft tokens a request should have at least, however unlikely, because that makes its step faster.
 
         Args:
             num_requests: that decode in the step, >= 1.
 
         Returns:
-            0 but where steps of more tokens were seen to take less time.
+            0, unless steps with more tokens were seen to take less time.
         """
-        times = self._step_time.relative()[num_requests:]
+        times = self.step_time.relative()[num_requests:]
         fastest = int(np.argmin(times)) if len(times) else 0
         if fastest == 0 or times[0] < _LEAST_GAIN * times[fastest]:
             return 0
@@ -116,27 +103,27 @@ class LengthsByLoad:
         """Learn from one step.
 
         Args:
-            num_tokens: tokens in its batch; None if it read prompts, which says nothing of decoding.
+            num_tokens: tokens in its batch; None if it read prompts, which says nothing about decoding.
             seconds: how long it took, > 0.
             has_drafts: whether draft tokens were among them.
         """
         if num_tokens is None:
-            self._step_time.skip()
+            self.step_time.skip()
         else:
-            self._step_time.observe(num_tokens, seconds, has_drafts)
+            self.step_time.observe(num_tokens, seconds, has_drafts)
 
     def choose(self, survival: np.ndarray, is_seeded: np.ndarray) -> np.ndarray:
         """Choose the draft lengths of a step.
 
         Args:
-            survival: ``[B, K]``, as for `draft_lengths`.
-            is_seeded: ``[B]`` bool, the requests whose lengths may depend on nothing but their drafts.
+            survival: ``[B, K]``, as for `lengths_and_gain`.
+            is_seeded: ``[B]`` bool, the requests whose lengths may only depend on their drafts.
 
         Returns:
             ``[B]`` int64.
         """
         by_load = np.where(is_seeded[:, None], 0, survival)
-        lengths, gain = lengths_and_gain(by_load, self._step_time.relative(), self._step_time.overhead())
+        lengths, gain = lengths_and_gain(by_load, self.step_time.relative(), self.step_time.overhead())
         if is_seeded.any():
             lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
         elif gain < _LEAST_GAIN:
@@ -147,4 +134,4 @@ class LengthsByLoad:
         return lengths
 
     def _is_probe_due(self) -> bool:
-        return self._step_time.drafts_since_pair >= steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)
+        return self.step_time.drafts_since_pair >= steps_between_probes(self._num_probes, _STEPS_BETWEEN_PROBES)

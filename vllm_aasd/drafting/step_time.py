@@ -5,44 +5,49 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vllm_aasd.drafting.probes import PAIR_RATE, bounded
+MAX_ERROR = 0.5
+"""Largest error, in nats of time, that a step is learned from: a step ten times as long is an accident."""
+
+PAIR_RATE = 0.1
+"""Share of the error that a pair of neighboring steps corrects in the long run."""
+
+_FIRST_PROBES = 4
 
 _LEVEL_RATE = 0.2
 _SHAPE_RATE = 0.02
-# So many tokens may each be another kernel's.
+# Up to this many tokens, each number may have a kernel of its own.
 _ALL_UP_TO = 16
 # Steps between two evaluations of the curve.
 _REFRESH = 16
-# Of the overhead of drafts, per step without drafts, in which it can't be seen.
+# The share of the drafts' overhead that is forgotten with each step without drafts, which don't show it.
 _OVERHEAD_FORGETTING = 0.01
 _MAX_OVERHEAD = 0.7
 
 
 class StepTimeModel:
-    """The step-time curve: ``log T(n) = level + shape(n)``, n being the tokens in the batch.
+    """The step-time curve: ``log T(n) = level + shape(n)``, for n tokens in the batch.
 
-    Drafting only ever compares step times of the same moment, so what matters is the shape. The level follows
-    fast, and takes with it whatever slows all steps alike (a busy machine, longer contexts); the shape follows
-    slowly from what is left. It is linear between knots, which are all counts at first and then lie ever farther
-    apart. It need not rise: kernels for matrices of one row can take longer than those for several (on a CPU in
-    bfloat16, 3 to 6 tokens were seen to take 0.85 of the time of 1, and 7 tokens 1.25 times as long as 6). One step
-    moves level or shape by a bounded amount.
+    Only step times of the same moment are ever compared, so what matters is the shape. The level adapts fast, and
+    absorbs whatever slows all steps alike (a busy machine, longer contexts); the shape adapts slowly to the rest. It is
+    linear between knots: all counts at first, then ever fewer. It need not increase: kernels for matrices of one row
+    can take longer than those for several (on a CPU in bfloat16, 3 to 6 tokens took 0.85x the time of 1 token, and 7
+    tokens 1.25x the time of 6). One step moves level and shape by a bounded amount.
 
-    Drafts also cost what doesn't depend on how many there are: their step samples by another way, which copies
+    Drafts also have a cost that doesn't depend on their number: a step with drafts samples in another way, which copies
     logits and verifies. This *overhead* is learned from neighboring steps of which one had drafts and the other
-    none, the curve's difference taken off. While there are no drafts it can't be seen, and fades, so that one too
-    high doesn't end drafting for good.
+    none, minus the difference that the curve predicts. It fades while there are no drafts to observe it by, so that an
+    estimate that is too high doesn't end drafting for good.
 
     Args:
         max_tokens: the most tokens that will be asked about, >= 1.
 
     Attributes:
-        drafts_since_pair: steps with drafts since two neighboring steps last told of the overhead.
+        drafts_since_pair: steps with drafts since the overhead was last observed.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._knots = knots(max_tokens)
-        # Before anything is known, tokens cost nothing: as on a device that is far from its knee.
+        # Until something is known, tokens cost nothing, as on a device that is limited by memory bandwidth.
         self._shape = np.zeros(len(self._knots))
         self._level: float | None = None
         self._tokens = np.arange(max_tokens + 1)
@@ -54,11 +59,11 @@ class StepTimeModel:
         self._refresh()
 
     def warm_start(self, samples: Iterable[tuple[int, float]]) -> None:
-        """Begin from steps that were timed for the purpose.
+        """Begin from steps that were timed for this.
 
         Args:
-            samples: tokens in the batch and seconds, at least one; the fastest of those with equally many
-                tokens counts. Beyond the most tokens the curve goes on as straight as it came there.
+            samples: tokens in the batch and seconds, at least one; of those with the same number of tokens, the
+                fastest counts. Beyond the last, the curve continues linearly.
         """
         fastest: dict[int, float] = {}
         for num_tokens, seconds in samples:
@@ -116,15 +121,15 @@ class StepTimeModel:
         self._before = (has_drafts, found)
 
     def skip(self) -> None:
-        """Note that a step has passed that says nothing: the steps beside it are no pair."""
+        """Note a step that can't be learned from: the steps before and after it aren't neighbors."""
         self._before = None
 
     def overhead(self) -> float:
-        """By what a step with drafts takes longer than the curve says of its tokens; >= 1."""
+        """The factor by which a step with drafts takes longer than the curve predicts; >= 1."""
         return math.exp(self._log_overhead)
 
     def relative(self) -> np.ndarray:
-        """Step times by tokens in the batch, in units of that of one token.
+        """Step times by tokens in the batch, relative to one token's.
 
         Returns:
             ``[max_tokens + 1]`` float64, > 0; entry 0 is that of one token.
@@ -137,10 +142,25 @@ class StepTimeModel:
 
 
 def knots(max_tokens: int) -> np.ndarray:
-    """Token counts that the curve is held at: 1 to 16, then 24, 32, 48, 64, ... and ``max_tokens``."""
+    """The token counts of the curve's knots: 1 to 16, then 24, 32, 48, 64, ... and ``max_tokens``."""
     counts = {*range(1, min(_ALL_UP_TO, max_tokens) + 1), max_tokens}
     power = _ALL_UP_TO
     while power < max_tokens:
         counts |= {power, min(power * 3 // 2, max_tokens)}
         power *= 2
     return np.array(sorted(counts))
+
+
+def bounded(error: float) -> float:
+    """An error in nats of time, within `MAX_ERROR`."""
+    return min(max(error, -MAX_ERROR), MAX_ERROR)
+
+
+def steps_between_probes(num_probes: int, most: int) -> int:
+    """After how many steps the next probe is due: fewer at first, when nothing is known.
+
+    Args:
+        num_probes: made so far.
+        most: steps between two probes in the long run.
+    """
+    return min(_FIRST_PROBES * (1 + num_probes), most)

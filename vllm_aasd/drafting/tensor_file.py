@@ -1,4 +1,4 @@
-"""Files of what was learned of a model: safetensors, which carries no code, written whole or not at all."""
+"""Files for what was learned from a model: safetensors, which holds no code, written completely or not at all."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
     Args:
         path: the file; folders are made.
         file_format: name and version of what it holds.
-        model_key: what names the content of the model that it belongs to.
+        model_key: names the content of the model that it belongs to.
         tensors: by name.
 
     Raises:
@@ -30,11 +30,11 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        # Readable by other users' servers, as far as the umask lets it: it holds no one's data.
+        # Readable by other users' servers, if the umask allows it: it holds no user's data.
         with open(os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
             file.write(content)
             file.flush()
-            # A machine that fails after the replacement must not be left with the new name and no content.
+            # If the machine fails after the replacement, the new file must have its content.
             os.fsync(file.fileno())
         os.replace(writing, path)
     except BaseException:
@@ -48,9 +48,9 @@ def load(path: Path, file_format: str, model_key: str, names: set[str], max_byte
     Args:
         path: the file.
         file_format: name and version of what it should hold.
-        model_key: what names the content of the model that it should belong to.
+        model_key: names the content of the model that it should belong to.
         names: of the tensors that it should hold.
-        max_bytes: how long such a file can be.
+        max_bytes: the largest such a file can be.
 
     Raises:
         FileNotFoundError: there is none.
@@ -63,25 +63,25 @@ def load(path: Path, file_format: str, model_key: str, names: set[str], max_byte
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (FileNotFoundError, TensorFileError):
         raise
-    except Exception as error:  # the reader's own of damage, and numpy's of types that it doesn't know
+    except Exception as error:  # the reader's own, and numpy's for types that it doesn't know
         raise TensorFileError(f"{path} can't be read: {error}") from error
     metadata = header.get("__metadata__") or {}
     if metadata.get("format") != file_format or set(tensors) != names:
-        raise TensorFileError(f"{path} is no file of the format {file_format!r}")
+        raise TensorFileError(f"{path} isn't a file of the format {file_format!r}")
     if metadata.get("model") != model_key:
         raise TensorFileError(f"{path} was made with another model, or with other weights of it")
-    # Copies, for those of the reader can't be written to, and code compiled for others doesn't take such.
+    # Copies, because the reader's arrays are read-only, which compiled code doesn't accept.
     return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    # A FIFO without a writer would keep the opening waiting.
+    # Opening a FIFO without a writer would block.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise TensorFileError(f"{path} can't be read: it is not a regular file")
         if status.st_size > max_bytes:
             raise TensorFileError(
-                f"{path} can't be read: it has {status.st_size} bytes, and a file for this model at most {max_bytes}"
+                f"{path} can't be read: it has {status.st_size} bytes, and a prior of this model at most {max_bytes}"
             )
         return file.read(status.st_size)

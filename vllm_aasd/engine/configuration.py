@@ -17,16 +17,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_aasd.config import (
-    DRAFT_SCHEDULE,
-    NUM_SPECULATIVE_TOKENS,
-    NUM_SPECULATIVE_TOKENS_UNSCHEDULED,
-    NUM_SPECULATIVE_TOKENS_V1,
-    PREFIX,
-    Settings,
-)
+from vllm_aasd.config import PREFIX, Settings, shown
 from vllm_aasd.engine import metrics, patching, unsupported
-from vllm_aasd.fields import shown
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -34,6 +26,24 @@ V1_BASE_METHOD = "custom_class"
 V2_BASE_METHOD = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
+
+NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 32
+"""The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
+
+The longest draft that the adaptive length may choose. Answers that were given before emit 24 tokens per step with 32
+and 15 with 16 (in replay), and others lose nothing. On V2 a step takes the time of the longest draft, and with adapters
+vLLM reserves room for this many tokens of every request in a batch.
+"""
+
+DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
+"""The initial draft lengths on V2 with asynchronous scheduling, as pairs of a number of requests and the length up to
+it; more requests get no drafts. From there the best of these lengths, or none, is learned
+(`vllm_aasd.drafting.batch_draft_length`). If nothing is ever accepted, they cost at most a tenth of the first 300 steps
+(`tests/drafting/test_batch_draft_length.py`).
+"""
+
+NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
+"""`num_speculative_tokens` under data parallelism, where vLLM ignores a schedule."""
 
 _LONGEST, _SCHEDULE = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
 
@@ -53,20 +63,20 @@ class AASDSpeculativeConfig(SpeculativeConfig):
     """Where workers write their metrics, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
 
     aasd_learns_widths: bool = False
-    """Whether `num_speculative_tokens_per_batch_size` is ours, and only what the scheduler begins from."""
+    """Whether `num_speculative_tokens_per_batch_size` is ours, and the scheduler only starts with it."""
 
     def __repr__(self) -> str:
         settings = self.aasd.describe() if self.aasd is not None else ""
         schedule = self.num_speculative_tokens_per_batch_size
         by_requests = f" by requests {schedule}" if schedule is not None else ""
         if self.aasd_learns_widths:
-            by_requests += " at first, then as learnt"
+            by_requests += " at first, then as learned"
         length = f"num_spec_tokens={self.num_speculative_tokens}{by_requests}"
         return f"SpeculativeConfig(method='{METHOD}', {length}, {settings})"
 
 
 def install() -> list[patching.Replacement]:
-    """Teach `EngineArgs` the method; does nothing where it knows it already."""
+    """Make the method known to `EngineArgs`; does nothing if it is."""
     return patching.replace({patching.CREATE_SPECULATIVE_CONFIG: _patch_create_speculative_config})
 
 
@@ -79,7 +89,7 @@ def _patch_create_speculative_config(stock: Callable) -> Callable:
             return _create(self, stock, target_model_config, target_parallel_config)
         for key, value in (self.speculative_config or {}).items():
             if key.replace("-", "_").startswith(PREFIX):
-                # vLLM would call it unexpected, and not say why.
+                # vLLM's own message would only call it unexpected.
                 raise ValueError(
                     f"{key.replace('-', '_')}={shown(value)} is a setting of method '{METHOD}': "
                     f'add "method": "{METHOD}" to the speculative config, or leave the setting out.'
@@ -92,7 +102,7 @@ def _patch_create_speculative_config(stock: Callable) -> Callable:
 def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
-    """Check everything that can't work, then have vLLM build the base method's config, and extend it."""
+    """Refuse what can't work, then have vLLM build the base method's config, and extend it."""
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
@@ -105,105 +115,87 @@ def _create(
     unsupported.check(runner, args, vllm_keys, settings)
     unsupported.check_model(target_model_config)
 
-    carried = {**vllm_keys, "method": method, "model": PROPOSER if method == V1_BASE_METHOD else None}
-    lengths = _lengths(args, settings, runner, _given_length(args, carried))
-    if args.spec_tokens is not None:
-        # vLLM takes it from there by itself.
-        del lengths[_LONGEST]
-    carried = lengths | carried
-    args.speculative_config = carried
-    spec_method, args.spec_method = args.spec_method, None
+    longest = _longest(args, settings, runner, vllm_keys)
+    schedule = _schedule(args, settings, runner, longest)
+    carried = schedule | vllm_keys | {"method": method, _LONGEST: longest}
+    carried["model"] = PROPOSER if method == V1_BASE_METHOD else None
+    given = keys, args.spec_method, args.spec_tokens
+    args.speculative_config, args.spec_method, args.spec_tokens = carried, None, None
     try:
         stock_config = stock(args, target_model_config, target_parallel_config)
     finally:
-        # vLLM may build its configuration from the same arguments again.
-        args.speculative_config, args.spec_method = keys, spec_method
+        # vLLM may build its configuration from the same arguments twice.
+        args.speculative_config, args.spec_method, args.spec_tokens = given
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
-    longest_window = max(1, ours.num_speculative_tokens - 1)
-    ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, longest_window))
+    ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, max(1, longest - 1)))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     if method == V1_BASE_METHOD:
-        # It leaves 0, which vLLM's own ranges don't allow when a config is copied with `replace`.
+        # They are 0, which vLLM refuses when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
-    has_schedule_of_ours = _SCHEDULE in carried and _SCHEDULE not in vllm_keys
+    has_schedule_of_ours = bool(schedule) and _SCHEDULE not in vllm_keys
     if args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
-    if ours.aasd_learns_widths:
-        ours.num_speculative_tokens_per_batch_size = _holding_none(
-            ours.num_speculative_tokens_per_batch_size, args.max_num_seqs
-        )
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
 
 
-def _given_length(args: EngineArgs, vllm_keys: dict[str, Any]) -> int | None:
-    """The `num_speculative_tokens` that was set, checked; None if it wasn't."""
+def _longest(args: EngineArgs, settings: Settings, runner: str, vllm_keys: dict[str, Any]) -> int:
+    """The longest draft: the user's `num_speculative_tokens`, or its default, within `aasd_draft_length`."""
+    fixed = settings.draft_length if isinstance(settings.draft_length, int) else None
     if args.spec_tokens is None and _LONGEST not in vllm_keys:
-        return None
+        if fixed is not None:
+            return fixed
+        if runner == "V1":
+            return NUM_SPECULATIVE_TOKENS if args.enable_lora else NUM_SPECULATIVE_TOKENS_V1
+        is_unscheduled = args.data_parallel_size > 1 and not unsupported.is_synchronous(args)
+        return NUM_SPECULATIVE_TOKENS_UNSCHEDULED if is_unscheduled else NUM_SPECULATIVE_TOKENS
     given = vllm_keys[_LONGEST] if args.spec_tokens is None else args.spec_tokens
     if type(given) is not int or not 1 <= given <= MAX_SPECULATIVE_TOKENS:
         raise ValueError(
             f"{_LONGEST}={shown(given)} is not allowed: it takes an integer from 1 to {MAX_SPECULATIVE_TOKENS}."
         )
-    return given
+    return given if fixed is None else min(given, fixed)
 
 
-def _lengths(args: EngineArgs, settings: Settings, runner: str, given: int | None) -> dict[str, Any]:
-    """vLLM's own keys that say how long drafts may be.
+def _schedule(args: EngineArgs, settings: Settings, runner: str, longest: int) -> dict[str, Any]:
+    """vLLM's key for draft lengths by the number of requests; empty if all have the same."""
+    is_fixed = settings.draft_length != "adaptive" or runner == "V1" or args.data_parallel_size > 1
+    if is_fixed or unsupported.is_synchronous(args):
+        return {}
+    learns = args.scheduler_cls in (None, unsupported.SCHEDULER)
+    return {_SCHEDULE: _vllm_schedule(longest, args.max_num_seqs if learns else None)}
+
+
+def _vllm_schedule(longest: int, most: int | None) -> list[tuple[int, int, int]]:
+    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, at most as many as first.
+
+    Ends without drafts, because vLLM captures CUDA graphs for the scheduled lengths only, and our scheduler may choose
+    to draft nothing for any number of requests (`vllm_aasd.engine.draft_length_schedule`).
 
     Args:
-        given: the `num_speculative_tokens` that was set, if it was.
+        longest: the most draft tokens.
+        most: requests that a step may have, which get no drafts in this schedule; None if it isn't set, or if another
+            scheduler follows the schedule.
     """
-    if settings.draft_length != "adaptive":
-        return {_LONGEST: given or settings.draft_length}
-    if runner == "V1":
-        return {_LONGEST: given or (NUM_SPECULATIVE_TOKENS if args.enable_lora else NUM_SPECULATIVE_TOKENS_V1)}
-    if unsupported.is_synchronous(args):
-        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS}
-    if args.data_parallel_size > 1:
-        return {_LONGEST: given or NUM_SPECULATIVE_TOKENS_UNSCHEDULED}
-    longest = given or NUM_SPECULATIVE_TOKENS
-    return {_LONGEST: longest, _SCHEDULE: _vllm_schedule(longest)}
-
-
-def _vllm_schedule(longest: int) -> list[tuple[int, int, int]]:
-    """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, of which none has more than
-    the first.
-    """
-    first = 1
     entries: list[tuple[int, int, int]] = []
+    first = 1
     for last, length in DRAFT_SCHEDULE:
-        entries.append((first, last, min(length, longest) if entries else longest))
-        first = last + 1
-    # vLLM goes on with the last entry.
+        last = last if most is None or most < 2 else min(last, most - 1)
+        if first <= last:
+            entries.append((first, last, min(length, longest) if entries else longest))
+            first = last + 1
+    # vLLM continues with the last entry.
     return [*entries, (first, first, 0)]
-
-
-def _holding_none(schedule: list[tuple[int, int, int]], most: int | None) -> list[tuple[int, int, int]]:
-    """The same schedule, but without drafts for the most requests, so that vLLM captures CUDA graphs for no drafts.
-
-    It captures graphs for the lengths that it finds scheduled. The scheduler, which may choose to draft nothing for
-    any number of requests, begins as if this weren't there (`vllm_aasd.engine.draft_length_schedule`).
-
-    Args:
-        schedule: ours; see `_vllm_schedule`.
-        most: requests that a step may have; None for vLLM's default, which is beyond what drafts are scheduled for.
-    """
-    last_drafted = schedule[-1][0] - 1
-    if most is None or not 2 <= most <= last_drafted:
-        return schedule
-    below = [(first, min(last, most - 1), length) for first, last, length in schedule if first < most]
-    return [*below, (most, most, 0)]
 
 
 def base_method(args: EngineArgs) -> str:
     """vLLM's method for the model runner that it will choose for these arguments.
 
-    vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), of which the speculative one is a
-    part, so this foresees it, by the same rules and switches; the worker refuses to start where the two disagree.
+    vLLM decides by its finished configuration (`VllmConfig.use_v2_model_runner`), which includes the speculative one,
+    so this predicts the decision by the same rules; the worker refuses to start if the prediction was wrong.
     """
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
         if args.enable_dbo or args.ubatch_size > 1:
@@ -214,7 +206,7 @@ def base_method(args: EngineArgs) -> str:
 
 
 def chooses_v2() -> bool:
-    """Whether this machine and environment have vLLM choose its V2 model runner, whatever the arguments."""
+    """Whether vLLM chooses its V2 model runner on this machine and in this environment, whatever the arguments."""
     return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
 
 

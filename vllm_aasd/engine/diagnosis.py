@@ -1,27 +1,23 @@
-"""What the doctor finds: the installed vLLM, this platform, and whether the runner that vLLM will choose fits."""
+"""The doctor's checks: the installed vLLM, this platform, and the model runner that vLLM will choose."""
 
 import importlib.metadata
-from typing import NamedTuple
 
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd import __version__
-from vllm_aasd.engine import patching, required_api, unsupported
+from vllm_aasd.engine import patching, unsupported
 from vllm_aasd.engine.configuration import chooses_v2, runner_refusal
 from vllm_aasd.kernels.common.cache_folder import cache_folder, code_folder
 
 
-class Diagnosis(NamedTuple):
-    """The doctor's words, and whether aasd works with the runner that vLLM would choose."""
+def diagnose() -> tuple[list[str], bool]:
+    """Check everything; nothing is raised or served, and no more than an empty cache folder is made.
 
-    lines: list[str]
-    works: bool
-
-
-def diagnose() -> Diagnosis:
-    """Check everything; nothing is raised or served, and no more than an empty cache folder is made."""
+    Returns:
+        The lines to print, and whether aasd works with the runner that vLLM would choose.
+    """
     chosen = "V2" if chooses_v2() else "V1"
     lines = [
         f"vllm-aasd {__version__}, vLLM {patching.vllm_version()}, platform {current_platform.device_type}, "
@@ -39,24 +35,21 @@ def diagnose() -> Diagnosis:
     refusal = runner_refusal(chosen)
     if refusal is not None:
         reasons.append(refusal)
-    for runner, needed in required_api.RUNNERS.items():
-        needed = required_api.BOTH + needed
-        found = required_api.problems(needed)
-        lines.append(
-            f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them"
-        )
-        lines += [f"  - {problem}" for problem in found]
-        if found and runner == chosen:
-            reasons.append(f"vLLM's {runner} model runner isn't as we know it")
+    for runner, targets in patching.TARGETS.items():
+        problems = patching.problems(targets)
+        lines.append(f"{runner} model runner: {len(problems)} of the {len(targets)} functions to replace have changed")
+        lines += [f"  - {problem}" for problem in problems]
+        if problems and runner == chosen:
+            reasons.append(f"vLLM's {runner} model runner has changed")
     lines += _folders()
     if reasons:
-        return Diagnosis([*lines, *(f"aasd can't work: {reason}" for reason in reasons)], works=False)
+        return [*lines, *(f"aasd can't work: {reason}" for reason in reasons)], False
     lines.append(f"aasd will run on vLLM's {chosen} model runner. Refused there:")
     lines += [
         f"  - {refusal.name} other than {' or '.join(repr(value) for value in refusal.allowed)}: {refusal.reason}"
         for refusal in unsupported.BY_RUNNER[chosen]
     ]
-    return Diagnosis(lines, works=True)
+    return lines, True
 
 
 def _folders() -> list[str]:
@@ -69,6 +62,6 @@ def _folders() -> list[str]:
         else "no folder for priors: set AASD_CACHE_ROOT to an absolute path",
         f"compiled code of the CPU kernels is kept in {code}"
         if code
-        else "compiled code of the CPU kernels is kept nowhere: every start compiles it; set AASD_CACHE_ROOT",
+        else "compiled code of the CPU kernels isn't kept: every start compiles it; set AASD_CACHE_ROOT",
     ]
     return lines + [f"  - not: {reason}" for reason in not_in]

@@ -12,12 +12,12 @@ from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
 
-# Steps that vLLM runs at once: one per pipeline stage, and one more.
+# The most steps in flight: vLLM has one per pipeline stage, and one more.
 _MAX_UNDER_WAY = 64
 
 
 class DraftLengthSchedule:
-    """Replaces the scheduler's ``dynamic_sd_lookup``, which it indexes by the number of requests.
+    """Replaces the scheduler's ``dynamic_sd_lookup``, which is indexed by the number of requests.
 
     Args:
         lookup: vLLM's, see `vllm_aasd.drafting.batch_draft_length.BatchDraftLength`; used if learning fails.
@@ -25,15 +25,15 @@ class DraftLengthSchedule:
     """
 
     def __init__(self, lookup: list[int], max_step_tokens: int) -> None:
-        # With the most requests nothing is scheduled only for the sake of CUDA graphs.
+        # The last entry only makes vLLM capture CUDA graphs without drafts.
         self._lookup = [*lookup[:-1], lookup[max(len(lookup) - 2, 1)]]
         self._draft_length = BatchDraftLength(self._lookup, max_step_tokens)
         self._faults = Faults()
         self._contained = self._faults.contained("step_time")
-        # Steps that aren't done yet, oldest first, and when they were scheduled.
+        # Steps in flight, oldest first, and when they were scheduled.
         self._under_way: collections.deque[tuple[SchedulerOutput, float]] = collections.deque(maxlen=_MAX_UNDER_WAY)
         self._last_done = 0.0
-        logger.info("aasd is live: the scheduler learns how many tokens to draft from what its steps emit and take")
+        logger.info("aasd is live: the scheduler learns the draft length from its steps")
 
     def __getitem__(self, num_requests: int) -> int:
         if not self._faults.is_off("step_time"):
@@ -46,7 +46,7 @@ class DraftLengthSchedule:
         self._under_way.append((step, time.perf_counter()))
 
     def done(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        """Learn from a step what it emitted and how long it took."""
+        """Learn from a step that is done."""
         now = time.perf_counter()
         if not self._faults.is_off("step_time"):
             with self._contained:
@@ -58,7 +58,7 @@ class DraftLengthSchedule:
         while self._under_way and began is None:
             other, scheduled = self._under_way.popleft()
             if other is step:
-                # The device begins it when it has arrived and the step before is done.
+                # The device begins a step when it is scheduled and the one before is done.
                 began = max(scheduled, self._last_done)
         drafts = step.scheduled_spec_decode_tokens
         num_requests = len(step.num_scheduled_tokens)

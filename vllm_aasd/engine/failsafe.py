@@ -1,8 +1,8 @@
 """A failure in our code disables speculation, never a request.
 
-Each *component* of our work runs in a ``with faults.contained(component)`` block. An exception in the block is logged
-with its traceback the first time, and counted; the code after the block serves without what the component would have
-done. A component that has failed `MAX_FAULTS` times is off until the process ends.
+Each *component* runs in ``with faults.contained(component)`` blocks. Exceptions in them are counted, and the first is
+logged with its traceback; the code after a block continues without the component's result. A component that has failed
+`MAX_FAULTS` times is off until the process ends.
 
 | component | after a failure | when off |
 | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""KV blocks that change owners: drafts must not use what a former owner's context predicted.
+"""KV blocks that change owners: drafts must not use predictions from a former owner's context.
 
 vLLM doesn't clear a block that it gives to another request, so the alignment store's entries stay until they are
 overwritten, and an entry's token doesn't identify its context. The scheduler's output says which blocks a step gives
@@ -14,7 +14,7 @@ from vllm_aasd.engine.failsafe import Faults
 
 
 def new_blocks(scheduled: SchedulerOutput, group: int, block_size: int, loads_kv: bool) -> list[int]:
-    """The blocks that a step gives to requests other than as a prefix-cache hit.
+    """The blocks that a step gives to requests, other than prefix-cache hits.
 
     Args:
         scheduled: the step.
@@ -41,7 +41,7 @@ def new_blocks(scheduled: SchedulerOutput, group: int, block_size: int, loads_kv
 
 
 def disown(store: AlignmentStore, scheduled: SchedulerOutput, group: int, loads_kv: bool, faults: Faults) -> None:
-    """Clear the entries of former owners in the blocks that a step gives to requests. Call it before the step.
+    """Clear the entries of former owners in the blocks that a step gives to requests. Must be called before the step.
 
     Args:
         store: with the group's layout.

@@ -1,12 +1,12 @@
-"""From the counters of a worker to the server's ``/metrics``, to a line in its log, and to `vllm_aasd.metrics.get`.
+"""From a worker's counters to the server's ``/metrics``, a line in its log, and `vllm_aasd.metrics.get`.
 
 The counters live in the worker, ``/metrics`` in the API server. A thread of the worker writes them once a second to a
 small JSON file, and a collector in the API server reads these files when it is scraped, so no process and no step
-waits. vLLM's own ways don't do: its statistics drop what they don't know, and with asynchronous scheduling the device
-runs dry whenever ``collective_rpc`` asks.
+waits. vLLM has no way for this: its statistics drop what they don't know, and with asynchronous scheduling
+``collective_rpc`` leaves the device idle.
 
 Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tensor-parallel ranks count the same, so only
-the first writes. An engine on another machine than the API server isn't on its page.
+the first writes. Engines on other machines than the API server's aren't on its page.
 """
 
 import atexit
@@ -29,7 +29,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from vllm_aasd.counters import METRICS, PREFIX, Counters, MetricValue, summary
+from vllm_aasd.counters import METRICS, PREFIX, Counters, summary
 from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
 
@@ -55,7 +55,7 @@ def serving_folder() -> str:
         try:
             folder = tempfile.mkdtemp(prefix="vllm-aasd-metrics-")
         except OSError as error:
-            logger.warning("aasd: no metrics on /metrics, since there is no folder to keep them in: %s", error)
+            logger.warning("aasd: no metrics on /metrics, since their folder can't be created: %s", error)
             return ""
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
@@ -104,7 +104,7 @@ class Publisher:
 
     Args:
         counters: what the worker counts.
-        faults: of the worker; once its component ``metrics`` is off, nothing more is written.
+        faults: of the worker; nothing is written any more when its component ``metrics`` is off.
         folder: see `serving_folder`.
         model_name: as vLLM labels it.
         engine: the data-parallel rank.
@@ -123,8 +123,6 @@ class Publisher:
         self._log_seconds = log_seconds
         self._next_line = time.monotonic() + log_seconds
         self._logged = self._values = counters.read()
-        self._written: list[MetricValue] = []
-        self._has_warned = False
         self._write()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aasd-metrics", daemon=True)
@@ -146,18 +144,10 @@ class Publisher:
                     self._log()
 
     def _write(self) -> None:
-        if self._values == self._written:
-            return
         temporary = f"{self._path}.tmp"
-        try:
-            with open(temporary, "w") as file:
-                json.dump((self._labels, self._values), file)
-            os.replace(temporary, self._path)
-            self._written = self._values
-        except OSError as error:
-            if not self._has_warned:
-                logger.warning("aasd: /metrics keeps the last values of engine %d: %s", self._engine, error)
-            self._has_warned = True
+        with open(temporary, "w") as file:
+            json.dump((self._labels, self._values), file)
+        os.replace(temporary, self._path)
 
     def _log(self) -> None:
         if time.monotonic() < self._next_line:

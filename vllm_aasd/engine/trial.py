@@ -1,4 +1,4 @@
-"""One engine that answers prompts under any of the plugin's request options, for comparing them."""
+"""An engine that answers prompts with any request options of the plugin, to compare them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_aasd.fields import PREFIX
+from vllm_aasd.config import PREFIX
 
 
 class Trial:
@@ -17,7 +17,7 @@ class Trial:
         arguments: vLLM's own, such as ``["--max-num-seqs", "32"]``.
 
     Raises:
-        SystemExit: an argument that vLLM doesn't know, or one that isn't to be given here.
+        SystemExit: an argument that vLLM doesn't know, or a speculative config.
     """
 
     def __init__(self, model: str, arguments: list[str]) -> None:

@@ -8,8 +8,7 @@ from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_aasd.config import Settings
-from vllm_aasd.fields import PREFIX, shown
+from vllm_aasd.config import PREFIX, Settings, shown
 
 CPU_WORKER = "vllm_aasd.engine.cpu_worker.AASDCPUWorker"
 GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
@@ -17,14 +16,14 @@ SCHEDULER = "vllm_aasd.engine.scheduler.AASDScheduler"
 
 
 class Refusal(NamedTuple):
-    """Values of a setting with which aasd can't work.
+    """A setting, and the only values that aasd works with.
 
     Attributes:
-        name: of the setting: one of ours, a key of the speculative config, or an argument of the engine.
-        allowed: the values with which it can.
-        reason: why no other.
+        name: of one of our settings, a key of the speculative config, or an argument of the engine.
+        allowed: the allowed values.
+        reason: why no other is.
         in_json: whether it is a key of the speculative config.
-        holds: whether it is so with the engine's other arguments.
+        holds: whether the refusal applies, given the engine's other arguments.
     """
 
     name: str
@@ -41,14 +40,12 @@ def is_synchronous(args: EngineArgs) -> bool:
 
 
 def _adapts_lm_head(args: EngineArgs) -> bool:
-    # vLLM's own test for the layer that it wraps.
+    # As vLLM decides which layers to wrap.
     return args.lora_target_modules is None or any("lm_head" in name for name in args.lora_target_modules)
 
 
 _BOTH = (
-    Refusal(
-        "worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it brings a worker of its own, so leave worker_cls at 'auto'"
-    ),
+    Refusal("worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it has its own worker; allowed is 'auto'"),
     Refusal(
         "rejection_sample_method",
         (None, "standard"),
@@ -64,7 +61,7 @@ _BOTH = (
     Refusal(
         "enable_adaptive_verification",
         (None, False),
-        "vLLM has it for draft models and full CUDA graphs, and aasd has its own rule; allowed is false",
+        "it is for draft models, and aasd adapts the draft length itself; allowed is false",
         in_json=True,
     ),
     Refusal("model", (None,), "it needs no draft model; leave it out", in_json=True),
@@ -89,7 +86,7 @@ BY_RUNNER = {
         Refusal(
             "num_speculative_tokens_per_batch_size",
             (None,),
-            "drafts follow the load by themselves on vLLM's V1 model runner; leave it out",
+            "drafts adapt to the load on vLLM's V1 model runner; leave it out",
             in_json=True,
         ),
     ),
@@ -105,9 +102,8 @@ BY_RUNNER = {
         Refusal(
             "pipeline_parallel_size",
             (1,),
-            "with synchronous scheduling, which CPUs always have, vLLM 0.32 schedules a stage's next drafts before the "
-            "token that they follow, and its V2 model runner fails, whatever the method; allowed is 1, or asynchronous "
-            "scheduling",
+            "with synchronous scheduling, as on CPUs, vLLM 0.32's V2 model runner fails with any speculative method; "
+            "allowed is 1, or asynchronous scheduling",
             holds=is_synchronous,
         ),
     ),
@@ -154,7 +150,7 @@ def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Se
 
 
 def check_model(model: ModelConfig) -> None:
-    """Refuse a model that doesn't generate one token after the other from what it has read and said.
+    """Refuse a model that doesn't generate one token after the other.
 
     Args:
         model: the target model's finished configuration.

@@ -17,7 +17,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_aasd import __version__
 from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import MetricValue
-from vllm_aasd.engine import configuration, metrics, patching, required_api
+from vllm_aasd.engine import configuration, metrics, patching
 from vllm_aasd.engine.adapter import Adapter
 from vllm_aasd.engine.startup import kv_cache_share
 
@@ -37,7 +37,6 @@ class AASDWorker(Worker):
                 f"method 'aasd' was set up for vLLM's {expected} model runner, and vLLM chose {found}: "
                 f"set VLLM_USE_V2_MODEL_RUNNER={int(self.use_v2_model_runner)}, or leave out what made it choose so"
             )
-        required_api.check("V2" if self.use_v2_model_runner else "V1")
         if not self.use_v2_model_runner:
             super().init_device()
             # Before vLLM's first profiling run. The import would load the other runner too where it isn't needed.

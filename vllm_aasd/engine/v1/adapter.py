@@ -63,7 +63,7 @@ class V1Adapter:
         self._model_config = vllm_config.model_config
         self._runner = runner
         self._model = model
-        self._max_draft_tokens = startup.max_draft_tokens(settings, speculative_config.num_speculative_tokens)
+        self._max_draft_tokens = speculative_config.num_speculative_tokens
         self._max_step_tokens = min(
             max_num_seqs * (1 + self._max_draft_tokens), scheduler_config.max_num_batched_tokens
         )
@@ -134,8 +134,8 @@ class V1Adapter:
             min(PREFILL_CHUNK, self._runner.max_num_tokens),
             TOP_K,
         )
-        by_load = self._lengths.by_load
-        by_load.warm_start(profile.samples)
+        step_time = self._lengths.by_load.step_time
+        step_time.warm_start(profile.samples)
         # All ranks compute logits together, so they must agree on which; the first one's clock decides.
         alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
         if self._settings.alignment == "auto" and alignment_share > startup.MAX_ALIGNMENT_SHARE:
@@ -143,7 +143,7 @@ class V1Adapter:
         logger.info(
             "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f%% of "
             "a prompt's time and are %s",
-            " ".join(f"{count}:{by_load.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
+            " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
             100 * alignment_share,
             "not stored" if self._alignment is None else "stored",
         )

@@ -60,7 +60,6 @@ class AASDSpeculator(BaseSpeculator):
         self._device = device
         self._req_states = req_states
         width = vllm_config.speculative_config.num_speculative_tokens
-        self._max_draft_tokens = startup.max_draft_tokens(settings, width)
         self._align_prompts = startup.may_align_prompts(settings.alignment is True, vllm_config.lora_config is not None)
         self._prompt_logits: PromptLogits | None = None
         self._placeholders = PlaceholderTokens(device)
@@ -238,9 +237,7 @@ class AASDSpeculator(BaseSpeculator):
         if self._alignment is not None:
             self._alignment.store_prompts(input_batch, slot_mappings, last_hidden_states)
         idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
-        longest = self._max_draft_tokens
-        if num_speculative_tokens is not None:
-            longest = min(longest, num_speculative_tokens)
+        longest = drafts.shape[1] if num_speculative_tokens is None else num_speculative_tokens
         if longest > 0 and not self.faults.is_off("draft"):
             with self.faults.contained("draft", shared=True):
                 # No draft token past what the request may still emit: one token comes without a draft.
