@@ -82,6 +82,9 @@ GATHER_CHOSEN_LOGPROBS = PatchTarget(
     ("self", "logprobs", "logprob_token_ids", "sampled"),
     further=(),
 )
+PROMPT_TOKEN_IDS = PatchTarget(
+    "vllm.v1.worker.gpu_input_batch", "InputBatch._make_prompt_token_ids_cpu_tensor", ("self",), further=()
+)
 
 V2_INIT_SPECULATOR = PatchTarget(
     "vllm.v1.worker.gpu.model_runner", "init_speculator", ("vllm_config", "device", "req_states")

@@ -89,6 +89,7 @@ V1 = _table(
         patching.EXPAND_BATCH_TO_TOKENS,
         patching.APPLY_SAMPLING_CONSTRAINTS,
         patching.GATHER_CHOSEN_LOGPROBS,
+        patching.PROMPT_TOKEN_IDS,
     ),
     {
         "vllm.v1.sample.sampler:Sampler.forward": "self logits sampling_metadata predict_bonus_token",
@@ -111,7 +112,9 @@ V1 = _table(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
             "drafter execute_model_state input_batch input_ids requests discard_request_mask _dummy_run"
         ),
-        "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids block_table generators req_prompt_embeds",
+        "vllm.v1.worker.gpu_input_batch:InputBatch": (
+            "req_ids block_table generators req_prompt_embeds is_token_ids_tensor vocab_size"
+        ),
         "vllm.v1.worker.gpu_model_runner:ExecuteModelState": (
             "scheduler_output logits spec_decode_metadata hidden_states"
         ),
