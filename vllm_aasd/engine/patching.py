@@ -72,6 +72,9 @@ GATHER_CHOSEN_LOGPROBS = _target(
     "self logprobs logprob_token_ids sampled",
     further="",
 )
+PROMPT_TOKEN_IDS = PatchTarget(
+    "vllm.v1.worker.gpu_input_batch", "InputBatch._make_prompt_token_ids_cpu_tensor", ("self",), further=()
+)
 
 _V2_REJECTION_SAMPLER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 V2_INIT_SPECULATOR = _target("vllm.v1.worker.gpu.model_runner:init_speculator", "vllm_config device req_states")

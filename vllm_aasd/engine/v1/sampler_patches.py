@@ -39,6 +39,7 @@ def install() -> list[patching.Replacement]:
             patching.EXPAND_BATCH_TO_TOKENS: vllm_workarounds.patch_expand_batch_to_tokens,
             patching.APPLY_SAMPLING_CONSTRAINTS: vllm_workarounds.patch_apply_sampling_constraints,
             patching.GATHER_CHOSEN_LOGPROBS: chosen_logprobs.patch_gather_specific_token_logprobs,
+            patching.PROMPT_TOKEN_IDS: vllm_workarounds.patch_prompt_token_ids,
         }
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 
 def patch_expand_batch_to_tokens(stock: Callable) -> Callable:
@@ -35,6 +36,27 @@ def patch_apply_sampling_constraints(stock: Callable) -> Callable:
         return stock(logits, cu_num_draft_tokens, sampling_metadata)
 
     return apply_sampling_constraints
+
+
+def patch_prompt_token_ids(stock: Callable) -> Callable:
+    """vLLM's ``_make_prompt_token_ids_cpu_tensor`` takes a former request's tokens for those of a prompt of embeddings.
+
+    vLLM writes no tokens for such a prompt, so its row holds what it held before. A repetition penalty then acts on
+    another request's tokens. With speculation, -1 may be among them: the scheduler pads the first step of a one-token
+    prompt with such drafts. Penalties, of whichever request in the batch, end the engine then.
+    """
+
+    @functools.wraps(stock)
+    def _make_prompt_token_ids_cpu_tensor(self: InputBatch) -> torch.Tensor:
+        prompt_token_ids = stock(self)
+        if self.req_prompt_embeds:
+            num_reqs, max_prompt_len = prompt_token_ids.shape
+            is_token = self.is_token_ids_tensor[:num_reqs, :max_prompt_len]
+            # vLLM's padding, which penalties ignore.
+            prompt_token_ids.masked_fill_(~is_token, self.vocab_size)
+        return prompt_token_ids
+
+    return _make_prompt_token_ids_cpu_tensor
 
 
 @contextlib.contextmanager
