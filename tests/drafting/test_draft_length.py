@@ -260,7 +260,7 @@ def test_scales_stay_where_estimates_hold():
         survival = calibration.apply(estimate, is_known)
         rejected = np.flatnonzero(rng.random(4) > 0.6)
         calibration.observe(survival, is_known, int(rejected[0]) if len(rejected) else 4)
-        scales.append(calibration.scales)
+        scales.append(list(calibration.scales))
     assert np.mean(scales, axis=0) == pytest.approx([1.0, 1.0], abs=0.05)
 
 

@@ -84,8 +84,8 @@ class Indexes(RuleBasedStateMachine):
         context = self.contexts[req_id]
         drafts, survival = self.drafter.draft(req_id, np.array(context, np.int32), NO_ALIGNMENT, limit)
         reference, estimated = references_draft(context, limit)
-        # The only other thing that the survival rests on is a factor learnt of the request.
-        expected = self.drafter._requests[req_id].calibration.apply(estimated)
+        # The only other thing that the survival depends on is a factor learned for the request.
+        expected = self.drafter._requests[req_id].calibration.apply(estimated, np.zeros(K, np.bool_))
         assert_same_drafts(
             (drafts.tolist(), survival.tolist()), (reference.tolist(), expected.tolist()), min_survival=0
         )

@@ -85,16 +85,40 @@ def test_a_prediction_is_token_ids():
         assert prediction_of(SamplingParams(extra_args={"aasd_prediction": nothing})) is None
 
 
-def test_the_scheduler_assigns_and_resets(monkeypatch):
-    done = []
-    monkeypatch.setattr(Scheduler, "__init__", lambda self, **_: setattr(self, "dynamic_sd_lookup", None))
-    monkeypatch.setattr(Scheduler, "add_request", lambda self, added: done.append(namespace_of(added.sampling_params)))
+@pytest.fixture
+def new_scheduler(monkeypatch):
+    """Our scheduler over a fake of vLLM's, which notes the namespaces of what is added."""
+    added = []
+
+    def init(self, **_):
+        self.dynamic_sd_lookup, self.num_spec_tokens, self.max_num_running_reqs = None, 4, 2
+
+    monkeypatch.setattr(Scheduler, "__init__", init)
+    monkeypatch.setattr(Scheduler, "add_request", lambda self, one: added.append(namespace_of(one.sampling_params)))
     monkeypatch.setattr(Scheduler, "reset_prefix_cache", lambda self, *_: True)
-    config = SimpleNamespace(speculative_config=None, scheduler_config=SimpleNamespace(async_scheduling=False))
-    ours = scheduler.AASDScheduler(vllm_config=config)
+
+    def make(is_v2):
+        config = SimpleNamespace(
+            speculative_config=None,
+            scheduler_config=SimpleNamespace(async_scheduling=False),
+            use_v2_model_runner=is_v2,
+        )
+        return scheduler.AASDScheduler(vllm_config=config), added
+
+    return make
+
+
+def test_the_scheduler_assigns_and_resets(new_scheduler):
+    ours, added = new_scheduler(is_v2=False)
     for _ in range(2):
         ours.add_request(request(salt="a"))
     assert ours.reset_prefix_cache()
     ours.add_request(request(salt="a"))
-    assert done[0] == done[1] != done[2]
-    assert None not in done
+    assert added[0] == added[1] != added[2]
+    assert None not in added
+
+
+def test_v1_steps_are_not_filled_up_with_drafts(new_scheduler):
+    """vLLM does so where it has no schedule of lengths."""
+    assert new_scheduler(is_v2=False)[0].dynamic_sd_lookup == [4, 4, 4]
+    assert new_scheduler(is_v2=True)[0].dynamic_sd_lookup is None

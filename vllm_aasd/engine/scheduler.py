@@ -30,6 +30,10 @@ class _AASDScheduling(_Base):
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
             self._draft_lengths = DraftLengthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
             self.dynamic_sd_lookup = self._draft_lengths
+        elif not vllm_config.use_v2_model_runner and self.dynamic_sd_lookup is None:
+            # Without a schedule, vLLM fills steps up with draft tokens that nobody has drafted, for CUDA graphs' sake.
+            # They would take time, draw random numbers, and give requests that must have no drafts some.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def add_request(self, request: Request) -> None:
         """Also: say whose text it shares."""
