@@ -24,7 +24,7 @@ import torch
 
 from vllm_aasd.kernels.align import reference
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_tensor
 
 __all__ = ["MAX_TOP_K", "align", "align_merge", "align_shard", "warm_up"]
 
@@ -61,8 +61,7 @@ def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Ten
             before it have been written. A GPU, which is not waited for, skips such rows instead.
     """
     num_rows = slot_mapping.shape[0]
-    check_logits("logits", logits)
-    check_shape("logits", logits, (num_rows, logits.shape[1]))
+    check_logits("logits", logits, num_rows)
     check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
     check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     check_table("table", table, logits.shape[1])
@@ -87,8 +86,7 @@ def align_shard(logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id
         ValueError: an argument has a wrong shape or dtype, or top_k or first_token_id is out of range.
     """
     num_rows = slot_mapping.shape[0]
-    check_logits("logits", logits)
-    check_shape("logits", logits, (num_rows, logits.shape[1]))
+    check_logits("logits", logits, num_rows)
     check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     most = min(MAX_TOP_K, logits.shape[1])
     if not 1 <= top_k <= most:

@@ -1,8 +1,7 @@
-"""The race of sampled requests: one token drawn from one row each, by vLLM's Gumbel variables.
+"""Recovered and bonus tokens of sampled requests: one token drawn from one row each, with vLLM's Gumbel variables.
 
-What wins, and why that is a draw from p, is in `vllm_aasd.kernels.verify.seeded`. `_race_kernel` finds the
-best of each block of a request's row, `_finish_kernel` the best of the blocks. A request without a race costs
-programs that return at once.
+Why the largest score is a draw from p is in `vllm_aasd.kernels.verify.seeded`. `_race_kernel` finds the best token of
+each block of a request's row, `_finish_kernel` the best of the blocks. Programs of other requests return at once.
 """
 
 import torch
@@ -81,7 +80,7 @@ def race(sampled: torch.Tensor, num_sampled: torch.Tensor, race_row: torch.Tenso
     """Draw the last token of each request whose `race_row` is not -1, into its place in `sampled`.
 
     Args:
-        sampled, num_sampled: of `vllm_aasd.kernels.verify.seeded.SeededVerifyOutput`.
+        sampled, num_sampled: of `vllm_aasd.kernels.verify.VerifyOutput`.
         race_row: [num_reqs] int64.
         batch: as for `vllm_aasd.kernels.verify.seeded.verify_seeded`.
     """

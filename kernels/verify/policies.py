@@ -53,12 +53,12 @@ class VerifyPolicies(NamedTuple):
     the collapse guard, tokens for which the request stays strict, and 1 once the budget has run out."""
 
 
-def policy_shapes(policies: VerifyPolicies, n: int) -> dict[str, tuple[torch.Tensor, tuple[int, ...], torch.dtype]]:
-    """By name, the policies' tensors with the shape and dtype that each must have for n requests."""
-    expected = {
-        "rule": ((n,), torch.int32),
-        "parameters": ((n, NUM_PARAMETERS), torch.float32),
-        "state_rows": ((n,), torch.int32),
-        "state": ((policies.state.shape[0] if policies.state.ndim else 0, NUM_STATES), torch.float32),
-    }
-    return {f"policies.{name}": (getattr(policies, name), *wanted) for name, wanted in expected.items()}
+def policy_tensors(policies: VerifyPolicies, n: int) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+    """Name, tensor, and the shape and dtype that it must have for n requests, of each of the policies' tensors."""
+    num_states = policies.state.shape[0] if policies.state.ndim else 0
+    return [
+        ("policies.rule", policies.rule, (n,), torch.int32),
+        ("policies.parameters", policies.parameters, (n, NUM_PARAMETERS), torch.float32),
+        ("policies.state_rows", policies.state_rows, (n,), torch.int32),
+        ("policies.state", policies.state, (num_states, NUM_STATES), torch.float32),
+    ]

@@ -1,8 +1,7 @@
-"""Triton path of the seeded verify op; the rule, the memory argument and the sources are in
-`vllm_aasd.kernels.verify.seeded`.
+"""Triton path of the seeded verify op; the rule and the sources are in `vllm_aasd.kernels.verify.seeded`.
 
-`_row_statistics_kernel`, one program per row and block of the vocabulary, is the one that reads the logits;
-`vllm_aasd.kernels.verify.decide_triton` decides. Sampled requests alone need the two launches of
+`_row_statistics_kernel`, one program per row and block of the vocabulary, reads the logits;
+`vllm_aasd.kernels.verify.decide_triton` decides. Only sampled requests need the two launches of
 `vllm_aasd.kernels.verify.gumbel_triton`. No launch depends on data: a program with nothing to do returns.
 """
 
@@ -11,11 +10,10 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block
-from vllm_aasd.kernels.verify.decide_triton import DECIDE, decide_kernel
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyOutput
+from vllm_aasd.kernels.verify.decide_triton import DECIDE, FLY, decide_kernel
 from vllm_aasd.kernels.verify.gumbel_triton import race
-from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
-from vllm_aasd.kernels.verify.relaxation_triton import FLY
-from vllm_aasd.kernels.verify.seeded import SeededBatch, SeededVerifyOutput
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 
 # A part of a batch begins anywhere, and that must not ask for another compilation.
@@ -40,7 +38,7 @@ def _row_statistics_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
 ):
-    """Reduce one block of one row to what the decision can need of it."""
+    """Reduce one block of one row to the partial results that `decide_kernel` may need."""
     # int64: rows times stride passes 2**31.
     row = tl.program_id(0).to(tl.int64)
     num_logits = tl.num_programs(0)
@@ -56,7 +54,7 @@ def _row_statistics_kernel(
     is_last = tl.load(expanded_local_pos_ptr + row + 1, mask=has_next, other=0) == 0
     draft = tl.load(draft_sampled_ptr + row + 1, mask=has_next, other=-1)
     has_draft = (draft >= 0) & (is_last == 0)
-    # A placeholder before this row has ended the request's prefix.
+    # A placeholder before this row has ended the accepted prefix.
     is_reached = is_first | (tl.load(draft_sampled_ptr + row) >= 0)
     is_wanted = is_reached & (is_padding == 0) & (is_greedy | has_draft)
     if is_wanted == 0:
@@ -78,7 +76,7 @@ def _row_statistics_kernel(
         tl.store(sums_ptr + plane + out, tl.sum(weight, axis=0))
         tl.store(sums_ptr + 2 * plane + out, tl.sum(weighted, axis=0))
     if has_draft & (rule == FLY):
-        # Of equal logits one goes at a time.
+        # Equal logits are excluded one at a time.
         rest = tl.where(ids == argmax, float("-inf"), z)
         second = tl.max(rest, axis=0)
         second_id = tl.min(tl.where(rest == second, ids, BEYOND), axis=0)
@@ -86,13 +84,13 @@ def _row_statistics_kernel(
         tl.store(sums_ptr + 4 * plane + out, tl.max(tl.where(ids == second_id, float("-inf"), rest), axis=0))
 
 
-def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
+def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
     num_logits, vocab_size = batch.target_logits.shape
     num_reqs = batch.cu_num_logits.shape[0] - 1
     empty = batch.target_logits.new_empty
     events = empty(2, num_reqs, dtype=torch.bool)
-    output = SeededVerifyOutput(
+    output = VerifyOutput(
         empty(num_reqs, batch.num_speculative_steps + 1, dtype=torch.int64),
         empty(num_reqs, dtype=torch.int32),
         empty(num_logits, dtype=torch.bool),

@@ -31,8 +31,7 @@ from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import speculator as v2
 from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
-from vllm_aasd.kernels.verify import policies
-from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, policies
 
 STRICT = {"verification": "strict"}
 NO_BLOCKS = {"block_ids": ([],), "num_computed_tokens": 0}

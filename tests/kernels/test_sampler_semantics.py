@@ -28,7 +28,7 @@ from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
-from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
+from vllm_aasd.kernels.verify import reference
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
 from vllm_aasd.kernels.verify.seeded import SeededBatch
 
@@ -248,7 +248,7 @@ def v2_arguments(requests):
 
 @pytest.fixture
 def v2_reference():
-    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(SeededBatch(**v2_arguments(requests))))
+    return lambda requests: of_v2(reference.verify_seeded(SeededBatch(**v2_arguments(requests))))
 
 
 @pytest.fixture

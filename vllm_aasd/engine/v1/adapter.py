@@ -33,7 +33,6 @@ from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 from vllm_aasd.kernels import align, verify
 from vllm_aasd.kernels.draft import cpu as draft
-from vllm_aasd.kernels.verify import recovered
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -119,7 +118,6 @@ class V1Adapter:
         # vLLM's rejection sampler converts logits to float32; without it they have the model's dtype.
         for dtype in {torch.float32, self._model_config.dtype}:
             verify.warm_up(device, dtype)
-        recovered.warm_up(device, torch.float32)
         counting.warm_up()
         draft.warm_up(MAX_NGRAM_SIZE, TOP_K)
         if self._alignment is not None:

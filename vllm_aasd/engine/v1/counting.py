@@ -75,7 +75,7 @@ class V1Counting:
                 draft_token_ids.numpy(),
                 cu_num_rows,
                 0,
-                result.num_accepted.numpy() + 1,
+                result.num_sampled.numpy(),
                 self._rows,
                 self._survival,
                 result.relaxed.numpy(),
@@ -86,6 +86,6 @@ class V1Counting:
 
 
 def _by_vllm(output_token_ids: torch.Tensor, num_rows: int) -> VerifyOutput:
-    num_accepted = (output_token_ids >= 0).sum(1, dtype=torch.int32) - 1
-    strict, no_events = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(len(num_accepted), dtype=torch.bool)
-    return VerifyOutput(output_token_ids, num_accepted, strict, strict.float(), no_events, no_events)
+    num_sampled = (output_token_ids >= 0).sum(1, dtype=torch.int32)
+    strict, no_events = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(len(num_sampled), dtype=torch.bool)
+    return VerifyOutput(output_token_ids, num_sampled, strict, strict.float(), no_events, no_events)

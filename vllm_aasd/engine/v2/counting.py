@@ -58,7 +58,7 @@ class V2Counting:
             cu_num_logits: ``[num_reqs + 1]`` integer.
             idx_mapping: ``[num_reqs]`` integer, the slot of each request.
             num_sampled: ``[num_reqs]`` int32, emitted tokens.
-            result: the `SeededVerifyOutput`; None where vLLM's own sampler verified, strictly.
+            result: the `VerifyOutput`; None where vLLM's own sampler verified, strictly.
         """
         if self._faults.is_off("metrics"):
             return

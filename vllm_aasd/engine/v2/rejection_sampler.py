@@ -22,7 +22,8 @@ from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.requests import RequestSlots
-from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID, SeededBatch, verify_seeded
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID
+from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
 logger = logging.getLogger("vllm.aasd")
 
