@@ -307,7 +307,7 @@ def test_a_budget_survives_preemption_and_ends_with_the_request():
     ],
 )
 def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
-    v2_verifier._say_once.cache_clear()
+    v2_verifier._warn_once.cache_clear()
     counters, faults = Counters("cpu"), Faults()
     counting = V2Counting(counters, faults, 1, WIDTH, torch.device("cpu"))
     counting.predict(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
@@ -333,7 +333,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
         torch.zeros(1).long(),
         WIDTH,
     ]
-    sample = v2_verifier._dispatching(stock)
+    sample = v2_verifier.patch_rejection_sample(stock)
     with verifier.active(np.zeros(1, np.int32)), caplog.at_level(logging.WARNING, "vllm.aasd"):
         assert sample(*rows, **kwargs) == emitted
     kept = [
@@ -349,7 +349,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
 def test_what_vllm_hands_over_by_default_is_ours():
     defaults = {"fly_window_size": 0, "fly_entropy_threshold": 0.3, "fly_entropy_top_k": 3, "use_fp64": False}
     ours = dict.fromkeys(patching.V2_REJECTION_SAMPLE.parameters)
-    assert v2_verifier._foreign({**ours, **defaults, "synthetic_conditional_rates": None}) is None
+    assert v2_verifier._unsupported_argument({**ours, **defaults, "synthetic_conditional_rates": None}) is None
 
 
 def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
@@ -360,7 +360,7 @@ def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
 
         with pytest.raises(AssertionError):
             host.init_speculator(type("C", (), {"speculative_config": None})(), None, None)
-        assert v2_verifier._dispatching(lambda *args: args)(*range(11)) == tuple(range(11))
+        assert v2_verifier.patch_rejection_sample(lambda *args: args)(*range(11)) == tuple(range(11))
     finally:
         for replacement in replacements:
             replacement.undo()

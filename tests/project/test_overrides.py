@@ -10,7 +10,7 @@ import torch
 from vllm_aasd.config import REMOVED, Settings
 from vllm_aasd.kernels.verify import VerifyBatch, verify
 from vllm_aasd.overrides import looser_than, with_overrides
-from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.table import PolicyBatch
 
 ANY = Settings(allow_request_override="any")
 STRICT = Settings(verification="strict")

@@ -12,7 +12,7 @@ from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
-from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.table import PolicyBatch
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
 
