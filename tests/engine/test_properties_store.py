@@ -14,6 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from aasd_testing.alignment_rows import read
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.kernels.align import cpu as align_cpu
 
@@ -207,7 +208,7 @@ class PagedCache(RuleBasedStateMachine):
             positions = range(request.num_computed)
             slots = torch.tensor([request.slot(position) for position in positions], dtype=torch.int64)
             tokens = torch.tensor(request.tokens[: request.num_computed], dtype=torch.int32)
-            ids, probs, fresh = self.store.read(tokens, slots)
+            ids, probs, fresh = read(self.store, tokens, slots)
             drafters = (self.store.numpy(), np.array([*request.blocks, 0], np.int32), BLOCK)
             for position, slot in zip(positions, slots.tolist(), strict=True):
                 prefix = tuple(request.tokens[: position + 1])

@@ -10,6 +10,7 @@ import torch
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from aasd_testing.alignment_rows import read
 from aasd_testing.fake_v2 import (
     BLOCK,
     MAX_LEN,
@@ -117,7 +118,7 @@ def test_the_store_holds_raw_predictions_by_kv_slot():
         tokens = (prompt + target_alone(prompt))[: int(runner.num_computed[slot])]
         positions = torch.arange(len(tokens))
         kv_slots = runner.blocks[slot, positions // BLOCK].long() * BLOCK + positions % BLOCK
-        ids, probs, fresh = runner.speculator._alignment.store.read(torch.tensor(tokens), kv_slots)
+        ids, probs, fresh = read(runner.speculator._alignment.store, torch.tensor(tokens), kv_slots)
         assert fresh.all()
         says = [next_token(before, last) for before, last in zip([0, *tokens], tokens, strict=False)]
         assert ids[:, 0].tolist() == says
