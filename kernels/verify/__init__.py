@@ -46,7 +46,6 @@ docs/verification.md explains the rules and guards and names their sources. Outp
 vLLM's `v1/sample/rejection_sampler.py`.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -112,7 +111,7 @@ class VerifyOutput(NamedTuple):
 
 
 def verify(batch: VerifyBatch) -> VerifyOutput:
-    """Verify a batch; the module's docstring has the rule and its sources.
+    """Verify a batch on the CPU; the module's docstring has the rule and its sources.
 
     Returns:
         New tensors. `policies.state` is updated in place; nothing else of the batch is modified.
@@ -142,17 +141,10 @@ def verify(batch: VerifyBatch) -> VerifyOutput:
         check_tensor("inv_q_rows", batch.inv_q_rows, (batch_size,), torch.int32)
         if batch_size and int(batch.inv_q_rows.max()) >= len(batch.inv_q):
             raise ValueError(f"inv_q_rows holds {int(batch.inv_q_rows.max())}, inv_q has {len(batch.inv_q)} rows")
-    return _implementation(batch.target_logits.device.type).verify(batch)
+    # Not at import: the GPU path does without numba.
+    from vllm_aasd.kernels.verify import cpu
 
-
-def _implementation(device_type: str) -> ModuleType:
-    if device_type == "cpu":
-        from vllm_aasd.kernels.verify import cpu
-
-        return cpu
-    from vllm_aasd.kernels.verify import reference
-
-    return reference
+    return cpu.verify(batch)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
@@ -161,7 +153,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     To be called when a worker starts, so that no request waits for the compiler (seconds without a cache).
 
     Args:
-        device: where the logits will be.
+        device: the CPU.
         dtype: float32, bfloat16 or float16.
     """
     with device:

@@ -93,7 +93,7 @@ def _verify(batch: VerifyBatch, i: int, start: int, end: int, output: VerifyOutp
         x = drafts[j]
         if greedy:
             return x == int(z[j].argmax())
-        return 0 <= x < z.shape[1] and bool(p[j, x] > 0 and p[j, x] >= uniforms[j])
+        return 0 <= x < z.shape[1] and float(p[j, x]) > 0 and float(p[j, x]) >= uniforms[j]
 
     def last_token(j: int) -> int:
         if j == len(drafts):
