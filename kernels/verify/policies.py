@@ -1,7 +1,6 @@
-"""How each request of a batch is verified, in tensors: rules, their parameters, guards, and what is remembered.
+"""How each request of a batch is verified, in tensors: its rule with parameters and guards, and its state.
 
-The rules themselves are in `vllm_aasd.kernels.verify`; the policies that fill these tensors, with their ranges and
-sources, in `vllm_aasd.verification`. Numbers and columns stand here once, for the references and every compiled path.
+`vllm_aasd.kernels.verify` describes the rules, and `vllm_aasd.verification` fills these tensors.
 """
 
 from typing import NamedTuple
@@ -12,12 +11,11 @@ STRICT, CONDITIONAL, FLY, BUDGET = range(4)
 """The rules, by their number in `VerifyPolicies.rule`."""
 
 MAX_STOP_TOKEN_IDS = 64
-"""Stop token ids of a relaxed request at most: the width of the tables that hold them. A request may come with any
-number, and neither memory that requests share nor a kernel may grow with it: one with more is verified strictly, which
-doesn't look at them."""
+"""The most stop token ids of a relaxed request: the width of the tables that hold them. A request can have any number,
+but neither shared memory nor a kernel may grow with it. One with more is verified strictly, which needs none."""
 
 NUM_PARAMETERS = 8
-# Columns of `VerifyPolicies.parameters`: four that mean something else by rule,
+# Columns of `VerifyPolicies.parameters`: four that depend on the rule,
 ALPHA, BETA = 0, 1
 WINDOW, THRESHOLD = 0, 1
 CAP, PER_STEP, NATS, KAPPA = 0, 1, 2, 3
@@ -30,7 +28,7 @@ SPENT, LEVEL, STRICT_LEFT, EXHAUSTED = 0, 1, 2, 3
 
 
 class VerifyPolicies(NamedTuple):
-    """How each request is verified; n is the batch's size, or the number of request slots in the seeded op."""
+    """How each request is verified; n is the batch's size, or the number of request indices in the seeded op."""
 
     rule: torch.Tensor
     """[n] int32: one of the rules above; any other number is strict."""
@@ -43,8 +41,8 @@ class VerifyPolicies(NamedTuple):
       KL divergence per position. Cap and the most per step are those of greedy requests, kappa of sampled ones.
 
     Four are guards: floor, the probability below which nothing is relaxed; and of the collapse guard the limit of
-    the level (infinite: no guard), what of the level is left after each emitted token, in [0, 1], and for how many
-    tokens the request is strict once the limit was met.
+    the level (infinite: no guard), the share of the level that is left after each emitted token, in [0, 1], and the
+    cooldown, for how many tokens the request is strict after the limit was reached.
     """
     state_rows: torch.Tensor
     """[n] int32: each request's row of `state`. A request without one (any number that is no row) is strict."""

@@ -252,34 +252,6 @@ def test_accepted_drafts_then_one_token_then_placeholders(v1):
     assert len(seen) >= 12, "each kind of request with all, some and no drafts accepted"
 
 
-def test_a_rejected_draft_is_not_drawn_after_all(v1):
-    """Of half the probability each, so that a race that forgot about them would be won by some."""
-    logits = torch.zeros(2, VOCAB)
-    logits[0, 11] = torch.tensor(VOCAB - 1.0).log()
-    requests = [Request(logits, [11], 1.0, seed, True) for seed in range(48)]
-    rows = v1(requests)
-    rejected = [row for row in rows if num_accepted(requests[0], row) == 0]
-    assert 8 < len(rejected) < 40 and all(row[0] != 11 for row in rejected)
-
-
-def test_a_request_without_drafts_gets_its_bonus_token(v1):
-    certain = torch.full((1, VOCAB), -30.0)
-    certain[0, 17] = 30.0
-    requests = some_requests(1)
-    for temperature in (0.0, 1.0):
-        requests += [Request(certain, [], temperature, 5, True)]
-    assert [row[:2] for row in v1(requests)[-2:]] == [[17, -1]] * 2
-
-
-def test_the_bonus_token_is_drawn_from_the_bonus_row(v1):
-    logits = torch.full((3, VOCAB), -30.0)
-    logits[[0, 1, 2], [4, 5, 6]] = 30.0
-    requests = [
-        Request(logits, [4, 5], temperature, 9, is_strict) for temperature in (0.0, 1.0) for is_strict in (False, True)
-    ]
-    assert [row[:4] for row in v1([*some_requests(2), *requests])[-4:]] == [[4, 5, 6, -1]] * 4
-
-
 def test_the_same_seeds_give_the_same_tokens_and_others_give_others(v1):
     changed = 0
     for seed in SEEDS:
