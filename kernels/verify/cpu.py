@@ -36,6 +36,9 @@ from vllm_aasd.kernels.verify.policies import (
 from vllm_aasd.kernels.verify.recovered_cpu import by_noise, by_uniform
 from vllm_aasd.kernels.verify.relaxation_cpu import CANDIDATE, CLOSED, judge, strictly
 
+# For fields of the batch that are None.
+_NO_PROBS, _NO_NOISE, _NO_NOISE_ROWS = np.empty(0), np.empty((0, 0), np.float32), np.empty(0, np.int32)
+
 
 @compiled
 def _window_holds(logits, stride, vocab_size, drafts, uniform_probs, is_greedy, row, end, window):
@@ -148,7 +151,7 @@ def _verify_kernel(
             if not is_accepted:
                 if is_greedy[i]:
                     last = argmax
-                elif inv_q_rows[i] >= 0:
+                elif inv_q_rows.size > 0 and inv_q_rows[i] >= 0:
                     last = np.int64(by_noise(logits_row, x, inv_q[inv_q_rows[i]]))
                 else:
                     last = np.int64(by_uniform(logits_row, x, recovered_probs[i]))
@@ -190,10 +193,10 @@ def verify(batch: VerifyBatch) -> VerifyOutput:
         vocab_size,
         batch.bonus_token_ids.reshape(-1).to(torch.int32).contiguous().numpy(),
         batch.is_greedy.contiguous().numpy(),
-        np.empty(0) if batch.uniform_probs is None else batch.uniform_probs.contiguous().numpy(),
-        np.empty(0) if batch.recovered_probs is None else batch.recovered_probs.contiguous().numpy(),
-        np.empty((0, 0), np.float32) if batch.inv_q is None else batch.inv_q.contiguous().numpy(),
-        np.full(batch_size, -1, np.int32) if batch.inv_q_rows is None else batch.inv_q_rows.contiguous().numpy(),
+        _NO_PROBS if batch.uniform_probs is None else batch.uniform_probs.contiguous().numpy(),
+        _NO_PROBS if batch.recovered_probs is None else batch.recovered_probs.contiguous().numpy(),
+        _NO_NOISE if batch.inv_q is None else batch.inv_q.contiguous().numpy(),
+        _NO_NOISE_ROWS if batch.inv_q_rows is None else batch.inv_q_rows.contiguous().numpy(),
         *(tensor.contiguous().numpy() for tensor in batch.policies[:-1]),
         batch.policies.state.numpy(),
         batch.stop_token_ids.contiguous().numpy(),
