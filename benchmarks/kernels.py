@@ -110,7 +110,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
 def policy_tensors(rule: str, num_reqs: int) -> Any:
     """The `VerifyPolicies` of so many requests under the policy of a name, greedy and sampled ones alike."""
     from vllm_aasd.config import Settings
-    from vllm_aasd.verification.batch import PolicyBatch
+    from vllm_aasd.verification.table import PolicyBatch
 
     policy = Settings(verification=rule).policy()
     req_ids = [str(i) for i in range(num_reqs)]

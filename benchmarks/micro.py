@@ -133,17 +133,17 @@ class Batch:
         self.bonus_token_ids = torch.zeros((self.size, 1), dtype=torch.int32)
         self._policies = {rule: policy_tensors(rule, self.size) for rule in RULES}
 
-    def arguments(self, rule: str) -> tuple[Any, ...]:
+    def arguments(self, rule: str) -> verify_op.VerifyBatch:
         """What `verify` takes, the requests being new, since what they relaxed would bar later calls from relaxing."""
         self._policies[rule].state.zero_()
         is_greedy = torch.ones(self.size, dtype=torch.bool)
         stop = torch.full((self.size, 1), 2, dtype=torch.int32)
         draft = self.draft_token_ids, self.cu_num_draft_tokens, NUM_DRAFT_TOKENS
-        return *draft, self.logits, self.bonus_token_ids, is_greedy, None, self._policies[rule], stop
+        return verify_op.VerifyBatch(*draft, self.logits, self.bonus_token_ids, is_greedy, self._policies[rule], stop)
 
     def run(self, name: str) -> torch.Tensor:
         """The batch verified by a rule, or by "vllm"."""
-        return self.stock() if name == "vllm" else verify_op.verify(*self.arguments(name)).output_token_ids
+        return self.stock() if name == "vllm" else verify_op.verify(self.arguments(name)).sampled
 
     def stock(self) -> torch.Tensor:
         """The batch through vLLM's own function."""
@@ -175,7 +175,7 @@ def time_verification(
         ring.append(Batch(logits, (top if case == "argmax" else rival).int(), stock))
     for rule in RULES:
         got = ring[0].run(rule)
-        want = verify_reference.verify(*ring[0].arguments(rule)).output_token_ids
+        want = verify_reference.verify(ring[0].arguments(rule)).sampled
         if not torch.equal(got, want) or (rule == "strict" and not torch.equal(got, ring[0].stock())):
             sys.exit(f"{rule} differs from its reference or from vLLM's sampler; nothing is timed")
     rounds: dict[str, list[list[float]]] = {name: [] for name in (*RULES, "vllm")}

@@ -1,21 +1,18 @@
 """Align: the target's top-k next-token ids and probabilities of each row, written into a paged table.
 
 The entry
-    Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position (the input whose
-    output the entry describes, by which a reader recognizes an entry of a draft token that was rejected),
-    then the ids of the k most probable next tokens, descending, the lowest id first among equals, then their
-    probabilities as the bits of float32. A probability is e^(z - m) / s over the full vocabulary, with m the
-    row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN, +inf, or nothing but
-    -inf) is written with ids 0 and probabilities 0: a candidate that weighs nothing.
+    Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position, by which a reader
+    recognizes the entry of a rejected draft token; then the ids of the k most probable next tokens, descending, the
+    lowest id first among equals; then their probabilities as the bits of float32. A probability is e^(z - m) / s over
+    the full vocabulary, with m the row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN,
+    +inf, or nothing but -inf) is written with ids 0 and probabilities 0.
 
 Shards
     Under tensor parallelism each rank holds the logits of a part of the vocabulary. Rank r's partial entry of a row is
     its k best (id, z) and s_r = sum e^(z - m_r) with m_r its own maximum, which is its first z. The row's k best are
     among the ranks' k best, and s = sum s_r e^(m_r - m) with m = max m_r. A masked token's z is the lowest finite
-    float32 in a partial entry, so that k tokens are always there. A row that has no softmax on one rank, NaN or +inf,
-    has s_r = NaN and so s = NaN. Blocks of a row are merged in the same way.
-
-docs/design.md has the sources.
+    float32 in a partial entry, so that there are always k tokens. NaN or +inf on one rank gives s_r = NaN and so
+    s = NaN. Blocks of a row are merged in the same way.
 """
 
 from types import ModuleType
@@ -24,7 +21,7 @@ import torch
 
 from vllm_aasd.kernels.align import reference
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_shape, check_tensor
+from vllm_aasd.kernels.common.checks import check_dtype, check_logits, check_tensor
 
 __all__ = ["MAX_TOP_K", "align", "align_merge", "align_shard", "warm_up"]
 
@@ -51,18 +48,16 @@ def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Ten
     Args:
         logits: [num_rows, vocab_size] float32, bfloat16 or float16, any row stride. Not modified.
         token_ids: [num_rows] int32, the input token at each row's own position.
-        slot_mapping: [num_rows] int64, the slot of each row. -1 (any negative) skips the row. Of rows with
-            the same slot the last one stays on a CPU; a GPU writes rows in any order, so there slots must
-            differ.
+        slot_mapping: [num_rows] int64, the slot of each row. Negative skips the row. Of rows with the same slot
+            the last one stays on a CPU; a GPU writes rows in any order, so there slots must differ.
         table: [num_slots, 1 + 2k] int32 with 1 <= k <= 8 and k <= vocab_size; modified in place.
 
     Raises:
-        ValueError: an argument has a wrong shape or dtype, or a slot does not exist. In the latter case rows
-            before it have been written. A GPU, which is not waited for, skips such rows instead.
+        ValueError: an argument has a wrong shape or dtype, or, on a CPU, a slot does not exist; rows before it
+            have been written then. A GPU skips such rows.
     """
     num_rows = slot_mapping.shape[0]
-    check_logits("logits", logits)
-    check_shape("logits", logits, (num_rows, logits.shape[1]))
+    check_logits("logits", logits, num_rows)
     check_tensor("token_ids", token_ids, (num_rows,), torch.int32)
     check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     check_table("table", table, logits.shape[1])
@@ -87,8 +82,7 @@ def align_shard(logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id
         ValueError: an argument has a wrong shape or dtype, or top_k or first_token_id is out of range.
     """
     num_rows = slot_mapping.shape[0]
-    check_logits("logits", logits)
-    check_shape("logits", logits, (num_rows, logits.shape[1]))
+    check_logits("logits", logits, num_rows)
     check_tensor("slot_mapping", slot_mapping, (num_rows,), torch.int64)
     most = min(MAX_TOP_K, logits.shape[1])
     if not 1 <= top_k <= most:

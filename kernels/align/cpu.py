@@ -1,8 +1,8 @@
 """Compiled CPU path of the align op; the entry's layout is in `vllm_aasd.kernels.align`.
 
-One sweep over each row in blocks that stay in the L1 cache: the block's largest key says whether any of its
-elements can enter the top k, which after the first few blocks is rarely the case, and the online softmax of
-`vllm_aasd.kernels.common.rows_cpu` takes its sums.
+One sweep over each row in blocks that stay in the L1 cache: the block's largest key shows whether any of its
+elements can enter the top k, which is rare after the first few blocks, and the online softmax of
+`vllm_aasd.kernels.common.rows_cpu` adds its sums.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ from vllm_aasd.kernels.common.rows_cpu import (
     to_float32,
 )
 
-# Elements looked through one by one when one of them enters the top k; of a block only a few pieces are.
+# Elements that are searched one by one if one of them enters the top k; only a few pieces of a block are.
 _PIECE = 128
 
 

@@ -10,19 +10,8 @@ _LOWEST = torch.finfo(torch.float32).min
 
 def align(logits: torch.Tensor, token_ids: torch.Tensor, slot_mapping: torch.Tensor, table: torch.Tensor) -> None:
     """See `vllm_aasd.kernels.align.align`."""
-    top_k = (table.shape[1] - 1) // 2
-    for row, slot in enumerate(slot_mapping.tolist()):
-        if slot < 0:
-            continue
-        z = logits[row].float()
-        # A stable sort keeps the lowest id first among equals; topk promises no order there.
-        ids = z.sort(descending=True, stable=True).indices[:top_k]
-        probs = z.softmax(dim=-1)[ids]
-        if not z.max().isfinite():
-            ids, probs = torch.zeros_like(ids), torch.zeros_like(probs)
-        table[slot, 0] = token_ids[row]
-        table[slot, 1 : 1 + top_k] = ids.to(torch.int32)
-        table[slot, 1 + top_k :] = probs.view(torch.int32)
+    partials = align_shard(logits, slot_mapping, 0, table.shape[1] // 2)
+    align_merge(partials[None], token_ids, slot_mapping, table)
 
 
 def align_shard(logits: torch.Tensor, slot_mapping: torch.Tensor, first_token_id: int, top_k: int) -> torch.Tensor:
@@ -53,7 +42,7 @@ def align_merge(
         best = by_id[z.sort(descending=True, stable=True).indices[:top_k]]
         total = (sums[:, row] * (logits[:, row, 0] - z.max()).exp()).sum()
         probs = (logits[:, row].flatten()[best] - z.max()).exp() / total
-        # A sum of 0 is a row of nothing but -inf; NaN comes of NaN and +inf.
+        # The sum is 0 for a row of nothing but -inf, and NaN for one with NaN or +inf.
         usable = bool(total > 0)
         table[slot, 0] = token_ids[row]
         table[slot, 1 : 1 + top_k] = ids[best] if usable else 0

@@ -1,8 +1,8 @@
 """Triton path of the align ops; the entry's layout and the sources are in `vllm_aasd.kernels.align`.
 
 One program reads one block of one row and writes its partial entry; a second kernel merges a row's partial entries.
-To that merge, a shard of the vocabulary is what a block of it is: with tensor parallelism a rank merges its blocks
-into one partial entry per row, and one more merge, over the ranks, writes the table.
+Shards of the vocabulary are merged as blocks are: with tensor parallelism, a rank merges its blocks into one partial
+entry per row, and one more merge, over the ranks, writes the table.
 """
 
 import torch
@@ -25,9 +25,8 @@ def _store_top_k(
 ):
     """Write a block's partial alignment entry: its top k ids, their logits, and sum e^(z - top logit).
 
-    A masked token's logit becomes the lowest finite one, so that -inf is left for what isn't there: places
-    past the vocabulary, and what was taken already. The sum is NaN if the block has no softmax because of
-    NaN or +inf, and 0 if it has nothing but -inf.
+    A masked token's logit becomes the lowest finite float32, so that -inf marks what must not be chosen: ids after
+    the vocabulary, and ids chosen before. The sum is NaN if the block has NaN or +inf, and 0 if it has only -inf.
     """
     candidates = tl.where(z > _LOWEST, z, _LOWEST)
     candidates = tl.where(ids < vocab_size, candidates, float("-inf"))

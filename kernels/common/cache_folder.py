@@ -1,4 +1,4 @@
-"""Where what was computed once is kept between runs: a model's prior, and compiled code."""
+"""The folders of what is cached between runs: a model's prior, and compiled code."""
 
 import hashlib
 import os
@@ -13,21 +13,21 @@ def cache_folder() -> Path | None:
     """``AASD_CACHE_ROOT``, by default ``vllm_aasd`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Returns:
-        None where that isn't an absolute path, as without a home: a relative one would lead to wherever the process
-        was started.
+        None if that isn't an absolute path, as without a home: a relative one would depend on where the process was
+        started.
     """
     folder = _cache_folder()
     return folder if folder.is_absolute() else None
 
 
 def code_folder() -> tuple[Path | None, list[str]]:
-    """Find or make a folder for compiled code, which is only loaded from where no other user but root can have put it.
+    """Find or make a folder for compiled code, to which no other user but root can write.
 
-    The first that will do: in ``NUMBA_CACHE_DIR``, in ``AASD_CACHE_ROOT``, in this package, in the user's cache. Its
-    name has the user's number, so that users can share the place.
+    The first usable one: in ``NUMBA_CACHE_DIR``, in ``AASD_CACHE_ROOT``, in this package, in the user's cache. Its name
+    has the user's id, so that users can share the parent folder.
 
     Returns:
-        The folder, None for none; and why those before it won't do.
+        The folder, or None; and why those before it aren't usable.
     """
     named = [_expanded(os.environ[key]) for key in ("NUMBA_CACHE_DIR", "AASD_CACHE_ROOT") if os.environ.get(key)]
     name = f"numba-{_sources_hash()}-{os.geteuid()}"
@@ -47,10 +47,10 @@ def code_folder() -> tuple[Path | None, list[str]]:
 
 
 def open_private(folder: Path) -> int:
-    """Open a folder, whose descriptor then stands for it whatever becomes of its name.
+    """Open a folder; the descriptor stays valid if the folder is renamed.
 
     Raises:
-        OSError: it isn't there, isn't this user's or root's, or others can write to it.
+        OSError: it doesn't exist, isn't this user's or root's, or others can write to it.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     status = os.fstat(descriptor)
@@ -61,10 +61,10 @@ def open_private(folder: Path) -> int:
 
 
 def _sources_hash() -> str:
-    """Of the content of the CPU kernel files and what they use.
+    """Hash the CPU kernel files and what they use.
 
-    numba recompiles a function when its own file changes, not when a function or a number that it takes from another
-    file or the way it is compiled does; without this an update of those would leave the old machine code in use.
+    numba recompiles a function when its own file changes, but not when a function or constant from another file or the
+    options of compilation do. Without this, such an update would leave the old machine code in use.
     """
     files = sorted(path for path in _KERNELS.rglob("*.py") if not path.stem.endswith(("reference", "triton")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -3,6 +3,7 @@
 import torch
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -24,10 +25,18 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtype
     check_dtype(name, tensor, *dtypes)
 
 
-def check_logits(name: str, logits: torch.Tensor) -> None:
-    """Raise ValueError unless a tensor is [rows, vocab_size >= 1] logits whose rows are contiguous."""
+def check_tensors(*wanted: tuple, contiguous: bool = False) -> None:
+    """`check_tensor` for each tuple of its arguments; if `contiguous`, the tensors must be that too."""
+    for name, tensor, *shape_and_dtypes in wanted:
+        check_tensor(name, tensor, *shape_and_dtypes)
+        if contiguous and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+
+
+def check_logits(name: str, logits: torch.Tensor, num_rows: int) -> None:
+    """Raise ValueError unless a tensor is [num_rows, vocab_size >= 1] logits whose rows are contiguous."""
     if logits.ndim != 2 or logits.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (rows, vocab_size >= 1)")
-    check_dtype(name, logits, *LOGITS_DTYPES)
+    check_tensor(name, logits, (num_rows, logits.shape[1]), *LOGITS_DTYPES)
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"{name} has stride {logits.stride(1)} along the vocabulary, expected 1")

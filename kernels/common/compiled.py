@@ -1,4 +1,4 @@
-"""How the CPU kernels are compiled: one decorator over numba, with a cache that knows all of their files."""
+"""How the CPU kernels are compiled: one decorator around numba, with a cache keyed by all of their files."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ from vllm_aasd.kernels.common.cache_folder import code_folder, open_private
 
 logger = logging.getLogger("vllm.aasd")
 
-# A worker of vLLM that starts later in this process looks for Triton kernels in the `__dict__` of whatever any module
-# holds, and fails at llvmlite's library, which makes a foreign function of that name too. This answers it: nothing.
+# A vLLM worker that starts later in this process looks for Triton kernels in the `__dict__` of every object of every
+# module, and fails at llvmlite's library, which answers any attribute with a foreign function. This gives it a dict.
 ffi.lib._fntab.setdefault("__dict__", {})
 
 
@@ -29,7 +29,7 @@ def _cache_dir() -> str | None:
             "; ".join(reasons),
         )
         return None
-    # By its descriptor, where the system lets one: others who may rename a folder above it can't put theirs there now.
+    # By its descriptor if possible, so that others who may rename a parent folder can't replace it from now on.
     pinned = f"/proc/self/fd/{open_private(folder)}"
     return pinned if os.path.isdir(pinned) else str(folder)
 
@@ -42,7 +42,7 @@ class _CacheImpl(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """numba's, but a file that can't be read or written costs a compilation, not the start."""
+    """numba's cache, but a file that can't be read or written means compiling again instead of failing."""
 
     _impl_class = _CacheImpl
 

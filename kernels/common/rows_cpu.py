@@ -1,4 +1,4 @@
-"""Sweeps over one row of logits, compiled with numba: what the CPU kernels share.
+"""Sweeps over one row of logits, compiled with numba, for the CPU kernels.
 
 Reading. A row is a 1-D contiguous slice of the storage. Its elements are float32, or the raw bits of bfloat16
 (as int16) or float16 (as uint16), which numba has no arithmetic for; `to_float32` widens them in a register.
@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 
 from vllm_aasd.kernels.common.compiled import compiled
 
-# Elements of a row that are handled together: 8 KiB at most, which a second look finds in the L1 cache.
+# Elements of a row that are processed together: 8 KiB at most, which stay in the L1 cache for a second sweep.
 BLOCK = 2048
 NAN_KEY = np.int32(2**31 - 1)
 LOWEST_KEY = np.int32(-(2**31))

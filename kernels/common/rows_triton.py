@@ -1,9 +1,9 @@
-"""Blocks of one row of logits: what the Triton kernels share.
+"""Blocks of one row of logits, for the Triton kernels.
 
-Layout. One program holds one block of one row in registers, so each logit is loaded once, and there is no
-loop that a rescaling would run through: blocks meet only in their partial results, a few words each. A block
-that lies wholly inside the vocabulary is loaded without a mask. That is what keeps the loads 16 bytes wide
-for vocabularies that are no multiple of 16; rows whose stride is none are read in narrower pieces.
+Layout. One program holds one block of one row in registers, so each logit is loaded once, and no loop has to
+rescale sums: blocks are merged by their partial results, a few words each. A block inside the vocabulary is
+loaded without a mask, which keeps the loads 16 bytes wide for vocabularies that are no multiple of 16; rows
+whose stride is no multiple of 16 bytes are read in narrower pieces.
 
 Ordering. `first_argmax` is `torch.argmax`: the first NaN if there is one, else the lowest index among equal
 maxima. It is built of plain reductions, because what `tl.max` makes of NaN differs between backends.

@@ -1,7 +1,5 @@
 """The compiled CPU path of `count` (numba), and its specification. See `vllm_aasd.kernels.count`."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -16,11 +14,12 @@ from vllm_aasd.kernels.count import (
     SURVIVAL_PROMISED,
     SURVIVAL_TOKENS,
 )
+from vllm_aasd.kernels.verify import VerifyOutput
 
 
 @compiled
-def count_arrays(totals, ids, cu_num_rows, first_draft, emitted, slots, survival, relaxed, regret, exhausted, guarded):
-    """The op on numpy arrays, for callers that have them: handing over tensors takes ten times as long as this."""
+def count_arrays(totals, ids, cu_num_rows, first_draft, slots, survival, emitted, relaxed, regret, exhausted, guarded):
+    """The op on numpy arrays, the output's in its order: converting tensors takes ten times as long as counting."""
     for req in range(emitted.size):
         totals[EXHAUSTED] += exhausted[req]
         totals[GUARDED] += guarded[req]
@@ -41,6 +40,16 @@ def count_arrays(totals, ids, cu_num_rows, first_draft, emitted, slots, survival
                 totals[SURVIVAL_ACCEPTED + tenth] += is_accepted
 
 
-def count_drafts(totals: torch.Tensor, *step: Any) -> None:
+def count_drafts(
+    totals: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    cu_num_rows: torch.Tensor,
+    first_draft: int,
+    idx_mapping: torch.Tensor,
+    survival: torch.Tensor,
+    output: VerifyOutput,
+) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
-    count_arrays(totals.numpy(), *(each.numpy() if torch.is_tensor(each) else each for each in step))
+    rows = totals.numpy(), draft_token_ids.numpy(), cu_num_rows.numpy()
+    by_request = idx_mapping.numpy(), survival.numpy(), *(tensor.numpy() for tensor in output[1:])
+    count_arrays(*rows, first_draft, *by_request)

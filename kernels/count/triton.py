@@ -1,13 +1,14 @@
-"""The Triton path of `count`. What is counted is in `vllm_aasd.kernels.count`."""
+"""Triton path of `count`; see `vllm_aasd.kernels.count`."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import count
+from vllm_aasd.kernels.verify import VerifyOutput
 
 REQUESTS = 16
-"""Of one program: with 8 draft tokens each, one of them for each of 128 threads."""
+"""Requests of one program: with 8 draft tokens each, one for each of 128 threads."""
 
 _RELAXED, _REGRET = tl.constexpr(count.RELAXED), tl.constexpr(count.REGRET)
 _EXHAUSTED, _GUARDED = tl.constexpr(count.EXHAUSTED), tl.constexpr(count.GUARDED)
@@ -25,10 +26,10 @@ def count_kernel(
     totals_ptr,  # [SIZE]
     draft_token_ids_ptr,  # [num_rows]
     cu_num_rows_ptr,  # [num_reqs + 1]
-    num_emitted_ptr,  # [num_reqs]
     idx_mapping_ptr,  # [num_reqs]
     survival_ptr,  # [max_num_reqs, num_columns]
     survival_stride,
+    num_emitted_ptr,  # [num_reqs]
     relaxed_ptr,  # [num_rows]
     regret_ptr,  # [num_rows]
     exhausted_ptr,  # [num_reqs]
@@ -75,24 +76,22 @@ def count_drafts(
     draft_token_ids: torch.Tensor,
     cu_num_rows: torch.Tensor,
     first_draft: int,
-    num_emitted: torch.Tensor,
     idx_mapping: torch.Tensor,
     survival: torch.Tensor,
-    *by_row_and_request: torch.Tensor,
+    output: VerifyOutput,
 ) -> None:
     """See `vllm_aasd.kernels.count.count_drafts`."""
-    num_reqs, num_columns = len(num_emitted), survival.shape[1]
+    num_reqs, num_columns = len(idx_mapping), survival.shape[1]
     if num_reqs == 0:
         return
     count_kernel[(triton.cdiv(num_reqs, REQUESTS),)](
         totals,
         draft_token_ids,
         cu_num_rows,
-        num_emitted,
         idx_mapping,
         survival,
         survival.stride(0),
-        *by_row_and_request,
+        *output[1:],
         num_reqs,
         num_columns,
         FIRST_DRAFT=first_draft,

@@ -1,7 +1,6 @@
-"""How each request of a batch is verified, in tensors: rules, their parameters, guards, and what is remembered.
+"""How each request of a batch is verified, in tensors: its rule with parameters and guards, and its state.
 
-The rules themselves are in `vllm_aasd.kernels.verify`; the policies that fill these tensors, with their ranges and
-sources, in `vllm_aasd.verification`. Numbers and columns stand here once, for the references and every compiled path.
+`vllm_aasd.kernels.verify` describes the rules, and `vllm_aasd.verification` fills these tensors.
 """
 
 from typing import NamedTuple
@@ -12,12 +11,11 @@ STRICT, CONDITIONAL, FLY, BUDGET = range(4)
 """The rules, by their number in `VerifyPolicies.rule`."""
 
 MAX_STOP_TOKEN_IDS = 64
-"""Stop token ids of a relaxed request at most: the width of the tables that hold them. A request may come with any
-number, and neither memory that requests share nor a kernel may grow with it: one with more is verified strictly, which
-doesn't look at them."""
+"""The most stop token ids of a relaxed request: the width of the tables that hold them. A request can have any number,
+but neither shared memory nor a kernel may grow with it. One with more is verified strictly, which needs none."""
 
 NUM_PARAMETERS = 8
-# Columns of `VerifyPolicies.parameters`: four that mean something else by rule,
+# Columns of `VerifyPolicies.parameters`: four that depend on the rule,
 ALPHA, BETA = 0, 1
 WINDOW, THRESHOLD = 0, 1
 CAP, PER_STEP, NATS, KAPPA = 0, 1, 2, 3
@@ -30,7 +28,7 @@ SPENT, LEVEL, STRICT_LEFT, EXHAUSTED = 0, 1, 2, 3
 
 
 class VerifyPolicies(NamedTuple):
-    """How each request is verified; n is the batch's size, or the number of request slots in the seeded op."""
+    """How each request is verified; n is the batch's size, or the number of request indices in the seeded op."""
 
     rule: torch.Tensor
     """[n] int32: one of the rules above; any other number is strict."""
@@ -43,8 +41,8 @@ class VerifyPolicies(NamedTuple):
       KL divergence per position. Cap and the most per step are those of greedy requests, kappa of sampled ones.
 
     Four are guards: floor, the probability below which nothing is relaxed; and of the collapse guard the limit of
-    the level (infinite: no guard), what of the level is left after each emitted token, in [0, 1], and for how many
-    tokens the request is strict once the limit was met.
+    the level (infinite: no guard), the share of the level that is left after each emitted token, in [0, 1], and the
+    cooldown, for how many tokens the request is strict after the limit was reached.
     """
     state_rows: torch.Tensor
     """[n] int32: each request's row of `state`. A request without one (any number that is no row) is strict."""
@@ -53,12 +51,12 @@ class VerifyPolicies(NamedTuple):
     the collapse guard, tokens for which the request stays strict, and 1 once the budget has run out."""
 
 
-def policy_shapes(policies: VerifyPolicies, n: int) -> dict[str, tuple[torch.Tensor, tuple[int, ...], torch.dtype]]:
-    """By name, the policies' tensors with the shape and dtype that each must have for n requests."""
-    expected = {
-        "rule": ((n,), torch.int32),
-        "parameters": ((n, NUM_PARAMETERS), torch.float32),
-        "state_rows": ((n,), torch.int32),
-        "state": ((policies.state.shape[0] if policies.state.ndim else 0, NUM_STATES), torch.float32),
-    }
-    return {f"policies.{name}": (getattr(policies, name), *wanted) for name, wanted in expected.items()}
+def policy_tensors(policies: VerifyPolicies, n: int) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+    """Name, tensor, and the shape and dtype that it must have for n requests, of each of the policies' tensors."""
+    num_states = policies.state.shape[0] if policies.state.ndim else 0
+    return [
+        ("policies.rule", policies.rule, (n,), torch.int32),
+        ("policies.parameters", policies.parameters, (n, NUM_PARAMETERS), torch.float32),
+        ("policies.state_rows", policies.state_rows, (n,), torch.int32),
+        ("policies.state", policies.state, (num_states, NUM_STATES), torch.float32),
+    ]

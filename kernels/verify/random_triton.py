@@ -1,9 +1,8 @@
 """vLLM's counter-based random numbers as Triton device functions, bit for bit.
 
-A request's seed and the position of a row name the numbers of that row, so a token is drawn alike whichever
-kernel draws it, in whatever batch. Two streams hang on them: one uniform per row by Philox (Triton's own
-`tl.rand`), for accepting a draft; one Gumbel variable per row and token by MurmurHash3 over
-(seed, position, token id), for drawing a token.
+A row's numbers are functions of the request's seed and the row's position, so they don't depend on the kernel
+or the batch. There are two streams: one uniform per row by Philox (Triton's own `tl.rand`), for accepting a draft
+token; one Gumbel variable per row and token by MurmurHash3 over (seed, position, token id), for drawing a token.
 
 Sources: vLLM 0.32, `v1/worker/gpu/sample/gumbel.py`, whose numbers these are; Salmon et al., *Parallel random
 numbers: as easy as 1, 2, 3*, SC 2011 (Philox); MurmurHash3_x86_32 by Austin Appleby, public domain.
@@ -20,7 +19,7 @@ _SMALLEST_UNIFORM = tl.constexpr(4.6566127342e-10)
 
 @triton.jit
 def row_uniform(seed, position):
-    """Return the uniform in (0, 1) by which a row's draft is accepted or not."""
+    """Return the uniform in (0, 1) by which a row's draft token is accepted."""
     return tl.maximum(tl.rand(seed, position), _SMALLEST_UNIFORM)
 
 

@@ -1,90 +1,159 @@
-"""Plain torch reference of the verify op: the specification that the compiled paths are tested against.
+"""Plain torch references of both verify ops: the specification that the compiled paths are tested against.
 
-The rule, its sources and the meaning of every argument are in `vllm_aasd.kernels.verify`.
+The rule and its sources are in `vllm_aasd.kernels.verify`, the arguments of the seeded op in
+`vllm_aasd.kernels.verify.seeded`.
 """
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
 
 import torch
 
-from vllm_aasd.kernels.verify.policies import VerifyPolicies
-from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, RowStatistics, row_statistics
-
-PLACEHOLDER_TOKEN_ID = -1
-
-
-class VerifyOutput(NamedTuple):
-    """What one verification step decided."""
-
-    output_token_ids: torch.Tensor
-    """[batch_size, max_spec_len + 1] int32: accepted tokens, then the recovered or the bonus token, then -1.
-    The recovered token of a sampled request is -1 too, until it is drawn (`vllm_aasd.kernels.verify.recovered`)."""
-    num_accepted: torch.Tensor
-    """[batch_size] int32: accepted draft tokens, without the recovered or bonus token."""
-    relaxed: torch.Tensor
-    """[num_tokens] bool: accepted though the strict rule rejects it."""
-    regret: torch.Tensor
-    """[num_tokens] float32, nats: log max p - log p(x) where `relaxed`, else 0."""
-    exhausted: torch.Tensor
-    """[batch_size] bool: the request's budget ran out in this step; happens once."""
-    guarded: torch.Tensor
-    """[batch_size] bool: the collapse guard engaged in this step."""
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyBatch, VerifyOutput
+from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
+from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 
-def verify(
-    draft_token_ids: torch.Tensor,
-    cu_num_draft_tokens: torch.Tensor,
-    max_spec_len: int,
-    target_logits: torch.Tensor,
-    bonus_token_ids: torch.Tensor,
-    is_greedy: torch.Tensor,
-    uniform_probs: torch.Tensor | None,
-    policies: VerifyPolicies,
-    stop_token_ids: torch.Tensor,
-) -> VerifyOutput:
+def _empty_output(batch_size: int, max_spec_len: int, logits: torch.Tensor, dtype: torch.dtype) -> VerifyOutput:
+    """An output that says that nothing was emitted."""
+    rows, device = len(logits), logits.device
+    return VerifyOutput(
+        torch.full((batch_size, max_spec_len + 1), PLACEHOLDER_TOKEN_ID, dtype=dtype, device=device),
+        torch.zeros(batch_size, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+        torch.zeros(rows, dtype=torch.float32, device=device),
+        *torch.zeros(2, batch_size, dtype=torch.bool, device=device),
+    )
+
+
+def _verify_request(
+    output: VerifyOutput,
+    i: int,
+    first_row: int,
+    z: torch.Tensor,
+    drafts: list[int],
+    uniforms: list[float],
+    is_strict: Callable[[int], bool],
+    relaxation: Relaxation,
+    last_token: Callable[[int], int],
+) -> None:
+    """Verify one request's draft tokens in their order, and fill its part of the output.
+
+    Args:
+        output: to fill.
+        i: the request's index in the batch.
+        first_row: its first row in the batch.
+        z: [num_drafts, vocab_size] float32, the rows that test its draft tokens.
+        drafts: its draft tokens.
+        uniforms: of each row; without meaning for greedy requests.
+        is_strict: whether the strict rule accepts the j-th draft token.
+        relaxation: the request's.
+        last_token: the token to emit after j accepted ones.
+    """
+    num_accepted = 0
+    for j, x in enumerate(drafts):
+        accepted = relaxed = False
+        if 0 <= x < z.shape[1]:
+            accepted = is_strict(j)
+            following = (is_strict(k) for k in range(j + 1, len(drafts)))
+            relaxed = relaxation.accepts(x, row_statistics(z[j]), accepted, uniforms[j], following)
+        if not (accepted or relaxed):
+            break
+        if relaxed:
+            output.relaxed[first_row + j] = True
+            output.regret[first_row + j] = z[j].max() - z[j, x]
+        relaxation.emitted(relaxed)
+        output.sampled[i, j] = x
+        num_accepted += 1
+    output.sampled[i, num_accepted] = last_token(num_accepted)
+    output.num_sampled[i] = num_accepted + 1
+    relaxation.emitted(False)
+    output.exhausted[i], output.guarded[i] = relaxation.exhausted, relaxation.guarded
+
+
+def verify(batch: VerifyBatch) -> VerifyOutput:
     """See `vllm_aasd.kernels.verify.verify`."""
-    num_tokens, vocab_size = target_logits.shape
-    device = target_logits.device
-    batch_size = cu_num_draft_tokens.shape[0]
-    output = torch.full((batch_size, max_spec_len + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=device)
-    num_accepted = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    relaxed = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-    regret = torch.zeros(num_tokens, dtype=torch.float32, device=device)
-    exhausted, guarded = torch.zeros(2, batch_size, dtype=torch.bool, device=device)
-    uniform_of = torch.zeros(num_tokens) if uniform_probs is None else uniform_probs
+    ends = batch.cu_num_draft_tokens.tolist()
+    output = _empty_output(len(ends), batch.max_spec_len, batch.target_logits, torch.int32)
+    for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        _verify(batch, i, start, end, output)
+    return output
 
-    def strictly(row: int, is_greedy: bool) -> tuple[bool, RowStatistics]:
-        x, statistics = int(draft_token_ids[row]), row_statistics(target_logits[row])
-        if is_greedy:
-            return x == statistics.argmax, statistics
-        p = statistics.probs
-        return 0 <= x < vocab_size and bool(p[x] > 0 and p[x] >= uniform_of[row]), statistics
 
-    start = 0
-    for i, end in enumerate(cu_num_draft_tokens.tolist()):
-        last = bonus_token_ids.reshape(-1)[i]
-        greedy = bool(is_greedy[i])
-        relaxation = Relaxation(policies, i, greedy, stop_token_ids[i], vocab_size)
-        for row in range(start, end):
-            x, (accepted, statistics) = int(draft_token_ids[row]), strictly(row, greedy)
+def _verify(batch: VerifyBatch, i: int, start: int, end: int, output: VerifyOutput) -> None:
+    """`verify` one request."""
+    z = batch.target_logits[start:end].float()
+    p = z.softmax(-1)
+    drafts = batch.draft_token_ids[start:end].tolist()
+    greedy = bool(batch.is_greedy[i])
+    uniforms = [0.0] * len(drafts) if batch.uniform_probs is None else batch.uniform_probs[start:end].tolist()
 
-            def strict_ahead(window: int, row: int = row, end: int = end, greedy: bool = greedy) -> bool:
-                ahead = range(row + 1, row + 1 + window)
-                return row + window < end and all(strictly(later, greedy)[0] for later in ahead)
+    def is_strict(j: int) -> bool:
+        x = drafts[j]
+        if greedy:
+            return x == int(z[j].argmax())
+        return 0 <= x < z.shape[1] and float(p[j, x]) > 0 and float(p[j, x]) >= uniforms[j]
 
-            if 0 <= x < vocab_size:
-                uniform = 0.0 if greedy else float(uniform_of[row])
-                relaxed[row] = relaxation.accepts(x, statistics, accepted, uniform, strict_ahead)
-            if not (accepted or relaxed[row]):
-                last = statistics.argmax if greedy else PLACEHOLDER_TOKEN_ID
-                break
-            if relaxed[row]:
-                regret[row] = torch.log(statistics.probs.max()) - torch.log(statistics.probs[x])
-            relaxation.emitted(bool(relaxed[row]))
-            output[i, num_accepted[i]] = x
-            num_accepted[i] += 1
-        relaxation.emitted(False)
-        output[i, num_accepted[i]] = last
-        exhausted[i], guarded[i] = relaxation.exhausted, relaxation.guarded
-        start = end
-    return VerifyOutput(output, num_accepted, relaxed, regret, exhausted, guarded)
+    def last_token(j: int) -> int:
+        if j == len(drafts):
+            return int(batch.bonus_token_ids.reshape(-1)[i])
+        return int(z[j].argmax()) if greedy else _recovered(batch, i, z[j], drafts[j])
+
+    relaxation = Relaxation(batch.policies, i, greedy, batch.stop_token_ids[i], z.shape[1])
+    _verify_request(output, i, start, z, drafts, uniforms, is_strict, relaxation, last_token)
+
+
+def _recovered(batch: VerifyBatch, i: int, z: torch.Tensor, excluded: int) -> int:
+    """Draw request i's recovered token from one row."""
+    p = z.softmax(-1).nan_to_num(0.0)
+    if 0 <= excluded < len(p):
+        p[excluded] = 0.0
+    if not p.any():
+        return int(z.argmax())
+    if batch.inv_q is not None and batch.inv_q_rows is not None and batch.inv_q_rows[i] >= 0:
+        return int(torch.where(p > 0, p * batch.inv_q[batch.inv_q_rows[i]], -1.0).argmax())
+    assert batch.recovered_probs is not None
+    sums = p.double().cumsum(-1)
+    # Below the total even if u rounds up to it, so that only a token with a probability is drawn.
+    bar = torch.minimum(batch.recovered_probs[i] * sums[-1], torch.nextafter(sums[-1], torch.zeros_like(sums[-1])))
+    return int((sums > bar).int().argmax())
+
+
+def verify_seeded(batch: SeededBatch) -> VerifyOutput:
+    """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
+    bounds = batch.cu_num_logits.tolist()
+    output = _empty_output(len(bounds) - 1, batch.num_speculative_steps, batch.target_logits, torch.int64)
+    for req, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if start < end:
+            _verify_seeded(batch, req, start, end, output)
+    return output
+
+
+def _verify_seeded(batch: SeededBatch, req: int, start: int, end: int, output: VerifyOutput) -> None:
+    """`verify_seeded` one request, which has rows."""
+    slot = int(batch.idx_mapping[req])
+    z = batch.target_logits[start:end].float()
+    drafts = batch.draft_sampled[start + 1 : end].tolist()
+    greedy = bool(batch.temperature[slot] == 0)
+    seed, positions = int(batch.seed[slot]), batch.pos[start:end].tolist()
+    uniforms = [0.0 if greedy else float(row_uniform(seed, position)) for position in positions[:-1]]
+
+    def is_strict(j: int) -> bool:
+        x = drafts[j]
+        if greedy:
+            return x == int(z[j].argmax())
+        if not (0 <= x < z.shape[1] and z[j].max().isfinite()):
+            return False
+        return bool(z[j, x] - z[j].logsumexp(-1) > torch.tensor(uniforms[j], dtype=torch.float32).log())
+
+    def last_token(j: int) -> int:
+        if greedy:
+            return int(z[j].argmax())
+        score = z[j] + torch.from_numpy(token_gumbel(seed, positions[j], z.shape[1]))
+        if j < len(drafts) and 0 <= drafts[j] < z.shape[1]:
+            score[drafts[j]] = -torch.inf
+        return int(score.argmax())
+
+    relaxation = Relaxation(batch.policies, slot, greedy, batch.stop_token_ids[slot], z.shape[1])
+    _verify_request(output, req, start, z[:-1], drafts, uniforms, is_strict, relaxation, last_token)

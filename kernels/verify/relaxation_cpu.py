@@ -1,9 +1,9 @@
 """Compiled CPU path of what verification does beyond strict; the rules are in `vllm_aasd.kernels.verify`.
 
-What a rule needs of a row is computed where it is needed: no rule looks at a row that the strict rule accepts (but
-for the budget of sampled requests, which sums that row anyway), and a draft that fails a condition which needs no
-normalizer costs no exponentials. Since s >= 1, p(x) <= e^(z(x) - m), so a draft with e^(z(x) - m) < floor fails the
-floor, and the guard of the stop tokens compares weights of the same s.
+Statistics of a row are computed only when needed: no rule looks at a row that the strict rule accepts (except for the
+budget of sampled requests, for which the row was summed anyway), and a draft token that fails a condition without a
+normalizer costs no exponentials. Since s >= 1, p(x) <= e^(z(x) - m), so a draft token with e^(z(x) - m) < floor fails
+the floor, and the guard on stop tokens compares weights over the same s.
 """
 
 import math
@@ -12,18 +12,9 @@ import numpy as np
 
 from vllm_aasd.kernels.common.compiled import compiled
 from vllm_aasd.kernels.common.rows_cpu import exp_nonpositive, row_max, softmax_stats, to_float32, top_three
-from vllm_aasd.kernels.verify.policies import (
-    ALPHA,
-    BETA,
-    BUDGET,
-    CAP,
-    FLOOR,
-    FLY,
-    KAPPA,
-    THRESHOLD,
-)
+from vllm_aasd.kernels.verify.policies import ALPHA, BETA, BUDGET, CAP, FLOOR, FLY, KAPPA, THRESHOLD
 
-# What `judge` says of a draft: that its row is no candidate for relaxation, or may be at a cost in nats, or is.
+# Results of `judge`: the draft token can't be relaxed; it can't, but its row costs the budget; or it can.
 CLOSED, OPEN, CANDIDATE = 0, 1, 2
 
 
@@ -80,10 +71,10 @@ def _top_entropy(row, maximum, s):
 
 @compiled
 def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, parameters, stops):
-    """Return (CLOSED, OPEN or CANDIDATE; what the budget pays for it; regret in nats) of one row and its draft x.
+    """Return (CLOSED, OPEN or CANDIDATE; its cost to the budget; regret in nats) of one row and its draft token x.
 
-    All that needs no memory of the request: the guards on p, and the rule, but for fly's window. `strictly` gave
-    what stands between the uniform and the rule. OPEN are the rows where a sampled request has a budget to pay.
+    Everything that doesn't depend on the request's state: the guards on p, and the rule without fly's window.
+    `maximum` to `t` are results of `strictly`.
     """
     spends_always = rule == BUDGET and not is_greedy
     if not 0 <= x < row.size or not np.isfinite(maximum) or (is_strict and not spends_always):
@@ -91,7 +82,7 @@ def judge(row, x, is_greedy, is_strict, uniform, maximum, argmax, s, t, rule, pa
     regret = np.float64(maximum) - np.float64(to_float32(row[x]))
     weight = np.float64(exp_nonpositive(to_float32(row[x]) - maximum))
     floor = np.float64(parameters[FLOOR])
-    # The stop tokens' weight is at least 0, so that to exceed it implies p > 0.
+    # The stop tokens' weight is at least 0, so exceeding it implies p > 0.
     if weight < floor or weight <= _stop_weight(row, x, maximum, stops):
         return CLOSED, 0.0, 0.0
     if rule == BUDGET and is_greedy and regret > parameters[CAP]:

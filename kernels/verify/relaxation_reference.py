@@ -1,11 +1,11 @@
-"""Plain torch reference of what verification does beyond strict: rules, guards, budget, and the state of a request.
+"""Plain torch reference of relaxed verification: rules, guards, budget, and the state of a request.
 
-Both verify ops' references walk a request's rows by it, token by token. The rules and their sources are in
-`vllm_aasd.kernels.verify`.
+The rules and their sources are in `vllm_aasd.kernels.verify`.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -37,20 +37,23 @@ from vllm_aasd.kernels.verify.policies import (
 
 
 class RowStatistics(NamedTuple):
-    """What the rules need of one row of logits."""
+    """What the rules need of one row of logits.
+
+    Attributes:
+        probs: [vocab_size] float32.
+        argmax: the first NaN if there is one, else the lowest id of the maximum.
+        entropy: float32, nats.
+        top_entropy: float32, nats: -sum p log p of the three likeliest tokens, without normalizing them again.
+    """
 
     probs: torch.Tensor
-    """[vocab_size] float32."""
     argmax: int
-    """The first NaN if there is one, else the lowest id of the maximum."""
     entropy: torch.Tensor
-    """float32, nats."""
     top_entropy: torch.Tensor
-    """float32, nats: -sum p log p of the three likeliest tokens, which aren't normalized."""
 
 
 def row_statistics(logits: torch.Tensor) -> RowStatistics:
-    """Reduce one row, [vocab_size], in float32."""
+    """Compute them from one row, [vocab_size]."""
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     top = probs.topk(min(3, len(probs))).values
     entropy, top_entropy = torch.special.entr(probs).sum(), torch.special.entr(top).sum()
@@ -58,7 +61,7 @@ def row_statistics(logits: torch.Tensor) -> RowStatistics:
 
 
 def binary_kl(q: float, p: float) -> float:
-    """KL divergence in nats of a coin that shows heads with probability q from one with p; 0 <= q <= 1, 0 < p <= 1."""
+    """KL divergence in nats of a Bernoulli(q) from a Bernoulli(p); 0 <= q <= 1, 0 < p <= 1."""
     heads = q * math.log(q / p) if q > 0 else 0.0
     if q >= 1:
         return heads
@@ -66,7 +69,7 @@ def binary_kl(q: float, p: float) -> float:
 
 
 class Relaxation:
-    """One request's relaxed acceptance through one step; writes the request's row of the state.
+    """Relaxed acceptance of one request in one step; updates the request's row of the state.
 
     Attributes:
         exhausted: the budget ran out in this step.
@@ -88,29 +91,29 @@ class Relaxation:
         self._num_relaxed = 0
         self.exhausted = self.guarded = False
 
-    def accepts(
-        self, x: int, row: RowStatistics, is_strict: bool, uniform: float, strict_ahead: Callable[[int], bool]
-    ) -> bool:
-        """Whether draft token x, a token of the vocabulary, is accepted at a row though the strict rule rejects it.
+    def accepts(self, x: int, row: RowStatistics, is_strict: bool, uniform: float, following: Iterable[bool]) -> bool:
+        """Whether draft token x, a token of the vocabulary, is accepted at a row although the strict rule rejects it.
 
-        To be asked at every row that is reached: a sampled request's budget is spent wherever the emitted distribution
-        differs from the target's, accepted or not.
+        To be called at every row that is reached: a sampled request's budget pays wherever the emitted distribution
+        differs from the target's, whether x is accepted or not.
 
         Args:
+            x: the draft token.
+            row: statistics of the row.
             is_strict: whether the strict rule accepts x.
-            uniform: of the row; of no meaning for greedy requests.
-            strict_ahead: whether this many draft tokens follow and the strict rule accepts every one.
+            uniform: of the row; without meaning for greedy requests.
+            following: of each following draft token of the request, whether the strict rule accepts it.
         """
         p = row.probs
         if self._rule == STRICT or not self._passes_guards(x, p) or self._state[STRICT_LEFT] > 0:
             return False
         if self._rule == BUDGET and self._is_greedy and self._num_relaxed >= self._parameters[PER_STEP]:
             return False
-        is_candidate = not is_strict and self._clears(x, row, uniform, strict_ahead)
+        is_candidate = not is_strict and self._clears(x, row, uniform, following)
         if self._state[LEVEL] * self._parameters[DECAY] + 1 > self._parameters[LIMIT]:
             if is_candidate:
                 self.guarded = True
-                # One of them is the token that is emitted instead.
+                # The recovered token counts as one of them.
                 self._state[STRICT_LEFT] = self._parameters[COOLDOWN] + 1
             return False
         if self._rule == BUDGET:
@@ -133,12 +136,14 @@ class Relaxation:
             return False
         return bool(p[x] > 0 and p[x] >= self._parameters[FLOOR] and p[x] > p[self._stops].sum())
 
-    def _clears(self, x: int, row: RowStatistics, uniform: float, strict_ahead: Callable[[int], bool]) -> bool:
+    def _clears(self, x: int, row: RowStatistics, uniform: float, following: Iterable[bool]) -> bool:
         p, parameters = row.probs, self._parameters
         if self._rule == CONDITIONAL:
             return bool(p[x] >= parameters[BETA] - parameters[ALPHA] * row.entropy or x == row.argmax)
         if self._rule == FLY:
-            return bool(row.top_entropy >= parameters[THRESHOLD] and strict_ahead(int(parameters[WINDOW])))
+            size = int(parameters[WINDOW])
+            window = list(itertools.islice(following, size))
+            return bool(row.top_entropy >= parameters[THRESHOLD] and len(window) == size and all(window))
         if self._is_greedy:
             return bool(torch.log(p.max()) - torch.log(p[x]) <= parameters[CAP])
         return bool(parameters[KAPPA] > 0 and binary_kl(uniform, float(p[x])) <= parameters[KAPPA])
@@ -148,7 +153,7 @@ class Relaxation:
         if nats > 0 and self._state[SPENT] + cost <= nats:
             self._state[SPENT] += cost
             return True
-        # What it can't pay ends the budget, also if something smaller could still be paid.
+        # The first cost that doesn't fit ends the budget, even if a smaller one would still fit.
         self.exhausted = True
         self._state[EXHAUSTED] = 1
         self._rule = STRICT

@@ -1,9 +1,9 @@
-"""Triton path of the seeded verify op; the rule, the memory argument and the sources are in
-`vllm_aasd.kernels.verify.seeded`.
+"""Triton path of the seeded verify op; the rule and the sources are in `vllm_aasd.kernels.verify.seeded`.
 
-`_row_statistics_kernel`, one program per row and block of the vocabulary, is the one that reads the logits;
-`vllm_aasd.kernels.verify.decide_triton` decides. Sampled requests alone need the two launches of
-`vllm_aasd.kernels.verify.gumbel_triton`. No launch depends on data: a program with nothing to do returns.
+`_row_statistics_kernel`, one program per row and block of the vocabulary, reads the logits;
+`vllm_aasd.kernels.verify.decide_triton` decides. Only sampled requests need two more launches, which draw their
+recovered or bonus token: `_race_kernel` finds the best token of each block of a request's row, `_finish_kernel` the
+best of the blocks. No launch depends on data: a program with nothing to do returns.
 """
 
 import torch
@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block
-from vllm_aasd.kernels.verify.decide_triton import DECIDE, decide_kernel
-from vllm_aasd.kernels.verify.gumbel_triton import race
-from vllm_aasd.kernels.verify.reference import PLACEHOLDER_TOKEN_ID
-from vllm_aasd.kernels.verify.relaxation_triton import FLY
-from vllm_aasd.kernels.verify.seeded import SeededBatch, SeededVerifyOutput
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyOutput
+from vllm_aasd.kernels.verify.decide_triton import DECIDE, FLY, decide_kernel
+from vllm_aasd.kernels.verify.random_triton import token_gumbel
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 
 # A part of a batch begins anywhere, and that must not ask for another compilation.
@@ -40,7 +39,7 @@ def _row_statistics_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
 ):
-    """Reduce one block of one row to what the decision can need of it."""
+    """Reduce one block of one row to the partial results that `decide_kernel` may need."""
     # int64: rows times stride passes 2**31.
     row = tl.program_id(0).to(tl.int64)
     num_logits = tl.num_programs(0)
@@ -56,7 +55,7 @@ def _row_statistics_kernel(
     is_last = tl.load(expanded_local_pos_ptr + row + 1, mask=has_next, other=0) == 0
     draft = tl.load(draft_sampled_ptr + row + 1, mask=has_next, other=-1)
     has_draft = (draft >= 0) & (is_last == 0)
-    # A placeholder before this row has ended the request's prefix.
+    # A placeholder before this row has ended the accepted prefix.
     is_reached = is_first | (tl.load(draft_sampled_ptr + row) >= 0)
     is_wanted = is_reached & (is_padding == 0) & (is_greedy | has_draft)
     if is_wanted == 0:
@@ -78,7 +77,7 @@ def _row_statistics_kernel(
         tl.store(sums_ptr + plane + out, tl.sum(weight, axis=0))
         tl.store(sums_ptr + 2 * plane + out, tl.sum(weighted, axis=0))
     if has_draft & (rule == FLY):
-        # Of equal logits one goes at a time.
+        # Equal logits are excluded one at a time.
         rest = tl.where(ids == argmax, float("-inf"), z)
         second = tl.max(rest, axis=0)
         second_id = tl.min(tl.where(rest == second, ids, BEYOND), axis=0)
@@ -86,13 +85,110 @@ def _row_statistics_kernel(
         tl.store(sums_ptr + 4 * plane + out, tl.max(tl.where(ids == second_id, float("-inf"), rest), axis=0))
 
 
-def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
+# A race spends some 40 operations on a logit, and only one row per request runs it: blocks of 1024 spread it
+# over the GPU. Two warps, because 8 logits a thread are the least for 16-byte loads of bfloat16 on AMD.
+RACE = {"BLOCK": 1024, "num_warps": 2}
+FINISH = {"num_warps": 1}
+
+
+# A part of a batch begins anywhere, and that must not ask for another compilation.
+@triton.jit(do_not_specialize_on_alignment=["draft_sampled_ptr", "cu_num_logits_ptr", "pos_ptr", "idx_mapping_ptr"])
+def _race_kernel(
+    winner_ptr,  # [num_reqs, num_blocks]
+    score_ptr,  # [num_reqs, num_blocks]
+    race_row_ptr,  # [num_reqs]
+    logits_ptr,  # [num_logits, vocab_size]
+    logits_stride,
+    draft_sampled_ptr,  # [num_logits]
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    pos_ptr,  # [num_logits]
+    idx_mapping_ptr,  # [num_reqs]
+    seed_ptr,  # [max_num_reqs]
+    vocab_size,
+    BLOCK: tl.constexpr,
+):
+    """Run one block of the Gumbel race over the row from which a sampled request draws."""
+    req = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    row = tl.load(race_row_ptr + req)
+    if row < 0:
+        return
+    slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
+    is_bonus = row + 1 >= tl.load(cu_num_logits_ptr + req + 1)
+    draft = tl.load(draft_sampled_ptr + row + 1, mask=is_bonus == 0, other=-1)
+    z, ids = load_block(logits_ptr + row * logits_stride, block * BLOCK, vocab_size, BLOCK)
+    z = tl.where(ids == draft, float("-inf"), z)
+    gumbel = token_gumbel(tl.load(seed_ptr + slot), tl.load(pos_ptr + row), ids)
+    score, winner = first_argmax(z + gumbel, ids, 0)
+    out = req * tl.num_programs(1) + block + tl.arange(0, 1)
+    tl.store(winner_ptr + out, winner)
+    tl.store(score_ptr + out, score)
+
+
+@triton.jit
+def _finish_kernel(
+    sampled_ptr,  # [num_reqs, num_speculative_steps + 1]
+    num_sampled_ptr,  # [num_reqs]
+    race_row_ptr,  # [num_reqs]
+    winner_ptr,  # [num_reqs, num_blocks]
+    score_ptr,  # [num_reqs, num_blocks]
+    num_blocks,
+    num_speculative_steps,
+    BLOCKS: tl.constexpr,
+):
+    """Put the winner of a request's race after its accepted prefix."""
+    req = tl.program_id(0).to(tl.int64)
+    if tl.load(race_row_ptr + req) < 0:
+        return
+    block = tl.arange(0, BLOCKS)
+    exists = block < num_blocks
+    scores = tl.load(score_ptr + req * num_blocks + block, mask=exists, other=float("-inf"))
+    winners = tl.load(winner_ptr + req * num_blocks + block, mask=exists, other=0)
+    _, winner = first_argmax(scores, winners, 0)
+    place = tl.load(num_sampled_ptr + req) - 1 + tl.arange(0, 1)
+    tl.store(sampled_ptr + req * (num_speculative_steps + 1) + place, winner.to(tl.int64))
+
+
+def _race(output: VerifyOutput, race_row: torch.Tensor, batch: SeededBatch) -> None:
+    """Draw the last token of each request whose `race_row` ([num_reqs] int64) is not -1, into `output`."""
+    num_reqs, vocab_size = race_row.shape[0], batch.target_logits.shape[1]
+    num_blocks = triton.cdiv(vocab_size, RACE["BLOCK"])
+    winner = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.int32)
+    score = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.float32)
+    _race_kernel[(num_reqs, num_blocks)](
+        winner,
+        score,
+        race_row,
+        batch.target_logits,
+        batch.target_logits.stride(0),
+        batch.draft_sampled,
+        batch.cu_num_logits,
+        batch.pos,
+        batch.idx_mapping,
+        batch.seed,
+        vocab_size,
+        **RACE,
+    )
+    _finish_kernel[(num_reqs,)](
+        output.sampled,
+        output.num_sampled,
+        race_row,
+        winner,
+        score,
+        num_blocks,
+        output.sampled.shape[1] - 1,
+        BLOCKS=triton.next_power_of_2(num_blocks),
+        **FINISH,
+    )
+
+
+def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     """See `vllm_aasd.kernels.verify.seeded.verify_seeded`."""
     num_logits, vocab_size = batch.target_logits.shape
     num_reqs = batch.cu_num_logits.shape[0] - 1
     empty = batch.target_logits.new_empty
     events = empty(2, num_reqs, dtype=torch.bool)
-    output = SeededVerifyOutput(
+    output = VerifyOutput(
         empty(num_reqs, batch.num_speculative_steps + 1, dtype=torch.int64),
         empty(num_reqs, dtype=torch.int32),
         empty(num_logits, dtype=torch.bool),
@@ -150,5 +246,5 @@ def verify_seeded(batch: SeededBatch) -> SeededVerifyOutput:
         **DECIDE,
     )
     if not batch.all_greedy:
-        race(output.sampled, output.num_sampled, race_row, batch)
+        _race(output, race_row, batch)
     return output

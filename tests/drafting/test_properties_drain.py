@@ -85,7 +85,7 @@ def test_v1_drains():
         left = [name for name in held_by(runner.proposer) if name.startswith("req ")]
         assert not left, seed
         assert len(runner.proposer._requests) == runner.proposer._drafter.num_requests == 0
-        assert all_rows_are_free(runner.proposer._verifier._policies._table.states), seed
+        assert all_rows_are_free(runner.proposer._verifier._policies), seed
         assert set(runner.proposer.faults.counts.values()) == {0}, seed
         num_accepted += runner.num_accepted
     assert num_accepted > num_sequences > 1000, "the drafts are worth something"
@@ -127,14 +127,14 @@ def test_v2_drains(fillers):
         runner.speculator.begin_step(fake_v2.scheduled(finished=prompts))
         runner.req_ids.clear()
         assert not [name for name in held_by(runner.speculator) if name.startswith("req ")], seed
-        assert all_rows_are_free(runner.speculator.requests._table.states), seed
+        assert all_rows_are_free(runner.speculator.requests._table), seed
         assert set(runner.speculator.faults.counts.values()) == {0}, seed
         num_accepted += sum(runner.accepted)
     assert num_accepted > num_sequences > 300
 
 
-def all_rows_are_free(states):
-    return not states._rows and sorted(states._free) == list(range(len(states.state)))
+def all_rows_are_free(table):
+    return not table._state_rows and sorted(table._free) == list(range(len(table.state)))
 
 
 def check(prompt, tokens, seed):

@@ -9,7 +9,7 @@ import torch
 from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
 from aasd_testing.fuzz.seams import SEAMS
 from aasd_testing.prompts import real_prompts
-from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
+from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.kernels.verify.seeded import SeededBatch
 
@@ -245,7 +245,7 @@ def test_a_relaxed_rule_accepts_exactly_what_the_reference_says(loose):
         call = one["call"]
         policies = VerifyPolicies(*one["policies"])
         batch = SeededBatch(**call, policies=policies, stop_token_ids=one["stop_token_ids"])
-        says = verify_seeded_reference.verify_seeded(batch)
+        says = verify_reference.verify_seeded(batch)
         assert one["num_sampled"].tolist() == says.num_sampled.tolist()
         assert one["sampled"].tolist() == says.sampled.tolist()
         for row, first in enumerate(call["cu_num_logits"][:-1].tolist()):

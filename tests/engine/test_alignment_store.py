@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aasd_testing.alignment_rows import read
 from vllm_aasd.alignment import AlignmentStore
 
 
@@ -26,14 +27,14 @@ def store():
 def test_a_new_store_holds_nothing(store):
     every_slot = torch.arange(12)
     for token in (0, -1, 5):
-        _, probs, fresh = store.read(torch.full((12,), token), every_slot)
+        _, probs, fresh = read(store, torch.full((12,), token), every_slot)
         assert not fresh.any() and not probs.any()
-    assert store.table.shape == (3, 4, 5) and store.nbytes == 3 * 4 * 5 * 4 and store.num_slots == 12
+    assert store.table.shape == (3, 4, 5)
 
 
 def test_what_was_written_is_read_back(store):
     store.write(predictions((3, 4), (5, 6), (7, 8)), ids(1, 2, 3), torch.tensor([0, 11, 6]))
-    top, probs, fresh = store.read(ids(3, 1, 2), torch.tensor([6, 0, 11]))
+    top, probs, fresh = read(store, ids(3, 1, 2), torch.tensor([6, 0, 11]))
     assert fresh.all()
     assert top.tolist() == [[7, 8], [3, 4], [5, 6]]
     torch.testing.assert_close(probs, torch.tensor([[0.7310586, 0.2689414]] * 3))
@@ -42,7 +43,7 @@ def test_what_was_written_is_read_back(store):
 
 def test_an_entry_of_another_token_is_stale(store):
     store.write(predictions((3, 4)), ids(1), torch.tensor([5]))
-    _, probs, fresh = store.read(ids(2, 1), torch.tensor([5, 5]))
+    _, probs, fresh = read(store, ids(2, 1), torch.tensor([5, 5]))
     assert fresh.tolist() == [False, True]
     assert not probs[0].any() and probs[1].all()
 
@@ -52,7 +53,7 @@ def test_slot_minus_one_is_neither_written_nor_fresh(store):
     store.write(predictions((3, 4)), ids(1), torch.tensor([-1]))
     assert torch.equal(store.table, before)
     store.write(predictions((3, 4)), ids(1), torch.tensor([0]))
-    _, probs, fresh = store.read(ids(1), torch.tensor([-1]))
+    _, probs, fresh = read(store, ids(1), torch.tensor([-1]))
     assert not fresh.any() and not probs.any()
 
 
@@ -62,19 +63,19 @@ def test_the_numpy_view_shares_memory(store):
     store.write(predictions((3, 4)), ids(1), torch.tensor([9]))
     assert view[9, :3].tolist() == [1, 3, 4]
     view[9, 0] = 8
-    assert store.read(ids(8), torch.tensor([9]))[2].all()
+    assert read(store, ids(8), torch.tensor([9]))[2].all()
 
 
 def test_blocks_that_change_hands_are_forgotten_and_no_others(store):
     slots = torch.arange(12)
     store.write(predictions(*[(1, 2)] * 12), ids(*range(12)), slots)
     store.invalidate([2, 0, 2])
-    assert store.read(ids(*range(12)), slots)[2].tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    assert read(store, ids(*range(12)), slots)[2].tolist() == [False] * 4 + [True] * 4 + [False] * 4
     store.invalidate([])
     store.write(predictions((7, 8)), ids(9), torch.tensor([9]))
-    assert store.read(ids(9), torch.tensor([9]))[0][0].tolist() == [7, 8]
+    assert read(store, ids(9), torch.tensor([9]))[0][0].tolist() == [7, 8]
     store.clear()
-    assert not store.read(ids(*range(12)), slots)[2].any()
+    assert not read(store, ids(*range(12)), slots)[2].any()
 
 
 def test_bad_sizes_are_named(store):
@@ -86,10 +87,6 @@ def test_bad_sizes_are_named(store):
     ]:
         with pytest.raises(ValueError, match=message):
             AlignmentStore(*bad, "cpu")
-    with pytest.raises(ValueError, match="^token_ids and slots have shapes"):
-        store.read(ids(1, 2), torch.tensor([0]))
-    with pytest.raises(ValueError, match="^slots holds 12"):
-        store.read(ids(1), torch.tensor([12]))
     with pytest.raises(ValueError, match="slot_mapping"):
         store.write(predictions((3, 4)), ids(1), torch.tensor([12]))
     with pytest.raises(ValueError, match=r"^block_ids holds 0 to 3, must lie in \[0, 3\)"):

@@ -270,7 +270,7 @@ def greedy_v2(
 
 
 def serve_v2(runner):
-    runner.rejection_sample = v2_verifier._dispatching(greedy_v2)
+    runner.rejection_sample = v2_verifier.patch_rejection_sample(greedy_v2)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
     emitted = {}
     for slot, prompt in enumerate(PROMPTS.values()):

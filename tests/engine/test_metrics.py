@@ -21,6 +21,7 @@ from vllm_aasd.counters import METRICS, Counters, summary
 from vllm_aasd.engine import metrics
 from vllm_aasd.engine.failsafe import MAX_FAULTS, Faults
 from vllm_aasd.kernels import count
+from vllm_aasd.kernels.verify import VerifyOutput
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -44,13 +45,16 @@ def counted():
         torch.tensor([5, 6, 7, 8, 9]),
         torch.tensor([0, 2, 5]),
         0,
-        torch.tensor([2, 4]),
         torch.tensor([0, 1]),
         torch.tensor([[0.9, 0.4, 0.0], [1.0, 0.95, 0.9]]),
-        torch.tensor([False, False, True, False, False]),
-        torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0]),
-        torch.tensor([False, False]),
-        torch.tensor([True, False]),
+        VerifyOutput(
+            torch.empty(0),
+            torch.tensor([2, 4]),
+            torch.tensor([False, False, True, False, False]),
+            torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0]),
+            torch.tensor([False, False]),
+            torch.tensor([True, False]),
+        ),
     )
     counters.lookups += torch.tensor([6, 3, 1])
     return counters

@@ -9,6 +9,7 @@ import torch
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from aasd_testing.alignment_rows import read
 from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
 from vllm_aasd.engine.v2 import prompt_logits
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
@@ -121,9 +122,9 @@ def assert_equal(stores, num_tokens):
     *ranks, wanted = stores
     at = torch.arange(num_tokens, dtype=torch.int32).flip(0), torch.arange(num_tokens)
     for store in ranks:
-        for got, want in zip(store.read(*at), wanted.read(*at), strict=True):
+        for got, want in zip(read(store, *at), read(wanted, *at), strict=True):
             torch.testing.assert_close(got, want)
-    assert wanted.read(*at)[2].sum() == num_tokens - 1
+    assert read(wanted, *at)[2].sum() == num_tokens - 1
 
 
 def test_only_partial_entries_are_gathered(store_on_all_ranks):

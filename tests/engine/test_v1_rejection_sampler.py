@@ -111,7 +111,7 @@ def test_a_long_list_of_stop_tokens_costs_its_own_request_alone(installed, monke
     with verifier(Settings(), stop_token_ids=range(100, 100 + num_stops)).active():
         output = rejection_sampler.rejection_sample(**batch).tolist()
     assert output == [[1, 3, 7] if relaxes else [1, 2, -1], [1, 3, 7]]
-    assert given[0][-1].shape == (2, policies.MAX_STOP_TOKEN_IDS)
+    assert given[0][0].stop_token_ids.shape == (2, policies.MAX_STOP_TOKEN_IDS)
 
 
 def test_a_budget_goes_by_the_request_id(installed):

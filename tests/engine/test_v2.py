@@ -10,6 +10,7 @@ import torch
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams
 
+from aasd_testing.alignment_rows import read
 from aasd_testing.fake_v2 import (
     BLOCK,
     MAX_LEN,
@@ -31,8 +32,7 @@ from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import speculator as v2
 from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
-from vllm_aasd.kernels.verify import policies
-from vllm_aasd.kernels.verify.seeded import PLACEHOLDER_TOKEN_ID
+from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, policies
 
 STRICT = {"verification": "strict"}
 NO_BLOCKS = {"block_ids": ([],), "num_computed_tokens": 0}
@@ -118,7 +118,7 @@ def test_the_store_holds_raw_predictions_by_kv_slot():
         tokens = (prompt + target_alone(prompt))[: int(runner.num_computed[slot])]
         positions = torch.arange(len(tokens))
         kv_slots = runner.blocks[slot, positions // BLOCK].long() * BLOCK + positions % BLOCK
-        ids, probs, fresh = runner.speculator._alignment.store.read(torch.tensor(tokens), kv_slots)
+        ids, probs, fresh = read(runner.speculator._alignment.store, torch.tensor(tokens), kv_slots)
         assert fresh.all()
         says = [next_token(before, last) for before, last in zip([0, *tokens], tokens, strict=False)]
         assert ids[:, 0].tolist() == says
@@ -283,7 +283,7 @@ def test_a_budget_survives_preemption_and_ends_with_the_request():
     ],
 )
 def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits, kwargs, caplog):
-    v2_verifier._say_once.cache_clear()
+    v2_verifier._warn_once.cache_clear()
     counters, faults = Counters("cpu"), Faults()
     counting = V2Counting(counters, faults, 1, WIDTH, torch.device("cpu"))
     counting.predict(torch.tensor([0]), torch.full((1, WIDTH), 0.25))
@@ -309,7 +309,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
         torch.zeros(1).long(),
         WIDTH,
     ]
-    sample = v2_verifier._dispatching(stock)
+    sample = v2_verifier.patch_rejection_sample(stock)
     with verifier.active(np.zeros(1, np.int32)), caplog.at_level(logging.WARNING, "vllm.aasd"):
         assert sample(*rows, **kwargs) == emitted
     kept = [
@@ -325,7 +325,7 @@ def test_what_is_not_ours_goes_to_vllms_sampler_without_the_fillers(draft_logits
 def test_what_vllm_hands_over_by_default_is_ours():
     defaults = {"fly_window_size": 0, "fly_entropy_threshold": 0.3, "fly_entropy_top_k": 3, "use_fp64": False}
     ours = dict.fromkeys(patching.V2_REJECTION_SAMPLE.parameters)
-    assert v2_verifier._foreign({**ours, **defaults, "synthetic_conditional_rates": None}) is None
+    assert v2_verifier._unsupported_argument({**ours, **defaults, "synthetic_conditional_rates": None}) is None
 
 
 def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
@@ -336,7 +336,7 @@ def test_other_engines_of_the_process_keep_vllms_sampler_and_drafter():
 
         with pytest.raises(AssertionError):
             host.init_speculator(type("C", (), {"speculative_config": None})(), None, None)
-        assert v2_verifier._dispatching(lambda *args: args)(*range(11)) == tuple(range(11))
+        assert v2_verifier.patch_rejection_sample(lambda *args: args)(*range(11)) == tuple(range(11))
     finally:
         for replacement in replacements:
             replacement.undo()

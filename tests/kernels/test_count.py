@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.launches import TARGETS, recorded
 from vllm_aasd.kernels import count
 from vllm_aasd.kernels.count import triton as count_triton
+from vllm_aasd.kernels.verify import VerifyOutput
 
 WIDTH = 4
 
@@ -37,7 +38,8 @@ def batch(seed, num_reqs, first_draft, id_dtype=torch.int32):
     slots = torch.randperm(num_reqs + 3, generator=g)[:num_reqs]
     regret = torch.where(relaxed, torch.rand(len(ids), generator=g), 0.0)
     events = torch.rand(2, num_reqs, generator=g) < 0.3
-    return ids, cu.to(id_dtype), first_draft, (accepted + 1).to(torch.int32), slots, survival, relaxed, regret, *events
+    output = VerifyOutput(None, (accepted + 1).to(torch.int32), relaxed, regret, *events)
+    return ids, cu.to(id_dtype), first_draft, slots, survival, output
 
 
 def totals(op, *step):
@@ -46,8 +48,9 @@ def totals(op, *step):
     return counted - 0.5
 
 
-def specified(ids, cu, first_draft, emitted, slots, survival, relaxed, regret, exhausted, guarded):
+def specified(ids, cu, first_draft, slots, survival, output):
     """The totals that a step adds, request by request."""
+    _, emitted, relaxed, regret, exhausted, guarded = output
     want = torch.zeros(count.SIZE, dtype=torch.float64)
     want[count.EXHAUSTED], want[count.GUARDED] = exhausted.sum(), guarded.sum()
     for req, (start, end) in enumerate(itertools.pairwise(cu.tolist())):
@@ -76,9 +79,10 @@ def test_the_number_of_requests_asks_for_no_other_compilation():
     """What tells of them lies in one tensor, at places that depend on it."""
     keys = set()
     for num_reqs in (3, 16, 50):
-        *step, exhausted, guarded = batch(1, num_reqs, 1)
-        events = torch.stack([exhausted, guarded])
-        (launch,) = recorded(lambda args=(*step, *events): count_triton.count_drafts(torch.zeros(count.SIZE), *args))
+        *step, output = batch(1, num_reqs, 1)
+        events = torch.stack(output[-2:])
+        step.append(VerifyOutput(*output[:-2], *events))
+        (launch,) = recorded(lambda args=step: count_triton.count_drafts(torch.zeros(count.SIZE), *args))
         keys.add(str(launch.specialization(TARGETS["sm_90"])[1:]))
     assert len(keys) == 1
 
@@ -100,13 +104,16 @@ def test_by_hand(width):
         torch.tensor([5, 6, 7, -1]),
         torch.tensor([0, 0, 4]),
         0,
-        torch.tensor([1, 3]),
         torch.tensor([0, 1]),
         torch.tensor([[0.9, 0.9, 0.9], [1.0, 0.45, 0.4]])[:, :width],
-        torch.tensor([False, True, True, True]),
-        torch.tensor([0.0, 0.25, 0.5, 0.5]),
-        torch.tensor([False, True]),
-        torch.tensor([True, True]),
+        VerifyOutput(
+            None,
+            torch.tensor([1, 3]),
+            torch.tensor([False, True, True, True]),
+            torch.tensor([0.0, 0.25, 0.5, 0.5]),
+            torch.tensor([False, True]),
+            torch.tensor([True, True]),
+        ),
     )
     want = torch.zeros(count.SIZE, dtype=torch.float64)
     want[count.RELAXED], want[count.REGRET], want[count.EXHAUSTED], want[count.GUARDED] = 1, 0.25, 1, 2

@@ -1,4 +1,4 @@
-"""verify and sample_recovered_tokens against vLLM's own `rejection_sample`, which they replace on the V1 runner."""
+"""The verify ops, strict, against vLLM's own `rejection_sample`, which they replace, on the same inputs."""
 
 from types import SimpleNamespace
 
@@ -8,9 +8,12 @@ from llvmlite.binding import ffi as llvmlite_ffi
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample import rejection_sampler as stock
 
+from aasd_testing import seeded_batches
 from aasd_testing.policy_tensors import strict
-from vllm_aasd.kernels.verify import verify
-from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens
+from vllm_aasd.engine.v1.rejection_sampler import _random_numbers
+from vllm_aasd.kernels.verify import VerifyBatch, verify
+from vllm_aasd.kernels.verify.policies import STRICT
+from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,25 +49,6 @@ def random_batch(vocab_size, counts, seed):
     return drafts.int(), torch.tensor(counts).cumsum(0).int(), logits, bonus
 
 
-def ours(drafts, cu, max_spec_len, logits, bonus, temperature, counts):
-    """Run verify and sample_recovered_tokens with the random numbers that vLLM draws from the same generators."""
-    batch_size = len(counts)
-    seeded = generators(batch_size)
-    uniform = stock.generate_uniform_probs(len(drafts), counts, seeded, logits.device)
-    result = verify(
-        drafts, cu, max_spec_len, logits, bonus, temperature == 0, uniform,
-        strict(batch_size),
-        torch.full((batch_size, 1), -1, dtype=torch.int32),
-    )  # fmt: skip
-    output = result.output_token_ids
-    for i in range(batch_size):
-        if temperature[i] != 0 and result.num_accepted[i] < counts[i]:
-            noise = torch.empty(1, logits.shape[1]).exponential_(generator=seeded[i])
-            row = cu[i : i + 1].long() - counts[i] + result.num_accepted[i]
-            output[i, result.num_accepted[i]] = sample_recovered_tokens(logits, row, drafts[row], noise.reciprocal())
-    return output
-
-
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "mixed"])
 @pytest.mark.parametrize("vocab_size", [2, 111, 32000])
 def test_strict_equals_vllm(vocab_size, mode):
@@ -82,8 +66,62 @@ def test_strict_equals_vllm(vocab_size, mode):
             generators=generators(len(counts)),
         )
         expected = stock.rejection_sample(drafts, counts, 8, cu, None, logits.clone(), bonus, metadata)
-        actual = ours(drafts, cu, 8, logits, bonus, temperature, counts)
-        assert torch.equal(actual, expected)
+        no_stops = torch.full((len(counts), 1), -1, dtype=torch.int32)
+        batch = VerifyBatch(drafts, cu, 8, logits, bonus, temperature == 0, strict(len(counts)), no_stops)
+        random = _random_numbers(counts, logits, generators(len(counts)))
+        assert torch.equal(verify(batch._replace(**random)).sampled, expected)
         emitted += int((expected >= 0).sum())
         accepted += int((expected >= 0).sum()) - len(counts)
     assert 0 < accepted < 10 * sum(counts), "both outcomes must occur for the comparison to mean anything"
+
+
+def compare_seeded(interpreter, arguments):
+    """Assert that both emit the same tokens; return how many requests emitted how many."""
+    arguments["policies"].rule.fill_(STRICT)
+    given = {name: value for name, value in arguments.items() if name not in ("policies", "stop_token_ids")}
+    sampled, num_sampled = interpreter.call("aasd_testing.stock_v2:rejection_sample", draft_logits=None, **given)
+    ours = interpreter.call("vllm_aasd.kernels.verify.seeded:verify_seeded", SeededBatch(**arguments))
+    assert ours.num_sampled.tolist() == num_sampled.tolist()
+    assert ours.num_sampled.dtype == num_sampled.dtype and ours.sampled.dtype == sampled.dtype
+    for mine, theirs, count in zip(ours.sampled, sampled, num_sampled.tolist(), strict=True):
+        assert mine[:count].tolist() == theirs[:count].tolist()
+        assert (mine[count:] == -1).all()
+    assert not ours.relaxed.any() and not ours.regret.any()
+    return num_sampled.bincount()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "counts", "dtype"),
+    [
+        (2, [2, 1, 3, 3, 2, 3], torch.float32),
+        (111, [4, 1, 4, 4, 2, 4, 3, 4, 4, 4], torch.float32),
+        (5000, [9, 1, 9, 5, 9], torch.bfloat16),
+        (17000, [3, 3, 3], torch.float32),
+        pytest.param(151936, [4, 4, 4, 1, 4], torch.bfloat16, marks=pytest.mark.long),
+        pytest.param(151936, [4, 4, 4, 1, 4], torch.float32, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_seeded_strict_equals_vllm(interpreter, vocab_size, counts, dtype, seed):
+    """Greedy and sampled requests, ties, masked and one-hot rows, placeholder drafts. No NaN rows, of which
+    vLLM makes something else, and no rows of nothing but -inf."""
+    compare_seeded(interpreter, seeded_batches.random_batch(vocab_size, counts, dtype, seed, odd_rows=False))
+
+
+def test_many_seeds_accept_and_reject_alike(interpreter):
+    """160 sampled requests over nearly even rows, so that u decides: all three lengths occur often."""
+    arguments = seeded_batches.random_batch(12, [3] * 160, torch.float32, seed=5, odd_rows=False)
+    g = torch.Generator().manual_seed(6)
+    arguments["target_logits"] = torch.randn(480, 12, generator=g)
+    arguments["draft_sampled"] = arguments["target_logits"].argmax(-1).roll(1).int()
+    arguments["temperature"].fill_(1.0)
+    assert (compare_seeded(interpreter, arguments)[1:] > 12).all()
+
+
+def test_greedy_takes_vllms_choice_among_ties(interpreter):
+    arguments = seeded_batches.random_batch(9000, [3] * 4, torch.bfloat16, seed=7, odd_rows=False)
+    arguments["target_logits"] = torch.zeros(12, 9000, dtype=torch.bfloat16)
+    arguments["target_logits"][:, [8191, 8192, 8999]] = 1.0
+    arguments["draft_sampled"] = torch.tensor([0, 8191, 8192] * 4, dtype=torch.int32)
+    arguments["temperature"].zero_()
+    compare_seeded(interpreter, arguments)

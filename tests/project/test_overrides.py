@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vllm_aasd.config import Settings, looser_than, with_overrides
-from vllm_aasd.kernels.verify import verify
-from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.kernels.verify import VerifyBatch, verify
+from vllm_aasd.verification.table import PolicyBatch
 
 ANY = Settings(allow_request_override="any")
 STRICT = Settings(verification="strict")
@@ -175,8 +175,8 @@ def test_what_is_no_looser_accepts_nothing_that_the_server_would_reject(rule):
         policies, stops = PolicyBatch(num_reqs).fill(
             [str(i) for i in range(num_reqs)], [settings.policy()] * num_reqs, [[]] * num_reqs
         )
-        result = verify(drafts, cu_num, width, logits, bonus, is_greedy, None, policies, stops)
-        accepted[settings] = result.num_accepted.clone()
+        result = verify(VerifyBatch(drafts, cu_num, width, logits, bonus, is_greedy, policies, stops))
+        accepted[settings] = result.num_sampled - 1
     assert max(int(counts.sum()) for counts in accepted.values()) > accepted[STRICT].sum() > 0
     allowed = denied = 0
     for asked, server in itertools.product(grid, grid):

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from vllm_aasd.config import Settings
+from vllm_aasd.kernels.verify import VerifyBatch, verify
 from vllm_aasd.kernels.verify import policies as columns
-from vllm_aasd.kernels.verify import verify
 from vllm_aasd.kernels.verify.policies import NUM_PARAMETERS
-from vllm_aasd.verification.batch import PolicyBatch
 from vllm_aasd.verification.rules import RULES, STRICT_POLICY, conditional
-from vllm_aasd.verification.states import RequestStates
+from vllm_aasd.verification.table import PolicyBatch
 
 STRICT = STRICT_POLICY
 LOOSE = conditional(0.25, 0.75, relaxes_sampling=False, collapse_guard=False)
@@ -64,23 +63,19 @@ def test_every_rule_has_a_policy():
     assert not STRICT.relaxes(is_greedy=True)
 
 
-def test_rows_follow_the_batchs_order():
-    batch = PolicyBatch(4)
-    policies, stop_token_ids = batch.fill([A, B, C], [STRICT, LOOSE, LOOSE], [[2], [], [3, 4]])
-    assert relaxed(policies) == [False, True, True]
-    for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.3)):
-        assert policies.parameters[1:, column].tolist() == pytest.approx([value, value])
-    assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[2], [], [3, 4]]
-    assert stop_token_ids.dtype == torch.int32 and stop_token_ids.is_contiguous()
-
-
-def test_moved_and_replaced_requests_leave_nothing_behind():
+def test_rows_follow_the_batchs_order_and_leave_nothing_behind():
     batch = PolicyBatch(3)
     first, second = [7, 8], [9]
-    batch.fill([A, B, C], [LOOSE, STRICT, LOOSE], [first, second, []])
-    policies, stop_token_ids = batch.fill([B, A], [STRICT, LOOSE], [second, first])
+    policies, stops = batch.fill([A, B, C], [LOOSE, STRICT, LOOSE], [first, second, []])
+    assert relaxed(policies) == [True, False, True]
+    for column, value in ((columns.ALPHA, 0.25), (columns.BETA, 0.75), (columns.FLOOR, 0.3)):
+        assert policies.parameters[::2, column].tolist() == pytest.approx([value, value])
+    assert policies.state_rows[1] == -1, "strict requests have no state"
+    places = [tensor.data_ptr() for tensor in (*policies, stops)]
+    policies, stops = batch.fill([B, A], [STRICT, LOOSE], [second, first])
     assert relaxed(policies) == [False, True] and policies.parameters.shape == (2, NUM_PARAMETERS)
-    assert [[t for t in row if t >= 0] for row in stop_token_ids.tolist()] == [[9], [7, 8]]
+    assert [[t for t in row if t >= 0] for row in stops.tolist()] == [[9], [7, 8]]
+    assert [tensor.data_ptr() for tensor in (*policies, stops)] == places, "no step allocates memory"
 
 
 def test_either_a_new_policy_or_new_stop_tokens_are_noticed():
@@ -91,21 +86,11 @@ def test_either_a_new_policy_or_new_stop_tokens_are_noticed():
     assert 8 in batch.fill([A], [STRICT], [[8]])[1]
 
 
-def test_no_step_allocates_parameter_memory():
-    batch = PolicyBatch(3)
-    first, _ = batch.fill([A, B], [LOOSE, STRICT], [[], []])
-    again, stop_token_ids = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []])
-    assert [t.data_ptr() for t in first[1:]] == [t.data_ptr() for t in again[1:]]
-    unchanged = batch.fill([B, A, C], [STRICT, LOOSE, LOOSE], [[1], [], []])[1]
-    assert unchanged.data_ptr() == stop_token_ids.data_ptr()
-
-
 def test_the_table_of_stop_tokens_has_one_width():
     batch = PolicyBatch(2)
-    _, narrow = batch.fill([A, B], [LOOSE, LOOSE], [[1], []])
     most = list(range(columns.MAX_STOP_TOKEN_IDS))
     _, stop_token_ids = batch.fill([A, B], [LOOSE, LOOSE], [[1], most])
-    assert narrow.shape == stop_token_ids.shape == (2, columns.MAX_STOP_TOKEN_IDS)
+    assert stop_token_ids.shape == (2, columns.MAX_STOP_TOKEN_IDS) and stop_token_ids.dtype == torch.int32
     assert [t for t in stop_token_ids[0].tolist() if t >= 0] == [1]
     assert stop_token_ids[1].tolist() == most
     with pytest.raises(ValueError, match=r"^stop_token_ids\[1\] has 65 ids, must be at most 64"):
@@ -116,63 +101,23 @@ def test_the_op_accepts_the_tensors_and_follows_them():
     logits = torch.log(torch.tensor([[0.5, 0.4, 0.1]])).expand(3, -1).contiguous()
     loose = conditional(0.0, 0.3, relaxes_sampling=False, collapse_guard=False)
     policies, stop_token_ids = PolicyBatch(8).fill([A, B, C], [STRICT, loose, loose], [[2], [2], [1]])
-    result = verify(
-        torch.tensor([1, 1, 1], dtype=torch.int32),
-        torch.tensor([1, 2, 3], dtype=torch.int32),
-        1,
-        logits,
-        torch.tensor([9, 9, 9]),
-        torch.ones(3, dtype=torch.bool),
-        None,
-        policies,
-        stop_token_ids,
-    )
-    assert result.output_token_ids.tolist() == [[0, -1], [1, 9], [0, -1]]
+    drafts, cu = torch.tensor([[1, 1, 1], [1, 2, 3]], dtype=torch.int32)
+    bonus, is_greedy = torch.tensor([9, 9, 9]), torch.ones(3, dtype=torch.bool)
+    result = verify(VerifyBatch(drafts, cu, 1, logits, bonus, is_greedy, policies, stop_token_ids))
+    assert result.sampled.tolist() == [[0, -1], [1, 9], [0, -1]]
 
 
-def test_bad_batches_are_named():
-    batch = PolicyBatch(1)
-    with pytest.raises(ValueError, match=r"^policies has 2 requests, must be at most 1"):
-        batch.fill([A, B], [STRICT, STRICT], [[], []])
-    with pytest.raises(ValueError, match=r"^req_ids has 1 requests and stop_token_ids 0, expected 1"):
-        batch.fill([A], [STRICT], [])
-    with pytest.raises(ValueError, match=r"^max_num_reqs is 0"):
-        PolicyBatch(0)
-
-
-def test_what_is_remembered_follows_the_request_until_it_ends():
+def test_the_state_follows_the_request_until_it_ends():
     batch = PolicyBatch(2)
 
-    def fill(*req_ids):
-        return batch.fill(req_ids, [LOOSE] * len(req_ids), [[]] * len(req_ids))[0]
+    def states(*req_ids):
+        policies = batch.fill(req_ids, [LOOSE] * len(req_ids), [[]] * len(req_ids))[0]
+        return policies.state[policies.state_rows.long(), 0].tolist(), policies
 
-    policies = fill(A, B)
+    _, policies = states(A, B)
     policies.state[policies.state_rows[0]] = 7.0
-    # It moves, is preempted while others run, and comes back.
-    policies = fill(B, A)
-    assert (
-        policies.state[policies.state_rows[1], columns.SPENT] == 7 and policies.state[policies.state_rows[0]].sum() == 0
-    )
-    policies = fill(C, B)
-    assert not policies.state[policies.state_rows.long()].any()
-    policies = fill(A)
-    assert (policies.state[policies.state_rows[0]] == 7).all()
+    assert states(B, A)[0] == [0, 7], "it moves"
+    assert states(C, B)[0] == [0, 0], "is preempted while others run, of whom there are now more than rows"
+    assert states(A)[0] == [7], "and comes back"
     batch.forget([A, "never seen"])
-    assert not fill(A).state[policies.state_rows[0]].any(), "an id that comes again is another request"
-
-
-def test_strict_requests_are_not_remembered():
-    policies, _ = PolicyBatch(2).fill([A, B], [STRICT, LOOSE], [[], []])
-    assert policies.state_rows[0] == -1 and policies.state_rows[1] >= 0
-
-
-def test_rows_of_the_state_are_zeros_for_a_new_owner_and_grow_with_the_preempted():
-    states = RequestStates(2, "cpu")
-    rows = [states.row_of(req_id) for req_id in (A, B)]
-    states.state[rows] = 1.0
-    third = states.row_of(C)
-    assert len({*rows, third}) == 3 and states.state[third].sum() == 0
-    assert (states.state[rows] == 1).all(), "growing keeps what is there"
-    states.forget([A])
-    assert states.row_of("another") == rows[0] and states.state[rows[0]].sum() == 0
-    assert states.row_of(B) == rows[1]
+    assert states(A)[0] == [0], "an id that comes again is another request"

@@ -1,1 +1,1 @@
-"""Verification policies: what counts as an acceptable draft token, one module per rule."""
+"""Verification rules and their parameters, and the tensors that describe the requests of a batch."""

@@ -1,8 +1,4 @@
-"""The verification rules: what each takes beside what the target itself would have emitted, and with which constants.
-
-A new rule is a function here, a branch in `vllm_aasd.kernels.verify` (reference, CPU and Triton), and a choice of
-``aasd_verification``.
-"""
+"""The verification rules: what each accepts beyond the target's own tokens, and its constants."""
 
 import math
 from typing import NamedTuple
@@ -31,19 +27,19 @@ RULES = ("strict", "conditional", "fly", "budget")
 """Names of the rules, as ``aasd_verification`` takes them."""
 
 CONDITIONAL_FLOOR = 0.3
-"""Probability below which `conditional` accepts nothing more than strict. A lower floor gains by copying: at 0.1, with
-alpha 0.1 and beta 0.5, 26% of the output's text was copied from the prompt, where greedy decoding copies 22%."""
+"""Probability below which `conditional` accepts no more than strict. What a lower floor gains is copied text: at 0.1,
+with alpha 0.1 and beta 0.5, 26% of the output's text was copied from the prompt; greedy decoding copies 22%."""
 
 RELAXED_FLOOR = 0.01
-"""The same for `fly` and `budget`, whose own rules are tighter than this in all but degenerate rows."""
+"""The same for `fly` and `budget`, whose own rules are tighter in all but degenerate rows."""
 
 GUARD_LIMIT, GUARD_MEMORY, GUARD_COOLDOWN = 1.4, 64.0, 32.0
-"""The collapse guard's level limit, and its memory and cooldown in tokens: a second relaxed token passes from 59
-tokens after the first on."""
+"""The collapse guard's level limit, and its memory and cooldown in tokens: relaxed tokens are at least 59 tokens
+apart."""
 
 BUDGET_CAP, BUDGET_PER_STEP, BUDGET_KAPPA = 0.25, 2, 0.02
-"""`budget`: nats of regret of a relaxed token and relaxed tokens a step in greedy requests (ASD, arXiv 2608.03447);
-nats of KL divergence a position in sampled ones."""
+"""`budget`: nats of regret per relaxed token and relaxed tokens per step in greedy requests (ASD, arXiv 2608.03447);
+nats of KL divergence per position in sampled ones."""
 
 
 class Policy(NamedTuple):
@@ -60,30 +56,26 @@ class Policy(NamedTuple):
     relaxes_sampling: bool = False
 
     def relaxes(self, is_greedy: bool) -> bool:
-        """Whether greedy, or sampled, requests may get tokens that aren't strictly the target's."""
+        """Whether greedy (or sampled) requests may get tokens that strict verification rejects."""
         return self.rule != STRICT and (is_greedy or self.relaxes_sampling)
 
 
 STRICT_POLICY = Policy()
-"""Accept what the target itself would have emitted, so that the output is the target's own.
+"""Accept only what keeps the output distribution that of the target.
 
-A greedy request's draft token is accepted if it is the argmax; a sampled one's if p(x) >= u for a uniform u, and a
-rejected token is drawn again from p without x. Source: Leviathan, Kalman, Matias, *Fast Inference from Transformers
-via Speculative Decoding*, arXiv 2211.17192, for a proposal that is certain of its token.
+Source: Leviathan, Kalman, Matias, *Fast Inference from Transformers via Speculative Decoding*, arXiv 2211.17192, for a
+draft that is certain of its token.
 """
 
 
 def conditional(alpha: float, beta: float, *, relaxes_sampling: bool, collapse_guard: bool) -> Policy:
-    """Accept a draft token to which the target gives enough probability, given the target's own certainty.
-
-    With p the target's distribution and H its entropy in nats, a token x that strict verification rejects is
-    accepted, under the guards, iff ``p(x) >= min(beta - alpha H, max p)``.
+    """Accept a draft token x if the target gives it enough probability: ``p(x) >= min(beta - alpha H, max p)``.
 
     Source: Wang et al., *Alignment-Augmented Speculative Decoding with Alignment Sampling and Conditional
     Verification*, EMNLP 2025, arXiv 2505.13204: the bar, in the form of a public re-implementation (alpha = beta =
-    0.1), since the authors published no code. As written it is unsafe: from H = beta / alpha on, the bar is 0 or
-    less and any token passes, masked ones included. From the authors' earlier CASD: the guard of the stop tokens.
-    Ours: the floor, p(x) > 0, the sum over several stop tokens, the collapse guard, and that sampled requests stay
+    0.1), since the authors published no code. As written it is unsafe: once H reaches beta / alpha, the bar is 0 or
+    less and any token passes, masked ones included. From the authors' earlier CASD: the guard on stop tokens.
+    Ours: the floor, p(x) > 0, the sum over several stop tokens, the collapse guard, and that sampled requests are
     strict by default.
 
     Args:
@@ -96,14 +88,13 @@ def conditional(alpha: float, beta: float, *, relaxes_sampling: bool, collapse_g
 
 
 def fly(window: int, threshold: float, *, relaxes_sampling: bool, collapse_guard: bool) -> Policy:
-    """Accept a draft token at which the target is undecided, if the target agrees with what follows it.
+    """Accept a draft token where the target is undecided, if the target agrees with the draft tokens after it.
 
-    A token x that strict verification rejects is accepted, under the guards, iff the entropy over the three
-    likeliest tokens (not normalized again) is at least `threshold`, and the `window` draft tokens after x are all
-    there and strict verification accepts each.
+    The entropy over the three likeliest tokens (not normalized again) must be at least `threshold`, and strict
+    verification must accept each of the next `window` draft tokens, which must exist.
 
     Source: Li et al., *Training-Free Loosely Speculative Decoding*, arXiv 2511.22972, in the form of vLLM 0.33's
-    ``rejection_sample_method: "fly"``. Decisions equal vLLM's where no guard of ours refuses.
+    ``rejection_sample_method: "fly"``. Decisions equal vLLM's where none of our guards rejects.
 
     Args:
         window: draft tokens; smaller is looser.
@@ -116,18 +107,13 @@ def fly(window: int, threshold: float, *, relaxes_sampling: bool, collapse_guard
 def budget(nats: float, *, relaxes_sampling: bool, collapse_guard: bool) -> Policy:
     """Accept draft tokens whose loss against the target is small, as long as the request's budget lasts.
 
-    Greedy requests: a token x that isn't the argmax costs its regret, log max p - log p(x), and is accepted under
-    the guards iff the regret is at most `BUDGET_CAP`, fewer than `BUDGET_PER_STEP` tokens of the step were relaxed,
-    and the budget still pays for it. So a request's log-likelihood under the target is at most `nats` below what
-    the target's own choices, given the same context each, would have had.
+    Greedy requests: a token that isn't the argmax costs its regret, log max p - log p(x). So a request's
+    log-likelihood under the target is at most `nats` below that of the target's own choices in the same contexts.
 
     Sampled requests: x is accepted with probability p' instead of p = p(x), the largest p' <= 1 with
     ``d(p' || p) = p' log(p' / p) + (1 - p') log((1 - p') / (1 - p)) <= BUDGET_KAPPA``. The emitted token's
     distribution then has a KL divergence of d(p' || p) from p, which the budget pays at each position; by the chain
     rule the whole output's distribution is at most `nats` from the target's.
-
-    The budget never refills. The first cost that it can't pay ends it, and the request is strict from there on;
-    0 nats are strict throughout.
 
     Sources: greedy after ASD, arXiv 2608.03447; sampled after Cactus, arXiv 2604.04987, for drafts that are certain
     of their token. Ours: the guards, and that a sampled request's divergences are summed and bounded.
@@ -143,17 +129,11 @@ def budget(nats: float, *, relaxes_sampling: bool, collapse_guard: bool) -> Poli
 def _relaxed(
     rule: int, columns: dict[int, float], floor: float, relaxes_sampling: bool, collapse_guard: bool
 ) -> Policy:
-    """A rule under the guards that every relaxed rule has.
+    """Add the guards of every relaxed rule, which `vllm_aasd.kernels.verify` describes.
 
-    Whatever the rule says, a draft token x that strict verification rejects is accepted only if p(x) >= `floor`,
-    p(x) > 0, x is no stop token and p(x) > the sum of p over the request's stop tokens, and the collapse guard lets
-    it pass. p is the target's distribution after all processing.
-
-    The collapse guard (ours) sends a request to strict verification for a while when relaxed tokens come too close
-    to each other, since each keeps a copy going where the target would have left it and makes the next one
-    likelier. Its level is multiplied by exp(-1 / `GUARD_MEMORY`) with every emitted token and rises by one with
-    every relaxed one. A relaxed token that would lift it above `GUARD_LIMIT` isn't accepted, and the request is
-    strict for the next `GUARD_COOLDOWN` tokens.
+    The collapse guard (ours) makes a request strict for a while when relaxed tokens are too close to each other: each
+    of them continues a copy that the target would have left, and makes the next one likelier. With every emitted token
+    its level is multiplied by exp(-1 / `GUARD_MEMORY`), and with every relaxed one it rises by one.
     """
     columns = {**columns, FLOOR: floor, LIMIT: math.inf}
     if collapse_guard:

@@ -34,3 +34,15 @@ def random_rows(num_rows, vocab_size, dtype, seed):
         elif kind == 6:
             logits[row] = logits[row].sort().values
     return logits
+
+
+def read(store, token_ids, slots):
+    """(ids [n, top_k], probs [n, top_k], fresh [n]) of a store's entries, for the tokens that the reader has there.
+
+    A fresh entry was written for this token; others have probability 0, like slot -1.
+    """
+    entries = store.slots[slots.clamp(min=0)]
+    top_k = entries.shape[1] // 2
+    fresh = (slots >= 0) & (token_ids >= 0) & (entries[:, 0] == token_ids)
+    probs = entries[:, 1 + top_k :].view(torch.float32)
+    return entries[:, 1 : 1 + top_k], torch.where(fresh[:, None], probs, 0.0), fresh

@@ -124,7 +124,7 @@ class FakeRunner:
             self.speculator.attach(self)
         with patch.object(v2, "MIN_SURVIVAL", settings.get("min_survival", v2.MIN_SURVIVAL)):
             self.speculator.bind(self, SimpleNamespace(num_blocks=self.blocks.numel(), kv_cache_groups=[group]))
-        self.rejection_sample = v2_verifier._dispatching(vllms_own)
+        self.rejection_sample = v2_verifier.patch_rejection_sample(vllms_own)
 
     def get_model(self) -> torch.nn.Module:
         """As the runner's."""

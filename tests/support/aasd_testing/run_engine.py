@@ -206,7 +206,9 @@ def record_store(llm):
             slots = view.block_table[positions // view.block_size] * view.block_size + positions % view.block_size
             token_ids = token_ids_cpu[0, positions].copy()
             store = proposer.adapter._alignment._store
-            ids, probs, fresh = store.read(torch.from_numpy(token_ids), torch.from_numpy(slots).long())
+            from aasd_testing.alignment_rows import read
+
+            ids, probs, fresh = read(store, torch.from_numpy(token_ids), torch.from_numpy(slots).long())
             snapshots.append({"ids": ids.tolist(), "probs": probs.tolist(), "fresh": fresh.tolist()})
         return drafts
 
@@ -231,7 +233,9 @@ def record_store_v2(llm):
             tables, block_size = runner.block_tables.block_tables[0].gpu, runner.block_tables.block_sizes[0]
             slots = tables[slot, positions // block_size].long() * block_size + positions % block_size
             token_ids = runner.req_states.all_token_ids.gpu[slot, positions]
-            ids, probs, fresh = speculator._alignment.store.read(token_ids, slots)
+            from aasd_testing.alignment_rows import read
+
+            ids, probs, fresh = read(speculator._alignment.store, token_ids, slots)
             lists = {"ids": ids, "probs": probs, "fresh": fresh, "token_ids": token_ids}
             snapshots.append({name: tensor.tolist() for name, tensor in lists.items()})
         return drafts

@@ -35,7 +35,6 @@ from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 from vllm_aasd.kernels import align, verify
 from vllm_aasd.kernels.draft import no_prior
-from vllm_aasd.kernels.verify import recovered
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -118,7 +117,6 @@ class V1Adapter:
         # vLLM's rejection sampler converts logits to float32; without it they have the model's dtype.
         for dtype in {torch.float32, self._model_config.dtype}:
             verify.warm_up(device, dtype)
-        recovered.warm_up(device, torch.float32)
         counting.warm_up()
         drafter.warm_up()
         if self._alignment is not None:

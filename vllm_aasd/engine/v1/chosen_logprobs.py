@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens that a request has chosen (``logprob_token_ids``), in a batch with drafts.
+"""Log-probabilities of the tokens in a request's ``logprob_token_ids``, in a batch with drafts.
 
 vLLM's V1 rejection sampler asks the plain sampler for the bonus rows over the whole vocabulary, but gets the chosen
-tokens only. It fails on them if another request has ``logprobs``, and drops them otherwise. Requests with chosen
-tokens have no drafts here, so their bonus rows are all that they need.
+tokens only. It fails on them if another request has ``logprobs``, and drops them otherwise. Requests with
+``logprob_token_ids`` have no drafts here, so they need only their bonus rows.
 """
 
 import contextlib

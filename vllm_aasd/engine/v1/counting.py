@@ -9,7 +9,7 @@ import torch
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.kernels.count import UNPROMISED
+from vllm_aasd.kernels.count import UNPROMISED, strict_output
 from vllm_aasd.kernels.count.cpu import count_arrays
 from vllm_aasd.kernels.verify import VerifyOutput
 
@@ -24,7 +24,7 @@ class V1Counting:
         max_draft_tokens: the longest draft.
 
     Attributes:
-        drafter: predicted the acceptance of each request's last draft; None if nothing did.
+        drafter: predicted the survival of each request's last draft; None if nothing did.
     """
 
     def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
@@ -61,7 +61,7 @@ class V1Counting:
             return
         with self._contained:
             if isinstance(result, torch.Tensor):
-                result = _by_vllm(result, len(draft_token_ids))
+                result = strict_output((result >= 0).sum(1, dtype=torch.int32), len(draft_token_ids))
             cu_num_rows = self._cu_num_rows[: len(req_ids) + 1]
             cu_num_rows[1:] = cu_num_draft_tokens.numpy()
             survival = self._survival[: len(req_ids)]
@@ -75,17 +75,7 @@ class V1Counting:
                 draft_token_ids.numpy(),
                 cu_num_rows,
                 0,
-                result.num_accepted.numpy() + 1,
                 self._rows,
                 self._survival,
-                result.relaxed.numpy(),
-                result.regret.numpy(),
-                result.exhausted.numpy(),
-                result.guarded.numpy(),
+                *(tensor.numpy() for tensor in result[1:]),
             )
-
-
-def _by_vllm(output_token_ids: torch.Tensor, num_rows: int) -> VerifyOutput:
-    num_accepted = (output_token_ids >= 0).sum(1, dtype=torch.int32) - 1
-    strict, no_events = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(len(num_accepted), dtype=torch.bool)
-    return VerifyOutput(output_token_ids, num_accepted, strict, strict.float(), no_events, no_events)

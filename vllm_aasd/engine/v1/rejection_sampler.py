@@ -1,7 +1,7 @@
 """Verification on the V1 model runner, for vLLM's ``rejection_sample``."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -12,8 +12,7 @@ from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels import verify as verify_op
-from vllm_aasd.kernels.verify.recovered import sample_recovered_tokens, sample_recovered_tokens_by_uniform
-from vllm_aasd.verification.batch import PolicyBatch
+from vllm_aasd.verification.table import PolicyBatch
 
 _active: ContextVar["V1Verifier | None"] = ContextVar("aasd_v1_verifier", default=None)
 
@@ -107,39 +106,29 @@ class V1Verifier:
         batch_size = len(num_draft_tokens)
         if sampling_metadata.all_greedy:
             is_greedy = torch.ones(batch_size, dtype=torch.bool)
-            uniform_probs = None
+            random = {}
         else:
             is_greedy = sampling_metadata.temperature[:batch_size] == stock_sampler.GREEDY_TEMPERATURE
-            uniform_probs = stock_sampler.generate_uniform_probs(
-                len(draft_token_ids), num_draft_tokens, sampling_metadata.generators, target_logits.device
-            )
+            random = _random_numbers(num_draft_tokens, target_logits, sampling_metadata.generators)
         asked = [self._requests[req_id].verification for req_id in self._req_ids]
         policies, stop_token_ids = self._policies.fill(
             self._req_ids, [one.policy for one in asked], [one.stop_token_ids for one in asked]
         )
         result = verify_op.verify(
-            draft_token_ids,
-            cu_num_draft_tokens,
-            max_spec_len,
-            target_logits,
-            bonus_token_ids,
-            is_greedy,
-            uniform_probs,
-            policies,
-            stop_token_ids,
-        )
-        if uniform_probs is not None:
-            self._sample_recovered_tokens(
-                result,
+            verify_op.VerifyBatch(
                 draft_token_ids,
-                num_draft_tokens,
                 cu_num_draft_tokens,
+                max_spec_len,
                 target_logits,
+                bonus_token_ids,
                 is_greedy,
-                sampling_metadata,
+                policies,
+                stop_token_ids,
+                **random,
             )
+        )
         self._counting.verified(self._req_ids, draft_token_ids, cu_num_draft_tokens, result)
-        return result.output_token_ids
+        return result.sampled
 
     def count_stock(
         self, draft_token_ids: torch.Tensor, cu_num_draft_tokens: torch.Tensor, output_token_ids: torch.Tensor
@@ -147,37 +136,24 @@ class V1Verifier:
         """Count a step that vLLM's own ``rejection_sample`` has verified."""
         self._counting.verified(self._req_ids, draft_token_ids, cu_num_draft_tokens, output_token_ids)
 
-    def _sample_recovered_tokens(
-        self,
-        result: verify_op.VerifyOutput,
-        draft_token_ids: torch.Tensor,
-        num_draft_tokens: list[int],
-        cu_num_draft_tokens: torch.Tensor,
-        target_logits: torch.Tensor,
-        is_greedy: torch.Tensor,
-        sampling_metadata: SamplingMetadata,
-    ) -> None:
-        """Draw the token at the first rejection of each sampled request, in place.
 
-        With a seed as vLLM draws it, from its generator; without, by one uniform number.
-        """
-        num_drafts = torch.tensor(num_draft_tokens)
-        seeded: dict[int, torch.Tensor] = {}
-        for request, generator in sampling_metadata.generators.items():
-            # vLLM draws for a seeded request with drafts even where nothing is rejected; its stream depends on it.
-            if num_draft_tokens[request] > 0:
-                noise = torch.empty(target_logits.shape[1], device=target_logits.device)
-                seeded[request] = noise.exponential_(generator=generator).reciprocal_()
-        rejected = (~is_greedy & (result.num_accepted < num_drafts)).nonzero().squeeze(1).tolist()
-        first_rows = cu_num_draft_tokens - num_drafts
-
-        def place(requests: list[int], draw: Callable[..., torch.Tensor], numbers: torch.Tensor) -> None:
-            num_accepted = result.num_accepted[requests].long()
-            rows = first_rows[requests].long() + num_accepted
-            result.output_token_ids[requests, num_accepted] = draw(target_logits, rows, draft_token_ids[rows], numbers)
-
-        if with_seed := [request for request in rejected if request in seeded]:
-            place(with_seed, sample_recovered_tokens, torch.stack([seeded[request] for request in with_seed]))
-        if without := [request for request in rejected if request not in seeded]:
-            uniform = torch.rand(len(without), dtype=torch.float64, device=target_logits.device)
-            place(without, sample_recovered_tokens_by_uniform, uniform)
+def _random_numbers(
+    num_draft_tokens: list[int], target_logits: torch.Tensor, generators: Mapping[int, torch.Generator]
+) -> dict[str, torch.Tensor]:
+    """The random numbers of a `VerifyBatch`; those of seeded requests come from their generators, as in vLLM."""
+    batch_size, device = len(num_draft_tokens), target_logits.device
+    uniform_probs = stock_sampler.generate_uniform_probs(sum(num_draft_tokens), num_draft_tokens, generators, device)
+    recovered_probs = torch.rand(batch_size, dtype=torch.float64, device=device)
+    # vLLM draws for each seeded request with drafts, even if nothing is rejected, and its later numbers depend on it.
+    seeded = [request for request in generators if num_draft_tokens[request] > 0]
+    inv_q = torch.empty(len(seeded), target_logits.shape[1], device=device)
+    for noise, request in zip(inv_q, seeded, strict=True):
+        noise.exponential_(generator=generators[request]).reciprocal_()
+    inv_q_rows = torch.full((batch_size,), -1, dtype=torch.int32, device=device)
+    inv_q_rows[seeded] = torch.arange(len(seeded), dtype=torch.int32, device=device)
+    return {
+        "uniform_probs": uniform_probs,
+        "recovered_probs": recovered_probs,
+        "inv_q": inv_q,
+        "inv_q_rows": inv_q_rows,
+    }

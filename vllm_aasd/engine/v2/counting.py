@@ -1,24 +1,23 @@
-"""Counting on the V2 model runner: on the device, without waiting for it.
+"""Counts each step of the V2 model runner, on the device and without waiting for it.
 
-Nothing here can harm a step: what fails is a fault of ``metrics``, see `vllm_aasd.engine.failsafe`.
+Errors here are contained as the component ``metrics``, see `vllm_aasd.engine.failsafe`.
 """
-
-from typing import Any
 
 import torch
 
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.kernels.count import UNPROMISED, count_drafts
+from vllm_aasd.kernels.count import UNPROMISED, count_drafts, strict_output
+from vllm_aasd.kernels.verify import VerifyOutput
 
 
 class V2Counting:
-    """Counts what became of the drafts of each step, by request slot.
+    """Counts how many draft tokens of each step were accepted, and how.
 
     Args:
         counters: to count in.
         faults: of the worker.
-        max_num_reqs: slots.
+        max_num_reqs: request indices.
         max_draft_tokens: the longest draft.
         device: that of the batch.
     """
@@ -36,7 +35,7 @@ class V2Counting:
         """Keep the survival predicted for the drafts until they are verified.
 
         Args:
-            idx_mapping: ``[num_reqs]`` integer, the slot of each row.
+            idx_mapping: ``[num_reqs]`` integer, the request index of each row.
             survival: ``[num_reqs, max_draft_tokens]`` float32, probabilities.
         """
         if not self._faults.is_off("metrics"):
@@ -49,25 +48,19 @@ class V2Counting:
         cu_num_logits: torch.Tensor,
         idx_mapping: torch.Tensor,
         num_sampled: torch.Tensor,
-        result: Any = None,
+        result: VerifyOutput | None = None,
     ) -> None:
         """Count one step.
 
         Args:
             draft_sampled: ``[num_logits]`` integer, as `verify_seeded` takes it: fillers are -1.
             cu_num_logits: ``[num_reqs + 1]`` integer.
-            idx_mapping: ``[num_reqs]`` integer, the slot of each request.
+            idx_mapping: ``[num_reqs]`` integer, the request index of each request.
             num_sampled: ``[num_reqs]`` int32, emitted tokens.
-            result: the `SeededVerifyOutput`; None where vLLM's own sampler verified, strictly.
+            result: of `verify_seeded`; None if vLLM's own sampler verified, strictly.
         """
-        if self._faults.is_off("metrics"):
-            return
-        with self._contained:
-            if result is None:
-                relaxed = torch.zeros(len(draft_sampled), dtype=torch.bool, device=draft_sampled.device)
-                no_events = torch.zeros(len(num_sampled), dtype=torch.bool, device=draft_sampled.device)
-                by_rule = relaxed, relaxed.float(), no_events, no_events
-            else:
-                by_rule = result.relaxed, result.regret, result.exhausted, result.guarded
-            step = draft_sampled, cu_num_logits, 1, num_sampled, idx_mapping, self._predicted_survival
-            count_drafts(self._counters.totals, *step, *by_rule)
+        if not self._faults.is_off("metrics"):
+            with self._contained:
+                result = result or strict_output(num_sampled, len(draft_sampled))
+                step = draft_sampled, cu_num_logits, 1, idx_mapping, self._predicted_survival
+                count_drafts(self._counters.totals, *step, result)

@@ -1,11 +1,11 @@
-"""Logits of prompt positions, which the runner doesn't make: a chunk of them at a time, into the alignment store.
+"""Stores the target's predictions at prompt positions, whose logits the V2 runner doesn't compute.
 
-Under tensor parallelism each rank's lm_head yields the logits of a part of the vocabulary, and vLLM gathers the parts
-into whole rows on every rank. Here nobody needs whole rows: each rank reduces its part to partial entries
-(`vllm_aasd.kernels.align`), and these are gathered, 4 (1 + 2k) bytes a row and rank. The parts come from the
-model's own `compute_logits`, so that whatever it does to hidden states and logits is done; vLLM's logits layer is only
-asked to leave the gathering out (its argument ``skip_gather``). Models for which that doesn't give a plain part of the
-vocabulary are seen on the first call, on all ranks alike, and give whole rows from then on.
+Under tensor parallelism each rank's lm_head gives the logits of a part of the vocabulary, and vLLM gathers the parts
+into whole rows on every rank. Here each rank reduces its part to partial entries (`vllm_aasd.kernels.align`), and only
+these are gathered, 4 (1 + 2k) bytes per row and rank. The parts come from the model's own `compute_logits`, with vLLM's
+logits layer told not to gather (its argument ``skip_gather``), so that everything else the model does to hidden states
+and logits is kept. If that doesn't give a plain part of the vocabulary, all ranks see it on the first call, and gather
+whole rows from then on.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.aasd")
 
 
 class PromptLogits:
-    """Makes and stores them.
+    """Computes the logits of prompt positions, a chunk at a time, and stores their predictions.
 
     Args:
         model: the loaded target, whose ``compute_logits`` is called on the last pipeline rank.
@@ -42,10 +42,10 @@ class PromptLogits:
             self._say_whole_rows(f"it has {len(layers)} logits layers of vLLM's")
 
     def rehearse(self, hidden_states: torch.Tensor) -> None:
-        """Make a chunk of logits and drop it: for vLLM's measurement of memory.
+        """Compute a chunk of logits for vLLM's measurement of memory.
 
         Args:
-            hidden_states: ``[num_tokens, hidden_size]``; one chunk at most is used.
+            hidden_states: ``[num_tokens, hidden_size]``; at most one chunk is used.
         """
         self._chunk(hidden_states[:PREFILL_CHUNK])
 
@@ -73,12 +73,12 @@ class PromptLogits:
                 continue
             partials = align_shard(logits, slots, first_token_id, self._top_k)
             group = get_tp_group()
-            # Bits, under a type that every communicator moves: the shared memory of CPUs only knows floats.
+            # As float32, which every communicator supports: the shared memory of CPUs supports floats only.
             gathered = group.all_gather(partials.view(torch.float32), dim=0).view(torch.int32)
             store.write_shards(gathered.view(group.world_size, *partials.shape), ids, slots)
 
     def _chunk(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-        """Logits and the first token's id if they are this rank's part of the vocabulary, None if whole rows."""
+        """Logits, and the first token's id if they are this rank's part of the vocabulary; None for whole rows."""
         if self._may_shard:
             self._heads = []
             try:
@@ -89,7 +89,7 @@ class PromptLogits:
             if reason is None:
                 indices = heads[0].shard_indices
                 return logits[:, : indices.num_org_elements], indices.org_vocab_start_index
-            # Structure decides, so every rank comes here on the same call.
+            # The model's structure decides, so all ranks get here on the same call.
             self._may_shard = False
             self._say_whole_rows(reason)
         return self._model.compute_logits(hidden_states), None

@@ -1,6 +1,6 @@
 """What the V2 model runner's kernels must know of each request, by its slot in the runner's state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class RequestSlots(LogitsProcessor):
     def policies(self) -> VerifyPolicies:
         """By slot; to be asked for at every step."""
         by_name = {name: column.gpu for name, column in self._columns.items() if name != "stop_token_ids"}
-        return VerifyPolicies(**by_name, state=self._table.states.state)
+        return VerifyPolicies(**by_name, state=self._table.state)
 
     @property
     def stop_token_ids(self) -> torch.Tensor:
@@ -92,7 +92,7 @@ class RequestSlots(LogitsProcessor):
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         self._max_len.np[req_idx] = longest if settings.enabled else 0
 
-    def forget(self, req_ids: Iterable[str]) -> None:
+    def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is remembered of requests that have ended."""
         self._table.forget(req_ids)
 

@@ -12,7 +12,7 @@ SEAMS = {
         "vllm_aasd.drafting.draft_length:lengths_and_gain": "step_time",
         "vllm_aasd.drafting.step_time:StepTimeModel.observe": "step_time",
         "vllm_aasd.kernels.verify:verify": "verify",
-        "vllm_aasd.verification.batch:PolicyBatch.fill": "verify",
+        "vllm_aasd.verification.table:PolicyBatch.fill": "verify",
         "vllm_aasd.engine.v1.counting:count_arrays": "metrics",
         "vllm_aasd.drafting.drafter:Drafter.predicted_survival": "metrics",
     },

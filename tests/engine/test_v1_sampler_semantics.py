@@ -1,9 +1,9 @@
-"""What vLLM expects of a rejection sampler, on both runners, with ours in its place.
+"""What vLLM expects of a rejection sampler on the V1 runner, with ours in its place.
 
-From its documentation and source (`vllm/v1/sample/rejection_sampler.py`; `vllm/v1/worker/gpu/spec_decode`,
-`rejection_sampler_utils.py`): a request emits its accepted drafts, and after them one more token, the recovered one if
-a draft was rejected and the bonus one where none was; placeholders fill the row; a log-probability row belongs to each
-emitted token; a seed decides everything that is random; and nothing depends on what else is in the batch.
+From its documentation and source (`vllm/v1/sample/rejection_sampler.py`): a request emits its accepted drafts, and
+after them one more token, the recovered one if a draft was rejected and the bonus one where none was; placeholders fill
+the row; a log-probability row belongs to each emitted token; a seed decides everything that is random; and nothing
+depends on what else is in the batch.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from aasd_testing.seeded_batches import batch
 from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import Faults
@@ -28,9 +27,6 @@ from vllm_aasd.engine.v1 import rejection_sampler as v1_verifier
 from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.requests import V1Requests
-from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
-from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
-from vllm_aasd.kernels.verify.seeded import SeededBatch
 
 VOCAB = 40
 MAX_DRAFTS = 4
@@ -227,47 +223,6 @@ def of_sampling(requests, logprobs):
     )
 
 
-def v2_arguments(requests):
-    """A step of the V2 runner; each request stands at its own position, wherever in the batch it is."""
-    made = batch(
-        [request.logits for request in requests],
-        [request.drafts for request in requests],
-        temperature=[request.temperature for request in requests],
-        seed=[request.seed for request in requests],
-        rules=[STRICT if request.is_strict else CONDITIONAL for request in requests],
-        # As `Settings` has them, without the guard, which has a test of its own.
-        alpha=[0.1] * len(requests),
-        beta=[0.5] * len(requests),
-        floor=[0.3] * len(requests),
-        num_speculative_steps=MAX_DRAFTS,
-        slots=torch.arange(len(requests)).flip(0),
-    )
-    made["pos"] = torch.cat([request.seed + torch.arange(len(request.logits)) for request in requests])
-    return made
-
-
-@pytest.fixture
-def v2_reference():
-    return lambda requests: of_v2(verify_seeded_reference.verify_seeded(SeededBatch(**v2_arguments(requests))))
-
-
-@pytest.fixture
-def v2_kernels(interpreter):
-    operation = "vllm_aasd.kernels.verify.seeded:verify_seeded"
-    return lambda requests: of_v2(interpreter.call(operation, SeededBatch(**v2_arguments(requests))))
-
-
-def of_v2(output):
-    assert output.num_sampled.tolist() == (output.sampled != -1).sum(1).tolist()
-    return output.sampled.tolist()
-
-
-@pytest.fixture(params=["v1", "v2_reference", "v2_kernels"])
-def step(request):
-    """Runs a step on a runner: requests in, rows of ``MAX_DRAFTS + 1`` token ids out."""
-    return request.getfixturevalue(request.param)
-
-
 SEEDS = range(4)
 
 
@@ -281,11 +236,11 @@ def num_accepted(request, row):
     return len(emitted) - 1
 
 
-def test_accepted_drafts_then_one_token_then_placeholders(step):
+def test_accepted_drafts_then_one_token_then_placeholders(v1):
     seen = set()
     for seed in SEEDS:
         requests = some_requests(seed)
-        for request, row in zip(requests, step(requests), strict=True):
+        for request, row in zip(requests, v1(requests), strict=True):
             count = num_accepted(request, row)
             if count < len(request.drafts):
                 assert row[count] != request.drafts[count], "what was rejected there isn't drawn there"
@@ -297,41 +252,13 @@ def test_accepted_drafts_then_one_token_then_placeholders(step):
     assert len(seen) >= 12, "each kind of request with all, some and no drafts accepted"
 
 
-def test_a_rejected_draft_is_not_drawn_after_all(step):
-    """Of half the probability each, so that a race that forgot about them would be won by some."""
-    logits = torch.zeros(2, VOCAB)
-    logits[0, 11] = torch.tensor(VOCAB - 1.0).log()
-    requests = [Request(logits, [11], 1.0, seed, True) for seed in range(48)]
-    rows = step(requests)
-    rejected = [row for row in rows if num_accepted(requests[0], row) == 0]
-    assert 8 < len(rejected) < 40 and all(row[0] != 11 for row in rejected)
-
-
-def test_a_request_without_drafts_gets_its_bonus_token(step):
-    certain = torch.full((1, VOCAB), -30.0)
-    certain[0, 17] = 30.0
-    requests = some_requests(1)
-    for temperature in (0.0, 1.0):
-        requests += [Request(certain, [], temperature, 5, True)]
-    assert [row[:2] for row in step(requests)[-2:]] == [[17, -1]] * 2
-
-
-def test_the_bonus_token_is_drawn_from_the_bonus_row(step):
-    logits = torch.full((3, VOCAB), -30.0)
-    logits[[0, 1, 2], [4, 5, 6]] = 30.0
-    requests = [
-        Request(logits, [4, 5], temperature, 9, is_strict) for temperature in (0.0, 1.0) for is_strict in (False, True)
-    ]
-    assert [row[:4] for row in step([*some_requests(2), *requests])[-4:]] == [[4, 5, 6, -1]] * 4
-
-
-def test_the_same_seeds_give_the_same_tokens_and_others_give_others(step):
+def test_the_same_seeds_give_the_same_tokens_and_others_give_others(v1):
     changed = 0
     for seed in SEEDS:
         requests = some_requests(seed)
-        first = step(requests)
-        assert step(requests) == first
-        others = step([request._replace(seed=request.seed + 5000) for request in requests])
+        first = v1(requests)
+        assert v1(requests) == first
+        others = v1([request._replace(seed=request.seed + 5000) for request in requests])
         for request, row, other in zip(requests, first, others, strict=True):
             if request.temperature == 0:
                 assert row == other, "greedy requests have nothing random"
@@ -339,13 +266,13 @@ def test_the_same_seeds_give_the_same_tokens_and_others_give_others(step):
     assert changed > 8
 
 
-def test_a_request_gets_in_any_batch_what_it_gets_alone(step):
+def test_a_request_gets_in_any_batch_what_it_gets_alone(v1):
     for seed in SEEDS:
         requests = some_requests(seed)
-        alone = [step([request])[0] for request in requests]
-        assert step(requests) == alone
-        assert step(requests[::-1]) == alone[::-1]
-        assert step(requests[3:7]) == alone[3:7]
+        alone = [v1([request])[0] for request in requests]
+        assert v1(requests) == alone
+        assert v1(requests[::-1]) == alone[::-1]
+        assert v1(requests[3:7]) == alone[3:7]
 
 
 def test_v1_a_log_probability_row_for_each_emitted_token(v1):
