@@ -40,14 +40,14 @@ def test_sliding_windows(demo_model, tmp_path, v2, hybrid):
 @RUNNERS
 def test_an_adapter(demo_model, tmp_path, v2):
     # On V2 the lm_head must be left alone; on V1 it is wrapped, as by default.
-    adapted = {"lora": lora_adapter(tmp_path / "adapter", demo_model)}
-    adapted |= {"lora_target_modules": ["q_proj", "v_proj"]} if v2 else {}
-    rounds = [greedy(PROMPTS[:2], 16)]
-    bare = run(demo_model, rounds, tmp_path / "bare", False)
-    plain = run(demo_model, rounds, tmp_path / "plain", v2, **adapted)
-    ours = run(demo_model, rounds, tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True}, **adapted)
+    options = {"enable_lora": True} | ({"lora_target_modules": ["q_proj", "v_proj"]} if v2 else {})
+    bare = greedy(PROMPTS[:2], 16)
+    adapter = lora_adapter(tmp_path / "adapter", demo_model)
+    adapted = [{**request, "adapter": adapter} for request in bare]
+    plain = run(demo_model, [bare, adapted], tmp_path / "plain", v2, **options)
+    ours = run(demo_model, [adapted], tmp_path / "ours", v2, aasd={**STRICT, "aasd_alignment": True}, **options)
     assert accepted(ours) > 0
-    assert token_ids(plain["rounds"][0]) == token_ids(ours["rounds"][0]) != token_ids(bare["rounds"][0])
+    assert token_ids(plain["rounds"][1]) == token_ids(ours["rounds"][0]) != token_ids(plain["rounds"][0])
     assert "with LoRA, predictions are stored for generated tokens only" in ours["log"]
 
 

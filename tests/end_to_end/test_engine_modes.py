@@ -35,8 +35,8 @@ def runs(demo_model, tmp_path_factory):
     constrained = [request + prompt for prompt in PROMPTS[:4]]
     batch = [
         *greedy(PROMPTS),
-        *greedy(constrained, 80, schema=SCHEMA),
-        *greedy(constrained, 80, schema=SCHEMA, temperature=1.0, seed=7),
+        *greedy(constrained, 80, structured_outputs={"json": SCHEMA}),
+        *greedy(constrained, 80, structured_outputs={"json": SCHEMA}, temperature=1.0, seed=7),
     ]
     folder = tmp_path_factory.mktemp("modes")
     strict = [

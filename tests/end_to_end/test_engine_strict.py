@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
-from aasd_testing.fuzz.seams import SEAMS
+from aasd_testing.fault_injection import FAULT_POINTS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.drafting.prior import cache_path, save
 from vllm_aasd.engine.model_key import model_key
@@ -16,7 +16,7 @@ STRICT = {"aasd_verification": "strict"}
 PROMPTS = real_prompts(40, max_chars=700)
 MAX_TOKENS = 32
 FEW_TOKENS = 12
-FAULTS = SEAMS["V1"]
+FAULTS = FAULT_POINTS["V1"]
 
 
 @pytest.fixture(scope="module")

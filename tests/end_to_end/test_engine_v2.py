@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
-from aasd_testing.fuzz.seams import SEAMS
+from aasd_testing.fault_injection import FAULT_POINTS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.kernels.verify import seeded_reference as verify_seeded_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
@@ -24,9 +24,7 @@ MAX_TOKENS = 10
 PROCESSED = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2, "logprobs": 2}
 BAD_WORDS = [" the", "The", " of"]
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, "required": ["kind"]}
-
-
-FAULTS = SEAMS["V2"]
+FAULTS = FAULT_POINTS["V2"]
 
 
 def counted(metrics):
@@ -51,7 +49,7 @@ def speculated(demo_model, tmp_path_factory):
     """Three prompts at once, in chunks of 48; one again from the prefix cache, and a JSON object; one that wants no
     speculation; two at once; and then, with faults."""
     out = tmp_path_factory.mktemp("v2") / "out.json"
-    constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
+    constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, structured_outputs={"json": SCHEMA})
     again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1)
     processed = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
     return run_engine(

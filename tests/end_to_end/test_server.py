@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aasd_testing.engines import greedy, run_engine
-from aasd_testing.fuzz.server import Server, ServerError
 from aasd_testing.prompts import real_prompts
+from aasd_testing.server import Server, ServerError
 from vllm_aasd.counters import METRICS, PREFIX
 from vllm_aasd.engine.failsafe import COMPONENTS
 

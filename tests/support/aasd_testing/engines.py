@@ -17,14 +17,14 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     Args:
         model: path of the checkpoint.
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once; with ``images``, a
-            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings.
+            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings;
+            with ``adapter``, it is for the adapter at that path.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
             ``plant`` (a token and another: before every round but the first, the whole store is filled with entries of
             the one that predict the other),
-            ``lora`` (path of an adapter for all requests),
-            ``faults`` (of each round, the function of ours that fails in it, as in `SEAMS`, or None),
+            ``faults`` (of each round, the function of ours that fails in it, as in `FAULT_POINTS`, or None),
             ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and
             ``ahead`` (V2 only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
 
@@ -40,9 +40,6 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     if v2:
         # The CPU's attention takes blocks of whole 32 tokens there.
         options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
-    lora = options.pop("lora", None)
-    if lora is not None:
-        options["enable_lora"] = True
     num_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
     executor = "uni" if num_ranks == 1 else "mp"
     engine = {
@@ -56,7 +53,7 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     if aasd is not None:
         engine["speculative_config"] = {"method": "aasd", **aasd}
     scenario = {"engine": engine, "rounds": rounds, "faults": faults, "out": str(out)}
-    scenario.update(v2=v2, lora=lora, **recorded)
+    scenario.update(v2=v2, **recorded)
     path = os.pathsep.join(filter(None, (str(_RUNNER.parents[1]), os.environ.get("PYTHONPATH"))))
     process = subprocess.run(
         [sys.executable, str(_RUNNER)],

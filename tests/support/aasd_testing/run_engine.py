@@ -4,12 +4,11 @@ A process of its own for every scenario: an engine's memory, compiled code and p
 without speculation has never seen the plugin at work.
 """
 
-import contextlib
 import json
 import os
 import sys
 
-from aasd_testing.fuzz.seams import owner_of
+from aasd_testing.fault_injection import inject
 
 if os.environ.get("AASD_TEST_V2") == "1":
     # Worker processes, which import this file first, need it too.
@@ -42,15 +41,19 @@ def main() -> None:
         return {"prompt_token_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)}
 
     def sampling(params):
-        params = dict(params)
-        if "schema" in params:
-            params["structured_outputs"] = StructuredOutputsParams(json=params.pop("schema"))
-        return SamplingParams(**params)
+        constraint = params.get("structured_outputs")
+        return SamplingParams(
+            **{**params, "structured_outputs": StructuredOutputsParams(**constraint) if constraint else None}
+        )
 
     recorded = record_store_v2 if scenario["v2"] else record_store
     snapshots = recorded(llm) if scenario["record_store"] else []
     verified = record_verification(llm) if scenario["record_verification"] else None
-    adapter = LoRARequest("adapter", 1, scenario["lora"]) if scenario["lora"] else None
+    adapters = list(dict.fromkeys(r["adapter"] for batch in scenario["rounds"] for r in batch if r.get("adapter")))
+
+    def adapter(path):
+        return LoRARequest(path, 1 + adapters.index(path), path) if path else None
+
     rounds, after = [], []
     for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
         requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
@@ -58,8 +61,11 @@ def main() -> None:
         num_snapshots = len(snapshots)
         if scenario["plant"] and rounds:
             plant(llm, *scenario["plant"])
-        with injected(fault):
-            outputs = llm.generate(*map(list, zip(*requests, strict=True)), use_tqdm=False, lora_request=adapter)
+        undo = inject(fault) if fault else None
+        lora_requests = [adapter(r.get("adapter")) for r in batch]
+        outputs = llm.generate(*map(list, zip(*requests, strict=True)), use_tqdm=False, lora_request=lora_requests)
+        if undo:
+            undo()
         if fault:
             del snapshots[num_snapshots:]
         for snapshot in snapshots[num_snapshots:]:
@@ -124,25 +130,6 @@ def logprobs(positions):
     if positions is None:
         return None
     return [None if at is None else {str(token): value.logprob for token, value in at.items()} for at in positions]
-
-
-@contextlib.contextmanager
-def injected(fault):
-    """While it lasts, a function of the plugin fails whenever it is called; named as in `SEAMS`."""
-    if fault is None:
-        yield
-        return
-    owner, name = owner_of(fault)
-    real = getattr(owner, name)
-
-    def failing(*args, **kwargs):
-        raise RuntimeError(f"injected into {name}")
-
-    setattr(owner, name, failing)
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
 
 
 def taken_faults(llm):
