@@ -9,9 +9,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aasd_testing.engines import greedy, run_engine
+from aasd_testing.engines import greedy
 from aasd_testing.prompts import real_prompts
-from aasd_testing.server import Server, ServerError
+from aasd_testing.server import Server
 from vllm_aasd.counters import METRICS, PREFIX
 from vllm_aasd.engine.failsafe import COMPONENTS
 
@@ -39,10 +39,9 @@ def server(demo_model):
 
 
 @pytest.fixture(scope="module")
-def plain(demo_model, tmp_path_factory):
+def plain(plain_engine):
     """What the target alone says to each prompt."""
-    out = tmp_path_factory.mktemp("plain") / "out"
-    return [output["text"] for output in run_engine(demo_model, [greedy(PROMPTS, 32)], out)["rounds"][0]]
+    return [output["text"] for output in plain_engine.run(greedy(PROMPTS, 32)).outputs]
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +86,6 @@ def test_streamed_and_whole_answers_agree(client):
         text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
         assert text == whole.choices[0].message.content != ""
         assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens == 32
-
-
-def test_seeds_and_sampling_parameters(client):
-    options = {"temperature": 0.9, "top_p": 0.9, "extra_body": {"top_k": 20}, "seed": 5}
-    first, second = (ask(client, PROMPTS[0], **options).choices[0].message.content for _ in range(2))
-    other = ask(client, PROMPTS[0], **{**options, "seed": 6}).choices[0].message.content
-    assert first == second != other
-
-
-def test_logprobs_of_every_token(client):
-    answer = ask(client, PROMPTS[1], logprobs=True, top_logprobs=2)
-    content = answer.choices[0].logprobs.content
-    assert len(content) == answer.usage.completion_tokens
-    assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
 
 
 def by_label(samples, name):
@@ -208,8 +193,3 @@ def test_data_parallel_replicas(demo_model, plain):
     for name in ("vllm:spec_decode_num_accepted_tokens_total", "aasd:store_lookups_total"):
         for engine in ("0", "1"):
             assert sum(samples[key] for key in samples if key[0] == name and ("engine", engine) in key) > 0, name
-
-
-def test_a_bad_setting_stops_the_server_with_its_reason(demo_model):
-    with pytest.raises(ServerError, match="aasd_beta=-1 is not allowed: it takes a number from 0 to 2\\."):
-        serving(demo_model, {"aasd_beta": -1}).__enter__()

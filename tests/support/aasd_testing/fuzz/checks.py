@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from aasd_testing.fuzz.client import Choice, Response
 from aasd_testing.fuzz.profiles import MAX_MODEL_LEN
-from aasd_testing.fuzz.prompts import Prompts
 from aasd_testing.fuzz.request_types import CALL_REGEX, CHOICES, Request
 
 NEAR_TIE = 1e-3
@@ -58,12 +57,15 @@ def failures(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.what != "near_tie"]
 
 
-def check(request: Request, response: Response, reference: Reference | None, prompts: Prompts) -> list[Finding]:
-    """All that is wrong with a response, given the reference if the request has one."""
+def check(request: Request, response: Response, reference: Reference | None) -> list[Finding]:
+    """All that is wrong with a response, given the reference if the request has one.
+
+    What sampling parameters ask for is checked by the reference, which has the same ones.
+    """
     found = list(_check_status(request, response))
     if response.status == 200 and request.refused_with is None:
         for choice in response.choices:
-            found += [*_check_tokens(request, response, choice, prompts), *_check_logprobs(request, choice)]
+            found += [*_check_tokens(request, response, choice), *_check_logprobs(request, choice)]
             if choice.finish_reason in ("stop", "tool_calls"):
                 found += _check_structure(request, choice)
         if not response.disconnected:
@@ -101,7 +103,7 @@ def _check_counts(request: Request, response: Response) -> Details:
         yield "count", f"usage says {response.num_prompt_tokens} prompt tokens for {len(request.prompt)}"
 
 
-def _check_tokens(request: Request, response: Response, choice: Choice, prompts: Prompts) -> Details:
+def _check_tokens(request: Request, response: Response, choice: Choice) -> Details:
     sampling, ids = request.sampling, choice.token_ids or []
     if choice.finish_reason is None:
         if not response.disconnected:
@@ -112,27 +114,6 @@ def _check_tokens(request: Request, response: Response, choice: Choice, prompts:
         most = min(sampling["max_tokens"], MAX_MODEL_LEN - len(request.prompt))
         if len(ids) > most or (choice.finish_reason == "length" and len(ids) != most):
             yield "count", f"{len(ids)} tokens of {most}, ended by {choice.finish_reason}"
-    if not set(ids) <= set(sampling.get("allowed_token_ids", ids)):
-        yield "form", "a token that isn't allowed"
-    for word in sampling.get("bad_words", ()):
-        banned = prompts.encode(word)
-        if any(ids[at : at + len(banned)] == banned for at in range(len(ids))):
-            yield "form", f"the bad word {word!r}"
-    if set(ids[:-1]) & set(sampling.get("stop_token_ids", ())):
-        yield "finish", "a stop token within the answer"
-    if choice.finish_reason != "stop":
-        return
-    if choice.token_ids is not None and len(ids) < sampling.get("min_tokens", 0):
-        yield "count", f"{len(ids)} tokens, fewer than min_tokens"
-    if sampling.get("ignore_eos"):
-        yield "finish", "stopped in spite of ignore_eos"
-    if isinstance(choice.stop_reason, str) and choice.stop_reason not in sampling.get("stop", ()):
-        yield "finish", f"stopped by {choice.stop_reason!r}"
-    is_kept = sampling.get("include_stop_str_in_output", False)
-    for stop in sampling.get("stop", ()):
-        at = choice.text.find(stop)
-        if at >= 0 and not (is_kept and at == len(choice.text) - len(stop)):
-            yield "finish", f"the stop string {stop!r} within the answer"
 
 
 def _check_logprobs(request: Request, choice: Choice) -> Details:

@@ -31,7 +31,6 @@ class Choice:
     token_ids: list[int] | None = None
     text: str = ""
     finish_reason: str | None = None
-    stop_reason: Any = None
     logprobs: list[tuple[float | None, dict[str, float]]] | None = None
     prompt_logprobs: int | None = None
     tool_arguments: list[str] = dataclasses.field(default_factory=list)
@@ -141,8 +140,6 @@ def _add_to_choice(choice: Choice, part: dict[str, Any]) -> None:
         choice.tool_arguments += [""] * (at + 1 - len(choice.tool_arguments))
         choice.tool_arguments[at] += call["function"].get("arguments") or ""
     choice.finish_reason = part.get("finish_reason") or choice.finish_reason
-    if part.get("stop_reason") is not None:
-        choice.stop_reason = part["stop_reason"]
     if part.get("prompt_logprobs") is not None:
         choice.prompt_logprobs = len(part["prompt_logprobs"])
     logprobs = part.get("logprobs")

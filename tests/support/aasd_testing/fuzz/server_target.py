@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -12,7 +11,7 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from aasd_testing.engines import run_engine
+from aasd_testing.engines import engine
 from aasd_testing.fuzz import client
 from aasd_testing.fuzz.cases import Case, Event
 from aasd_testing.fuzz.checks import Finding, Reference, check_log
@@ -173,28 +172,15 @@ def references(
         sampling.pop("logprob_token_ids", None)
         adapter = adapters[request.adapter] if request.adapter else None
         asked.append({"prompt": request.prompt, "sampling": sampling, "adapter": adapter})
-    engine = {name: profile.engine[name] for name in ("max_model_len", "block_size", "reasoning_config")}
-    lora = {name: value for name, value in profile.engine.items() if "lora" in name}
-    with tempfile.TemporaryDirectory() as folder:
-        # Log-probabilities are those that tokens are chosen by: penalties and masks included.
-        result = run_engine(
-            model,
-            [asked],
-            pathlib.Path(folder, "out.json"),
-            max_num_seqs=1,
-            enable_prefix_caching=False,
-            logprobs_mode="processed_logprobs",
-            **engine,
-            **lora,
-        )
+    names = ("max_model_len", "block_size", "reasoning_config")
+    options = {name: value for name, value in profile.engine.items() if name in names or "lora" in name}
+    # Log-probabilities are those that tokens are chosen by: penalties and masks included.
+    options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "logprobs_mode": "processed_logprobs"}
+    with engine(model, **options) as plain:
+        outputs = plain.run(asked).outputs
     return [
-        Reference(
-            output["token_ids"],
-            output["text"],
-            output["finish_reason"],
-            [{int(token): value for token, value in row.items()} for row in output["logprobs"]],
-        )
-        for output in result["rounds"][0]
+        Reference(output["token_ids"], output["text"], output["finish_reason"], output["logprobs"])
+        for output in outputs
     ]
 
 

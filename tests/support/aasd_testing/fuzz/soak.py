@@ -76,7 +76,7 @@ class Fuzzer:
         for index, (step, response) in enumerate(zip(case, responses, strict=True)):
             if isinstance(step, Request):
                 reference = None if step.reference is None else self._references[step.reference]
-                found = check(step, response, reference, self._prompts)
+                found = check(step, response, reference)
                 findings += [Finding(what, f"step {index}: {detail}") for what, detail in found]
                 self._count(step, response)
             else:
