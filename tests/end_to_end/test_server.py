@@ -3,11 +3,9 @@
 import concurrent.futures
 import json
 import time
-import urllib.request
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from aasd_testing.engines import greedy
 from aasd_testing.prompts import real_prompts
@@ -61,21 +59,8 @@ def text_of(answer):
     return answer.choices[0].message.content
 
 
-def page_of(server):
-    return urllib.request.urlopen(server.url + "/metrics", timeout=10).read().decode()
-
-
-def scraped(server):
-    """Every sample of the server's page, by name and labels."""
-    return {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(page_of(server))
-        for sample in family.samples
-    }
-
-
 def drafted_and_accepted(server):
-    samples = scraped(server)
+    samples = server.metrics()
     return tuple(samples[f"vllm:spec_decode_num_{name}_tokens_total", *LABELS] for name in ("draft", "accepted"))
 
 
@@ -98,7 +83,7 @@ def test_the_servers_page_shows_our_metrics_and_they_agree_with_vllms(client, se
     ask(client, PROMPTS[0], {})
     # Ours are at most a second old.
     time.sleep(3)
-    samples = scraped(server)
+    samples = server.metrics()
     assert all(by_label(samples, metric.name) for metric in METRICS)
     drafted, accepted = drafted_and_accepted(server)
     assert sum(by_label(samples, "survival_tokens").values()) == drafted
@@ -113,7 +98,7 @@ def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
     marker = "zanzibarquux"
     answer = text_of(ask(client, f"Repeat this word: {marker} {marker} {marker}", {}))
     time.sleep(2)
-    for text in (page_of(server), server.log()):
+    for text in (str(server.metrics()), server.log()):
         assert marker not in text and answer not in text
 
 
@@ -186,7 +171,7 @@ def test_data_parallel_replicas(demo_model, plain):
     ):
         answers = list(pool.map(lambda prompt: text_of(ask(client, prompt)), PROMPTS))
         time.sleep(3)
-        samples, log = scraped(server), server.log()
+        samples, log = server.metrics(), server.log()
     assert answers == plain
     assert log.count("is live: vLLM") == 2
     # vLLM starts as many API servers as replicas by default; whichever answers shows both engines.

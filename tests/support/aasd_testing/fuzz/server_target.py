@@ -1,6 +1,7 @@
 """The real ``vllm serve``: a case is run against it over HTTP, and its state is checked when it is idle."""
 
 import asyncio
+import collections
 import json
 import os
 import pathlib
@@ -9,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from aasd_testing.engines import engine
 from aasd_testing.fuzz import client
@@ -79,16 +79,6 @@ class ServerTarget:
         answer.raise_for_status()
         return answer.json()["results"][0]
 
-    def _metrics(self) -> dict[str, float]:
-        """Every sample of ``/metrics``, summed over labels but for a fault's place: ``aasd:faults_total:draft``."""
-        page = httpx.get(f"{self._server.url}/metrics", timeout=30).text
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                name = ":".join([sample.name, *([sample.labels["place"]] if "place" in sample.labels else [])])
-                found[name] = found.get(name, 0.0) + sample.value
-        return found
-
     def run(self, case: Case) -> list[Response | None]:
         """The response of each request, None for events; returns when all have ended."""
         return asyncio.run(self._run(case))
@@ -120,12 +110,15 @@ class ServerTarget:
         deadline, left, problems = time.monotonic() + _IDLE_SECONDS, {"": 1.0}, []
         while left and time.monotonic() < deadline:
             time.sleep(0.5)
-            state, metrics = self._hook("inspect"), self._metrics()
+            state, metrics = self._hook("inspect"), collections.Counter()
+            shown: dict[str, float] = {}
+            for (name, *labels), value in self._server.metrics().items():
+                metrics[name] += value
+                if name == "aasd:faults_total" and value:
+                    shown[dict(labels)["place"]] = value
             problems = state["problems"]
             gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
             left = {name: metrics[name] for name in gauges if metrics[name]} | state["held"]
-            prefix = "aasd:faults_total:"
-            shown = {name.removeprefix(prefix): n for name, n in metrics.items() if name.startswith(prefix) and n}
             if shown != state["faults"]:
                 left["faults in /metrics"] = sum(shown.values())
         findings = [Finding("leftover", f"{name}: {value:g}") for name, value in left.items()]
