@@ -71,7 +71,8 @@ class Fuzzer:
             idle, self.state = server.check_idle()
         except Exception as error:
             # Whatever it is, the round is to be reported.
-            return [Finding("dead", f"{type(error).__name__}: {error}")]
+            self.counts["finding dead"] += 1
+            return [Finding("dead", f"{type(error).__name__}: {error}\n{server.log()[-20_000:]}")]
         findings = []
         for index, (step, response) in enumerate(zip(case, responses, strict=True)):
             if isinstance(step, Request):
@@ -124,7 +125,6 @@ def soak(fuzzer: Fuzzer, arguments: argparse.Namespace, profile: str) -> bool:
                 failed = True
                 say(f"again: --profiles {profile} --seed {arguments.seed} --size {arguments.size} --round {number}")
             if any(finding.what == "dead" for finding in found):
-                say(server.log()[-10000:])
                 break
             number += 1
     return failed
