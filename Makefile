@@ -58,7 +58,7 @@ lint: setup
 	@.venv/bin/mypy
 
 test: model
-	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not long' --durations=15 $(ARGS)
+	@$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m 'not long' --durations=15 $(ARGS)
 
 test-long: model
 	@$(PYTEST) -m long $(ARGS)

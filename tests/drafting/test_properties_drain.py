@@ -7,8 +7,9 @@ from vllm.sampling_params import SamplingParams
 
 from aasd_testing import fake_v1, fake_v2
 from aasd_testing.fake_v2 import VOCAB, target_alone
+from aasd_testing.held import reachable
 
-SEEDS = range(300)
+SEEDS = range(100)
 MAX_NUM_REQS = 3
 
 OPTIONS = [
@@ -24,27 +25,6 @@ OPTIONS = [
 def _no_pinned_memory(monkeypatch):
     """vLLM takes a CPU for a device with memory that the host can pin; its own fallback does without."""
     monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
-
-
-def held_by(value, seen=None):
-    """All strings in an object of ours, by the path to them; vLLM's objects aren't ours to look into."""
-    seen = set() if seen is None else seen
-    if isinstance(value, str):
-        yield value
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        inner = [*value, *value.values()]
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inner = list(value)
-    elif type(value).__module__.startswith("vllm_aasd"):
-        slots = [getattr(value, name) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        inner = [*getattr(value, "__dict__", {}).values(), *slots]
-    else:
-        return
-    for item in inner:
-        yield from held_by(item, seen)
 
 
 def random_prompt(rng, longest):
@@ -82,19 +62,18 @@ def test_v1_drains():
         for req_id in list(prompts):
             check(prompts.pop(req_id), runner.end(req_id), seed)
         runner.step()
-        left = [name for name in held_by(runner.proposer) if name.startswith("req ")]
-        assert not left, seed
+        assert not request_ids_in(runner.proposer), seed
         assert len(runner.proposer._requests) == runner.proposer._drafter.num_requests == 0
         assert all_rows_are_free(runner.proposer._verifier._policies), seed
         assert set(runner.proposer.faults.counts.values()) == {0}, seed
         num_accepted += runner.num_accepted
-    assert num_accepted > num_sequences > 1000, "the drafts are worth something"
+    assert num_accepted > num_sequences > 300, "the drafts are worth something"
 
 
 @pytest.mark.parametrize("fillers", [False, True])
 def test_v2_drains(fillers):
     num_accepted = num_sequences = 0
-    for seed in SEEDS[:100]:
+    for seed in SEEDS[:40]:
         rng = np.random.default_rng(seed)
         runner = fake_v2.FakeRunner(MAX_NUM_REQS, fillers, verification="conditional", floor=0.4, alignment=True)
         running, preempted, ended, prompts = {}, [], set(), {}
@@ -126,11 +105,15 @@ def test_v2_drains(fillers):
                 runner.step(rng.permutation(list(running)).tolist(), chunk=int(rng.integers(1, 8)))
         runner.speculator.begin_step(fake_v2.scheduled(finished=prompts))
         runner.req_ids.clear()
-        assert not [name for name in held_by(runner.speculator) if name.startswith("req ")], seed
+        assert not request_ids_in(runner.speculator), seed
         assert all_rows_are_free(runner.speculator.requests._table), seed
         assert set(runner.speculator.faults.counts.values()) == {0}, seed
         num_accepted += sum(runner.accepted)
-    assert num_accepted > num_sequences > 300
+    assert num_accepted > num_sequences > 100
+
+
+def request_ids_in(value):
+    return [text for _, text in reachable(value) if text.startswith("req ")]
 
 
 def all_rows_are_free(table):

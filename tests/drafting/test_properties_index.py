@@ -1,6 +1,7 @@
 """The drafter's indexes under random operations, against a scan of each request's own context."""
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -158,5 +159,10 @@ class Indexes(RuleBasedStateMachine):
         assert self.drafter.num_requests == 0
 
 
-TestIndexes = Indexes.TestCase
-TestIndexes.settings = settings(max_examples=700, stateful_step_count=20, deadline=None)
+class TestIndexes(Indexes.TestCase):
+    settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.long
+class TestIndexesForLong(Indexes.TestCase):
+    settings = settings(max_examples=2000, stateful_step_count=20, deadline=None)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from aasd_testing.engines import drafted_and_accepted, run_engine
+from aasd_testing.engines import with_options
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("V1 engines")]
 
 # Two tokens that continue each other in the prompt, so that every position gets a draft; and both likely enough for a
 # relaxed rule, which the negative control uses.
@@ -49,16 +49,14 @@ def task_of(demo_model, words):
     return prompt, ids, cells, joint
 
 
-def sample(demo_model, task, out, aasd, **sampling):
+def sample(engine, task, options, **sampling):
     prompt, ids, _, _ = task
     params = {"temperature": 1.0, "max_tokens": DEPTH, "ignore_eos": True, "allowed_token_ids": ids, **sampling}
     batch = [{"prompt": prompt, "sampling": {**params, "seed": seed}} for seed in range(NUM_SAMPLES)]
-    # At this number of requests drafts aren't worth their time: a fixed length, for there to be some. Two blocks of the
-    # prompt are shared by all through the prefix cache.
-    aasd = {"aasd_draft_length": 8, **aasd}
-    result = run_engine(demo_model, [batch], out, aasd=aasd, max_num_seqs=64, block_size=32)
-    assert drafted_and_accepted(result)[0] > NUM_SAMPLES / 2, "drafts must be verified"
-    return [tuple(output["token_ids"]) for output in result["rounds"][0]], result
+    # Two blocks of the prompt are shared by all through the prefix cache.
+    found = engine.run(with_options(batch, **options))
+    assert found.drafted > NUM_SAMPLES / 2, "drafts must be verified"
+    return [tuple(token_ids) for token_ids in found.token_ids], found
 
 
 def p_value(samples, cells, joint):
@@ -72,33 +70,25 @@ def p_value(samples, cells, joint):
     return scipy.stats.chisquare(counts, expected).pvalue
 
 
-@pytest.fixture(scope="module")
-def strict(demo_model, task, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sampling") / "out.json"
-    return sample(demo_model, task, out, {"aasd_verification": "strict"})
-
-
-def test_strict_samples_the_targets_distribution(strict, task):
-    samples, result = strict
-    drafted, accepted = drafted_and_accepted(result)
-    assert 0.05 < accepted / drafted < 0.95, "both acceptance and recovery must be exercised"
+def test_strict_samples_the_targets_distribution(aasd_engine, task):
+    samples, found = sample(aasd_engine, task, {"aasd_verification": "strict"})
+    assert 0.05 < found.accepted / found.drafted < 0.95, "both acceptance and recovery must be exercised"
     assert p_value(samples, *task[2:]) > P_VALUE
 
 
-def test_a_sampler_that_favours_its_drafts_is_seen(demo_model, task, tmp_path):
-    loose = {"aasd_relax_sampling": True, "aasd_beta": 0.05}
-    samples, _ = sample(demo_model, task, tmp_path / "out.json", loose)
+def test_a_sampler_that_favours_its_drafts_is_seen(aasd_engine, task):
+    samples, _ = sample(aasd_engine, task, {"aasd_relax_sampling": True, "aasd_beta": 0.05})
     assert p_value(samples, *task[2:]) < 1e-6
 
 
 @pytest.mark.long
-def test_top_k_and_top_p_hold(demo_model, tmp_path):
+def test_top_k_and_top_p_hold(demo_model, aasd_engine):
     """The two faults of vLLM's CPU build: garbage temperatures, and a dead engine on a step without drafts."""
     task = task_of(demo_model, MORE_WORDS)
     _, ids, cells, joint = task
     first = np.array([joint[[c[0] == t for c in cells]].sum() for t in ids])
     best_two = {ids[i] for i in np.argsort(-first)[:2]}
-    samples, _ = sample(demo_model, task, tmp_path / "out.json", {}, top_k=2, top_p=0.999)
+    samples, _ = sample(aasd_engine, task, {}, top_k=2, top_p=0.999)
     assert {s[0] for s in samples} == best_two
     share = np.mean([s[0] == ids[int(np.argmax(first))] for s in samples])
     want = np.sort(first)[-1] / np.sort(first)[-2:].sum()

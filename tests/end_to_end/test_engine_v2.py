@@ -4,10 +4,9 @@ import json
 import math
 
 import pytest
-import torch
 
-from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
-from aasd_testing.fuzz.seams import SEAMS
+from aasd_testing.engines import engine, greedy, with_options
+from aasd_testing.fault_injection import FAULT_POINTS
 from aasd_testing.prompts import real_prompts
 from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
@@ -24,224 +23,131 @@ MAX_TOKENS = 10
 PROCESSED = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2, "logprobs": 2}
 BAD_WORDS = [" the", "The", " of"]
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["text", "code"]}}, "required": ["kind"]}
+FAULTS = FAULT_POINTS["V2"]
 
 
-FAULTS = SEAMS["V2"]
-
-
-def counted(metrics):
+def counted(found):
     """Draft tokens and accepted ones, by our own counters."""
     return tuple(
-        sum(value for name, value in metrics.items() if name.startswith(f"aasd:survival_{kind}:"))
+        sum(value for name, value in found.metrics.items() if name.startswith(f"aasd:survival_{kind}:"))
         for kind in ("tokens", "accepted")
     )
 
 
+def processed():
+    return greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
+
+
 @pytest.fixture(scope="module")
-def plain(demo_model, tmp_path_factory):
-    """Without speculation, on the V1 runner: what the target itself says."""
-    out = tmp_path_factory.mktemp("plain") / "out.json"
+def plain(plain_engine):
+    """What the target itself says to the three prompts."""
     requests = greedy(PROMPTS[:1], MAX_TOKENS, prompt_logprobs=4) + greedy(PROMPTS[1:], MAX_TOKENS)
-    processed = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
-    return run_engine(demo_model, [requests, processed, greedy(PAIR, 5)], out, max_num_seqs=3, block_size=32)
+    return plain_engine.run(requests)
 
 
 @pytest.fixture(scope="module")
-def speculated(demo_model, tmp_path_factory):
-    """Three prompts at once, in chunks of 48; one again from the prefix cache, and a JSON object; one that wants no
-    speculation; two at once; and then, with faults."""
-    out = tmp_path_factory.mktemp("v2") / "out.json"
-    constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, schema=SCHEMA)
-    again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1)
-    processed = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED)
-    return run_engine(
-        demo_model,
-        [
-            greedy(PROMPTS, MAX_TOKENS),
-            again + constrained + processed,
-            greedy(PROMPTS[:1], MAX_TOKENS, extra_args={"aasd_enabled": False}),
-            greedy(PAIR, 5),
-            *(greedy(PROMPTS[:1], MAX_TOKENS) for _ in FAULTS),
-        ],
-        out,
-        v2=True,
-        faults=[None] * 4 + [*FAULTS],
-        aasd={**STRICT, **WIDTHS, "aasd_alignment": True},
-        record_store=True,
-        max_num_batched_tokens=48,
-    )
+def v2(demo_model):
+    aasd = {**STRICT, **WIDTHS, "aasd_alignment": True, "aasd_allow_request_override": "any"}
+    with engine(demo_model, aasd=aasd, v2=True, max_num_batched_tokens=48) as started:
+        yield started
 
 
-def test_the_worker_says_which_runner_is_live(speculated):
-    lines = [line for line in speculated["log"].splitlines() if "is live" in line]
+@pytest.fixture(scope="module")
+def speculated(v2):
+    """Three prompts at once, in chunks of 48; then one again from the prefix cache, beside a JSON object."""
+    constrained = greedy(["Text or code? Answer in JSON.\n\nprint(1)"], 16, structured_outputs={"json": SCHEMA})
+    again = greedy(PROMPTS[:1], MAX_TOKENS, logprobs=1) + constrained + processed()
+    return [v2.run(requests, record="store") for requests in (greedy(PROMPTS, MAX_TOKENS), again)]
+
+
+def test_the_worker_says_which_runner_is_live(v2, speculated):
+    lines = [line for line in v2.log().splitlines() if "is live" in line]
     assert len(lines) == 1 and "V2 model runner" in lines[0]
-    assert {"align.triton", "count.triton", "draft.triton", "verify.triton"} <= set(speculated["kernels"])
+    assert {"align.triton", "count.triton", "draft.triton", "verify.triton"} <= v2.kernels()
 
 
 def test_chunked_prompts_give_what_the_target_says_alone(plain, speculated):
-    assert min(len(output["prompt_token_ids"]) for output in speculated["rounds"][0]) > 48, "more than one chunk"
-    drafted, accepted = drafted_and_accepted(speculated)
-    assert 0 < accepted < drafted
-    # Before faults are injected.
-    metrics = speculated["after"][2]["metrics"]
-    assert counted(metrics) == drafted_and_accepted(speculated["after"][2]), "on the device"
-    assert metrics["aasd:store_lookups:hit"] > 0
-    assert token_ids(speculated["rounds"][0]) == token_ids(plain["rounds"][0])
+    found = speculated[0]
+    assert min(len(output["prompt_token_ids"]) for output in found.outputs) > 48, "more than one chunk"
+    assert 0 < found.accepted < found.drafted
+    assert counted(found) == (found.drafted, found.accepted), "on the device"
+    assert found.metrics["aasd:store_lookups:hit"] > 0
+    assert found.token_ids == plain.token_ids
 
 
 def test_prefix_cache_hits(plain, speculated):
-    again = speculated["rounds"][1][0]
+    again = speculated[1].outputs[0]
     assert again["num_cached_tokens"] > 0
-    assert again["token_ids"] == plain["rounds"][0][0]["token_ids"]
+    assert again["token_ids"] == plain.token_ids[0]
     assert len(again["logprobs"]) == len(again["token_ids"])
 
 
 def test_the_store_holds_every_position_of_every_request(speculated):
-    assert len(speculated["store"]) > 10
-    for snapshot in speculated["store"]:
-        assert all(snapshot["fresh"]), "chunks, generated tokens and prefix-cache hits alike"
+    records = speculated[0].records + speculated[1].records
+    assert len(records) > 6
+    for record in records:
+        assert all(record["fresh"]), "chunks, generated tokens and prefix-cache hits alike"
 
 
 def test_entries_equal_the_prompt_logprobs_of_the_other_runner(plain, speculated):
-    prompt, want = (plain["rounds"][0][0][name] for name in ("prompt_token_ids", "prompt_logprobs"))
-    of_prompt = [one for one in speculated["store"] if one["token_ids"][: len(prompt)] == prompt]
+    prompt, want = (plain.outputs[0][name] for name in ("prompt_token_ids", "prompt_logprobs"))
+    records = speculated[0].records + speculated[1].records
+    of_prompt = [one for one in records if one["token_ids"][: len(prompt)] == prompt]
     assert len(of_prompt) > 2
     for got in (of_prompt[0], of_prompt[-1]):
         for position in range(len(prompt) - 1):
             expected = max(want[position + 1].items(), key=lambda item: item[1])
-            assert got["ids"][position][0] == int(expected[0])
+            assert got["ids"][position][0] == expected[0]
             for token, prob in zip(got["ids"][position], got["probs"][position], strict=True):
-                assert prob == pytest.approx(math.exp(want[position + 1][str(token)]), abs=1e-4)
+                assert prob == pytest.approx(math.exp(want[position + 1][token]), abs=1e-4)
 
 
 def test_constrained_output_is_valid(speculated):
-    output = speculated["rounds"][1][1]
+    output = speculated[1].outputs[1]
     assert output["finish_reason"] == "stop"
     assert json.loads(output["text"])["kind"] in ("text", "code")
 
 
-def test_a_request_that_wants_no_speculation_has_nothing_drafted(plain, speculated):
-    before, after = (drafted_and_accepted(one)[0] for one in speculated["after"][1:3])
-    assert after == before > 0
-    assert speculated["rounds"][2][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
-
-
-def test_the_number_of_requests_says_how_much_is_drafted(plain, speculated):
-    before, after = (drafted_and_accepted(one)[0] for one in speculated["after"][2:4])
-    assert after == before, "two at once"
-    assert token_ids(speculated["rounds"][3]) == token_ids(plain["rounds"][2])
-
-
-def test_scheduled_ahead_with_widths_that_are_learnt(plain, demo_model, tmp_path):
-    """Every step takes as many positions as the longest draft may have, before it is known what was drafted."""
-    result = run_engine(
-        demo_model,
-        [greedy(PAIR, 5), greedy(PROMPTS[:1], MAX_TOKENS)],
-        tmp_path / "out.json",
-        v2=True,
-        ahead=True,
-        aasd={"aasd_verification": "strict", "num_speculative_tokens": 2},
-    )
-    assert "is live: the scheduler learns" in result["log"]
-    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][2])
-    assert result["rounds"][1][0]["token_ids"] == plain["rounds"][0][0]["token_ids"]
-    drafted, accepted = drafted_and_accepted(result)
-    without_fillers, kept = counted(result["metrics"])
-    assert 0 < accepted == kept and without_fillers < drafted, "fillers are no drafts"
-    assert "aasd: a fault" not in result["log"]
-
-
-def test_faults_at_every_place_in_turn_cost_no_token(plain, speculated):
-    wanted = plain["rounds"][0][0]["token_ids"]
-    rounds = zip(FAULTS.items(), speculated["rounds"][4:], speculated["after"][4:], strict=True)
-    for (seam, place), (output,), after in rounds:
-        assert output["token_ids"] == wanted, seam
-        assert {place for place, count in after["faults"].items() if count} == {place}, seam
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("ahead", [False, True])
-def test_preemption(demo_model, tmp_path, ahead):
-    prompts = real_prompts(4, max_chars=250)
-    plain = run_engine(demo_model, [greedy(prompts, 40)], tmp_path / "plain", max_num_seqs=3, block_size=32)
-    # Eight blocks of 32 tokens beside the null block: the prompts of the first two requests fill them.
-    few_blocks = {"num_gpu_blocks_override": 9, "max_model_len": 256}
-    result = run_engine(
-        demo_model, [greedy(prompts, 40)], tmp_path / "v2", v2=True, ahead=ahead, aasd=STRICT, **few_blocks
-    )
-    assert result["metrics"]["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
-    assert drafted_and_accepted(result)[1] > 0
-    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][0])
-
-
-@pytest.mark.long
-def test_two_pipeline_stages_scheduled_ahead(plain, demo_model, tmp_path):
-    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-    aasd = {"aasd_verification": "strict", "num_speculative_tokens": 2}
-    result = run_engine(demo_model, [greedy(PAIR, 5)], tmp_path / "v2", v2=True, ahead=True, aasd=aasd, **stages)
-    assert token_ids(result["rounds"][0]) == token_ids(plain["rounds"][2])
-    assert drafted_and_accepted(result)[1] > 0
-
-
-@pytest.mark.long
-def test_both_runners_emit_the_same_tokens_and_accept_the_same_drafts(demo_model, tmp_path):
-    # Neither load nor how earlier drafts fared may shorten a draft: V1 looks at both.
-    whole = {**STRICT, "aasd_draft_length": 4, "aasd_alignment": False}
-    runs = [
-        run_engine(demo_model, [greedy(PROMPTS, 24)], tmp_path / str(v2), v2=v2, aasd=whole, block_size=32)
-        for v2 in (False, True)
-    ]
-    assert token_ids(runs[0]["rounds"][0]) == token_ids(runs[1]["rounds"][0])
-    assert drafted_and_accepted(runs[0]) == drafted_and_accepted(runs[1])
-    assert drafted_and_accepted(runs[0])[1] > 0
-
-
-@pytest.mark.long
-def test_penalties_logprobs_and_seeds_as_without_speculation(demo_model, tmp_path):
-    """On the V2 runner both times. A seeded sample depends on what was drafted, so it is compared with itself."""
-    requests = greedy(PROMPTS[1:2], MAX_TOKENS, bad_words=BAD_WORDS, **PROCESSED) + greedy(
-        PROMPTS[:1], MAX_TOKENS, logprobs=2
-    )
-    seeded = greedy(PROMPTS[2:], MAX_TOKENS, temperature=1.0, seed=7)
-    rounds = [requests, seeded, seeded]
-    stock, ours = (
-        run_engine(demo_model, rounds, tmp_path / name, v2=True, aasd=aasd, enable_prefix_caching=False)
-        for name, aasd in (("stock", None), ("ours", STRICT))
-    )
-    assert drafted_and_accepted(ours)[1] > 0
-    assert_same_outputs(stock["rounds"][0], ours["rounds"][0])
-    assert token_ids(ours["rounds"][1]) == token_ids(ours["rounds"][2])
-
-
-def test_penalties_bad_words_and_logprobs(plain, speculated):
-    assert_same_outputs(plain["rounds"][1], speculated["rounds"][1][2:])
-    assert plain["rounds"][1][0]["token_ids"] != plain["rounds"][0][1]["token_ids"], "they change the output"
+def test_penalties_bad_words_and_logprobs(plain_engine, plain, speculated):
+    wanted = plain_engine.run(processed()).outputs
+    assert_same_outputs(wanted, speculated[1].outputs[2:])
+    assert wanted[0]["token_ids"] != plain.token_ids[1], "they change the output"
 
 
 def assert_same_outputs(wanted, got):
-    assert token_ids(wanted) == token_ids(got)
     for one, other in zip(wanted, got, strict=True):
+        assert one["token_ids"] == other["token_ids"]
         for at, at_other in zip(one["logprobs"], other["logprobs"], strict=True):
             assert at.keys() == at_other.keys()
             assert list(at.values()) == pytest.approx(list(at_other.values()), abs=1e-3)
 
 
-@pytest.fixture(scope="module")
-def loose(demo_model, tmp_path_factory):
+def test_a_request_that_wants_no_speculation_has_nothing_drafted(plain, v2):
+    found = v2.run(with_options(greedy(PROMPTS[:1], MAX_TOKENS), aasd_enabled=False))
+    assert found.drafted == 0
+    assert found.token_ids == plain.token_ids[:1]
+
+
+def test_the_number_of_requests_says_how_much_is_drafted(plain_engine, v2):
+    found = v2.run(greedy(PAIR, 5))
+    assert found.drafted == 0, "two at once"
+    assert found.token_ids == plain_engine.run(greedy(PAIR, 5)).token_ids
+
+
+def test_faults_at_every_place_in_turn_cost_no_token(plain, v2):
+    for function, component in FAULTS.items():
+        found = v2.run(greedy(PROMPTS[:1], MAX_TOKENS), fault=function)
+        assert found.token_ids == plain.token_ids[:1], function
+        assert set(found.faults) == {component}, function
+
+
+def test_a_relaxed_rule_accepts_exactly_what_the_reference_says(v2):
     """A rule that relaxes often, with everything recorded that the verifier was asked."""
-    out = tmp_path_factory.mktemp("loose") / "out.json"
-    # A draft for every step that can have one.
     rule = {"aasd_verification": "fly", "aasd_fly_window": 1, "aasd_fly_threshold": 0.0, "aasd_collapse_guard": False}
-    aasd = {**rule, "num_speculative_tokens": 4}
     requests = greedy(PROMPTS[:2], 20) + greedy(PROMPTS[2:], 10, temperature=0.7, seed=3)
-    result = run_engine(demo_model, [requests], out, v2=True, aasd=aasd, record_verification=True)
-    return result, torch.load(f"{out}.pt", weights_only=True)
-
-
-def test_a_relaxed_rule_accepts_exactly_what_the_reference_says(loose):
-    result, calls = loose
+    found = v2.run(with_options(requests, **rule), record="verification")
     relaxed, says_relaxed, says_regret = 0, 0, 0.0
-    for one in calls:
+    for one in found.records:
         call = one["call"]
         policies = VerifyPolicies(*one["policies"])
         batch = SeededBatch(**call, policies=policies, stop_token_ids=one["stop_token_ids"])
@@ -256,8 +162,72 @@ def test_a_relaxed_rule_accepts_exactly_what_the_reference_says(loose):
             accepted = slice(first, first + len(emitted) - 1)
             says_relaxed += int(says.relaxed[accepted].sum())
             says_regret += float(says.regret[accepted].double().sum())
-    assert len(calls) > 4 and relaxed > 0, "the rule must let something by"
-    assert result["metrics"]["aasd:relaxed_tokens"] == says_relaxed >= relaxed
-    assert result["metrics"]["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
-    _, accepted = drafted_and_accepted(result)
-    assert accepted == sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in calls)
+    assert len(found.records) > 4 and relaxed > 0, "the rule must let something by"
+    assert found.metrics["aasd:relaxed_tokens"] == says_relaxed >= relaxed
+    assert found.metrics["aasd:regret_nats"] == pytest.approx(says_regret, rel=1e-5)
+    accepted = sum(int(one["num_sampled"].sum()) - len(one["num_sampled"]) for one in found.records)
+    assert accepted == found.accepted
+
+
+def test_scheduled_ahead_with_widths_that_are_learnt(plain_engine, plain, demo_model):
+    """Every step takes as many positions as the longest draft may have, before it is known what was drafted."""
+    with engine(
+        demo_model, v2=True, ahead=True, aasd={"aasd_verification": "strict", "num_speculative_tokens": 2}
+    ) as ahead:
+        pair, found = ahead.run(greedy(PAIR, 5)), ahead.run(greedy(PROMPTS[:1], MAX_TOKENS))
+        log = ahead.log()
+    assert "is live: the scheduler learns" in log and "aasd: a fault" not in log
+    assert pair.token_ids == plain_engine.run(greedy(PAIR, 5)).token_ids
+    assert found.token_ids == plain.token_ids[:1]
+    without_fillers, kept = counted(found)
+    assert 0 < found.accepted == kept and without_fillers < found.drafted, "fillers are no drafts"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption(plain_engine, demo_model, ahead):
+    requests = greedy(real_prompts(4, max_chars=250), 40)
+    # Eight blocks of 32 tokens beside the null block: the prompts of the first two requests fill them.
+    few_blocks = {"num_gpu_blocks_override": 9, "max_model_len": 256}
+    with engine(demo_model, v2=True, ahead=ahead, aasd=STRICT, **few_blocks) as started:
+        found = started.run(requests)
+    assert found.metrics["vllm:num_preemptions"] > 0, "the KV cache must be too small for the batch"
+    assert found.accepted > 0
+    assert found.token_ids == plain_engine.run(requests).token_ids
+
+
+@pytest.mark.long
+def test_two_pipeline_stages_scheduled_ahead(plain_engine, demo_model):
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    aasd = {"aasd_verification": "strict", "num_speculative_tokens": 2}
+    with engine(demo_model, v2=True, ahead=True, aasd=aasd, **stages) as started:
+        found = started.run(greedy(PAIR, 5))
+    assert found.token_ids == plain_engine.run(greedy(PAIR, 5)).token_ids
+    assert found.accepted > 0
+
+
+@pytest.mark.long
+def test_both_runners_emit_the_same_tokens_and_accept_the_same_drafts(demo_model):
+    # Neither load nor how earlier drafts fared may shorten a draft: V1 looks at both.
+    whole = {**STRICT, "aasd_draft_length": 4, "aasd_alignment": False}
+    rounds = []
+    for is_v2 in (False, True):
+        with engine(demo_model, v2=is_v2, aasd=whole, block_size=32) as started:
+            rounds.append(started.run(greedy(PROMPTS, 24)))
+    assert rounds[0].token_ids == rounds[1].token_ids
+    assert (rounds[0].drafted, rounds[0].accepted) == (rounds[1].drafted, rounds[1].accepted)
+    assert rounds[0].accepted > 0
+
+
+@pytest.mark.long
+def test_penalties_logprobs_and_seeds_as_without_speculation(demo_model):
+    """On the V2 runner both times. A seeded sample depends on what was drafted, so it is compared with itself."""
+    requests = processed() + greedy(PROMPTS[:1], MAX_TOKENS, logprobs=2)
+    seeded = greedy(PROMPTS[2:], MAX_TOKENS, temperature=1.0, seed=7)
+    with engine(demo_model, v2=True, enable_prefix_caching=False) as stock:
+        wanted = stock.run(requests)
+    with engine(demo_model, v2=True, aasd=STRICT, enable_prefix_caching=False) as started:
+        found, *samples = map(started.run, (requests, seeded, seeded))
+    assert found.accepted > 0
+    assert_same_outputs(wanted.outputs, found.outputs)
+    assert samples[0].token_ids == samples[1].token_ids

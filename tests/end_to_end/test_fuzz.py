@@ -1,16 +1,11 @@
-"""The fuzzer against real servers, shortly; `make soak` does it for an hour.
-
-A failure found here is made small by ``python -m aasd_testing.fuzz.soak --replay FILE --shrink``.
-"""
+"""The fuzzer against real servers, shortly; `make soak` does it for an hour."""
 
 import functools
-import types
 
 import pytest
 
-from aasd_testing.fuzz import cases, soak
-from aasd_testing.fuzz.observed import failures
-from aasd_testing.fuzz.server_target import ServerTarget, references
+from aasd_testing.fuzz.checks import failures
+from aasd_testing.fuzz.soak import Fuzzer
 
 pytestmark = pytest.mark.engine
 
@@ -18,47 +13,37 @@ SEED = 8
 
 
 @pytest.fixture(scope="module")
-def known_of(demo_model):
-    """The references of a profile's questions, which are asked once."""
-    return functools.cache(lambda profile: references(demo_model, profile, questions(profile)))
+def fuzzer_of(demo_model, tmp_path_factory):
+    """Of a profile, whose references are answered once."""
+    return functools.cache(lambda profile: Fuzzer(demo_model, profile, SEED, 28, tmp_path_factory.mktemp("adapters")))
 
 
-def questions(profile):
-    return cases.questions(SEED, profile, 28)
-
-
-def run(demo_model, profile, known, num_rounds, size, mutant=""):
-    """Findings with their cases, and what the rounds add up to."""
-    tally, found = soak.Tally(), []
-    with ServerTarget(demo_model, profile, mutant=mutant) as target:
-        for number in range(num_rounds):
-            case = cases.generate(SEED, number, profile, size, questions(profile))
-            seen, findings, look = soak.run_round(target, case, known)
-            tally.add(case, seen, findings, look)
-            found += [(case, findings)] if failures(findings) else []
-    return found, tally.result()
+def run(fuzzer, num_rounds, size, mutant=""):
+    """Everything that was wrong in some rounds, whose counts the fuzzer then has."""
+    fuzzer.counts.clear()
+    with fuzzer.server(mutant) as server:
+        return [finding for number in range(num_rounds) for finding in fuzzer.run(server, fuzzer.case(number, size))]
 
 
 @pytest.mark.parametrize(
     ("profile", "num_rounds", "size"),
     [
-        ("server", 2, 45),
-        pytest.param("v1", 3, 60, marks=pytest.mark.long),
+        ("v1", 1, 60),
+        pytest.param("v1", 4, 60, marks=pytest.mark.long),
+        pytest.param("lora", 3, 60, marks=pytest.mark.long),
         pytest.param("v2", 2, 50, marks=pytest.mark.long),
     ],
 )
-def test_a_server_survives_a_storm_of_everything_with_nothing_lost(
-    profile, num_rounds, size, demo_model, known_of, tmp_path
-):
-    found, result = run(demo_model, profile, known_of(profile), num_rounds, size)
-    paths = [soak.keep(types.SimpleNamespace(folder=tmp_path), *one) for one in found]
-    assert not found, f"{paths}: {found[0][1]}"
-    assert result["compared"] > 15 and result["left"] > 5 and result["refused"] > 0
-    assert result["num_preemptions"] > 0 and result["faults"] > 0 and result["accepted_tokens"] > 10
+def test_a_server_survives_random_requests_events_and_faults(profile, num_rounds, size, fuzzer_of):
+    fuzzer = fuzzer_of(profile)
+    assert failures(run(fuzzer, num_rounds, size)) == []
+    counts, metrics = fuzzer.counts, fuzzer.state["metrics"]
+    assert counts["compared"] > 15 and counts["disconnected"] > 5 and counts["refused"] > 0
+    assert sum(fuzzer.state["faults"].values()) > 0
+    assert metrics["vllm:num_preemptions_total"] > 0 and metrics["vllm:spec_decode_num_accepted_tokens_total"] > 10
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("mutant", "what"), [("wrong_token", {"mismatch", "form", "count"}), ("leak", {"leftover"})])
-def test_what_is_broken_on_purpose_is_found(mutant, what, demo_model, known_of):
-    found, _ = run(demo_model, "v1", known_of("v1"), 2, 60, mutant)
-    assert what & {finding.what for _, findings in found for finding in findings}
+def test_what_is_broken_on_purpose_is_found(mutant, what, fuzzer_of):
+    assert what & {finding.what for finding in run(fuzzer_of("v1"), 2, 60, mutant)}

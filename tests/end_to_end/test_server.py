@@ -3,15 +3,13 @@
 import concurrent.futures
 import json
 import time
-import urllib.request
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from aasd_testing.engines import greedy, run_engine
-from aasd_testing.fuzz.server import Server, ServerError
+from aasd_testing.engines import greedy
 from aasd_testing.prompts import real_prompts
+from aasd_testing.server import Server
 from vllm_aasd.counters import METRICS, PREFIX
 from vllm_aasd.engine.failsafe import COMPONENTS
 
@@ -39,10 +37,9 @@ def server(demo_model):
 
 
 @pytest.fixture(scope="module")
-def plain(demo_model, tmp_path_factory):
+def plain(plain_engine):
     """What the target alone says to each prompt."""
-    out = tmp_path_factory.mktemp("plain") / "out"
-    return [output["text"] for output in run_engine(demo_model, [greedy(PROMPTS, 32)], out)["rounds"][0]]
+    return [output["text"] for output in plain_engine.run(greedy(PROMPTS, 32)).outputs]
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +59,8 @@ def text_of(answer):
     return answer.choices[0].message.content
 
 
-def page_of(server):
-    return urllib.request.urlopen(server.url + "/metrics", timeout=10).read().decode()
-
-
-def scraped(server):
-    """Every sample of the server's page, by name and labels."""
-    return {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(page_of(server))
-        for sample in family.samples
-    }
-
-
 def drafted_and_accepted(server):
-    samples = scraped(server)
+    samples = server.metrics()
     return tuple(samples[f"vllm:spec_decode_num_{name}_tokens_total", *LABELS] for name in ("draft", "accepted"))
 
 
@@ -89,20 +73,6 @@ def test_streamed_and_whole_answers_agree(client):
         assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens == 32
 
 
-def test_seeds_and_sampling_parameters(client):
-    options = {"temperature": 0.9, "top_p": 0.9, "extra_body": {"top_k": 20}, "seed": 5}
-    first, second = (ask(client, PROMPTS[0], **options).choices[0].message.content for _ in range(2))
-    other = ask(client, PROMPTS[0], **{**options, "seed": 6}).choices[0].message.content
-    assert first == second != other
-
-
-def test_logprobs_of_every_token(client):
-    answer = ask(client, PROMPTS[1], logprobs=True, top_logprobs=2)
-    content = answer.choices[0].logprobs.content
-    assert len(content) == answer.usage.completion_tokens
-    assert all(len(token.top_logprobs) >= 2 and token.logprob <= 0 for token in content)
-
-
 def by_label(samples, name):
     """The values of a metric's series, by its own label."""
     return {labels[-1][1]: value for (metric, *labels), value in samples.items() if metric == f"{PREFIX}{name}_total"}
@@ -113,7 +83,7 @@ def test_the_servers_page_shows_our_metrics_and_they_agree_with_vllms(client, se
     ask(client, PROMPTS[0], {})
     # Ours are at most a second old.
     time.sleep(3)
-    samples = scraped(server)
+    samples = server.metrics()
     assert all(by_label(samples, metric.name) for metric in METRICS)
     drafted, accepted = drafted_and_accepted(server)
     assert sum(by_label(samples, "survival_tokens").values()) == drafted
@@ -128,7 +98,7 @@ def test_neither_log_nor_page_holds_what_was_asked_or_answered(client, server):
     marker = "zanzibarquux"
     answer = text_of(ask(client, f"Repeat this word: {marker} {marker} {marker}", {}))
     time.sleep(2)
-    for text in (page_of(server), server.log()):
+    for text in (str(server.metrics()), server.log()):
         assert marker not in text and answer not in text
 
 
@@ -201,15 +171,10 @@ def test_data_parallel_replicas(demo_model, plain):
     ):
         answers = list(pool.map(lambda prompt: text_of(ask(client, prompt)), PROMPTS))
         time.sleep(3)
-        samples, log = scraped(server), server.log()
+        samples, log = server.metrics(), server.log()
     assert answers == plain
     assert log.count("is live: vLLM") == 2
     # vLLM starts as many API servers as replicas by default; whichever answers shows both engines.
     for name in ("vllm:spec_decode_num_accepted_tokens_total", "aasd:store_lookups_total"):
         for engine in ("0", "1"):
             assert sum(samples[key] for key in samples if key[0] == name and ("engine", engine) in key) > 0, name
-
-
-def test_a_bad_setting_stops_the_server_with_its_reason(demo_model):
-    with pytest.raises(ServerError, match="aasd_beta=-1 is not allowed: it takes a number from 0 to 2\\."):
-        serving(demo_model, {"aasd_beta": -1}).__enter__()

@@ -9,8 +9,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from aasd_testing.engines import run_engine
-from aasd_testing.prompts import real_prompts
 from vllm_aasd.engine.v1 import sampler_patches
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 
@@ -122,18 +120,3 @@ def test_the_tokens_between_embeddings_are_penalized(installed):
     is_token_ids = [True, False, False, True]
     add(batch, "mixed", [1, VOCAB + 5, 7, 2], output=[3], embeds=4, is_token_ids=is_token_ids, **PENALTY)
     assert penalized(batch) == {"mixed": [1, 2, 3]}
-
-
-@pytest.mark.engine
-@pytest.mark.long
-def test_a_seeded_request_is_served_in_chunks_as_in_one(demo_model, tmp_path):
-    prompt = real_prompts(1, max_chars=400)[0]
-    params = {"temperature": 0.9, "seed": 3, "max_tokens": 12, "extra_args": {"aasd_enabled": False}}
-    round_of_one = [[{"prompt": prompt, "sampling": params}]]
-    whole, chunked = (
-        run_engine(demo_model, round_of_one, tmp_path / f"{size}.json", aasd={}, max_num_batched_tokens=size)
-        for size in (2048, 32)
-    )
-    (of_whole,), (of_chunked,) = whole["rounds"][0], chunked["rounds"][0]
-    assert len(of_whole["prompt_token_ids"]) > 64, "more than two chunks"
-    assert of_chunked["token_ids"] == of_whole["token_ids"]

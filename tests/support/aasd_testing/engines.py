@@ -1,88 +1,149 @@
-"""Run an engine scenario in a process of its own; see run_engine.py."""
+"""Real vLLM engines, each in a process of its own."""
 
-import json
+import contextlib
+import dataclasses
 import os
-import pathlib
-import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
-_RUNNER = pathlib.Path(__file__).parent / "run_engine.py"
+from aasd_testing.process import Process
+
 _SWITCHES = ("gloo", "ahead")
 
 
-def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **options: Any) -> dict:
-    """Start an engine, send it the rounds of requests one after the other, and return what it answered.
+@dataclasses.dataclass
+class Round:
+    """What became of requests that ran at once.
+
+    Attributes:
+        outputs: of each request, see `engine_process.described`.
+        metrics: the increase of each counter, by name and own label.
+        faults: by component, those that came up in this round.
+        records: what was recorded, see `Engine.run`.
+    """
+
+    outputs: list[dict[str, Any]]
+    metrics: dict[str, float]
+    faults: dict[str, int]
+    records: list[dict[str, Any]]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """The emitted tokens of each output."""
+        return [output["token_ids"] for output in self.outputs]
+
+    @property
+    def drafted(self) -> float:
+        """Draft tokens, by vLLM's counter."""
+        return self.metrics["vllm:spec_decode_num_draft_tokens"]
+
+    @property
+    def accepted(self) -> float:
+        """Accepted draft tokens, by vLLM's counter."""
+        return self.metrics["vllm:spec_decode_num_accepted_tokens"]
+
+
+class Engine:
+    """An engine that serves until `close`.
 
     Args:
         model: path of the checkpoint.
-        rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once; with ``images``, a
-            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings.
-        out: where the process writes its result.
-        **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
-            ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),
-            ``plant`` (a token and another: before every round but the first, the whole store is filled with entries of
-            the one that predict the other),
-            ``lora`` (path of an adapter for all requests),
-            ``faults`` (of each round, the function of ours that fails in it, as in `SEAMS`, or None),
-            ``v2`` (bool: the V2 model runner, its kernels interpreted: about 11 tokens a second), ``gloo`` and
-            ``ahead`` (V2 only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
-
-    Returns:
-        ``{"rounds": [[output, ...], ...], "after": [{"metrics": {name: value}, "faults": {place: count}}, ...] for
-        each round, "metrics": {name: value} at the end, "store": [snapshot, ...], "kernels": [module, ...],
-        "log": str}``
+        aasd: keys of the speculative config; None for no speculation.
+        v2: whether it has the V2 model runner, its kernels interpreted: about 11 tokens a second.
+        **options: ``gloo`` and ``ahead`` (V2 only: see `v2_on_cpu`), and whatever `vllm.LLM` takes.
     """
-    recorded = {name: options.pop(name, False) for name in ("record_store", "record_verification", "plant")}
-    faults = options.pop("faults", [None] * len(rounds))
-    aasd, v2 = options.pop("aasd", None), options.pop("v2", False)
-    switches = {f"AASD_TEST_{name.upper()}": str(int(options.pop(name, False))) for name in _SWITCHES}
-    if v2:
-        # The CPU's attention takes blocks of whole 32 tokens there.
-        options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
-    lora = options.pop("lora", None)
-    if lora is not None:
-        options["enable_lora"] = True
-    num_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
-    executor = "uni" if num_ranks == 1 else "mp"
-    engine = {
-        "model": model,
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
-        "distributed_executor_backend": executor,
-        **options,
-    }
-    if aasd is not None:
-        engine["speculative_config"] = {"method": "aasd", **aasd}
-    scenario = {"engine": engine, "rounds": rounds, "faults": faults, "out": str(out)}
-    scenario.update(v2=v2, lora=lora, **recorded)
-    path = os.pathsep.join(filter(None, (str(_RUNNER.parents[1]), os.environ.get("PYTHONPATH"))))
-    process = subprocess.run(
-        [sys.executable, str(_RUNNER)],
-        input=json.dumps(scenario),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={**os.environ, "AASD_TEST_V2": str(int(v2)), "PYTHONPATH": path, **switches},
-    )
-    log = process.stdout + process.stderr
-    assert process.returncode == 0, log[-30000:]
-    return {**json.loads(out.read_text()), "log": log}
+
+    def __init__(self, model: str, aasd: dict[str, Any] | None = None, v2: bool = False, **options: Any) -> None:
+        switches = {f"AASD_TEST_{name.upper()}": str(int(options.pop(name, False))) for name in _SWITCHES}
+        if v2:
+            # The CPU's attention takes blocks of whole 32 tokens there.
+            options = {"max_num_seqs": 3, "block_size": 32, "max_model_len": 512, **options}
+        is_alone = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1) == 1
+        options = {
+            "model": model,
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "distributed_executor_backend": "uni" if is_alone else "mp",
+            **options,
+        }
+        if aasd is not None:
+            options["speculative_config"] = {"method": "aasd", **aasd}
+        environment = {**_ENVIRONMENT, **{name: os.environ.get(name, value) for name, value in _DEFAULTS.items()}}
+        # Deleted when closed, so nothing is left behind.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        environment |= {**switches, "AASD_TEST_V2": str(int(v2))}
+        self._process = Process("aasd_testing.engine_process", environment, self._log)
+        try:
+            self._call("start", options)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, requests: list[dict], fault: str | None = None, record: str | None = None) -> Round:
+        """Serve requests at once.
+
+        Args:
+            requests: ``{"prompt": str | list[int], "sampling": {...}}`` each; with ``images``, a list of seeds, that
+                many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings; with
+                ``adapter``, it is for the adapter at that path.
+            fault: a function of `FAULT_POINTS` that fails whenever it is called.
+            record: ``store``, for what the store holds whenever drafts are asked for, or ``verification`` (V2 only),
+                for what the verifier was asked and answered.
+        """
+        return Round(**self._call("run", requests, fault, record))
+
+    def plant(self, token_id: int, predicted: int) -> None:
+        """Fill the whole store with entries of a token that predict another, and have no prompt stored."""
+        self._call("plant", token_id, predicted)
+
+    def kernels(self) -> set[str]:
+        """The modules of `vllm_aasd.kernels` that were imported."""
+        return self._call("kernels")
+
+    def log(self) -> str:
+        """All that it has logged."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        """End its process."""
+        self._process.close()
+        self._log.close()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            return self._process.call(f"__main__:{name}", *args)
+        except Exception as error:
+            error.add_note(self.log()[-30000:])
+            raise
+
+
+# The engine, and a single worker, in that process: it can be looked into, and two starts of Python are saved. vLLM
+# binds no OpenMP threads then, and several that share a busy core would wait for each other.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+# Ranks share the few cores there are.
+_DEFAULTS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@contextlib.contextmanager
+def engine(model: str, **options: Any) -> Iterator[Engine]:
+    """An `Engine` that is closed at the end."""
+    with contextlib.closing(Engine(model, **options)) as started:
+        yield started
 
 
 def greedy(prompts: list, max_tokens: int = 48, **sampling: Any) -> list[dict]:
-    """One round of greedy requests."""
+    """Greedy requests."""
     params = {"temperature": 0.0, "max_tokens": max_tokens, **sampling}
     return [{"prompt": prompt, "sampling": params} for prompt in prompts]
 
 
-def token_ids(outputs: list[dict]) -> list[list[int]]:
-    """The emitted tokens of each output of a round."""
-    return [output["token_ids"] for output in outputs]
-
-
-def drafted_and_accepted(result: dict) -> tuple[float, float]:
-    """The draft tokens of a run, or up to the end of a round, and those accepted; by vLLM's counters."""
-    metrics = result["metrics"]
-    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
+def with_options(requests: list[dict], **options: Any) -> list[dict]:
+    """The same requests with options of ours, beside those that they have."""
+    return [
+        {**request, "sampling": {**sampling, "extra_args": {**sampling.get("extra_args", {}), **options}}}
+        for request in requests
+        for sampling in [request["sampling"]]
+    ]

@@ -1,1 +1,1 @@
-"""A fuzzer of real engines: random requests and events from a seed, what must come of them, and small reproductions."""
+"""A fuzzer of real servers: random requests, events and faults from a seed, and checks of every response."""

@@ -1,134 +1,115 @@
-"""Cases: what is sent to an engine, in order, as plain JSON; the same one from the same seed.
+"""Cases: requests and events in the order in which they are sent; the same ones for the same seed."""
 
-A case is ``{"seed", "round", "profile", "steps"}``. A step is a request, ``{"do": "ask", ...}``, or an event. Requests
-overlap: the next step comes ``wait`` milliseconds later.
-"""
-
-import copy
-import json
+import dataclasses
 import random
 from typing import Any
 
-from aasd_testing.fuzz import kinds
-from aasd_testing.fuzz.limits import PROFILES, Limits
-from aasd_testing.fuzz.seams import OFF_PLACES, SEAMS
+from aasd_testing.fault_injection import FAULT_POINTS
+from aasd_testing.fuzz.profiles import ADAPTERS, Profile
+from aasd_testing.fuzz.prompts import Prompts
+from aasd_testing.fuzz.request_types import OFF, OTHER, REFERENCED, STRICT, Maker, Request, possible
+from vllm_aasd.engine.failsafe import COMPONENTS
 
-Case = dict[str, Any]
-Step = dict[str, Any]
-
-ADAPTERS = ("adapter-1", "adapter-2")
-
-_COMPARED_SHARE = 0.5
-_EVENT_SHARE = 0.15
+_EVENT_SHARE, _REFERENCED_SHARE, _BURST_SHARE = 0.15, 0.5, 0.02
 _WAITS = (0, 0, 0, 1, 2, 40)
-# What doesn't change which tokens come.
-_BESIDE = ("logprobs", "prompt_logprobs", "logprob_token_ids")
 
 
-def questions(seed: int, profile: str, count: int) -> list[Step]:
-    """`count` greedy requests, all of `kinds.QUESTIONS` in turn; each costs one answer of an engine without drafts."""
-    rng = random.Random(f"questions {seed}")
-    limits = PROFILES[profile]
-    possible = [one for one in kinds.possible(kinds.QUESTIONS, limits).items() for _ in range(int(one[1].weight))]
-    pool = []
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that isn't a request; see `server_target.ServerTarget` for what each does."""
+
+    name: str
+    arguments: dict[str, Any]
+    wait: int = 0
+
+
+Case = list[Request | Event]
+
+
+def referenced_requests(seed: int, profile: Profile, prompts: Prompts, count: int) -> list[Request]:
+    """`count` greedy requests, of all types in turn; each is answered by an engine without speculation, too."""
+    maker = Maker(random.Random(f"referenced {seed}"), profile, prompts)
+    types = [item for item in possible(REFERENCED, profile).items() for _ in range(int(item[1].weight))]
+    found = []
     for number in range(count):
-        name, kind = possible[number % len(possible)]
-        question = {"kind": name, **kind.make(rng, limits)}
-        if "lora" in limits.features and number % 3 == 0:
-            question["adapter"] = ADAPTERS[0]
-        pool.append(question)
-    return pool
+        name, kind = types[number % len(types)]
+        adapter = ADAPTERS[number % 3 // 2] if "lora" in profile.features else None
+        found.append(dataclasses.replace(kind.make(maker), type=name, reference=number, adapter=adapter))
+    return found
 
 
-def key(step: Step) -> str:
-    """All that decides a question's answer."""
-    sampling = {name: value for name, value in step["sampling"].items() if name not in _BESIDE}
-    return json.dumps([step["prompt"], sampling, step.get("adapter")], sort_keys=True)
+def generate(seed: int, number: int, profile: Profile, prompts: Prompts, size: int, pool: list[Request]) -> Case:
+    """Round `number` of a run: about `size` requests and events; requests with a reference come from `pool`.
 
-
-def generate(seed: int, number: int, profile: str, size: int, pool: list[Step]) -> Case:
-    """Round `number` of a run with `seed`: a case of `size` steps, with questions of `pool`."""
+    Requests overlap: the next step follows `wait` milliseconds after a request was sent.
+    """
     rng = random.Random(f"case {seed} {number}")
-    limits = PROFILES[profile]
-    steps: list[Step] = []
+    case: Case = []
     for index in range(size):
         drawn = rng.random()
+        wait = rng.choice(_WAITS)
         if drawn < _EVENT_SHARE and index:
-            step = _event(rng, limits)
-        elif drawn < _EVENT_SHARE + _COMPARED_SHARE:
-            step = _compared(rng, limits, pool)
+            case.append(dataclasses.replace(_event(rng, profile), wait=wait))
         else:
-            step = _free(rng, limits)
-        if step["do"] == "ask":
-            step["priority"] = rng.choice((0, 0, 0, -1, 5))
+            draw = _referenced if drawn < _EVENT_SHARE + _REFERENCED_SHARE else _other
+            body = {"priority": rng.choice((0, 0, 0, -1, 5))}
             if rng.random() < 0.3:
-                step["salt"] = rng.choice(("tenant-1", "tenant-2"))
-        steps.append({**step, "wait": rng.choice(_WAITS)})
-        if rng.random() < 0.02:
-            steps += _storm(rng, pool)
-    if "lora" in limits.features:
-        steps.insert(0, {"do": "load_adapter", "name": ADAPTERS[0], "wait": 0})
-    return {"seed": seed, "round": number, "profile": profile, "steps": steps}
+                body["cache_salt"] = rng.choice(("tenant-1", "tenant-2"))
+            request = draw(rng, profile, prompts, pool)
+            case.append(dataclasses.replace(request, body={**request.body, **body}, wait=wait))
+        if rng.random() < _BURST_SHARE:
+            # Many requests at once, whose clients all disconnect.
+            for request in rng.choices(pool, k=rng.randint(6, 12)):
+                after = rng.choice((0, 0, 1))
+                case.append(dataclasses.replace(request, xargs=STRICT, stream=True, disconnect_after=after))
+    return case
 
 
-def _compared(rng: random.Random, limits: Limits, pool: list[Step]) -> Step:
-    step = {"do": "ask", "compared": True, **copy.deepcopy(rng.choice(pool))}
-    step["xargs"] = rng.choice((kinds.STRICT, kinds.STRICT, kinds.STRICT, kinds.OFF))
+def _referenced(rng: random.Random, profile: Profile, prompts: Prompts, pool: list[Request]) -> Request:
+    request = rng.choice(pool)
+    sampling = dict(request.sampling)
     if rng.random() < 0.2:
-        step["sampling"].setdefault("logprobs", rng.randint(0, 3))
-    step["via"] = rng.choice(("completions", "stream"))
+        sampling.setdefault("logprobs", rng.randint(0, 3))
+    stream, disconnect_after = rng.random() < 0.5, None
     if rng.random() < 0.15:
-        step |= {"leave_after": rng.choice((0, 1, 3, 9)), "via": "stream"}
-    # vLLM has neither in a stream of its own accord, nor of embeddings.
-    elif "prompt_logprobs" in limits.features and step["via"] != "stream" and step["kind"] not in ("embeds", "scored"):
-        drawn = rng.random()
-        if drawn < 0.1:
-            step["echo"] = True
-        elif drawn < 0.2:
-            step["sampling"]["prompt_logprobs"] = rng.randint(0, 2)
-    return step
+        stream, disconnect_after = True, rng.choice((0, 1, 3, 9))
+    # vLLM returns no log-probabilities of prompts in a stream, nor of embeddings.
+    elif (
+        "prompt_logprobs" in profile.features
+        and not stream
+        and request.type not in ("embeds", "scored")
+        and rng.random() < 0.2
+    ):
+        sampling["prompt_logprobs"] = rng.randint(0, 2)
+    xargs = rng.choice((STRICT, STRICT, STRICT, OFF))
+    return dataclasses.replace(
+        request, sampling=sampling, xargs=xargs, stream=stream, disconnect_after=disconnect_after
+    )
 
 
-def _free(rng: random.Random, limits: Limits) -> Step:
-    allowed = kinds.possible(kinds.FREE, limits)
-    name = rng.choices(list(allowed), [kind.weight for kind in allowed.values()])[0]
-    step = {"do": "ask", "kind": name, "compared": False, "xargs": {}, "via": rng.choice(("completions", "stream"))}
-    step |= allowed[name].make(rng, limits)
-    if "lora" in limits.features and step["via"] in ("completions", "stream") and "refused" not in step:
-        step["adapter"] = rng.choice((*ADAPTERS, None))
-    if rng.random() < 0.1 and "refused" not in step and step["via"].endswith("stream"):
-        step["leave_after"] = rng.choice((0, 1, 3, 9))
-    return step
+def _other(rng: random.Random, profile: Profile, prompts: Prompts, pool: list[Request]) -> Request:
+    types = possible(OTHER, profile)
+    name = rng.choices(list(types), [kind.weight for kind in types.values()])[0]
+    request = types[name].make(Maker(rng, profile, prompts))
+    stream = rng.random() < 0.5 and not request.sampling.get("use_beam_search")
+    adapter = rng.choice(ADAPTERS) if "lora" in profile.features else None
+    disconnects = stream and request.refused_with is None and rng.random() < 0.1
+    disconnect_after = rng.choice((0, 1, 3, 9)) if disconnects else None
+    return dataclasses.replace(request, type=name, stream=stream, adapter=adapter, disconnect_after=disconnect_after)
 
 
-def _storm(rng: random.Random, pool: list[Step]) -> list[Step]:
-    """Many requests at once, all left at once."""
-    fields = {"do": "ask", "compared": True, "xargs": kinds.STRICT, "priority": 0, "wait": 0, "via": "stream"}
-    return [
-        {**copy.deepcopy(rng.choice(pool)), **fields, "leave_after": rng.choice((0, 0, 1))}
-        for _ in range(rng.randint(6, 12))
+def _event(rng: random.Random, profile: Profile) -> Event:
+    function = rng.choice(list(FAULT_POINTS[profile.runner]))
+    events = [
+        Event("inject", {"function": function, "times": rng.choice((1, 1, 2, 12))}),
+        Event("turn_off", {"component": rng.choice(COMPONENTS)}),
+        Event("recover", {}),
+        Event("recover", {}),
+        Event("clear_memory", {}),
+        Event("reset_prefix_cache", {"running": rng.random() < 0.5}),
     ]
-
-
-def _event(rng: random.Random, limits: Limits) -> Step:
-    seams = SEAMS[limits.runner]
-    where = rng.choice(list(seams))
-    sleep = {"do": "sleep", "level": rng.choice((0, 1)), "mode": rng.choice(("keep", "wait", "abort"))}
-    makers = {
-        "faults": [
-            {"do": "fault", "where": where, "place": seams[where], "times": rng.choice((1, 1, 2, 12))},
-            {"do": "off", "place": rng.choice(OFF_PLACES)},
-            {"do": "on"},
-            {"do": "on"},
-        ],
-        "clear_memory": [{"do": "clear_memory"}],
-        "reset_prefix_cache": [{"do": "reset_prefix_cache", "running": rng.random() < 0.5}],
-        "reload_weights": [{"do": "reload_weights"}],
-        "sleep": [{**sleep, "for": rng.choice((0, 200))}],
-        "lora": [
-            {"do": "load_adapter", "name": rng.choice(ADAPTERS)},
-            {"do": "unload_adapter", "name": rng.choice(ADAPTERS)},
-            {"do": "load_adapter", "name": ADAPTERS[0]},
-        ],
-    }
-    return rng.choice([event for feature in sorted(limits.features & set(makers)) for event in makers[feature]])
+    if "sleep" in profile.features:
+        events.append(Event("reload_weights", {}))
+        sleep = {"level": rng.choice((0, 1)), "mode": rng.choice(("keep", "wait")), "seconds": rng.choice((0, 0.2))}
+        events.append(Event("sleep", sleep))
+    return rng.choice(events)

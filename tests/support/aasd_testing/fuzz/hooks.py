@@ -1,35 +1,26 @@
-"""What the fuzzer does in a worker: injects faults, and looks at what the plugin holds. For tests only.
+"""What the fuzzer does in a worker: injects faults, and checks what the plugin holds.
 
 `FuzzHooks` is a worker extension of vLLM (``--worker-extension-cls aasd_testing.fuzz.hooks.FuzzHooks``), called by
 ``collective_rpc``, whose arguments are strings over HTTP.
 """
 
 import collections
-import faulthandler
 import os
 import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from aasd_testing.fuzz.prompts_of_tokens import CANARIES
-from aasd_testing.fuzz.seams import owner_of
+from aasd_testing.fault_injection import FAULT_POINTS, inject
+from aasd_testing.fuzz.prompts import CANARIES
+from aasd_testing.held import reachable
 
 # vLLM's over HTTP; children of n > 1 have a number before them.
-_REQUEST_ID = re.compile(r"(^|_)(cmpl|chatcmpl|beam|generative-scoring)[-_]")
+_REQUEST_ID = re.compile(r"(^|_)(cmpl|chatcmpl|beam)[-_]")
 
 # These name the last step's batch, until the next.
 _OF_LAST_STEP = ("_num_drafted", "_req_ids")
-
-_MAX_COLUMNS = 128
-"""A table with a row for each request that gets wider than this while it serves is as wide as a client's list."""
-
-
-class InjectedFault(RuntimeError):
-    """Raised by an injected fault, and by nothing else."""
 
 
 class FuzzHooks:
@@ -38,155 +29,89 @@ class FuzzHooks:
     def fuzz(self, method: str, *args: str) -> Any:
         """Call a method of this worker's `Hooks`, which ``begin`` makes."""
         if method == "begin":
-            self._fuzz = Hooks(self._adapter, self.vllm_config.scheduler_config.max_num_seqs)
+            self._fuzz = Hooks(self._adapter)
         return getattr(self._fuzz, method)(*args)
 
 
 class Hooks:
-    """The fuzzer's hold on one worker: on its adapter, which serves so many requests at once."""
+    """The hooks of one worker, around the plugin's adapter."""
 
-    def __init__(self, adapter: Any, max_num_reqs: int) -> None:
-        self._adapter, self._max_num_reqs = adapter, max_num_reqs
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
         self._off: set[str] = set()
         self._injected: collections.Counter[str] = collections.Counter()
-        self._leaks = 0
-        self._restore: dict[str, Callable[[], None]] = {}
-        # Faults are many here: that a place is off after some of them is what `off` is for.
-        adapter.faults.is_off = lambda place: place in self._off
-        # On the V1 model runner, where no memory drafts from the text of others.
+        self._undo: dict[str, Callable[[], None]] = {}
+        self._num_leaks = 0
+        # There are many faults here, so it is the case that says what is off, and not their number.
+        adapter.faults.is_off = lambda component: component in self._off
+        # On V2, drafts stay on the device; and memory drafts from the text of others.
         if hasattr(adapter, "_drafter") and adapter._settings.memory == "off":
-            self._propose, adapter.propose = adapter.propose, self._proposing
-        self._widths = self._columns()
+            self._propose, adapter.propose = adapter.propose, self._checked_propose
 
     def begin(self, mutant: str = "") -> None:
         """Break the product, if a mutant is named."""
-        # For people: where a process that hangs is goes to its log.
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
         if mutant:
             MUTANTS[mutant]()
 
-    def mend_lora(self) -> None:
-        """Have requests without an adapter be as they are alone beside one with.
+    def inject(self, function: str, times: str) -> None:
+        """Have a function of `FAULT_POINTS` fail so many times, instead of what is left from before."""
+        self._undo.pop(function, lambda: None)()
+        component = next(points[function] for points in FAULT_POINTS.values() if function in points)
+        left = int(times)
 
-        A token without an adapter has the index -1, which Triton's kernels skip; vLLM 0.32's on the CPU take the last
-        adapter for it. vLLM's own pull request, not merged yet: https://github.com/vllm-project/vllm/pull/48421
-        """
-        from vllm.lora.ops.torch_ops import lora_ops
-        from vllm.lora.punica_wrapper import punica_cpu
+        def fails() -> bool:
+            nonlocal left
+            if left == 0:
+                return False
+            left -= 1
+            self._injected[component] += 1
+            return True
 
-        # Of a row of zeros the second half of an adapter makes zeros, so it is left as it is.
-        lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = without_adapter_nothing(lora_ops.bgmv_shrink)
+        self._undo[function] = inject(function, fails)
 
-    def off(self, place: str) -> None:
-        """Have a place off, as after too many faults."""
-        self._off.add(place)
+    def turn_off(self, component: str) -> None:
+        """Have a component off, as after too many faults."""
+        self._off.add(component)
 
-    def calm(self) -> None:
-        """No faults from here on, and every place on."""
+    def recover(self) -> None:
+        """Inject no faults from here on, and turn all components on."""
         self._off.clear()
-        while self._restore:
-            self._restore.popitem()[1]()
+        while self._undo:
+            self._undo.popitem()[1]()
 
-    def _proposing(self, sampled: Any, num_tokens: Any, token_ids: Any, **rest: Any) -> Any:
+    def inspect(self) -> dict[str, Any]:
+        """Where request ids are held, the counts of faults, and the worker's memory; `problems` are findings."""
+        held = collections.Counter(
+            path
+            for path, text in reachable(self._adapter, type(self._adapter).__name__, _OF_LAST_STEP)
+            if _REQUEST_ID.search(text)
+        )
+        problems = [("leak", f"{self._num_leaks} drafts hold a token of another request's")] * bool(self._num_leaks)
+        faults = {component: count for component, count in self._adapter.faults.counts.items() if count}
+        if faults != self._injected:
+            problems.append(("faults", f"counted {faults}, injected {dict(self._injected)}"))
+        with open("/proc/self/statm") as file:
+            mib = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return {"held": dict(held), "faults": faults, "problems": problems, "mib": round(mib)}
+
+    def _checked_propose(self, sampled: Any, num_tokens: Any, token_ids: Any, **rest: Any) -> Any:
         """Count drafts with a canary for requests whose own tokens hold none."""
         drafts = self._propose(sampled, num_tokens, token_ids, **rest)
         for row, draft in enumerate(drafts):
             if any(token in CANARIES for token in draft):
                 # Where the prompt is embeddings, the row holds what it held before.
                 known = self._adapter._runner.input_batch.is_token_ids[row, : num_tokens[row]]
-                self._leaks += not np.isin(token_ids[row, : num_tokens[row]][known], CANARIES).any()
+                self._num_leaks += not np.isin(token_ids[row, : num_tokens[row]][known], CANARIES).any()
         return drafts
-
-    def inject(self, where: str, place: str, times: str) -> None:
-        """Have a function of ours fail that many times; what was to fail there before doesn't any more."""
-        self._restore.pop(where, lambda: None)()
-        owner, name = owner_of(where)
-        real, left = getattr(owner, name), int(times)
-
-        def failing(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            if left > 0:
-                left -= 1
-                self._injected[place] += 1
-                raise InjectedFault(f"injected into {name}")
-            return real(*args, **kwargs)
-
-        setattr(owner, name, failing)
-        self._restore[where] = lambda: setattr(owner, name, real)
-
-    def look(self) -> dict[str, Any]:
-        """What is held and counted now; `problems` are findings."""
-        wide = [
-            ("wide", f"{path}: {columns} columns")
-            for path, columns in self._columns().items()
-            if columns > max(_MAX_COLUMNS, self._widths.get(path, 0))
-        ]
-        leaks, self._leaks = self._leaks, 0
-        faults = {place: count for place, count in self._adapter.faults.counts.items() if count}
-        problems = wide + [("leak", f"{leaks} drafts hold a token of another request's")] * bool(leaks)
-        if faults != self._injected:
-            problems.append(("faults", f"counted {faults}, injected {dict(self._injected)}"))
-        with open("/proc/self/statm") as file:
-            mib = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        return {"held": held(self._adapter), "faults": faults, "problems": problems, "mib": mib}
-
-    def _columns(self) -> dict[str, int]:
-        found = {}
-        for path, value in _reachable(self._adapter, type(self._adapter).__name__, set()):
-            array = getattr(value, "np", value)
-            if isinstance(array, np.ndarray | torch.Tensor) and array.ndim == 2 and len(array) == self._max_num_reqs:
-                found[path] = array.shape[1]
-        return found
-
-
-def held(root: Any) -> dict[str, int]:
-    """How many request ids are reachable from an object through ours and plain containers, by attribute path."""
-    found: collections.Counter[str] = collections.Counter()
-    for path, value in _reachable(root, type(root).__name__, set()):
-        if isinstance(value, str) and _REQUEST_ID.search(value):
-            found[path] += 1
-    return dict(found)
-
-
-def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if id(value) in seen and not isinstance(value, str):
-        return
-    seen.add(id(value))
-    yield path, value
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _reachable(key, path, seen)
-            yield from _reachable(inner, path, seen)
-    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
-        for inner in value:
-            yield from _reachable(inner, path, seen)
-    elif type(value).__module__.startswith("vllm_aasd"):
-        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        names = [*vars(value)] if hasattr(value, "__dict__") else []
-        for name in (*names, *slots):
-            if name not in _OF_LAST_STEP and hasattr(value, name):
-                yield from _reachable(getattr(value, name), f"{path}.{name}", seen)
-
-
-def without_adapter_nothing(stock: Any) -> Any:
-    """vLLM's ``bgmv_shrink``, whose rows of index -1 are zeros."""
-
-    def bgmv_shrink(
-        inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
-    ) -> None:
-        stock(inputs, weights, output, indices, scaling)
-        output[indices == -1] = 0
-
-    return bgmv_shrink
 
 
 def _wrong_token() -> None:
     from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 
-    real, calls = V1Verifier.rejection_sample, [0]
+    original, calls = V1Verifier.rejection_sample, [0]
 
     def rejection_sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = real(self, *args, **kwargs)
+        output = original(self, *args, **kwargs)
         calls[0] += 1
         if calls[0] % 50 == 0:
             output[0, 0] = 300
@@ -198,8 +123,8 @@ def _wrong_token() -> None:
 def _leak() -> None:
     from vllm_aasd.drafting.drafter import Drafter
 
-    real = Drafter.forget
-    Drafter.forget = lambda self, request_ids: real(self, sorted(request_ids)[1:])
+    original = Drafter.forget
+    Drafter.forget = lambda self, request_ids: original(self, sorted(request_ids)[1:])
 
 
 MUTANTS = {"wrong_token": _wrong_token, "leak": _leak}

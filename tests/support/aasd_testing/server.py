@@ -13,11 +13,9 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Self
 
+from prometheus_client.parser import text_string_to_metric_families
+
 _START_SECONDS = 900.0
-
-
-class ServerError(RuntimeError):
-    """The server could not be started, or ended by itself; the text holds the end of its log."""
 
 
 class Server:
@@ -30,7 +28,14 @@ class Server:
     """
 
     def __init__(self, model: str, arguments: list[str], environment: Mapping[str, str]) -> None:
-        self._command = [str(vllm_command()), "serve", model, "--served-model-name", "model", *arguments]
+        self._command = [
+            str(pathlib.Path(sys.executable).with_name("vllm")),
+            "serve",
+            model,
+            "--served-model-name",
+            "model",
+            *arguments,
+        ]
         self._environment = environment
 
     def __enter__(self) -> Self:
@@ -57,11 +62,6 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    @property
-    def pid(self) -> int:
-        """Of its first process, which is the id of its session too."""
-        return self._process.pid
-
     def log(self, lines: int = 0) -> str:
         """What the server has logged; the last lines of it, or all."""
         # Not by the file's own position, which is the server's, too.
@@ -69,15 +69,22 @@ class Server:
         text = os.pread(self._log.fileno(), size, 0).decode(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
+    def metrics(self) -> dict[tuple, float]:
+        """Every sample of ``/metrics``, by its name and labels: ``(name, (label, value), ...)``."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as page:
+            families = text_string_to_metric_families(page.read().decode())
+        samples = [sample for family in families for sample in family.samples]
+        return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+
     def _wait(self) -> None:
         begin = time.monotonic()
         while time.monotonic() - begin < _START_SECONDS:
             if self._process.poll() is not None:
-                raise ServerError(f"the server ended with {self._process.returncode}\n{self.log(100)}")
+                raise RuntimeError(f"the server ended with {self._process.returncode}\n{self.log(100)}")
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1):
                 return
             time.sleep(1)
-        raise ServerError(f"the server doesn't answer after {_START_SECONDS:.0f} s\n{self.log(100)}")
+        raise RuntimeError(f"the server doesn't answer after {_START_SECONDS:.0f} s\n{self.log(100)}")
 
     def _stop(self) -> None:
         self._signal(signal.SIGTERM)
@@ -91,14 +98,6 @@ class Server:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-
-
-def vllm_command() -> pathlib.Path:
-    """The ``vllm`` command beside this Python."""
-    command = pathlib.Path(sys.executable).parent / "vllm"
-    if not command.exists():
-        raise ServerError(f"no {command}: vLLM isn't installed beside this Python; `make setup` does it")
-    return command
 
 
 def _free_port() -> int:

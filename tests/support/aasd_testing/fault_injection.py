@@ -1,9 +1,10 @@
-"""Where faults are injected: functions of ours, "module:function" or "module:Class.method", and the place of each."""
+"""Makes functions of the plugin fail, to test that a fault costs speculation and no answer."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-SEAMS = {
+FAULT_POINTS = {
     "V1": {
         "vllm_aasd.engine.v1.requests:settings_of": "requests",
         "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
@@ -25,16 +26,26 @@ SEAMS = {
         "vllm_aasd.engine.v2.counting:count_drafts": "metrics",
     },
 }
-
-OFF_PLACES = ("requests", "draft", "store", "step_time", "verify", "metrics")
-"""Places that a case may have off for a while, as after too many faults."""
+"""By model runner: functions, as "module:function" or "module:Class.method", and the component that each belongs to."""
 
 
-def owner_of(where: str) -> tuple[Any, str]:
-    """The module or class that holds a function, named as in `SEAMS`, and the function's name in it."""
-    module, _, path = where.partition(":")
+class InjectedFault(RuntimeError):
+    """Raised by an injected fault, and by nothing else."""
+
+
+def inject(function: str, fails: Callable[[], bool] = lambda: True) -> Callable[[], None]:
+    """Have a function, named as in `FAULT_POINTS`, fail whenever `fails` says so; returns what undoes it."""
+    module, _, path = function.partition(":")
     *owners, name = path.split(".")
-    owner = importlib.import_module(module)
+    owner: Any = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    return owner, name
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if fails():
+            raise InjectedFault(f"injected into {name}")
+        return original(*args, **kwargs)
+
+    setattr(owner, name, failing)
+    return lambda: setattr(owner, name, original)
