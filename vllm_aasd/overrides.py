@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_aasd.config import REMOVED, Settings
 from vllm_aasd.fields import PREFIX, checked, refuse_unknown
+from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 
 _FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
 # vLLM's HTTP front end hands on true and false as 1 and 0.
@@ -20,7 +21,8 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
 
     Args:
         server: the server's settings.
-        options: whatever came with the request; keys that don't begin with `aasd_` are somebody else's.
+        options: whatever came with the request; keys that don't begin with `aasd_` are somebody else's, and a
+            prediction, which changes no setting, is checked elsewhere.
 
     Returns:
         `server` itself if the request asks for nothing of ours.
@@ -30,9 +32,10 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
             force, or more than the server allows; the text names the key and what is allowed, never the value.
     """
     ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
+    refuse_unknown("request option", ours, {*_FIELDS, PREDICTION}, REMOVED)
+    ours.pop(PREDICTION, None)
     if not ours:
         return server
-    refuse_unknown("request option", ours, _FIELDS, REMOVED)
     if server.allow_request_override == "no":
         raise ValueError(
             f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."

@@ -19,6 +19,7 @@ LEVELS = {
     "verification": 1,
     "alignment": 1,
     "counters": 1,
+    "predicted_tokens": 1,
     "config": 2,
     "overrides": 3,
     "engine": 4,

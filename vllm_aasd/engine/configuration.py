@@ -93,6 +93,9 @@ def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
     """Check everything that can't work, then have vLLM build the base method's config, and extend it."""
+    # It imports vLLM's API server, which workers, where this module is loaded too, have no use for.
+    from vllm_aasd.engine import prediction
+
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
@@ -135,6 +138,7 @@ def _create(
         ours.num_speculative_tokens_per_batch_size = _holding_none(
             ours.num_speculative_tokens_per_batch_size, args.max_num_seqs
         )
+    prediction.install()
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
 

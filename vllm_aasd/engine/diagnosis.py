@@ -40,7 +40,7 @@ def diagnose() -> Diagnosis:
     if refusal is not None:
         reasons.append(refusal)
     for runner, needed in required_api.RUNNERS.items():
-        needed = required_api.BOTH + needed
+        needed = required_api.FRONT_END + required_api.BOTH + needed
         found = required_api.problems(needed)
         lines.append(
             f"{runner} model runner: {len(needed) - len(found)} of {len(needed)} places in vLLM as we know them"

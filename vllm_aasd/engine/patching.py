@@ -43,6 +43,28 @@ VERIFY_SAMPLING_PARAMS = PatchTarget(
     "SamplingParams.verify",
     ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
 )
+SAMPLING_PARAMS_REPR = PatchTarget("vllm.sampling_params", "SamplingParams.__repr__", ("self",), further=())
+CREATE_CHAT_COMPLETION = PatchTarget(
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "OpenAIServingChat.create_chat_completion",
+    ("self", "request", "raw_request"),
+)
+ANSWER_CHAT = PatchTarget(
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "OpenAIServingChat.chat_completion_full_generator",
+    ("self", "request", "result_generator"),
+)
+STREAM_CHAT = PatchTarget(
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "OpenAIServingChat.chat_completion_stream_generator",
+    ("self", "request", "result_generator"),
+)
+ADD_REQUEST = PatchTarget(
+    "vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("self", "request_id", "prompt", "params")
+)
+ADD_REQUEST_ASYNC = PatchTarget(
+    "vllm.v1.engine.async_llm", "AsyncLLM.add_request", ("self", "request_id", "prompt", "params")
+)
 MULTIPROCESS_COLLECT = PatchTarget(
     "prometheus_client.multiprocess", "MultiProcessCollector.collect", ("self",), further=()
 )

@@ -38,6 +38,34 @@ def _table(
     return tuple(rows)
 
 
+FRONT_END = _table(
+    (
+        patching.SAMPLING_PARAMS_REPR,
+        patching.CREATE_CHAT_COMPLETION,
+        patching.ANSWER_CHAT,
+        patching.STREAM_CHAT,
+        patching.ADD_REQUEST,
+        patching.ADD_REQUEST_ASYNC,
+    ),
+    {
+        "vllm.renderers.base:BaseRenderer.tokenize_prompts": "self prompts params",
+        "vllm.renderers.base:BaseRenderer.tokenize_prompts_async": "self prompts params",
+        "vllm.renderers.base:BaseRenderer.get_tokenizer": "self",
+    },
+    {
+        "vllm.renderers:TokenizeParams": "max_total_tokens add_special_tokens",
+        "vllm.tokenizers:TokenizerLike": "max_chars_per_token",
+        "vllm.v1.engine.input_processor:InputProcessor": "model_config renderer speculative_config",
+        "vllm.v1.engine.llm_engine:LLMEngine": "input_processor",
+        "vllm.v1.engine.async_llm:AsyncLLM": "input_processor",
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "input_processor",
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": "vllm_xargs",
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionStreamResponse": "choices usage",
+        "vllm.entrypoints.serve.engine.protocol:UsageInfo": "completion_tokens_details",
+        "vllm.outputs:CompletionOutput": "index token_ids",
+    },
+    {},
+)
 BOTH = _table(
     (patching.CREATE_SPECULATIVE_CONFIG, patching.VERIFY_SAMPLING_PARAMS, patching.MULTIPROCESS_COLLECT),
     {
