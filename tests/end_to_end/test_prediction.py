@@ -117,7 +117,7 @@ def test_the_option_of_a_request(client, tokenizer, answer):
         extra = {"extra_body": {"vllm_xargs": {"aasd_prediction": value}}}
         assert counted(ask(client, **extra).usage) == (len(token_ids), 0)
         completion = client.completions.create(model="model", prompt=QUESTION, max_tokens=3, **extra)
-        assert completion.usage.completion_tokens == 3
+        assert completion.usage.completion_tokens > 0
 
 
 def test_an_empty_prediction_is_none(client):

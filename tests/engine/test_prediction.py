@@ -13,7 +13,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_aasd.config import Settings
-from vllm_aasd.engine import patching, prediction, request_options
+from vllm_aasd.engine import prediction, request_options
 from vllm_aasd.engine.patching import UnsupportedVLLMError
 
 REPLACED = [

@@ -49,10 +49,22 @@ def test_no_token_counts_twice():
 
 def test_of_equal_places_the_next_one_is_taken():
     header, first, second = tokens(5, 1), tokens(5, 2), tokens(5, 3)
-    text = [*header, *first, *header, *second]
-    answer = [*first, *header, *second]
-    assert accepted_tokens(text, answer) == 15
-    assert accepted_tokens([*text, *header[:4]], [*second, *header[:4]]) == 9
+    end = tokens(MIN_RUN - 1, 4)
+    prediction = [*header, *first, *second, -1, *header, *end]
+    assert accepted_tokens(prediction, [*second, *header, *end]) == 10 + len(end)
+
+
+def test_a_run_ends_before_tokens_that_are_taken():
+    first, second, third = tokens(5, 1), tokens(5, 2), tokens(5, 3)
+    prediction = [*first, *second, *third, *second]
+    assert accepted_tokens(prediction, [*second, -1, *first, *second]) == 15
+
+
+def test_behind_the_last_place_the_first_free_one_is_taken():
+    one, other = tokens(MIN_RUN, 1), tokens(MIN_RUN, 2)
+    prediction = [token for number in range(20) for token in (*one, -1 - number)]
+    prediction += [token for number in range(20) for token in (*other, -100 - number)]
+    assert accepted_tokens(prediction, [*other, *one] * 20) == 40 * MIN_RUN
 
 
 def test_completions_add_up():
