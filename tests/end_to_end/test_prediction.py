@@ -245,5 +245,5 @@ def test_an_llm(demo_model, tokenizer):
     encoded = tokenizer.encode(result["said"], add_special_tokens=False)
     assert result["taken"] == [None, encoded, result["token_ids"], None]
     assert result["texts"] == [result["said"]] * 3
-    assert result["refusals"] == [ALLOWED_OPTION] * 3
+    assert len(result["refusals"]) == 3 and all(text.startswith(ALLOWED_OPTION) for text in result["refusals"])
     assert all(result["kept"]), "the caller's parameters stay the caller's"
