@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_args
 
+from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 from vllm_aasd.verification import rules
 
 PREFIX = "aasd_"
@@ -194,7 +195,8 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
 
     Args:
         server: the server's settings.
-        options: whatever came with the request; keys that don't begin with `aasd_` aren't ours.
+        options: whatever came with the request; keys that don't begin with `aasd_` aren't ours, and a prediction,
+            which changes no setting, is checked elsewhere.
 
     Returns:
         `server` itself if the request asks for nothing of ours.
@@ -204,9 +206,10 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
             rule, or more than the server allows; the text names the key and what is allowed, never the value.
     """
     ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
+    _refuse_unknown("request option", ours, {*_FIELDS, PREDICTION})
+    ours.pop(PREDICTION, None)
     if not ours:
         return server
-    _refuse_unknown("request option", ours, _FIELDS)
     if server.allow_request_override == "no":
         raise ValueError(
             f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."

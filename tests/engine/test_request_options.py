@@ -14,16 +14,17 @@ from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify.policies import BETA, CONDITIONAL, STRICT
 
-# Another test of this process may have had vLLM load the plugin, whose replacement stays.
-STOCK = inspect.unwrap(SamplingParams.verify)
+# Another test of this process may have had vLLM load the plugin, whose replacements stay.
+STOCK = {name: inspect.unwrap(getattr(SamplingParams, name)) for name in ("verify", "__repr__")}
 
 
 @pytest.fixture
 def verify(monkeypatch):
     """vLLM's check with ours on top, by a server's settings; None for another method."""
-    monkeypatch.setattr(SamplingParams, "verify", STOCK)
+    for name, stock in STOCK.items():
+        monkeypatch.setattr(SamplingParams, name, stock)
     replacements = request_options.install()
-    assert len(replacements) == 1 and request_options.install() == []
+    assert len(replacements) == len(STOCK) and request_options.install() == []
     monkeypatch.setattr(SamplingParams, "_validate_logprobs", lambda *args: None)
     for check in ("logit_bias", "trace_replay", "stop_token_ids", "allowed_token_ids", "diffusion"):
         monkeypatch.setattr(SamplingParams, f"_validate_{check}", lambda *args: None)
@@ -36,7 +37,7 @@ def verify(monkeypatch):
     yield check
     for replacement in replacements:
         replacement.undo()
-    assert SamplingParams.verify is STOCK
+    assert {name: getattr(SamplingParams, name) for name in STOCK} == STOCK
 
 
 def test_a_bad_option_is_the_clients_error(verify):

@@ -17,6 +17,7 @@ LEVELS = {
     "verification": 1,
     "alignment": 1,
     "counters": 1,
+    "predicted_tokens": 1,
     "config": 2,
     "engine": 4,
     "tuning": 4,

@@ -20,6 +20,14 @@ def test_a_request_without_options_of_ours_has_the_servers_settings_themselves()
     assert with_overrides(ANY, {"kv_transfer_params": {}, "session_id": "x", "AASD_beta": 1}) is ANY
 
 
+@pytest.mark.parametrize("override", ["no", "stricter", "any"])
+def test_a_prediction_changes_no_setting_and_may_always_come(override):
+    server = Settings(allow_request_override=override)
+    assert with_overrides(server, {"aasd_prediction": [1, 2]}) is server
+    with pytest.raises(ValueError, match="Did you mean 'aasd_prediction'"):
+        with_overrides(server, {"aasd_predicton": [1, 2]})
+
+
 def test_options_are_the_servers_settings_by_the_same_names():
     options = {"aasd_verification": "conditional", "aasd_alpha": 0, "aasd_beta": 0.25, "other": None}
     for server in (ANY, dataclasses.replace(ANY, verification="strict")):

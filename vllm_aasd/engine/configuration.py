@@ -103,6 +103,9 @@ def _create(
     args: EngineArgs, stock: Callable, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> AASDSpeculativeConfig:
     """Refuse what can't work, then have vLLM build the base method's config, and extend it."""
+    # It imports vLLM's API server, which workers, where this module is loaded too, have no use for.
+    from vllm_aasd.engine import prediction
+
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
@@ -138,6 +141,7 @@ def _create(
     if args.scheduler_cls is None:
         args.scheduler_cls = unsupported.SCHEDULER
     ours.aasd_learns_widths = has_schedule_of_ours and args.scheduler_cls == unsupported.SCHEDULER
+    prediction.install()
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
 

@@ -13,8 +13,9 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_aasd.predicted_tokens import OPTION as PREDICTION
+
 _KEY = "vllm_aasd.namespace"
-_PREDICTION = "aasd_prediction"
 
 
 class Namespaces:
@@ -52,5 +53,5 @@ def namespace_of(params: SamplingParams | None) -> int | None:
 
 def prediction_of(params: SamplingParams | None) -> np.ndarray | None:
     """The token ids that the client of a request expects, ``[n]`` int32; None without such."""
-    prediction = ((params and params.extra_args) or {}).get(_PREDICTION)
+    prediction = ((params and params.extra_args) or {}).get(PREDICTION)
     return np.array(prediction, np.int32) if prediction and not isinstance(prediction, str) else None

@@ -48,6 +48,13 @@ VERIFY_SAMPLING_PARAMS = _target(
     "vllm.sampling_params:SamplingParams.verify",
     "self model_config speculative_config structured_outputs_config tokenizer",
 )
+SAMPLING_PARAMS_REPR = _target("vllm.sampling_params:SamplingParams.__repr__", "self", further="")
+_SERVING_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+CREATE_CHAT_COMPLETION = _target(f"{_SERVING_CHAT}.create_chat_completion", "self request raw_request")
+ANSWER_CHAT = _target(f"{_SERVING_CHAT}.chat_completion_full_generator", "self request result_generator")
+STREAM_CHAT = _target(f"{_SERVING_CHAT}.chat_completion_stream_generator", "self request result_generator")
+ADD_REQUEST = _target("vllm.v1.engine.llm_engine:LLMEngine.add_request", "self request_id prompt params")
+ADD_REQUEST_ASYNC = _target("vllm.v1.engine.async_llm:AsyncLLM.add_request", "self request_id prompt params")
 MULTIPROCESS_COLLECT = _target("prometheus_client.multiprocess:MultiProcessCollector.collect", "self", further="")
 
 _V1_REJECTION_SAMPLER = "vllm.v1.sample.rejection_sampler"
@@ -96,7 +103,17 @@ V2_COMPUTE_LOGPROBS = _target(
     "logits num_logprobs sampled_token_ids cu_num_logits logprob_token_ids_state expanded_idx_mapping "
     "max_per_req_token_ids logits_mode",
 )
-_BOTH = (CREATE_SPECULATIVE_CONFIG, VERIFY_SAMPLING_PARAMS, MULTIPROCESS_COLLECT)
+_BOTH = (
+    CREATE_SPECULATIVE_CONFIG,
+    VERIFY_SAMPLING_PARAMS,
+    SAMPLING_PARAMS_REPR,
+    CREATE_CHAT_COMPLETION,
+    ANSWER_CHAT,
+    STREAM_CHAT,
+    ADD_REQUEST,
+    ADD_REQUEST_ASYNC,
+    MULTIPROCESS_COLLECT,
+)
 TARGETS = {
     "V1": (
         *_BOTH,

@@ -6,6 +6,7 @@ engine, so there a bad option is the client's error, like a bad parameter of vLL
 way, the worker ignores its bad options.
 """
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm_aasd.config import PREFIX, Settings, with_overrides
 from vllm_aasd.engine import patching
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
+from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
 
 logger = logging.getLogger("vllm.aasd")
@@ -28,7 +30,7 @@ class RequestOptionsError(VLLMValidationError, ValueError):
 
 
 def install() -> list[patching.Replacement]:
-    """Have this process's front end check the options; does nothing if it does already.
+    """Have this process's front end check the options, and no log hold a prediction; does nothing a second time.
 
     Returns:
         What was replaced, to be undone.
@@ -36,7 +38,9 @@ def install() -> list[patching.Replacement]:
     Raises:
         UnsupportedVLLMError: if vLLM has changed; then nothing was replaced.
     """
-    return patching.replace({patching.VERIFY_SAMPLING_PARAMS: _patch_verify})
+    return patching.replace(
+        {patching.VERIFY_SAMPLING_PARAMS: _patch_verify, patching.SAMPLING_PARAMS_REPR: _patch_repr}
+    )
 
 
 def _patch_verify(stock: Callable) -> Callable:
@@ -59,6 +63,18 @@ def _patch_verify(stock: Callable) -> Callable:
             raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]
 
     return verify
+
+
+def _patch_repr(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def __repr__(self: SamplingParams) -> str:
+        # vLLM logs it with ``--enable-log-requests``, and of the running requests when an engine dies.
+        if PREDICTION in (self.extra_args or {}):
+            self = copy.copy(self)
+            self.extra_args = {**self.extra_args, PREDICTION: "..."}
+        return stock(self)
+
+    return __repr__
 
 
 def settings_of(params: SamplingParams | None, server: Settings) -> Settings:
