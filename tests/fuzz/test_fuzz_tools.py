@@ -59,7 +59,7 @@ class Worker(hooks.FuzzHooks):
 
 def test_what_a_worker_holds_of_requests_that_have_ended_shows(monkeypatch):
     monkeypatch.setattr(Drafter, "forget", Drafter.forget)
-    for mutant, held in (("", {}), ("leak", {"V1Adapter._drafter._requests": 1})):
+    for mutant, held in (("", {}), ("leak", {"V1Adapter._drafter._requests": 1, "V1Adapter._drafter._admitted": 1})):
         worker = Worker(mutant)
         worker.serve()
         assert worker.fuzz("inspect")["held"] and worker.is_right() and worker.runner.num_accepted > 20

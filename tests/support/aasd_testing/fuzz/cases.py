@@ -56,7 +56,7 @@ def generate(seed: int, number: int, profile: Profile, prompts: Prompts, size: i
             if rng.random() < 0.3:
                 body["cache_salt"] = rng.choice(("tenant-1", "tenant-2"))
             request = draw(rng, profile, prompts, pool)
-            case.append(dataclasses.replace(request, body={**request.body, **body}, wait=wait))
+            case.append(dataclasses.replace(request, body={**body, **request.body}, wait=wait))
         if rng.random() < _BURST_SHARE:
             # Many requests at once, whose clients all disconnect.
             for request in rng.choices(pool, k=rng.randint(6, 12)):

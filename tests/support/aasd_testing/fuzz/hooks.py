@@ -44,8 +44,8 @@ class Hooks:
         self._num_leaks = 0
         # There are many faults here, so it is the case that says what is off, and not their number.
         adapter.faults.is_off = lambda component: component in self._off
-        # On V2, drafts stay on the device; and memory drafts from the text of others.
-        if hasattr(adapter, "_drafter") and adapter._settings.memory == "off":
+        # On V2, drafts stay on the device.
+        if hasattr(adapter, "_drafter"):
             self._propose, adapter.propose = adapter.propose, self._checked_propose
 
     def begin(self, mutant: str = "") -> None:

@@ -39,14 +39,13 @@ _ENGINE = {
 
 PROFILES = {
     # 8 requests need up to 64 blocks. With drafts of 16, a streamed tool call comes in pieces of up to 17 tokens.
-    # Without memory, a request is never drafted for from the text of others.
     "v1": Profile(
         "V1",
         100,
         32,
         {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
         | {"enable_prompt_embeds": True, "per_request_spec_decode_metrics": "summary"},
-        {**_LOOSEST, "num_speculative_tokens": 16, "aasd_alignment": True, "aasd_memory": "off"},
+        {**_LOOSEST, "num_speculative_tokens": 16, "aasd_alignment": True},
         frozenset({"embeds", "top_k", "sleep", "prompt_logprobs"}),
     ),
     # Every request has an adapter: with requests that have none beside it, vLLM 0.32's CPU build applies it to them,

@@ -114,6 +114,11 @@ class Maker:
         prompt = self.prompts.any_shape(self.rng, self.profile.max_prompt) + self.prompts.thinking()
         return self.long(prompt, thinking_token_budget=self.rng.randint(0, 6))
 
+    def canary(self) -> Request:
+        """Of a tenant whose text no other request may be drafted from."""
+        request = self.greedy(self.prompts.canary(self.rng, self.profile.max_prompt))
+        return dataclasses.replace(request, body={"cache_salt": "canary"})
+
     def structured(self, least: int, **constraint: Any) -> Request:
         return self.greedy(max_tokens=max(least, self.profile.max_answer), structured_outputs=constraint)
 
@@ -144,7 +149,7 @@ class Type(NamedTuple):
 REFERENCED = {
     "plain": Type(lambda m: m.greedy()),
     "copy": Type(lambda m: m.long(m.prompts.periodic(m.rng, m.profile.max_prompt, 7))),
-    "canary": Type(lambda m: m.greedy(m.prompts.canary(m.rng, m.profile.max_prompt)), 2),
+    "canary": Type(lambda m: m.canary(), 2),
     "thinking": Type(lambda m: m.thinking(), 3),
     "embeds": Type(lambda m: dataclasses.replace(m.greedy(), embeds=True), 2, "embeds"),
     "scored": Type(lambda m: m.with_one_of(logprobs=(6,), logprob_token_ids=([28, 30, 198], list(range(300, 306))))),
