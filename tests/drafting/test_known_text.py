@@ -146,3 +146,8 @@ assert [len(function.signatures) for function in compiled] == before
 def test_no_request_waits_for_a_compilation():
     """In a process of its own, where nothing else has compiled anything."""
     subprocess.run([sys.executable, "-c", _SERVED], check=True, capture_output=True)
+
+
+def test_without_room_for_text_there_is_none():
+    drafter = Drafter(VOCAB_SIZE, NUM_DRAFT_TOKENS, 0.02, texts=KnownTexts(0, NUM_DRAFT_TOKENS))
+    assert served(drafter, "a", 1, prediction=np.array(ANSWER, np.int32)) == len(ANSWER) - 1

@@ -83,7 +83,7 @@ class RequestText:
             token_ids: ``[n]`` int32, the context.
             first: where the new ones begin.
         """
-        if self._namespace is None:
+        if self._namespace is None or not len(self.known.indexes[0].pages):
             return
         if self._length == 0:
             first = max(first - PROMPT_TAIL, 0)
@@ -125,7 +125,7 @@ class KnownTexts:
         sources = [(1, 0, CORPUS)] if len(self._indexes[1].tokens) else []
         if namespace is not None:
             sources.append((0, namespace, ANSWERS))
-        if prediction is not None and len(prediction):
+        if prediction is not None and len(self._indexes[0].pages):
             # No other request is given a negative namespace.
             self._num_predictions += 1
             append(self._indexes[0], -self._num_predictions, -1, 0, prediction, 0, len(prediction))

@@ -17,6 +17,9 @@ from vllm_aasd.kernels.align import align
 
 logger = logging.getLogger("vllm.aasd")
 
+_PREDICTION_MIB = 8
+"""What is kept of predictions where no answers are."""
+
 MAX_ALIGNMENT_SHARE = 0.03
 """The share of a prompt's time that storing predictions at its positions may take with ``aasd_alignment: auto``."""
 
@@ -135,8 +138,8 @@ def _time_align(logits: torch.Tensor, top_k: int) -> float:
 
 
 def memory_bytes(settings: Settings) -> int:
-    """Bytes of earlier answers to keep, at most."""
-    return 0 if settings.memory == "off" else int(settings.memory) << 20
+    """Bytes of earlier answers and predictions to keep, at most."""
+    return _PREDICTION_MIB << 20 if settings.memory == "off" else int(settings.memory) << 20
 
 
 def shares_text(vllm_config: VllmConfig) -> bool:

@@ -53,6 +53,14 @@ def run(requests, fault, record):
     }
 
 
+def forget(how):
+    """Have the engine forget earlier answers, by resetting its prefix cache or by reloading the model's weights."""
+    if how == "reset_prefix_cache":
+        assert llm.reset_prefix_cache()
+    else:
+        llm.collective_rpc(how)
+
+
 def sampling(request):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -74,7 +82,7 @@ def prompt_of(request):
 
         return {"prompt_embeds": worker().model_runner.get_model().embed_input_ids(torch.tensor(ids)).detach()}
     if not request.get("images"):
-        return {"prompt_token_ids": ids}
+        return {"prompt_token_ids": ids, **({"cache_salt": request["salt"]} if "salt" in request else {})}
     import numpy as np
     from PIL import Image
 

@@ -87,7 +87,7 @@ class Engine:
         Args:
             requests: ``{"prompt": str | list[int], "sampling": {...}}`` each; with ``images``, a list of seeds, that
                 many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings; with
-                ``adapter``, it is for the adapter at that path.
+                ``adapter``, it is for the adapter at that path; ``salt`` is its ``cache_salt``.
             fault: a function of `FAULT_POINTS` that fails whenever it is called.
             record: ``store``, for what the store holds whenever drafts are asked for, or ``verification`` (V2 only),
                 for what the verifier was asked and answered.
@@ -97,6 +97,10 @@ class Engine:
     def plant(self, token_id: int, predicted: int) -> None:
         """Fill the whole store with entries of a token that predict another, and have no prompt stored."""
         self._call("plant", token_id, predicted)
+
+    def forget(self, how: str) -> None:
+        """Have it forget earlier answers: by ``reset_prefix_cache``, or by a worker's method."""
+        self._call("forget", how)
 
     def kernels(self) -> set[str]:
         """The modules of `vllm_aasd.kernels` that were imported."""
