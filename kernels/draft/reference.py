@@ -11,6 +11,8 @@ from vllm_aasd.kernels.draft import (
     MixtureWeights,
     Prior,
 )
+from vllm_aasd.kernels.text.batch_reference import known_of, note_lookups
+from vllm_aasd.kernels.text.reference import stack
 
 
 def draft(
@@ -87,11 +89,11 @@ def draft(
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 add(int(token), remaining_mass * prob)
-        if not weights:
-            return step
-        best = max(weights, key=lambda token: weights[token])
-        draft_survival *= weights[best]
-        if draft_survival < min_survival:
+        best = max(weights, key=lambda token: weights[token]) if weights else -1
+        score = weights.get(best, np.float32(0))
+        best, score = stack(known, step, np.array(sequence, np.int32), len(sequence) - 1, best, score)
+        draft_survival *= score
+        if not 0 <= best < vocab_size or draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
         survival[step] = draft_survival
@@ -134,6 +136,7 @@ def draft_batch(batch):
         blocks = batch.block_tables[slot].cpu().numpy()
         limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
         ids, survival = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
+        known = known_of(batch.texts, slot, width)
         count = draft(
             context,
             None,
@@ -145,7 +148,7 @@ def draft_batch(batch):
             *weights,
             prior.ids,
             prior.probs,
-            None,
+            known,
             batch.max_matches,
             np.float32(batch.min_survival),
             np.zeros(batch.vocab_size, np.float32),
@@ -161,6 +164,8 @@ def draft_batch(batch):
             batch.draft_token_ids[row, step] = int(ids[step])
             batch.survival[row, step] = float(survival[step])
         batch.num_drafts[row] = count
+        if slot >= 0 and batch.texts.has_text:
+            note_lookups(batch.texts, slot, known, length, min(count + 1, limit))
     # The block that stands for those outside is no store.
     if num_blocks:
         batch.lookups.add_(torch.from_numpy(found).to(batch.lookups.device))
