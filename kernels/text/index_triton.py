@@ -13,6 +13,8 @@ _PREVIOUS, _NEXT = tl.constexpr(text.PREVIOUS), tl.constexpr(text.NEXT)
 PAGE_COLUMNS, PAGE_SIZE = tl.constexpr(text.PAGE_COLUMNS), tl.constexpr(text.PAGE_SIZE)
 WAYS, SIZES = tl.constexpr(text.WAYS), tl.constexpr(len(text.NGRAM_SIZES))
 LARGEST, MAX_MATCH = tl.constexpr(text.NGRAM_SIZES[-1]), tl.constexpr(text.MAX_MATCH)
+PART = tl.constexpr(16)
+"""Tokens of a match that are compared at once."""
 _CORPUS = tl.constexpr(text.CORPUS)
 NUM_SOURCES, SLOT_COLUMNS = tl.constexpr(batch.NUM_SOURCES), tl.constexpr(batch.NUM_SOURCES + 1)
 # A size, a match of at most `MAX_MATCH` tokens and a position in one number, which orders matches.
@@ -119,16 +121,24 @@ def lookup(
     )
     previous_slot = base + (previous & (source_pages - 1))
 
-    back = tl.arange(0, MAX_MATCH)
-    window = _token_at(tokens_ptr, length, draft_token_ids_ptr, num_drafts, back, back < num_tokens)
-    back = back[None, None, :]
-    in_page = back <= offset[:, :, None]
-    compared = is_held[:, :, None] & (in_page | is_previous_held[:, :, None]) & (back < num_tokens)
-    slot = tl.where(in_page, page_slot[:, :, None], previous_slot[:, :, None])
-    at = (offset[:, :, None] - back) & (PAGE_SIZE - 1)
-    texts = tl.load(text_tokens_ptr + slot * PAGE_SIZE + at, mask=compared, other=-1)
-    is_same = compared & (texts == window[None, None, :])
-    common = tl.min(tl.where(is_same, MAX_MATCH, back), axis=2)
+    # int32: `all_pages * PAGE_SIZE` lies below 2^31.
+    reach = tl.where(is_held, tl.where(is_previous_held, MAX_MATCH, offset + 1), 0).to(tl.int32)
+    reach = tl.minimum(reach, num_tokens)
+    page_start = page_slot.to(tl.int32) * PAGE_SIZE
+    previous_start = previous_slot.to(tl.int32) * PAGE_SIZE
+    offset = offset.to(tl.int32)
+    common = tl.full([SOURCES_PAD, SIZES * WAYS], MAX_MATCH, tl.int32)
+    # In parts, for the sake of registers.
+    for part in range(0, MAX_MATCH, PART):
+        behind = part + tl.arange(0, PART)
+        window = _token_at(tokens_ptr, length, draft_token_ids_ptr, num_drafts, behind, behind < num_tokens)
+        in_page = behind[None, None, :] <= offset[:, :, None]
+        start = tl.where(in_page, page_start[:, :, None], previous_start[:, :, None])
+        place = start + ((offset[:, :, None] - behind[None, None, :]) & (PAGE_SIZE - 1))
+        compared = behind[None, None, :] < reach[:, :, None]
+        texts = tl.load(text_tokens_ptr + place, mask=compared, other=-1)
+        is_same = compared & (texts == window[None, None, :])
+        common = tl.minimum(common, tl.min(tl.where(is_same, MAX_MATCH, behind[None, None, :]), axis=2))
 
     matches = is_held & (following >= 0) & (common >= size)
     order = ((rank * 2 * MAX_MATCH + common).to(tl.int64) << _POSITION_BITS) | position

@@ -300,20 +300,23 @@ def write_kernel(
         rank = start // PAGE_SIZE - num_before
         number = tl.where(rank < 0, last_page, first_begun + rank)
         before = tl.where(rank <= 0, last_page, number - 1)
-        is_held = page_number(pages_ptr, number, 0, num_pages, number >= 0) == number
-        is_before_held = page_number(pages_ptr, before, 0, num_pages, before >= 0) == before
+        is_held = (number >= 0) & (page_number(pages_ptr, number, 0, num_pages, number >= 0) == number)
+        goes_on = (before >= 0) & (page_number(pages_ptr, before, 0, num_pages, before >= 0) == before)
         offset = tl.arange(0, PAGE_SIZE).to(tl.int64)
         at = start + offset
-        is_new = (at >= length) & (at < length + num_tokens)
+        end = tl.where(is_held, length + num_tokens, start)
+        is_new = (at >= length) & (at < end)
         source = row
         if BY_SLOT:
             source = tl.load(idx_mapping_ptr + row).to(tl.int64)
         text_ptr = token_ids_ptr + (source * token_ids_stride + first - length)
         token = tl.load(text_ptr + at, mask=is_new, other=-1)
         place = (number & (num_pages - 1)) * PAGE_SIZE + offset
-        tl.store(tokens_ptr + place, token, mask=(is_new | (rank >= 0)) & is_held & (number >= 0))
+        # The rest of a page that was begun is cleared.
+        whole = tl.where(is_held & (rank >= 0), start + PAGE_SIZE, end)
+        tl.store(tokens_ptr + place, token, mask=(at >= length) & (at < whole))
 
-        follows = is_new & is_held & (at > 0) & ((offset > 0) | (is_before_held & (before >= 0)))
+        follows = is_new & (at > tl.where(goes_on, 0, start))
         position = tl.where(offset > 0, number * PAGE_SIZE + offset - 1, before * PAGE_SIZE + PAGE_SIZE - 1)
         way = way_of(token)
         hashed = tl.zeros_like(at).to(tl.uint64) + namespace.to(tl.uint64)
