@@ -34,6 +34,7 @@ from vllm_aasd.kernels.text import (
 )
 
 __all__ = [
+    "MAX_PIECES",
     "NUM_SOURCES",
     "PREDICTION_OVERLAP",
     "TICKET",
@@ -52,6 +53,9 @@ TICKET = NUM_SOURCES
 
 PREDICTION_OVERLAP = NGRAM_SIZES[-1]
 """Tokens that come before each piece of a prediction, as far as it has them, so that n-grams go on across pieces."""
+
+MAX_PIECES = 8
+"""Of predictions, in one call of `append_predictions`."""
 
 # Columns of `TextTensors.documents`, of `looked_up` and of `spans`.
 OWNER, LENGTH, APPENDED, LAST_PAGE, DOCUMENT_COLUMNS = range(5)
@@ -81,7 +85,7 @@ class TextTensors(NamedTuple):
         looked_up: ``[max_num_reqs, LOOKED_UP_COLUMNS]`` int32 by slot: the length of the context that was drafted from
             last, and at how many draft positions text was looked up.
         cells, found_tokens: ``[max_num_reqs, K, NUM_SOURCES]`` int32 by slot, see `vllm_aasd.kernels.text.KnownText`.
-        spans: ``[at least max_num_reqs, SPAN_COLUMNS]`` int64, scratch.
+        spans: ``[at least max_num_reqs and MAX_PIECES, SPAN_COLUMNS]`` int64, scratch.
     """
 
     tokens: torch.Tensor
@@ -162,16 +166,17 @@ def new_texts(
         of_slots(LOOKED_UP_COLUMNS, dtype=torch.int32),
         of_slots(max_draft_tokens, NUM_SOURCES, value=-1, dtype=torch.int32),
         of_slots(max_draft_tokens, NUM_SOURCES, dtype=torch.int32),
-        of_slots(SPAN_COLUMNS),
+        torch.zeros((max(max_num_reqs, MAX_PIECES), SPAN_COLUMNS), dtype=torch.int64, device=device),
     )
 
 
 def text_bytes(max_num_reqs: int, max_draft_tokens: int, num_pages: int, num_corpus_pages: int) -> int:
-    """The bytes that `new_texts` allocates, within a few KiB."""
+    """The bytes that `new_texts` allocates."""
     per_page = PAGE_SIZE * (4 + 8 * len(NGRAM_SIZES)) + 8 * PAGE_COLUMNS
-    per_slot = 8 * (NUM_SOURCES + 1 + 2 * DOCUMENT_COLUMNS + SPAN_COLUMNS) + 4 * LOOKED_UP_COLUMNS
+    per_slot = 8 * (NUM_SOURCES + 1 + 2 * DOCUMENT_COLUMNS) + 4 * LOOKED_UP_COLUMNS
     per_slot += 8 * max_draft_tokens * NUM_SOURCES
-    return (num_pages + num_corpus_pages) * per_page + max_num_reqs * per_slot + 32 * NUM_CELLS
+    spans = max(max_num_reqs, MAX_PIECES) * 8 * SPAN_COLUMNS
+    return (num_pages + num_corpus_pages) * per_page + max_num_reqs * per_slot + spans + 28 * NUM_CELLS + 8
 
 
 def learn_and_append(
@@ -205,8 +210,8 @@ def learn_and_append(
     check_tensor("total_len", total_len, (max_num_reqs,), torch.int32)
     check_tensor("idx_mapping", idx_mapping, (num_reqs,), torch.int32, torch.int64)
     check_tensor("num_sampled", num_sampled, (num_reqs,), torch.int32)
-    if num_reqs > texts.spans.shape[0]:
-        raise ValueError(f"idx_mapping has {num_reqs} rows, expected at most {texts.spans.shape[0]}")
+    if num_reqs > max_num_reqs:
+        raise ValueError(f"idx_mapping has {num_reqs} rows, expected at most {max_num_reqs}")
     if texts.has_text and num_reqs:
         implementation = _implementation(all_token_ids.device.type)
         implementation.learn_and_append(texts, all_token_ids, total_len, idx_mapping, num_sampled, prompt_tail)
@@ -229,8 +234,8 @@ def append_predictions(texts: TextTensors, token_ids: torch.Tensor, pieces: torc
         raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}, expected contiguous (num_pieces, length)")
     check_dtype("token_ids", token_ids, torch.int32)
     check_tensor("pieces", pieces, (token_ids.shape[0], 3), torch.int64)
-    if token_ids.shape[0] > texts.spans.shape[0]:
-        raise ValueError(f"pieces has {token_ids.shape[0]} rows, expected at most {texts.spans.shape[0]}")
+    if token_ids.shape[0] > MAX_PIECES:
+        raise ValueError(f"pieces has {token_ids.shape[0]} rows, expected at most {MAX_PIECES}")
     if texts.num_pages:
         _implementation(token_ids.device.type).append_predictions(texts, token_ids, pieces)
 

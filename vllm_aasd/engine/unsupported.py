@@ -96,11 +96,6 @@ BY_RUNNER = {
     "V2": (
         *_BOTH,
         Refusal(
-            "aasd_memory",
-            ("off",),
-            "the memory is the host's, and drafts are the device's on vLLM's V2 model runner; allowed is 'off'",
-        ),
-        Refusal(
             "enable_lora",
             (False,),
             "vLLM 0.32's V2 model runner maps adapters in lm_head to one row of logits per request, and drafts have "
