@@ -273,7 +273,6 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ({"aasd_memory": "process"}, {}, "can't work with aasd_memory='process': the memory is the host's"),
         ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
         ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
         (

@@ -44,7 +44,7 @@ def test_the_doctor_names_the_runner_that_will_be_chosen(run, monkeypatch):
     )
     monkeypatch.setattr(diagnosis, "chooses_v2", lambda: True)
     code, said = run()
-    assert code == 0 and "aasd will run on vLLM's V2 model runner" in said and "aasd_memory other than 'off'" in said
+    assert code == 0 and "aasd will run on vLLM's V2 model runner" in said and "enable_lora other than False" in said
 
 
 def test_a_missing_symbol_of_the_chosen_runner_is_fatal_and_named(run, monkeypatch):

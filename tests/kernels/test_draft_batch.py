@@ -492,8 +492,8 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("prior_probs", torch.zeros(3, 3), "prior_probs has shape"),
         ("vocab_size", 0, "vocab_size is 0, must be at least 1"),
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
-        ("texts", no_texts(4, 1), r"texts is for \(slots, draft tokens\) \(4, 1\), expected \(4, 8\)"),
-        ("texts", no_texts(3, 8), r"texts is for \(slots, draft tokens\) \(3, 8\), expected \(4, 8\)"),
+        ("texts", no_texts(4, 1), r"texts is for \(slots, draft tokens\) \(4, 1\), expected \(4, 2\)"),
+        ("texts", no_texts(3, 8), r"texts is for \(slots, draft tokens\) \(3, 8\), expected \(4, 2\)"),
         ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),
     ],
 )

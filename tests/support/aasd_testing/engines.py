@@ -17,7 +17,8 @@ def run_engine(model: str, rounds: list[list[dict]], out: pathlib.Path, **option
     Args:
         model: path of the checkpoint.
         rounds: each a list of ``{"prompt": str | list[int], "sampling": {...}}`` that run at once; with ``images``, a
-            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings.
+            list of seeds, that many images of noise come with the prompt; with ``embeds`` true, it comes as embeddings;
+            with ``salt``, it has that ``cache_salt``.
         out: where the process writes its result.
         **options: ``aasd`` (dict: the speculative config's keys; absent for no speculation), ``record_store``,
             ``record_verification`` (V2 only: what the verifier was asked and answered, in ``<out>.pt``),

@@ -54,6 +54,7 @@ def main() -> None:
     rounds, after = [], []
     for batch, fault in zip(scenario["rounds"], scenario["faults"], strict=True):
         requests = [(encoded(r["prompt"]) | pictures(r.get("images")), sampling(r["sampling"])) for r in batch]
+        requests = [(p | salted(r.get("salt")), s) for r, (p, s) in zip(batch, requests, strict=True)]
         requests = [(embedded(llm, p) if r.get("embeds") else p, s) for r, (p, s) in zip(batch, requests, strict=True)]
         num_snapshots = len(snapshots)
         if scenario["plant"] and rounds:
@@ -97,6 +98,11 @@ def pictures(seeds):
 
     noise = [np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8) for seed in seeds]
     return {"multi_modal_data": {"image": [Image.fromarray(pixels) for pixels in noise]}}
+
+
+def salted(salt):
+    """The prefix cache's salt, as a part of a prompt."""
+    return {"cache_salt": salt} if salt else {}
 
 
 def embedded(llm, prompt):
