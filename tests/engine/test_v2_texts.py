@@ -135,7 +135,7 @@ def test_a_prediction_is_its_own_requests():
 
 
 def test_pieces_of_many_predictions_are_the_whole_predictions():
-    texts = V2Texts(2**20, True, 12, 4, torch.device("cpu"))
+    texts = V2Texts(2**22, True, 12, 4, torch.device("cpu"))
     device = texts.bind()
     rng = np.random.default_rng(0)
     predictions = {slot: rng.integers(30, size=int(rng.integers(1, 3000))).astype(np.int32) for slot in range(12)}

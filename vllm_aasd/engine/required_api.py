@@ -169,6 +169,7 @@ V2 = _table(
         "vllm.v1.worker.gpu.sample.sampler:Sampler": "logits_processors sampling_states logprob_token_ids_state",
         "vllm.v1.worker.gpu.sample.states:SamplingStates": "temperature",
         "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np gpu copy_to_uva",
+        "vllm.v1.worker.gpu.buffer_utils:UvaBufferPool": "copy_to_gpu",
     },
     {
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "init_cudagraph_manager capture propose",
