@@ -19,6 +19,8 @@ VOCAB_SIZE = 151936
 NUM_SPECULATIVE_STEPS = 8
 TOP_K = 4
 NUM_SLOTS = 1024
+NUM_PAGES = 64
+MAX_SPECULATIVE_STEPS = 16
 
 # Compiled launches, as (requests, dtype): one request takes narrow blocks, a batch takes wide ones.
 BATCHES = ((1, torch.bfloat16), (64, torch.float32))
@@ -140,8 +142,11 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
     return run
 
 
-def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior."""
+def draft(
+    top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, num_pages: int = NUM_PAGES
+) -> Callable:
+    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior, and with known
+    text in so many pages."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
@@ -165,6 +170,7 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
             vocab_size=inputs.vocab_size,
             max_matches=max_matches,
             min_survival=0.02,
+            texts=known_texts(num_reqs, num_pages),
             draft_limits=torch.empty(num_reqs, **int32),
             workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
@@ -177,6 +183,31 @@ def draft(top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_S
     return make
 
 
+def known_texts(num_reqs: int, num_pages: int) -> Any:
+    """Empty `TextTensors`, with as many pages of corpora."""
+    from vllm_aasd.drafting.known_text import prior_reliability
+    from vllm_aasd.kernels.text import new_index
+    from vllm_aasd.kernels.text.batch import new_texts
+
+    sizes = num_reqs, MAX_SPECULATIVE_STEPS, num_pages
+    return new_texts(*sizes, new_index(num_pages), prior_reliability(), "cpu")
+
+
+def texts(inputs: Inputs) -> Callable[[], Any]:
+    """`learn_and_append` of all requests, and `append_predictions`."""
+    from vllm_aasd.kernels.text import triton as text_triton
+
+    of, int32 = known_texts(inputs.num_reqs, NUM_PAGES), {"dtype": torch.int32}
+    contexts, total_len = torch.empty((inputs.num_reqs, 32768), **int32), torch.empty(inputs.num_reqs, **int32)
+    num_sampled, pieces = torch.empty(inputs.num_reqs, **int32), torch.empty((8, 3), dtype=torch.int64)
+
+    def run() -> None:
+        text_triton.learn_and_append(of, contexts, total_len, inputs.idx_mapping, num_sampled, 32)
+        text_triton.append_predictions(of, torch.empty((8, 1024), **int32), pieces)
+
+    return run
+
+
 # A further kernel is a further entry.
 JOBS = (
     Job("verify, greedy, strict", verify(0.0, "strict")),
@@ -186,7 +217,8 @@ JOBS = (
     Job("verify, sampled, conditional", verify(1.0, "conditional")),
     Job("align", align),
     Job("align, two shards", align_shards),
-    Job("draft, retrieval alone", draft(0, 0), reads_logits=False),
+    Job("known text", texts, reads_logits=False),
+    Job("draft, retrieval alone", draft(0, 0, num_pages=0), reads_logits=False),
     Job("draft, top 2 and prior", draft(2, 8), reads_logits=False),
     Job("draft, top 4 and prior", draft(4, 8), reads_logits=False),
 )

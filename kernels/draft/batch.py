@@ -1,6 +1,6 @@
 """Draft batch: draft tokens of a batch of requests whose contexts lie on the device, without waiting for it.
 
-It computes the mixture of `vllm_aasd.kernels.draft` for each request. Weights are
+It computes the mixture of `vllm_aasd.kernels.draft` for each request, and what known text makes of it. Weights are
 added in the same order and in float32, so ids and survival equal the reference's to the bit. The compiled CPU drafter
 adds up a position's weights first and may fuse a product with its sum: a score then differs by at most 2^-23 of itself
 for each weight in it. There is room for every candidate: none is dropped.
@@ -18,6 +18,7 @@ import torch
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_shape, check_tensor
 from vllm_aasd.kernels.draft import NGRAM_SIZES_USED
+from vllm_aasd.kernels.text.batch import TextTensors
 
 __all__ = ["DraftBatch", "draft_batch", "draft_workspace"]
 
@@ -69,6 +70,8 @@ class DraftBatch(NamedTuple):
         vocab_size: ids from it on never become a draft token, >= 1.
         max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         min_survival: stop before a token whose survival (a probability) would be lower.
+        texts: what is known besides the contexts, for as many slots and drafts of at least K tokens; its ``looked_up``,
+            ``cells`` and ``found_tokens`` are written in place.
         draft_limits: [num_reqs] int32 by row, the most tokens to draft; values beyond K mean K.
         workspace: of `draft_workspace`, for these sizes and at least num_reqs rows; overwritten.
         draft_token_ids: [num_reqs, K] int64, written in place. Past the drafts of a row stands the last token
@@ -94,6 +97,7 @@ class DraftBatch(NamedTuple):
     vocab_size: int
     max_matches: int
     min_survival: float
+    texts: TextTensors
     draft_limits: torch.Tensor
     workspace: torch.Tensor
     draft_token_ids: torch.Tensor
@@ -147,6 +151,10 @@ def _check(batch: DraftBatch) -> None:
         check_dtype(name, getattr(batch, name), dtype)
     check_shape("prior_probs", batch.prior_probs, tuple(batch.prior_ids.shape))
     check_shape("survival", batch.survival, tuple(batch.draft_token_ids.shape))
+    of_texts = tuple(batch.texts.cells.shape[:2])
+    if of_texts[0] != max_num_reqs or of_texts[1] < batch.draft_token_ids.shape[1]:
+        shape = max_num_reqs, batch.draft_token_ids.shape[1]
+        raise ValueError(f"texts is for (slots, draft tokens) {of_texts}, expected {shape}, or longer drafts")
 
     table, block_size, prior_ids = batch.table, batch.block_size, batch.prior_ids
     if table.ndim != 2 or table.shape[1] % 2 == 0 or not table.is_contiguous():

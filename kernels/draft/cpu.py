@@ -197,7 +197,8 @@ def draft(
             scores[token] = np.float32(0.0)
         best, best_score = stack(known, step, tokens, end, best, best_score)
         draft_survival *= best_score
-        if best < 0 or draft_survival < min_survival:
+        # Known text may hold ids that the model can't be fed.
+        if best < 0 or best >= scores.shape[0] or draft_survival < min_survival:
             return step
         tokens[length + step] = best
         draft_token_ids[step] = best

@@ -11,6 +11,7 @@ from vllm_aasd.kernels.draft import (
     MixtureWeights,
     Prior,
 )
+from vllm_aasd.kernels.text.batch_reference import known_of, note_lookups
 from vllm_aasd.kernels.text.reference import stack
 
 
@@ -88,12 +89,12 @@ def draft(
         if sequence and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 add(int(token), remaining_mass * prob)
-        best = max(weights, key=lambda token: weights[token], default=-1)
+        best = max(weights, key=lambda token: weights[token]) if weights else -1
         score = weights.get(best, np.float32(0))
         if known is not None:
-            best, score = stack(known, step, sequence, len(sequence) - 1, best, score)
+            best, score = stack(known, step, np.array(sequence, np.int32), len(sequence) - 1, best, score)
         draft_survival *= score
-        if best < 0 or draft_survival < min_survival:
+        if not 0 <= best < vocab_size or draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
         survival[step] = draft_survival
@@ -136,6 +137,7 @@ def draft_batch(batch):
         blocks = batch.block_tables[slot].cpu().numpy()
         limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
         ids, survival = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
+        known = known_of(batch.texts, slot, width)
         count = draft(
             context,
             None,
@@ -147,7 +149,7 @@ def draft_batch(batch):
             *weights,
             prior.ids,
             prior.probs,
-            None,
+            known,
             batch.max_matches,
             np.float32(batch.min_survival),
             np.zeros(batch.vocab_size, np.float32),
@@ -163,6 +165,8 @@ def draft_batch(batch):
             batch.draft_token_ids[row, step] = int(ids[step])
             batch.survival[row, step] = float(survival[step])
         batch.num_drafts[row] = count
+        if slot >= 0 and batch.texts.has_text:
+            note_lookups(batch.texts, slot, known, length, min(count + 1, limit))
     # The block that stands for those outside is no store.
     if num_blocks:
         batch.lookups.add_(torch.from_numpy(found).to(batch.lookups.device))

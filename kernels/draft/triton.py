@@ -7,8 +7,13 @@ import triton.language as tl
 from vllm_aasd.kernels import draft
 from vllm_aasd.kernels.draft.batch import DraftBatch
 from vllm_aasd.kernels.draft.candidates_triton import argmax_candidate, gather_candidates
+from vllm_aasd.kernels.text import batch as text_batch
+from vllm_aasd.kernels.text.index_triton import NUM_SOURCES, SLOT_COLUMNS
+from vllm_aasd.kernels.text.stack_triton import stack
 
 _HIT, _MISS, _STALE = tl.constexpr(draft.HIT), tl.constexpr(draft.MISS), tl.constexpr(draft.STALE)
+_LOOKED_FROM, _NUM_LOOKED_UP = tl.constexpr(text_batch.LOOKED_FROM), tl.constexpr(text_batch.NUM_LOOKED_UP)
+_LOOKED_UP_COLUMNS = tl.constexpr(text_batch.LOOKED_UP_COLUMNS)
 
 TILE = 1024
 """Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
@@ -64,7 +69,7 @@ def _collect_matches(
 
 # What may change from step to step must not ask for another compilation.
 @triton.jit(
-    do_not_specialize=["num_spec_tokens", "draft_token_ids_stride", "survival_stride"],
+    do_not_specialize=["num_spec_tokens", "num_pages", "num_corpus_pages", "draft_token_ids_stride", "survival_stride"],
     do_not_specialize_on_alignment=["idx_mapping_ptr", "draft_limits_ptr", "num_drafts_ptr"],
 )
 def draft_kernel(
@@ -94,6 +99,17 @@ def draft_kernel(
     survival_ptr,  # [num_reqs, num_spec_tokens]
     survival_stride,
     lookups_ptr,  # [3]
+    slots_ptr,  # [max_num_reqs, SLOT_COLUMNS]
+    text_tokens_ptr,  # [all_pages * PAGE_SIZE]
+    pages_ptr,  # [all_pages, PAGE_COLUMNS]
+    heads_ptr,  # [SIZES, all_buckets, WAYS]
+    num_pages,
+    num_corpus_pages,
+    reliability_ptr,  # [NUM_CELLS]
+    looked_up_ptr,  # [max_num_reqs, 2]
+    cells_ptr,  # [max_num_reqs, max_draft_tokens, NUM_SOURCES]
+    found_tokens_ptr,  # [max_num_reqs, max_draft_tokens, NUM_SOURCES]
+    max_draft_tokens,
     num_spec_tokens,
     MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
@@ -101,6 +117,7 @@ def draft_kernel(
     PRIOR_TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
 ):
     """Draft for one request per program; see `vllm_aasd.kernels.draft.batch`."""
     # int64: a row of a large batch times a long context leaves int32.
@@ -156,8 +173,28 @@ def draft_kernel(
         num_stales += num_stale
         tl.debug_barrier()
         token, score = argmax_candidate(candidates_ptr, num_candidates, CHUNK)
+        if HAS_TEXT:
+            # The draft so far was stored before the barriers above.
+            entry = (slot * max_draft_tokens + num_drafts) * NUM_SOURCES
+            token, score = stack(
+                token,
+                score,
+                tokens_ptr,
+                length,
+                draft_token_ids_ptr,
+                num_drafts,
+                slots_ptr + slot * SLOT_COLUMNS,
+                text_tokens_ptr,
+                pages_ptr,
+                heads_ptr,
+                num_pages,
+                num_corpus_pages,
+                reliability_ptr,
+                cells_ptr + entry,
+                found_tokens_ptr + entry,
+            )
         survival *= score
-        drafting = (token >= 0) & (survival >= min_survival)
+        drafting = (token >= 0) & (token < vocab_size) & (survival >= min_survival)
         if drafting:
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
             tl.store(survival_ptr + num_drafts, survival)
@@ -166,6 +203,11 @@ def draft_kernel(
         drafting = drafting & (num_drafts < limit)
 
     tl.store(num_drafts_ptr + row, num_drafts)
+    if HAS_TEXT:
+        looked_up_ptr += slot * _LOOKED_UP_COLUMNS
+        tl.store(looked_up_ptr + _LOOKED_FROM, length, mask=slot >= 0)
+        num_looked_up = tl.where(length > 0, tl.maximum(tl.minimum(num_drafts + 1, limit), 0), 0)
+        tl.store(looked_up_ptr + _NUM_LOOKED_UP, num_looked_up, mask=slot >= 0)
     if (TOP_K > 0) & (num_slots > 0):
         tl.atomic_add(lookups_ptr + _HIT, num_hits.to(tl.int64))  # type: ignore
         tl.atomic_add(lookups_ptr + _MISS, num_misses.to(tl.int64))  # type: ignore
@@ -177,7 +219,7 @@ def draft_kernel(
 
 def draft_batch(batch: DraftBatch) -> None:
     """See `vllm_aasd.kernels.draft.batch.draft_batch`."""
-    num_reqs = len(batch.idx_mapping)
+    num_reqs, texts = len(batch.idx_mapping), batch.texts
     if num_reqs == 0:
         return
     draft_kernel[(num_reqs,)](
@@ -207,6 +249,17 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.survival,
         batch.survival.stride(0),
         batch.lookups,
+        texts.slots,
+        texts.tokens,
+        texts.pages,
+        texts.heads,
+        texts.num_pages,
+        texts.pages.shape[0] - texts.num_pages,
+        texts.value,
+        texts.looked_up,
+        texts.cells,
+        texts.found_tokens,
+        texts.cells.shape[1],
         batch.draft_token_ids.shape[1],
         MAX_NGRAM_SIZE=len(batch.theta),
         MAX_MATCHES=batch.max_matches,
@@ -214,5 +267,6 @@ def draft_batch(batch: DraftBatch) -> None:
         PRIOR_TOP_K=batch.prior_ids.shape[1],
         TILE=TILE,
         CHUNK=CHUNK,
+        HAS_TEXT=texts.has_text,
         **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
     )

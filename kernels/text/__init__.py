@@ -76,7 +76,7 @@ CELL_SHAPE = (_NUM_KINDS, len(MATCH_LENGTHS), _NUM_OTHERS, 2, len(PROBABILITIES)
 NUM_CELLS = int(np.prod(CELL_SHAPE))
 
 MAX_COUNT = 512
-"""A cell that was counted this often is halved: what it says follows the traffic."""
+"""A cell that was counted this often is halved before more is added: what it says follows the traffic."""
 
 # Columns of `TextIndex.pages`.
 NUMBER, NAMESPACE, PREVIOUS, NEXT, PAGE_COLUMNS = range(5)

@@ -34,29 +34,37 @@ def append(index, namespace, last_page, length, token_ids, first, last):
         The number of the document's last page now.
     """
     num_pages = index.pages.shape[0]
+    if num_pages == 0:
+        return np.int64(-1)
+    # All pages come first, so that requests that grow at the same time give the same index in whatever order.
+    next_page = index.begun[0]
+    for _ in range((length + PAGE_SIZE - 1) // PAGE_SIZE, (length + last - first + PAGE_SIZE - 1) // PAGE_SIZE):
+        number = index.begun[0]
+        index.begun[0] = number + 1
+        slot = number % num_pages
+        previous = np.int64(last_page) if number == next_page else number - 1
+        index.pages[slot, NUMBER] = number
+        index.pages[slot, NAMESPACE] = namespace
+        index.pages[slot, PREVIOUS] = previous
+        index.pages[slot, NEXT] = -1
+        index.tokens[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE] = -1
+        if previous >= 0 and index.pages[previous % num_pages, NUMBER] == previous:
+            index.pages[previous % num_pages, NEXT] = number
+    page = np.int64(last_page)
     for at in range(first, last):
         offset = length % PAGE_SIZE
-        position = last_page * PAGE_SIZE + (length - 1) % PAGE_SIZE
-        is_held = last_page >= 0 and index.pages[last_page % num_pages, NUMBER] == last_page
+        position = page * PAGE_SIZE + (length - 1) % PAGE_SIZE
+        is_held = page >= 0 and index.pages[page % num_pages, NUMBER] == page
         if offset == 0:
-            number = index.begun[0]
-            index.begun[0] = number + 1
-            slot = number % num_pages
-            index.pages[slot, NUMBER] = number
-            index.pages[slot, NAMESPACE] = namespace
-            index.pages[slot, PREVIOUS] = last_page
-            index.pages[slot, NEXT] = -1
-            index.tokens[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE] = -1
-            if is_held:
-                index.pages[last_page % num_pages, NEXT] = number
-            last_page = number
-        if index.pages[last_page % num_pages, NUMBER] == last_page:
-            index.tokens[(last_page % num_pages) * PAGE_SIZE + offset] = token_ids[at]
+            page = next_page
+            next_page += 1
+        # Else so many pages were begun since that this one is gone: the document goes on with its next page.
+        if page >= 0 and index.pages[page % num_pages, NUMBER] == page:
+            index.tokens[(page % num_pages) * PAGE_SIZE + offset] = token_ids[at]
             if is_held:
                 _enter(index, namespace, token_ids, at - 1, length, position)
-        # Else so many pages were begun since that this one is gone: the document goes on with its next page.
         length += 1
-    return last_page
+    return page
 
 
 @compiled
@@ -69,7 +77,8 @@ def _enter(index, namespace, token_ids, end, length, position):
     for size in range(1, min(_LARGEST, length) + 1):
         hashed = hash_with(hashed, token_ids[end - size + 1])
         if size == NGRAM_SIZES[at]:
-            index.heads[at, (hashed >> np.uint64(32)) & np.uint64(num_buckets - 1), way] = position
+            bucket = (hashed >> np.uint64(32)) & np.uint64(num_buckets - 1)
+            index.heads[at, bucket, way] = max(index.heads[at, bucket, way], position)
             at += 1
 
 

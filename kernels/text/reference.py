@@ -11,6 +11,7 @@ from vllm_aasd.kernels.text import (
     NAMESPACE,
     NEXT,
     NGRAM_SIZES,
+    NUM_CELLS,
     NUMBER,
     PAGE_SIZE,
     PREVIOUS,
@@ -21,26 +22,50 @@ from vllm_aasd.kernels.text import (
 
 def append(index, namespace, last_page, length, token_ids, first, last):
     """Same arguments and result as `vllm_aasd.kernels.text.cpu.append`."""
+    if not len(index.pages):
+        return -1
+    first_begun = begin_pages(index, namespace, last_page, length, last - first)
+    write(index, namespace, last_page, first_begun, length, token_ids, first, last)
+    return last_page_of(last_page, first_begun, length, length + last - first)
+
+
+def begin_pages(index, namespace, last_page, length, num_tokens):
+    """Begin the pages that a document needs to grow by so many tokens, and return the number of the first."""
+    first_begun = int(index.begun[0])
+    num_begun = _num_pages(length + num_tokens) - _num_pages(length)
+    index.begun[0] += num_begun
+    for number in range(first_begun, first_begun + num_begun):
+        previous = last_page if number == first_begun else number - 1
+        _page(index, number)[:] = number, namespace, previous, -1
+        _tokens(index, number)[:] = -1
+        if _is_held(index, previous):
+            _page(index, previous)[NEXT] = number
+    return first_begun
+
+
+def write(index, namespace, last_page, first_begun, length, token_ids, first, last):
+    """Write tokens to the last page of a document and those begun for it, as far as they are held; enter n-grams."""
     for at in range(first, last):
-        before = last_page * PAGE_SIZE + (length - 1) % PAGE_SIZE
-        was_held = _is_held(index, last_page)
-        if length % PAGE_SIZE == 0:
-            number = int(index.begun[0])
-            index.begun[0] += 1
-            _page(index, number)[:] = number, namespace, last_page, -1
-            _tokens(index, number)[:] = -1
-            if was_held:
-                _page(index, last_page)[NEXT] = number
-            last_page = number
-        if _is_held(index, last_page):
-            _tokens(index, last_page)[length % PAGE_SIZE] = token_ids[at]
-            if was_held:
-                for table, size in zip(index.heads, NGRAM_SIZES, strict=True):
-                    if size <= length:
-                        bucket = _bucket(index, namespace, token_ids[at - size : at])
-                        table[bucket, _way(token_ids[at])] = before
-        length += 1
-    return last_page
+        number = last_page_of(last_page, first_begun, length, length + at - first + 1)
+        before = last_page_of(last_page, first_begun, length, length + at - first)
+        offset = (length + at - first) % PAGE_SIZE
+        # Else so many pages were begun since that this one is gone: the document goes on with its next page.
+        if not _is_held(index, number):
+            continue
+        _tokens(index, number)[offset] = token_ids[at]
+        if not _is_held(index, before):
+            continue
+        position = before * PAGE_SIZE + (offset - 1) % PAGE_SIZE
+        for table, size in zip(index.heads, NGRAM_SIZES, strict=True):
+            if size <= length + at - first:
+                bucket, way = _bucket(index, namespace, token_ids[at - size : at]), _way(token_ids[at])
+                table[bucket, way] = max(table[bucket, way], position)
+
+
+def last_page_of(last_page, first_begun, length, new_length):
+    """The last page of the first ``new_length`` tokens of a document that had ``length`` of them before it grew."""
+    num_begun = _num_pages(new_length) - _num_pages(length)
+    return first_begun + num_begun - 1 if num_begun > 0 else last_page
 
 
 def lookup(index, namespace, token_ids, end):
@@ -98,17 +123,24 @@ def stack(known, step, token_ids, end, token, prob):
 def learn(reliability, prior, cells, tokens, true_token_ids):
     """Same arguments and result as `vllm_aasd.kernels.text.reliability_cpu.learn`."""
     found, right, value = reliability
+    num_found, num_right = np.zeros(NUM_CELLS, np.int64), np.zeros(NUM_CELLS, np.int64)
     for step, truth in enumerate(true_token_ids):
         for cell, token in zip(cells[step], tokens[step], strict=True):
-            if cell < 0:
-                continue
-            if found[cell] >= MAX_COUNT:
-                found[cell] //= 2
-                right[cell] //= 2
-            found[cell] += 1
-            right[cell] += token == truth
-            expected, weight = prior[cell]
-            value[cell] = (right[cell] + expected * weight) / (found[cell] + weight)
+            if cell >= 0:
+                num_found[cell] += 1
+                num_right[cell] += token == truth
+    for cell in np.flatnonzero(num_found):
+        while found[cell] >= MAX_COUNT:
+            found[cell] //= 2
+            right[cell] //= 2
+        found[cell] += num_found[cell]
+        right[cell] += num_right[cell]
+        expected, weight = prior[cell]
+        value[cell] = (right[cell] + expected * weight) / (found[cell] + weight)
+
+
+def _num_pages(length):
+    return -(-length // PAGE_SIZE)
 
 
 def _page(index, number):

@@ -84,11 +84,15 @@ def learn(reliability, prior, cells, tokens, true_token_ids):
     for step in range(true_token_ids.shape[0]):
         for at in range(cells.shape[1]):
             cell = cells[step, at]
-            if cell < 0:
-                continue
-            if reliability.found[cell] >= MAX_COUNT:
+            # At once, before what this call finds is added, so that its order doesn't matter.
+            while cell >= 0 and reliability.found[cell] >= MAX_COUNT:
                 reliability.found[cell] //= 2
                 reliability.right[cell] //= 2
+    for step in range(true_token_ids.shape[0]):
+        for at in range(cells.shape[1]):
+            cell = cells[step, at]
+            if cell < 0:
+                continue
             reliability.found[cell] += 1
             if tokens[step, at] == true_token_ids[step]:
                 reliability.right[cell] += 1

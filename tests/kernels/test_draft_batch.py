@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from vllm_aasd.drafting.memory import empty_memory
 
 from aasd_testing.drafts import assert_same_drafts
 from aasd_testing.prompts import real_prompts
+from aasd_testing.texts import TextTensors, copy_texts, no_texts
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
@@ -26,7 +26,7 @@ from vllm_aasd.drafting.drafter import (
     AlignmentView,
     Drafter,
 )
-from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_memory
+from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
@@ -38,7 +38,6 @@ ROUND = MixtureWeights(
     theta=np.array([2, 1.5, 1, 1, 1, 1], np.float32),
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
     no_alignment_discount=np.float32(1),
-    memory=np.zeros(4, np.float32),
 )
 POISON_ID, POISON_COUNT = -77, -99
 
@@ -56,13 +55,12 @@ class Batch:
     theta: torch.Tensor
     alignment: torch.Tensor
     no_alignment_discount: torch.Tensor
-    memory_weights: torch.Tensor
     prior_ids: torch.Tensor
     prior_probs: torch.Tensor
-    ngrams: torch.Tensor
     vocab_size: int
     max_matches: int
     min_survival: float
+    texts: TextTensors
     draft_limits: torch.Tensor
     num_spec_tokens: int
 
@@ -73,7 +71,7 @@ class Batch:
     def workspace(self):
         """A workspace full of nonsense."""
         top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1], (self.ngrams.shape[1] - 2) // 2
+        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
         return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
 
     def drafts(self, op, workspace=None, lookups=None):
@@ -103,7 +101,6 @@ def batch_of(
     block_size=4,
     seed=0,
     weights=DEFAULT_WEIGHTS,
-    ngram_top_k=0,
 ):
     """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
     rng = np.random.default_rng(seed)
@@ -136,33 +133,15 @@ def batch_of(
         torch.from_numpy(weights.theta),
         torch.from_numpy(weights.alignment),
         torch.tensor([weights.no_alignment_discount]),
-        torch.from_numpy(weights.memory),
         torch.from_numpy(prior_ids),
         torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
-        torch.from_numpy(random_ngrams(rng, contexts, vocab_size, ngram_top_k)),
         vocab_size,
         max_matches,
         min_survival,
+        no_texts(max_num_reqs, num_spec_tokens),
         torch.full((num_reqs,), num_spec_tokens, dtype=torch.int32),
         num_spec_tokens,
     )
-
-
-def random_ngrams(rng, contexts, vocab_size, ngram_top_k):
-    """What was predicted after every second n-gram of the contexts, and after some that aren't in them."""
-    if not ngram_top_k:
-        return no_memory()
-    ngrams = empty_memory(256, ngram_top_k)
-    for context in (*contexts, *random_contexts((20, 20), vocab_size, seed=99)):
-        length = len(context)
-        table = np.full((length, 1 + 2 * ngram_top_k), -1, np.int32)
-        table[::2, 0] = context[::2]
-        table[:, 1 : 1 + ngram_top_k] = rng.integers(-1, vocab_size + 1, (length, ngram_top_k))
-        probs = rng.dirichlet(np.ones(ngram_top_k + 1), length)[:, :ngram_top_k].astype(np.float32)
-        table[:, 1 + ngram_top_k :] = probs.view(np.int32)
-        if length:
-            draft_reference.remember(np.asarray(context), 0, length - 1, table, np.zeros(1, np.int32), length, ngrams)
-    return ngrams
 
 
 def random_contexts(lengths, vocab_size, seed=0):
@@ -177,6 +156,7 @@ def interpreted(interpreter):
         _, (after,) = interpreter.run("vllm_aasd.kernels.draft.triton:draft_batch", batch)
         for ours, theirs in zip(batch[-5:], after[-5:], strict=True):
             ours.copy_(theirs)
+        copy_texts(batch.texts, after.texts)
 
     return op
 
@@ -213,8 +193,7 @@ GRID = [
 @pytest.mark.parametrize(("num_spec_tokens", "top_k", "prior_top_k", "max_matches"), GRID)
 def test_kernel_drafts_what_the_twin_drafts(interpreter, num_spec_tokens, top_k, prior_top_k, max_matches):
     contexts = random_contexts((0, 1, 2, 60), 3) + random_contexts((90,), 9)
-    ngram_top_k = (0, 3)[(num_spec_tokens + max_matches) % 2]
-    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches, ngram_top_k=ngram_top_k)
+    batch = batch_of(contexts, 9, num_spec_tokens, top_k, prior_top_k, max_matches)
     _, num_drafts, _ = check(interpreter, batch)
     assert num_drafts[0] == 0 and num_drafts.max() == num_spec_tokens
 
@@ -250,13 +229,12 @@ def test_lists_go_on_from_tile_to_tile(interpreter, length):
     seed=st.integers(0, 2**31),
     top_k=st.integers(0, 3),
     prior_top_k=st.integers(0, 5),
-    ngram_top_k=st.integers(0, 4),
     max_matches=st.integers(1, 7),
     min_survival=st.sampled_from([0.0, 0.05, 0.3]),
 )
-def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, ngram_top_k, max_matches, min_survival):
+def test_any_contexts(interpreter, contexts, seed, top_k, prior_top_k, max_matches, min_survival):
     sizes = 3, top_k, prior_top_k, max_matches, min_survival
-    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed, ngram_top_k=ngram_top_k))
+    check(interpreter, batch_of(contexts, 10, *sizes, seed=seed))
 
 
 def test_rows_do_not_affect_each_other(interpreter):
@@ -419,7 +397,7 @@ def real_batch(contexts, min_survival):
     """A batch whose stored predictions are right about every second time, as a model's are."""
     vocab_size, top_k = 49152, 4
     sizes = 8, top_k, 8, MAX_MATCHES, min_survival
-    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, ngram_top_k=4)
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16)
     rng = np.random.default_rng(1)
     for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
         positions = np.arange(len(context) - 1)
@@ -444,7 +422,7 @@ def cpu_drafts(drafter, batch, row):
 def test_real_prompts_as_they_grow(interpreter, texts, first, num_steps, min_survival):
     """Against the CPU drafter, which keeps an index; the workspace is never cleared."""
     batch = real_batch(texts[first : first + 3], min_survival)
-    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy(), batch.ngrams.numpy())
+    prior = Prior(batch.prior_ids.numpy(), batch.prior_probs.numpy())
     drafter = Drafter(batch.vocab_size, batch.num_spec_tokens, min_survival, prior)
     workspace = batch.workspace()
     full_len = batch.total_len.clone()
@@ -512,13 +490,10 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("theta", torch.zeros(0), "theta has no entries"),
         ("alignment", torch.zeros(2), r"alignment has shape \(2,\), expected \(6,\)"),
         ("prior_probs", torch.zeros(3, 3), "prior_probs has shape"),
-        ("memory_weights", torch.zeros(3), r"memory_weights has shape \(3,\), expected \(4,\)"),
-        ("ngrams", torch.zeros((3, 4), dtype=torch.int32), r"ngrams has shape \(3, 4\)"),
-        ("ngrams", torch.zeros((4, 5), dtype=torch.int32), r"ngrams has shape \(4, 5\)"),
-        ("ngrams", torch.zeros((0, 4), dtype=torch.int32), r"ngrams has shape \(0, 4\)"),
-        ("ngrams", torch.zeros((4, 4)), "ngrams has dtype torch.float32"),
         ("vocab_size", 0, "vocab_size is 0, must be at least 1"),
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
+        ("texts", no_texts(4, 1), r"texts is for \(slots, draft tokens\) \(4, 1\), expected \(4, 2\)"),
+        ("texts", no_texts(3, 8), r"texts is for \(slots, draft tokens\) \(3, 8\), expected \(4, 2\)"),
         ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),
     ],
 )

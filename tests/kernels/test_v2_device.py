@@ -8,6 +8,7 @@ from vllm.sampling_params import SamplingParams
 from aasd_testing.fake_v2 import PROMPTS, FakeRunner, serve, target_alone
 from vllm_aasd.kernels import align
 from vllm_aasd.kernels.draft import batch as draft_batch
+from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.verify import seeded as verify_seeded
 
 STRICT = {"verification": "strict"}
@@ -22,7 +23,7 @@ def _no_pinned_memory(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """Our kernels' references stand for launches of kernels: what they do inside isn't watched."""
-    for module in (align, draft_batch, verify_seeded):
+    for module in (align, draft_batch, text_batch, verify_seeded):
         stock = module._implementation
         monkeypatch.setattr(module, "_implementation", lambda device, stock=stock: Unwatched(stock(device)))
 

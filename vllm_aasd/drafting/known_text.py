@@ -45,7 +45,7 @@ def prior_reliability() -> np.ndarray:
     return np.stack([expected.reshape(NUM_CELLS), np.full(NUM_CELLS, _FIRST_WEIGHT, np.float32)], axis=1)
 
 
-def _index_of(corpus: np.ndarray) -> TextIndex:
+def index_of(corpus: np.ndarray) -> TextIndex:
     """An index of texts, all in namespace 0, that has a page for each part of them."""
     ends = np.flatnonzero(corpus < 0)
     begins = np.concatenate([[0], ends + 1])[: len(ends)]
@@ -110,7 +110,7 @@ class KnownTexts:
 
     def __init__(self, num_bytes: int, max_draft_tokens: int, corpus: np.ndarray = _NO_TEXT) -> None:
         self._max_draft_tokens = max_draft_tokens
-        self._indexes = (new_index(num_pages_for(num_bytes)), _index_of(corpus))
+        self._indexes = (new_index(num_pages_for(num_bytes)), index_of(corpus))
         self._prior = prior_reliability()
         self.reliability = new_reliability(self._prior)
         self._num_predictions = 0

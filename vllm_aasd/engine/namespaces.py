@@ -52,6 +52,12 @@ def namespace_of(params: SamplingParams | None) -> int | None:
 
 
 def prediction_of(params: SamplingParams | None) -> np.ndarray | None:
-    """The token ids that the client of a request expects, ``[n]`` int32; None without such."""
+    """The token ids that the client of a request expects, ``[n]`` int32; None without such, or if they are none."""
     prediction = ((params and params.extra_args) or {}).get(PREDICTION)
-    return np.array(prediction, np.int32) if prediction and not isinstance(prediction, str) else None
+    if not isinstance(prediction, list):
+        return None
+    try:
+        token_ids = np.array(prediction, np.int32)
+    except (OverflowError, TypeError, ValueError):
+        return None
+    return token_ids if token_ids.ndim == 1 and len(token_ids) else None

@@ -68,12 +68,14 @@ class AASDWorker(Worker):
             self._drafter.attach(self.model_runner)
 
     def determine_available_memory(self) -> int:
-        """As vLLM's, less what the alignment store will take beside a KV cache of that size."""
+        """As vLLM's, less what known text and, beside a KV cache of that size, the alignment store will take."""
         available = super().determine_available_memory()
-        has_store = self.speculative_config.aasd.alignment is True and self.lora_config is None
-        if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes or not has_store:
+        if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
             return available
-        return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K))
+        if self._drafter is not None:
+            available -= self._drafter.text_bytes
+        has_store = self.speculative_config.aasd.alignment is True and self.lora_config is None
+        return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K)) if has_store else available
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""

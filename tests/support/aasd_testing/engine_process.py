@@ -82,7 +82,7 @@ def prompt_of(request):
 
         return {"prompt_embeds": worker().model_runner.get_model().embed_input_ids(torch.tensor(ids)).detach()}
     if not request.get("images"):
-        return {"prompt_token_ids": ids, **({"cache_salt": request["salt"]} if "salt" in request else {})}
+        return {"prompt_token_ids": ids, **({"cache_salt": request["salt"]} if request.get("salt") else {})}
     import numpy as np
     from PIL import Image
 

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 
 from aasd_testing.constants import with_constants
+from vllm_aasd.engine.unsupported import SCHEDULER
 from vllm_aasd.engine.v2 import prompt_logits
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2 import speculator as v2
@@ -108,10 +109,10 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=with_constants(settings, {"prior": False}), num_speculative_tokens=WIDTH
+                aasd=with_constants(settings, {"prior": False, "memory": 1}), num_speculative_tokens=WIDTH
             ),
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
-            scheduler_config=SimpleNamespace(async_scheduling=fillers),
+            scheduler_config=SimpleNamespace(async_scheduling=fillers, scheduler_cls=SCHEDULER),
             lora_config=None,
             kv_transfer_config=None,
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),

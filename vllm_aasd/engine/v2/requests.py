@@ -11,7 +11,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.namespaces import namespace_of, prediction_of
 from vllm_aasd.engine.request_options import settings_of, verification_of
+from vllm_aasd.engine.v2.texts import V2Texts
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
 from vllm_aasd.verification.table import COLUMNS, PolicyTable
 
@@ -30,6 +32,7 @@ class RequestSlots(LogitsProcessor):
         max_seq_len: ``[max_num_reqs]`` int32, the runner's: by slot, tokens of prompt and longest output.
         model_config: has the number of tokens that the model takes, which vLLM may still lower to fit the memory.
         device: where the verifier runs.
+        texts: told which text each request may draft from.
         faults: of the worker.
     """
 
@@ -40,9 +43,11 @@ class RequestSlots(LogitsProcessor):
         max_seq_len: np.ndarray,
         model_config: ModelConfig,
         device: torch.device,
+        texts: V2Texts,
         faults: Faults,
     ) -> None:
         self._settings = settings
+        self._texts = texts
         self._req_ids = req_ids
         self._faults = faults
         self._max_seq_len = max_seq_len
@@ -77,6 +82,7 @@ class RequestSlots(LogitsProcessor):
         # What holds if the rest fails.
         self._table.clear(req_idx)
         self._max_len.np[req_idx] = 0
+        self._texts.enter(req_idx)
         self._changed = True
         if not self._faults.is_off("requests"):
             with self._faults.contained("requests", shared=True):
@@ -91,6 +97,9 @@ class RequestSlots(LogitsProcessor):
             self._table.write(req_idx, req_id, *verification_of(settings, sampling_params))
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         self._max_len.np[req_idx] = longest if settings.enabled else 0
+        if settings.enabled:
+            namespace = namespace_of(sampling_params) if settings.memory != "off" else None
+            self._texts.admit(req_idx, namespace, prediction_of(sampling_params))
 
     def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is remembered of requests that have ended."""
@@ -103,6 +112,8 @@ class RequestSlots(LogitsProcessor):
 
     def apply_staged_writes(self) -> None:
         """Let the device see what was taken in since the last step."""
+        with self._faults.contained("draft", shared=True):
+            self._texts.apply_staged_writes()
         if not self._changed:
             return
         with self._faults.contained("requests", shared=True):

@@ -33,7 +33,8 @@ from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
-from vllm_aasd.kernels.draft import no_prior
+from vllm_aasd.engine.v2.texts import V2Texts
+from vllm_aasd.kernels.draft import Prior, no_prior
 from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 
 logger = logging.getLogger("vllm.aasd")
@@ -66,12 +67,16 @@ class AASDSpeculator(BaseSpeculator):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         max_num_reqs = req_states.max_num_reqs
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
+        self._texts = V2Texts(
+            startup.memory_bytes(settings), startup.shares_text(vllm_config), max_num_reqs, width, device
+        )
         self.requests = RequestSlots(
             settings,
             req_states.index_to_req_id,
             req_states.max_seq_len,
             vllm_config.model_config,
             device,
+            self._texts,
             self.faults,
         )
         self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
@@ -82,6 +87,8 @@ class AASDSpeculator(BaseSpeculator):
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
         self._propose: Callable[..., None] | None = None
+        self._all_token_ids = torch.zeros((max_num_reqs, 0), dtype=torch.int32, device=device)
+        self._prior: Prior = no_prior()
         self._runner: GPUModelRunner | None = None
         self._alignment: V2Alignment | None = None
         self._loads_kv = vllm_config.kv_transfer_config is not None
@@ -95,9 +102,17 @@ class AASDSpeculator(BaseSpeculator):
     def attach(self, runner: GPUModelRunner) -> None:
         """Attach to the runner, whose model and sampler are loaded by now."""
         self._runner = runner
+        if self._settings.prior:
+            self._prior = shared_prior.load_prior(self._model_config) or self._prior
+            self._texts.learn_corpora(self._prior.texts)
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the device that known text will take."""
+        return self._texts.nbytes
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
         """Set up all that drafting needs, and beside the KV cache that has just been laid out, the alignment store.
@@ -126,12 +141,13 @@ class AASDSpeculator(BaseSpeculator):
                 self._loads_kv,
             )
             table, block_tables = store.slots, runner.block_tables.block_tables[group].gpu
-        prior = (shared_prior.load_prior(self._model_config) if self._settings.prior else None) or no_prior()
+        prior = self._prior
         to_device = functools.partial(torch.as_tensor, device=self._device)
+        # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
+        self._all_token_ids = self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len]
         batch_of = functools.partial(
             DraftBatch,
-            # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
-            all_token_ids=self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len],
+            all_token_ids=self._all_token_ids,
             table=table,
             block_tables=block_tables,
             block_size=block_size,
@@ -143,6 +159,7 @@ class AASDSpeculator(BaseSpeculator):
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
+            texts=self._texts.bind(),
             lookups=self.counters.lookups,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
@@ -167,7 +184,8 @@ class AASDSpeculator(BaseSpeculator):
             self.requests.forget(scheduled.finished_req_ids)
 
     def clear_memory(self) -> None:
-        """Nothing to unlearn: no request is remembered beyond its slot."""
+        """Forget the text of other requests."""
+        self._texts.clear()
 
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
@@ -212,7 +230,7 @@ class AASDSpeculator(BaseSpeculator):
         num_speculative_tokens: int | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Draft for every request of the batch that has sampled a token in this step.
+        """Learn from what this step emitted, and draft for every request of the batch that has sampled a token in it.
 
         Args:
             input_batch: the step's batch; its slots in ``idx_mapping``.
@@ -238,6 +256,9 @@ class AASDSpeculator(BaseSpeculator):
             self._alignment.store_prompts(input_batch, slot_mappings, last_hidden_states)
         idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
         longest = drafts.shape[1] if num_speculative_tokens is None else num_speculative_tokens
+        if not self.faults.is_off("draft"):
+            with self.faults.contained("draft", shared=True):
+                self._texts.step(self._all_token_ids, total_len, idx_mapping, num_sampled)
         if longest > 0 and not self.faults.is_off("draft"):
             with self.faults.contained("draft", shared=True):
                 # No draft token past what the request may still emit: one token comes without a draft.
