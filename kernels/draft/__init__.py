@@ -35,7 +35,6 @@ import numpy as np
 from vllm_aasd.kernels.align import MAX_TOP_K
 
 __all__ = [
-    "HASH_MULTIPLIER",
     "HIT",
     "MAX_TOP_K",
     "MISS",
@@ -49,9 +48,6 @@ __all__ = [
 
 NGRAM_SIZES_USED = 4
 """How many of the largest matching n-gram sizes are used; smaller ones hardly count once four larger ones match."""
-
-HASH_MULTIPLIER = 0x9E3779B97F4A7C15
-"""An odd multiplier with well-mixed high bits (Knuth, TAOCP 6.4: 2^64 / golden ratio)."""
 
 HIT, MISS, STALE = range(3)
 """What a lookup in the alignment store finds: the position's predictions; nothing; what a rejected draft left."""

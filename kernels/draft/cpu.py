@@ -4,13 +4,14 @@ import numpy as np
 
 from vllm_aasd.kernels.align.cpu import aligned_slot
 from vllm_aasd.kernels.common.compiled import compiled
+from vllm_aasd.kernels.common.ngram_hash_cpu import hash_with
 from vllm_aasd.kernels.draft import (
     HIT,
     MISS,
     NGRAM_SIZES_USED,
     STALE,
 )
-from vllm_aasd.kernels.draft.index_cpu import find, hash_with
+from vllm_aasd.kernels.draft.index_cpu import find
 from vllm_aasd.kernels.text.reliability_cpu import stack
 
 

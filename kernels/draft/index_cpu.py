@@ -3,7 +3,7 @@
 import numpy as np
 
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.draft import HASH_MULTIPLIER
+from vllm_aasd.kernels.common.ngram_hash_cpu import hash_with
 
 MOST_PROBES = 48
 """Slots of a table that are tried for one n-gram: the bound on a lookup.
@@ -12,14 +12,6 @@ If all are taken, the n-gram takes the first of them, and what stood there is fo
 full this takes hashes that collide on purpose: of 650,000 random n-grams the farthest stood 37 slots from its place, of
 text 24.
 """
-
-_MULTIPLIER = np.uint64(HASH_MULTIPLIER)
-
-
-@compiled
-def hash_with(hashed, token):
-    """An n-gram's hash, lengthened by a token."""
-    return (hashed ^ np.uint64(np.uint32(token))) * _MULTIPLIER
 
 
 @compiled

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vllm_aasd.kernels.common.compiled import compiled
-from vllm_aasd.kernels.draft.index_cpu import hash_with
+from vllm_aasd.kernels.common.ngram_hash_cpu import hash_with
 from vllm_aasd.kernels.text import (
     MAX_MATCH,
     NAMESPACE,

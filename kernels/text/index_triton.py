@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import text
-from vllm_aasd.kernels.draft import HASH_MULTIPLIER
+from vllm_aasd.kernels.common.ngram_hash import HASH_MULTIPLIER
 from vllm_aasd.kernels.text import batch
 
 _MULTIPLIER = tl.constexpr(HASH_MULTIPLIER)

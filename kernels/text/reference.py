@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_aasd.kernels.draft import HASH_MULTIPLIER
+from vllm_aasd.kernels.common.ngram_hash import HASH_MULTIPLIER
 from vllm_aasd.kernels.text import (
     CELL_SHAPE,
     MATCH_LENGTHS,

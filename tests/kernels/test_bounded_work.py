@@ -6,7 +6,7 @@ import pytest
 from aasd_testing import contexts
 from vllm_aasd.drafting.drafter import MAX_MATCHES, MAX_NGRAM_SIZE, AlignmentView, Drafter
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
+from vllm_aasd.kernels.common.ngram_hash import HASH_MULTIPLIER as MULTIPLIER
 from vllm_aasd.kernels.draft.cpu import NGRAM_SIZES_USED
 from vllm_aasd.kernels.draft.index_cpu import MOST_PROBES
 

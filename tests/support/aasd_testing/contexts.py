@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_aasd.drafting.drafter import MAX_NGRAM_SIZE
 from vllm_aasd.drafting.suffix_index import SuffixIndex
-from vllm_aasd.kernels.draft import HASH_MULTIPLIER as MULTIPLIER
+from vllm_aasd.kernels.common.ngram_hash import HASH_MULTIPLIER as MULTIPLIER
 
 _MUTATED = 0.03
 _BLOCK = 256

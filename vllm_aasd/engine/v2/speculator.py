@@ -302,10 +302,10 @@ def install() -> list[patching.Replacement]:
     Raises:
         UnsupportedVLLMError: if vLLM isn't as we know it; nothing was replaced then.
     """
-    return [*patching.replace({patching.V2_INIT_SPECULATOR: _knowing_ours}), *v2_verifier.install()]
+    return [*patching.replace({patching.V2_INIT_SPECULATOR: _patch_init_speculator}), *v2_verifier.install()]
 
 
-def _knowing_ours(stock: Callable) -> Callable:
+def _patch_init_speculator(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> Any:
         if getattr(vllm_config.speculative_config, "aasd", None) is not None:
