@@ -3,11 +3,11 @@
 import pytest
 
 from aasd_testing.engines import drafted_and_accepted, greedy, run_engine, token_ids
-from aasd_testing.prompts import real_prompts
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = real_prompts(2, max_chars=140)
+# Their answers repeat little of them.
+PROMPTS = ["Write two sentences about the sea.", "Why do cats sleep so much?"]
 MAX_TOKENS = 24
 
 
@@ -35,9 +35,8 @@ def test_every_answer_is_what_the_target_says_alone(rounds):
 
 def test_the_second_time_takes_fewer_steps_and_another_tenant_as_many_as_the_first(rounds):
     accepted = [drafted_and_accepted(after)[1] for after in rounds[1]["after"]]
-    first, second, other, unsalted, off = (now - before for before, now in zip([0, *accepted], accepted, strict=False))
     num_tokens = sum(map(len, token_ids(rounds[1]["rounds"][0])))
-    # Of five tokens a step, one isn't drafted.
-    assert second > 0.6 * num_tokens > 1.5 * first
-    # What has been found reliable in one namespace is expected of all: drafts may differ, but little.
-    assert max(other, unsalted, off) < 0.5 * second
+    steps = [num_tokens - (now - before) for before, now in zip([0, *accepted], accepted, strict=False)]
+    assert steps[1] < 0.6 * steps[0], steps
+    # They find no text, and draft from their own context as the first did.
+    assert min(steps[2:]) > 0.9 * steps[0], steps
