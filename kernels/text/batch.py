@@ -153,22 +153,22 @@ def new_texts(
         return torch.full((max_num_reqs, *shape), value, dtype=dtype, device=device)
 
     return TextTensors(
-        joined(growing.tokens, corpora.tokens),
-        joined(growing.pages, corpora.pages),
-        joined(growing.heads, corpora.heads, axis=1),
-        torch.zeros(1, dtype=torch.int64, device=device),
-        num_pages,
-        torch.from_numpy(reliability.found).to(device),
-        torch.from_numpy(reliability.right).to(device),
-        torch.from_numpy(reliability.value).to(device),
-        torch.from_numpy(prior).to(device),
-        of_slots(NUM_SOURCES + 1, value=-1),
-        of_slots(DOCUMENT_COLUMNS),
-        of_slots(DOCUMENT_COLUMNS),
-        of_slots(LOOKED_UP_COLUMNS, dtype=torch.int32),
-        of_slots(max_draft_tokens, NUM_SOURCES, value=-1, dtype=torch.int32),
-        of_slots(max_draft_tokens, NUM_SOURCES, dtype=torch.int32),
-        torch.zeros((max(max_num_reqs, MAX_PIECES), SPAN_COLUMNS), dtype=torch.int64, device=device),
+        tokens=joined(growing.tokens, corpora.tokens),
+        pages=joined(growing.pages, corpora.pages),
+        heads=joined(growing.heads, corpora.heads, axis=1),
+        begun=torch.zeros(1, dtype=torch.int64, device=device),
+        num_pages=num_pages,
+        found=torch.from_numpy(reliability.found).to(device),
+        right=torch.from_numpy(reliability.right).to(device),
+        value=torch.from_numpy(reliability.value).to(device),
+        prior=torch.from_numpy(prior).to(device),
+        slots=of_slots(NUM_SOURCES + 1, value=-1),
+        documents=of_slots(DOCUMENT_COLUMNS),
+        predictions=of_slots(DOCUMENT_COLUMNS),
+        looked_up=of_slots(LOOKED_UP_COLUMNS, dtype=torch.int32),
+        cells=of_slots(max_draft_tokens, NUM_SOURCES, value=-1, dtype=torch.int32),
+        found_tokens=of_slots(max_draft_tokens, NUM_SOURCES, dtype=torch.int32),
+        spans=torch.zeros((max(max_num_reqs, MAX_PIECES), SPAN_COLUMNS), dtype=torch.int64, device=device),
     )
 
 

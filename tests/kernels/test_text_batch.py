@@ -158,7 +158,7 @@ def test_requests_that_come_and_go(interpreter, seed):
     answer = rng.integers(30, size=200).tolist()
     requests = Requests(interpreter, texts_of(4, 3, 16, corpora_of(answer[50:150], answer[:20])), num_spec_tokens=3)
     num_found = num_accepted = 0
-    for _ in range(30):
+    for _ in range(60 if seed else 30):
         slots = rng.permutation(4)[: rng.integers(1, 5)].tolist()
         sampled = []
         for slot in slots:
