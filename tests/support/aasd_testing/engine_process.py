@@ -172,11 +172,12 @@ def plant(token_id, predicted):
         # Only prompt positions that aren't sampled from need logits of their own.
         alignment._model = types.SimpleNamespace(compute_logits=lambda hidden_states: None)
         alignment._store_rows = lambda logits, *rows: None if logits is None else store_rows(logits, *rows)
-    certain = torch.zeros(store.top_k)
+    top_k = store.slots.shape[1] // 2
+    certain = torch.zeros(top_k)
     certain[0] = 1.0
-    store.slots[:, : 1 + store.top_k] = predicted
+    store.slots[:, : 1 + top_k] = predicted
     store.slots[:, 0] = token_id
-    store.slots[:, 1 + store.top_k :] = certain.view(torch.int32)
+    store.slots[:, 1 + top_k :] = certain.view(torch.int32)
 
 
 @contextlib.contextmanager
