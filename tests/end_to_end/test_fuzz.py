@@ -38,7 +38,7 @@ def test_a_server_survives_random_requests_events_and_faults(profile, num_rounds
     fuzzer = fuzzer_of(profile)
     assert failures(run(fuzzer, num_rounds, size)) == []
     counts, metrics = fuzzer.counts, fuzzer.state["metrics"]
-    assert counts["compared"] > 15 and counts["disconnected"] > 5 and counts["refused"] > 0
+    assert counts["compared"] > 15 and counts["disconnected"] > 2 and counts["refused"] > 0
     assert sum(fuzzer.state["faults"].values()) > 0
     assert metrics["vllm:num_preemptions_total"] > 0 and metrics["vllm:spec_decode_num_accepted_tokens_total"] > 10
 

@@ -7,6 +7,7 @@ has never seen the plugin at work.
 import contextlib
 import os
 import sys
+import types
 
 from aasd_testing.fault_injection import inject
 from aasd_testing.process import serve
@@ -164,13 +165,19 @@ def plant(token_id, predicted):
     import torch
 
     alignment = worker()._adapter._alignment
-    alignment.with_prompts, alignment.store_prompts = False, lambda *args: None
-    store = getattr(alignment, "store", None) or alignment._store
-    certain = torch.zeros(store.top_k)
+    if is_v2():
+        store, alignment.store_prompts = alignment.store, lambda *args: None
+    else:
+        store, store_rows = alignment._store, alignment._store_rows
+        # Only prompt positions that aren't sampled from need logits of their own.
+        alignment._model = types.SimpleNamespace(compute_logits=lambda hidden_states: None)
+        alignment._store_rows = lambda logits, *rows: None if logits is None else store_rows(logits, *rows)
+    top_k = store.slots.shape[1] // 2
+    certain = torch.zeros(top_k)
     certain[0] = 1.0
-    store.slots[:, : 1 + store.top_k] = predicted
+    store.slots[:, : 1 + top_k] = predicted
     store.slots[:, 0] = token_id
-    store.slots[:, 1 + store.top_k :] = certain.view(torch.int32)
+    store.slots[:, 1 + top_k :] = certain.view(torch.int32)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aasd_testing.fuzz.cases import Case, generate, referenced_requests
-from aasd_testing.fuzz.checks import Finding, check, failures
+from aasd_testing.fuzz.checks import Finding, check, check_log, failures
 from aasd_testing.fuzz.client import Response
 from aasd_testing.fuzz.profiles import ADAPTERS, PROFILES
 from aasd_testing.fuzz.prompts import Prompts
@@ -72,7 +72,8 @@ class Fuzzer:
         except Exception as error:
             # Whatever it is, the round is to be reported.
             self.counts["finding dead"] += 1
-            return [Finding("dead", f"{type(error).__name__}: {error}\n{server.log()[-20_000:]}")]
+            # The first traceback in the log is the reason.
+            return [Finding("dead", f"{type(error).__name__}: {error}"), *check_log(server.log())[:2]]
         findings = []
         for index, (step, response) in enumerate(zip(case, responses, strict=True)):
             if isinstance(step, Request):
