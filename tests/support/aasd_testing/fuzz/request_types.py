@@ -167,7 +167,7 @@ REFERENCED = {
     "bad_words": Type(lambda m: m.with_one_of(bad_words=_BAD_WORDS)),
     "many_bad_words": Type(lambda m: m.greedy(bad_words=[f" {number}th" for number in range(60)])),
     "allowed_ids": Type(lambda m: m.greedy(allowed_token_ids=sorted(m.rng.sample(range(100, 2000), 40)))),
-    "many_allowed_ids": Type(lambda m: m.greedy(allowed_token_ids=list(range(48_000)))),
+    "many_allowed_ids": Type(lambda m: m.greedy(allowed_token_ids=list(range(48_000))), needs="many_allowed_ids"),
     "schema": Type(lambda m: m.structured(32, json=SCHEMA)),
     "regex": Type(lambda m: m.structured(16, regex=REGEX)),
     "choice": Type(lambda m: m.structured(8, choice=CHOICES)),
