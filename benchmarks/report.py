@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import results
+from benchmarks import predictions, results
 from benchmarks.comparison import MEAN
 from benchmarks.results import interval, number, table
 
@@ -34,10 +34,15 @@ def filled(text: str) -> str:
     return _MARKED.sub(lambda of: f"{of[1]}{TABLES[of[2]]()}\n{of[3]}" if of[2] in TABLES else of[0], text)
 
 
-def speed_results(is_sampled: bool) -> dict[str, dict[str, dict[str, tuple[str, Result]]]]:
-    """By model, concurrency and column of the tables, the newest result that has it, and the method's label there."""
+def speed_results(is_sampled: bool, files: str) -> dict[str, dict[str, dict[str, tuple[str, Result]]]]:
+    """By model, concurrency and column of the tables, the newest result that has it, and the method's label there.
+
+    Args:
+        is_sampled: whether at temperature > 0.
+        files: a pattern of the results' names.
+    """
     found: dict[str, dict[str, dict[str, tuple[str, Result]]]] = {}
-    every = [results.read(path) for path in sorted(results.RESULTS.glob("end_to_end*.json"))]
+    every = [results.read(path) for path in sorted(results.RESULTS.glob(files))]
     for result in sorted(every, key=lambda one: one["metadata"]["time"]):
         conditions = result["metadata"]["conditions"]
         if (conditions["temperature"] > 0) == is_sampled:
@@ -49,15 +54,16 @@ def speed_results(is_sampled: bool) -> dict[str, dict[str, dict[str, tuple[str, 
     return {model: {key: of[key] for key in sorted(of, key=order)} for model, of in found.items()}
 
 
-def speed(is_sampled: bool, keys: tuple[str, ...] = ()) -> str:
+def speed(is_sampled: bool, keys: tuple[str, ...] = (), files: str = "end_to_end*.json") -> str:
     """Speed per output token, then end to end, as ratios to no speculation with their intervals; with a caption.
 
     Args:
         is_sampled: whether at temperature > 0.
         keys: the concurrencies; all by default, with no speculation in absolute figures where they are given.
+        files: a pattern of the results' names.
     """
     parts = []
-    for by_key in speed_results(is_sampled).values():
+    for by_key in speed_results(is_sampled, files).values():
         rows = []
         chosen = {key: by_key[key] for key in keys or by_key if key in by_key}
         for key, columns in chosen.items():
@@ -76,10 +82,15 @@ def speed(is_sampled: bool, keys: tuple[str, ...] = ()) -> str:
     return "\n\n".join(parts)
 
 
+def warm() -> str:
+    """The same where every prompt was answered once before."""
+    return speed(False, tuple(f"{concurrency}, pass 2" for concurrency in (1, 8, 32)), "warm*.json")
+
+
 def categories() -> str:
     """Greedy, by category: speed per output token at 1, 8 and 32 at once."""
     parts = []
-    for by_key in speed_results(False).values():
+    for by_key in speed_results(False, "end_to_end*.json").values():
         columns = [(key, name) for key in ("1", "8", "32") if key in by_key for name in _COLUMNS]
         rows = []
         for category in next(iter(by_key["1"].values()))[1]["figures"]["1"]:
@@ -201,6 +212,8 @@ def _drawn(draw: Callable[[Result], str], file: str) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed(False, ("1", "8", "32")),
+    "warm": warm,
+    "predictions": _drawn(predictions.table, "predictions.json"),
     "speed_greedy": lambda: speed(False),
     "speed_sampled": lambda: speed(True),
     "categories": categories,
