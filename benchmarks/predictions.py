@@ -16,7 +16,7 @@ import re
 import sys
 import tokenize as python_tokens
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import exactness, methods, results
@@ -107,7 +107,7 @@ def figures(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The figures as a Markdown table."""
     rows = [
         [
