@@ -6,9 +6,10 @@ import pickle
 import types
 
 import pytest
-from vllm.config import SpeculativeConfig
+from vllm.config import ParallelConfig, SpeculativeConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_aasd import plugin
@@ -44,6 +45,19 @@ def test_the_method_alone_is_a_configuration(create):
     assert create({"method": "aasd"}, enable_lora=True).speculative_config.num_speculative_tokens == 8
     assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
     assert "method='aasd'" in repr(speculative_config) and "aasd_beta=0.5" in repr(speculative_config)
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_the_servers_command_line_gives_a_configuration(demo_model, monkeypatch, is_v2):
+    """Its defaults aren't those of `EngineArgs`."""
+    monkeypatch.setattr(configuration, "chooses_v2", lambda: is_v2)
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    asked = parser.parse_args(["--model", demo_model, "--speculative-config", '{"method": "aasd"}'])
+    args = EngineArgs.from_cli_args(asked)
+    model_config = args.create_model_config()
+    parallel_config = ParallelConfig()
+    found = args.create_speculative_config(model_config, parallel_config)
+    assert found.aasd == Settings() and found.method == ("ngram_gpu" if is_v2 else "custom_class")
 
 
 def test_the_config_survives_what_vllm_does_to_it(create):

@@ -94,7 +94,8 @@ BY_RUNNER = {
         *_BOTH,
         Refusal(
             "enable_lora",
-            (False,),
+            # `vllm serve` has None where its option isn't given.
+            (False, None),
             "vLLM 0.32's V2 model runner maps adapters in lm_head to one row of logits per request, and drafts have "
             "more; allowed is false, or lora_target_modules without 'lm_head'",
             holds=_adapts_lm_head,
