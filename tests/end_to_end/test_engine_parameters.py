@@ -51,7 +51,9 @@ def rounds(tokenizer, embedded):
     ]
     prompt = prompts[4]
     former = [*embedded, *(COPIED * len(prompt))][: len(prompt) - 1]
-    embeddings = [{**greedy([prompt], NUM_EMBEDDED)[0], "embeds": True}]
+    # Its answer was given before.
+    (asked,) = with_options(greedy([prompt], NUM_EMBEDDED), aasd_memory="off")
+    embeddings = [{**asked, "embeds": True}]
     return [thinking, sampled, scored, beside, stopped, greedy([former], 1), embeddings]
 
 

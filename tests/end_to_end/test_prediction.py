@@ -9,8 +9,9 @@ import urllib.request
 
 import openai
 import pytest
-from aasd_testing.fuzz.server import Server
 from transformers import AutoTokenizer
+
+from aasd_testing.server import Server
 
 pytestmark = pytest.mark.engine
 
