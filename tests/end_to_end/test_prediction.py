@@ -202,9 +202,6 @@ def test_another_method_takes_no_notice(demo_model):
 
 OFFLINE = """
 import json, sys
-from aasd_testing.run_engine import set_environment
-
-set_environment()
 from vllm import LLM, SamplingParams
 
 settings = {"method": "aasd", "aasd_verification": "strict"}
@@ -232,13 +229,15 @@ print("RESULT" + json.dumps(result | {"taken": taken, "kept": kept}))
 
 
 def test_an_llm(demo_model, tokenizer):
-    support = os.pathsep.join(filter(None, ("tests/support", os.environ.get("PYTHONPATH"))))
+    # The engine in that process, where what it is given can be seen.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = subprocess.run(
         [sys.executable, "-c", OFFLINE, demo_model],
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": support},
+        env={**os.environ, **environment},
     )
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads(process.stdout.split("RESULT")[1])
