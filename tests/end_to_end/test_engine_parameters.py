@@ -147,6 +147,21 @@ def test_a_prompt_of_embeddings_is_drafted_for_from_its_output_alone(plain, spec
     assert got.accepted < 4, "the row's former prompt holds the answer"
 
 
+def test_a_prompt_of_one_token_beside_others_gets_its_own_logprobs(plain_engine, aasd_engine):
+    """It comes when a place is free: vLLM would fill its step up with drafts that nobody made."""
+    prompts = [[number, 5, 6, 7] for number in range(10, 25)]
+    requests = [
+        *greedy(prompts, 24),
+        *greedy([[30, 5, 6, 7]], 2),
+        *greedy([[5]], 6, logprobs=2, logprob_token_ids=[28, 30]),
+    ]
+    plain = plain_engine.run(requests)
+    found = aasd_engine.run(with_options(requests, aasd_verification="strict"))
+    assert found.token_ids == plain.token_ids
+    for ours, theirs in zip(found.outputs[-1]["logprobs"], plain.outputs[-1]["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
 @pytest.mark.long
 def test_a_seeded_request_is_served_in_chunks_as_in_one(demo_model):
     prompt = real_prompts(1, max_chars=400)[0]
