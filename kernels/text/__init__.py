@@ -45,6 +45,7 @@ __all__ = [
     "KnownText",
     "Reliability",
     "TextIndex",
+    "index_bytes",
     "new_index",
     "new_reliability",
     "num_pages_for",
@@ -101,11 +102,11 @@ class TextIndex(NamedTuple):
 
 
 def num_pages_for(num_bytes: int) -> int:
-    """How many pages an index of at most so many bytes has: a power of two; 0 if there is no room for 16."""
+    """How many pages an index of at most this many bytes has: a power of two; 0 if there is no room for 16."""
     num_pages = 16
-    while _bytes_of(2 * num_pages) <= num_bytes:
+    while index_bytes(2 * num_pages) <= num_bytes:
         num_pages *= 2
-    return num_pages if _bytes_of(num_pages) <= num_bytes else 0
+    return num_pages if index_bytes(num_pages) <= num_bytes else 0
 
 
 def new_index(num_pages: int) -> TextIndex:
@@ -123,7 +124,8 @@ def new_index(num_pages: int) -> TextIndex:
     )
 
 
-def _bytes_of(num_pages: int) -> int:
+def index_bytes(num_pages: int) -> int:
+    """The bytes of an index of this many pages, but for the count of those that were begun."""
     per_token = 4 + 8 * len(NGRAM_SIZES)
     return num_pages * (PAGE_SIZE * per_token + 8 * PAGE_COLUMNS)
 

@@ -25,10 +25,10 @@ from vllm_aasd.kernels.common.checks import check_dtype, check_tensor
 from vllm_aasd.kernels.text import (
     NGRAM_SIZES,
     NUM_CELLS,
-    PAGE_COLUMNS,
     PAGE_SIZE,
     WAYS,
     TextIndex,
+    index_bytes,
     new_index,
     new_reliability,
 )
@@ -174,11 +174,10 @@ def new_texts(
 
 def text_bytes(max_num_reqs: int, max_draft_tokens: int, num_pages: int, num_corpus_pages: int) -> int:
     """The bytes that `new_texts` allocates."""
-    per_page = PAGE_SIZE * (4 + 8 * len(NGRAM_SIZES)) + 8 * PAGE_COLUMNS
     per_slot = 8 * (NUM_SOURCES + 1 + 2 * DOCUMENT_COLUMNS) + 4 * LOOKED_UP_COLUMNS
     per_slot += 8 * max_draft_tokens * NUM_SOURCES
     spans = max(max_num_reqs, MAX_PIECES) * 8 * SPAN_COLUMNS
-    return (num_pages + num_corpus_pages) * per_page + max_num_reqs * per_slot + spans + 28 * NUM_CELLS + 8
+    return index_bytes(num_pages + num_corpus_pages) + max_num_reqs * per_slot + spans + 28 * NUM_CELLS + 8
 
 
 def learn_and_append(

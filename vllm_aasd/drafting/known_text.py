@@ -63,7 +63,7 @@ class RequestText:
         known: for `vllm_aasd.kernels.draft.cpu.draft`.
     """
 
-    __slots__ = ("_document", "_last_page", "_length", "_namespace", "known")
+    __slots__ = ("_last_page", "_length", "_namespace", "known")
 
     def __init__(self, known: KnownText, namespace: int | None) -> None:
         self.known = known

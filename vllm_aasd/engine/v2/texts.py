@@ -5,7 +5,7 @@ import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
 
 from vllm_aasd.drafting.known_text import PROMPT_TAIL, index_of, prior_reliability
-from vllm_aasd.kernels.text import ANSWERS, CORPUS, PREDICTION, num_pages_for
+from vllm_aasd.kernels.text import ANSWERS, CORPUS, PREDICTION, new_index, num_pages_for
 from vllm_aasd.kernels.text.batch import (
     MAX_PIECES,
     NUM_SOURCES,
@@ -21,8 +21,6 @@ from vllm_aasd.kernels.text.batch import (
 _PIECE = 1024
 """Tokens of a prediction that a step appends, overlap included: it bounds the step's work, and is well ahead of what
 the request emits."""
-
-_NO_TEXT = np.empty(0, np.int32)
 
 
 class V2Texts:
@@ -47,7 +45,7 @@ class V2Texts:
         self._shares_text = shares_text
         self._sizes = max_num_reqs, max_draft_tokens
         self._device = device
-        self._corpora = index_of(_NO_TEXT)
+        self._corpora = new_index(0)
         self._texts: TextTensors | None = None
         self._slots = np.full((max_num_reqs, NUM_SOURCES + 1), -1, np.int64)
         self._slots_pool = UvaBufferPool(self._slots.shape, torch.int64)
