@@ -1,4 +1,4 @@
-"""Edits with a prediction: how fast a model rewrites code of which its client expects most lines unchanged.
+"""Edits with a prediction: how fast a model rewrites code when its client expects most lines to stay.
 
     python -m benchmarks.predictions --model MODEL --limit 6
 

@@ -82,7 +82,7 @@ def indexes_of(texts):
 
 
 def known_of(texts, slot, num_steps):
-    """What the request in a slot may draft from; a negative slot is nobody's."""
+    """What the request in a slot may draft from; nothing for a negative slot."""
     namespaces = texts.slots[slot].tolist() if slot >= 0 else [-1] * NUM_SOURCES
     sources = [(int(kind == CORPUS), namespaces[kind], kind) for kind in range(NUM_SOURCES) if namespaces[kind] != -1]
     shape = num_steps, len(sources)

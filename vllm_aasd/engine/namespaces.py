@@ -13,6 +13,7 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_aasd.config import Settings
 from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 
 _KEY = "vllm_aasd.namespace"
@@ -49,6 +50,16 @@ def namespace_of(params: SamplingParams | None) -> int | None:
         params: the request's, as a worker gets them from our scheduler.
     """
     return ((params and params.extra_args) or {}).get(_KEY)
+
+
+def shared_namespace(params: SamplingParams | None, settings: Settings) -> int | None:
+    """The namespace whose earlier answers a request reads and adds to; None if its settings keep it out of them.
+
+    Args:
+        params: the request's, as for `namespace_of`.
+        settings: the request's.
+    """
+    return None if settings.memory == "off" else namespace_of(params)
 
 
 def prediction_of(params: SamplingParams | None) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.namespaces import namespace_of
+from vllm_aasd.engine.namespaces import shared_namespace
 from vllm_aasd.engine.request_options import Verification, settings_of, strict, verification_of
 
 
@@ -83,8 +83,7 @@ class V1Requests:
     def _admit(self, req_id: str, params: SamplingParams | None) -> bool:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
-        shares_text = self._shares_text and settings.memory != "off"
-        namespace = namespace_of(params) if shares_text else None
+        namespace = shared_namespace(params, settings) if self._shares_text else None
         self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded, namespace)
         if not settings.enabled or _changes_with_drafts(params):
             return False

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.namespaces import namespace_of, prediction_of
+from vllm_aasd.engine.namespaces import prediction_of, shared_namespace
 from vllm_aasd.engine.request_options import settings_of, verification_of
 from vllm_aasd.engine.v2.texts import V2Texts
 from vllm_aasd.kernels.verify.policies import VerifyPolicies
@@ -98,7 +98,7 @@ class RequestSlots(LogitsProcessor):
         longest = min(self._max_seq_len[req_idx], self._model_config.max_model_len)
         self._max_len.np[req_idx] = longest if settings.enabled else 0
         if settings.enabled:
-            namespace = namespace_of(sampling_params) if settings.memory != "off" else None
+            namespace = shared_namespace(sampling_params, settings)
             self._texts.admit(req_idx, namespace, prediction_of(sampling_params))
 
     def forget(self, req_ids: Collection[str]) -> None:
