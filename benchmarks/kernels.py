@@ -110,7 +110,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
 
 
 def policy_tensors(rule: str, num_reqs: int) -> Any:
-    """The `VerifyPolicies` of so many requests under the policy of a name, greedy and sampled ones alike."""
+    """The `VerifyPolicies` of `num_reqs` requests under the rule, greedy and sampled ones alike."""
     from vllm_aasd.config import Settings
     from vllm_aasd.verification.table import PolicyBatch
 
@@ -145,8 +145,8 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
 def draft(
     top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, num_pages: int = NUM_PAGES
 ) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior, and with known
-    text in so many pages."""
+    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior, and
+    `num_pages` pages of known text."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton

@@ -26,8 +26,8 @@ class AlignmentStore:
 
     A slot is the number that the KV cache uses, block * block_size + offset, so an entry shares the fate of the KV of
     its position: a prefix-cache hit finds it, and a preempted request's may be overwritten. Entries of a block must be
-    invalidated when it gets another owner. Each entry has the id of the token at its own position, by which a reader
-    recognizes the entry of a rejected draft token.
+    invalidated when it gets another owner. Each entry has the id of the token at its own position, which tells a reader
+    that the entry is of a rejected draft token.
 
     Args:
         num_blocks: blocks of the KV cache, at least 1.

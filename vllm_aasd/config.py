@@ -188,9 +188,9 @@ _SWITCH_WORDS = {0: False, 1: True, "false": False, "true": True}
 
 
 def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
-    """The settings by which a request is served.
+    """A request's settings: the server's, changed by the request's own options.
 
-    Values are what the same keys take in ``--speculative-config``; a switch may also be 0 or 1, or the words
+    Values are as in ``--speculative-config``; a switch may also be 0 or 1, or the words
     "true" or "false".
 
     Args:

@@ -78,9 +78,9 @@ def accepted_tokens(prediction: Sequence[int], completion: Sequence[int]) -> int
     too. A run may stand elsewhere in the completion than in the prediction. No token of either counts twice.
 
     Runs are found greedily from the completion's beginning: where its next tokens begin somewhere in the prediction,
-    the run goes on as far as both agree. Of several places the first behind the last run is taken, else the first of
+    the run goes on as far as both agree. Of several places, the first after the last run counts, else the first of
     all. Time is about linear in both lengths, however often tokens repeat, since a place is found by hashing and
-    bisection, and tokens that are taken are passed over once per place, or `_MAX_TRIES` times at most.
+    bisection, and tokens that are used up are skipped once per place, or `_MAX_TRIES` times at most.
     """
     length = min(MIN_RUN, len(prediction))
     if length == 0:

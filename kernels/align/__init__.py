@@ -1,8 +1,8 @@
 """Align: the target's top-k next-token ids and probabilities of each row, written into a paged table.
 
 The entry
-    Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position, by which a reader
-    recognizes the entry of a rejected draft token; then the ids of the k most probable next tokens, descending, the
+    Each slot of the table holds 1 + 2k int32: the id of the token at the slot's own position, which tells a
+    reader that the entry is of a rejected draft token; then the ids of the k most probable next tokens, descending, the
     lowest id first among equals; then their probabilities as the bits of float32. A probability is e^(z - m) / s over
     the full vocabulary, with m the row's maximum and s = sum e^(z - m), at temperature 1. A row without a softmax (NaN,
     +inf, or nothing but -inf) is written with ids 0 and probabilities 0.

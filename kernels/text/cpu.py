@@ -58,7 +58,7 @@ def append(index, namespace, last_page, length, token_ids, first, last):
         if offset == 0:
             page = next_page
             next_page += 1
-        # Else so many pages were begun since that this one is gone: the document goes on with its next page.
+        # Else newer pages have overwritten this one: the document goes on with its next page.
         if page >= 0 and index.pages[page % num_pages, NUMBER] == page:
             index.tokens[(page % num_pages) * PAGE_SIZE + offset] = token_ids[at]
             if is_held:

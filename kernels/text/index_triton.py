@@ -51,7 +51,7 @@ def page_number(pages_ptr, number, base, num_pages, mask):
 
 @triton.jit
 def _token_at(tokens_ptr, length, draft_token_ids_ptr, num_drafts, back, mask):
-    """The token so many places before the end of context plus draft."""
+    """The token `back` places before the last one of context plus draft."""
     drafted = tl.load(draft_token_ids_ptr + (num_drafts - 1 - back), mask=mask & (back < num_drafts), other=0)
     in_context = mask & (back >= num_drafts)
     known = tl.load(tokens_ptr + (length + num_drafts - 1 - back), mask=in_context, other=0)

@@ -30,7 +30,7 @@ def append(index, namespace, last_page, length, token_ids, first, last):
 
 
 def begin_pages(index, namespace, last_page, length, num_tokens):
-    """Begin the pages that a document needs to grow by so many tokens, and return the number of the first."""
+    """Begin the pages that a document needs to grow by `num_tokens`, and return the number of the first."""
     first_begun = int(index.begun[0])
     num_begun = _num_pages(length + num_tokens) - _num_pages(length)
     index.begun[0] += num_begun
@@ -49,7 +49,7 @@ def write(index, namespace, last_page, first_begun, length, token_ids, first, la
         number = last_page_of(last_page, first_begun, length, length + at - first + 1)
         before = last_page_of(last_page, first_begun, length, length + at - first)
         offset = (length + at - first) % PAGE_SIZE
-        # Else so many pages were begun since that this one is gone: the document goes on with its next page.
+        # Else newer pages have overwritten this one: the document goes on with its next page.
         if not _is_held(index, number):
             continue
         _tokens(index, number)[offset] = token_ids[at]

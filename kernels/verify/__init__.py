@@ -71,7 +71,7 @@ class VerifyBatch(NamedTuple):
         policies: how each request is verified, and its state, see `VerifyPolicies`.
         stop_token_ids: [batch_size, max_stop] int32, the distinct ids that end the request, padded with -1.
         uniform_probs: [num_tokens] float64 in [0, 1); None only if every request is greedy.
-        recovered_probs: [batch_size] float64 in [0, 1), by which recovered tokens are drawn; None as `uniform_probs`.
+        recovered_probs: [batch_size] float64 in [0, 1), for drawing recovered tokens; None as `uniform_probs`.
         inv_q: [n, vocab_size] float32, 1 / E with E drawn from the exponential distribution of rate 1.
         inv_q_rows: [batch_size] int32, the request's row of `inv_q`, -1 to draw by `recovered_probs`; None for all -1.
     """

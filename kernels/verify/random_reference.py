@@ -10,7 +10,7 @@ _MASK = 0xFFFFFFFF
 
 
 def row_uniform(seed: int, position: int) -> np.float32:
-    """Return the uniform in (0, 1) by which a row's draft is accepted: the first word of Philox4x32-10."""
+    """Return the uniform in (0, 1) that decides on a row's draft token: the first word of Philox4x32-10."""
     counter = [position & _MASK, position >> 32 & _MASK, 0, 0]
     key = [seed & _MASK, seed >> 32 & _MASK]
     for _ in range(10):

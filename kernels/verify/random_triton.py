@@ -19,7 +19,7 @@ _SMALLEST_UNIFORM = tl.constexpr(4.6566127342e-10)
 
 @triton.jit
 def row_uniform(seed, position):
-    """Return the uniform in (0, 1) by which a row's draft token is accepted."""
+    """Return the uniform in (0, 1) that decides on a row's draft token."""
     return tl.maximum(tl.rand(seed, position), _SMALLEST_UNIFORM)
 
 

@@ -39,7 +39,7 @@ class BatchDraftLength:
     A step of R requests with n draft tokens each emits an expected R (1 + s_1 + ... + s_n) tokens, s_i being the share
     of drafts that are accepted up to their i-th token, and takes the time T_R(n). Of the lengths whose time is known,
     the one with the highest rate is chosen. Only the ratios of T_R between neighboring lengths matter. They are learned
-    at powers of two of R, and interpolated, from neighboring steps of which one is a *probe*: now and then a step has
+    at powers of two of R, and interpolated, from neighboring steps, one of them a *probe*: now and then a step has
     the next smaller or next larger length, at most one step in 33 in the long run, and fewer if probes are expensive.
     So nothing has to be known of the device, and nothing is timed at start-up. The s_i are learned from all requests
     together; when requests begin, the estimate moves towards what is usual, in proportion to their number.

@@ -37,10 +37,10 @@ def lengths_and_gain(survival: np.ndarray, step_times: np.ndarray, overhead: flo
             non-increasing along a row, 0 after a draft's end.
         step_times: ``[>= B + 1]``, the time of a step by the tokens in its batch, in any unit; nothing is
             drafted beyond its end.
-        overhead: the factor by which a step with drafts takes longer than its tokens do; >= 1.
+        overhead: how many times as long a step with drafts takes as its tokens do; >= 1.
 
     Returns:
-        ``[B]`` int64, the length of each draft; and the factor by which drafting increases tokens per second, >= 1.
+        ``[B]`` int64, the length of each draft; and how many times the tokens per second drafting gives, >= 1.
     """
     num_requests, width = survival.shape
     flat = survival.ravel()

@@ -207,7 +207,7 @@ class Drafter:
 
 
 def warm_up() -> None:
-    """Compile all that drafting runs, or load it from the cache on disk, so that no request pays for it."""
+    """Compile all that drafting runs, or load it from the cache on disk, before a request needs it."""
     drafter = Drafter(8, 2, 0.0, texts=KnownTexts(1 << 17, 2))
     drafter.admit("", 0, np.zeros(2, np.int32))
     context = np.array([1, 2, 3, 1, 2, 3], np.int32)

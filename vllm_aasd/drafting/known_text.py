@@ -22,8 +22,8 @@ from vllm_aasd.kernels.text.reliability_cpu import learn
 PROMPT_TAIL = 32
 """Tokens of a prompt that stand before its answer: they tell apart the beginnings of answers."""
 
-# How often text is right that matches so many tokens, by `MATCH_LENGTHS`, before anything is counted, and how many
-# outcomes that counts for.
+# How often text is right, by the length of its match (`MATCH_LENGTHS`), before anything is counted, and how many
+# outcomes that is worth.
 _FIRST_RELIABILITY = (0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 _FIRST_WEIGHT = 8.0
 

@@ -34,9 +34,9 @@ class StepTimeModel:
     tokens 1.25x the time of 6). One step moves level and shape by a bounded amount.
 
     Drafts also have a cost that doesn't depend on their number: a step with drafts samples in another way, which copies
-    logits and verifies. This *overhead* is learned from neighboring steps of which one had drafts and the other
-    none, minus the difference that the curve predicts. It fades while there are no drafts to observe it by, so that an
-    estimate that is too high doesn't end drafting for good.
+    logits and verifies. This *overhead* is learned from neighboring steps, one with drafts and one
+    without, minus the difference that the curve predicts. It fades while nothing is drafted, so that an estimate
+    that is too high doesn't end drafting for good.
 
     Args:
         max_tokens: the most tokens that will be asked about, >= 1.
@@ -125,7 +125,7 @@ class StepTimeModel:
         self._before = None
 
     def overhead(self) -> float:
-        """The factor by which a step with drafts takes longer than the curve predicts; >= 1."""
+        """How many times as long a step with drafts takes as the curve predicts; >= 1."""
         return math.exp(self._log_overhead)
 
     def relative(self) -> np.ndarray:

@@ -23,7 +23,7 @@ class Namespaces:
     """Assigns namespaces; one for each engine."""
 
     def __init__(self) -> None:
-        # Nobody can find a salt that leads to another's namespace without it.
+        # Without it, a client can't compute a salt that leads to another's namespace.
         self._secret = secrets.token_bytes(32)
         self._resets = 0
 

@@ -242,7 +242,7 @@ async def _recorded(
 async def _with_usage(
     events: AsyncGenerator[str, None], prediction: list[int], completions: dict[int, list[int]]
 ) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer, of which the one without choices is the usage that the client asked for."""
+    """The events of a streamed answer; the one without choices is the usage that the client asked for."""
     async with contextlib.aclosing(events):
         async for event in events:
             if _NO_CHOICES in event:

@@ -31,8 +31,8 @@ class _AASDScheduling(_Base):
             self._draft_lengths = DraftLengthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
             self.dynamic_sd_lookup = self._draft_lengths
         elif not vllm_config.use_v2_model_runner and self.dynamic_sd_lookup is None:
-            # Without a schedule, vLLM fills steps up with draft tokens that nobody has drafted, for CUDA graphs' sake.
-            # They would take time, draw random numbers, and give requests that must have no drafts some.
+            # Without a schedule, vLLM pads steps with placeholder draft tokens, for CUDA graphs. On CPUs they only take
+            # time and random numbers, and requests that must have no drafts would get some.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def add_request(self, request: Request) -> None:

@@ -78,7 +78,7 @@ class AASDWorker(Worker):
         return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K)) if has_store else available
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Also: lay out the alignment store beside the KV cache, compile our kernels, say what is in force."""
+        """Also lay out the alignment store next to the KV cache, compile our kernels, and log what is in force."""
         super().initialize_from_config(kv_cache_config)
         if self._drafter is not None:
             self._drafter.bind(self.model_runner, kv_cache_config)

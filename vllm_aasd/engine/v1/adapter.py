@@ -46,7 +46,7 @@ class V1Adapter:
         vllm_config: with our speculative config.
         runner: the worker's.
         model: the target.
-        kv_cache_config: of the KV cache that the runner has allocated; the alignment store lies beside it.
+        kv_cache_config: of the KV cache that the runner has allocated; the alignment store has the same slots.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def patch_prompt_token_ids(stock: Callable) -> Callable:
 
     vLLM writes no tokens for such a prompt, so its row holds what it held before. A repetition penalty then acts on
     another request's tokens. With speculation, -1 may be among them: the scheduler pads the first step of a one-token
-    prompt with such drafts. Penalties, of whichever request in the batch, end the engine then.
+    prompt with such drafts. Penalties of any request in the batch then end the engine.
     """
 
     @functools.wraps(stock)
