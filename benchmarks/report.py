@@ -193,10 +193,9 @@ def _caption(chosen: Mapping[str, Mapping[str, tuple[str, Result]]]) -> str:
     how = f"temperature {conditions['temperature']:g}" if conditions["temperature"] else "greedy"
     commands = dict.fromkeys(f"`{_command(one)}` (commit {one['metadata']['commit'][:9]})" for _, one in every)
     return (
-        "Speed per output token after the first, and end to end with the prompt's time, relative to no speculation. "
         f"{conditions['model']}, {conditions['dtype']}, {how}, aasd as `{json.dumps(newest['methods'][label])}`, "
-        f"answers of up to {conditions['max_tokens']} tokens; {machine['cpu']}, {conditions['threads']} of "
-        f"{machine['cores']} cores, vLLM {metadata['versions']['vllm']}; {metadata['time'][:10]}. "
+        f"answers of up to {conditions['max_tokens']} tokens. {machine['cpu']}, {conditions['threads']} of "
+        f"{machine['cores']} cores, vLLM {metadata['versions']['vllm']}, {metadata['time'][:10]}: "
         f"{'; '.join(commands)}."
     )
 
