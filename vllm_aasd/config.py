@@ -83,11 +83,9 @@ class Settings:
         within=(1, 65536),
         looser="none",
     )
-    alignment: bool | str = setting(
-        "auto",
-        "Store the target's predictions, which runs lm_head over the prompt. `auto` does so if that costs at most 3% "
-        "of a prompt's time, measured at start-up, and never on the V2 model runner. `false` stores none.",
-        choices=("auto",),
+    alignment: bool = setting(
+        False,
+        "Store the target's predictions at every position, and draft from them. This runs lm_head over the prompt.",
     )
     verification: str = setting(
         "conditional",

@@ -10,8 +10,6 @@ from aasd_testing import fake_v1
 from aasd_testing.fake_v2 import VOCAB, next_token
 from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.startup import StepProfile
-from vllm_aasd.engine.v1 import adapter as v1
 from vllm_aasd.engine.v1.alignment import V1Alignment, is_of_context
 
 BLOCK = 4
@@ -126,26 +124,13 @@ def test_what_is_stored_of_a_whole_context_is_what_the_target_says(is_masked):
     assert len(set(says)) > 2 and max(says) < VOCAB
 
 
-@pytest.mark.parametrize(
-    ("settings", "share", "expected"),
-    [
-        ({"alignment": "auto"}, 0.01, "prompts"),
-        ({"alignment": "auto"}, 0.2, "nothing"),
-        ({"alignment": True}, 0.2, "prompts"),
-        ({"alignment": False}, 0.01, "nothing"),
-    ],
-)
-def test_what_is_stored_follows_what_it_costs(settings, share, expected, monkeypatch):
-    monkeypatch.setattr(v1.startup, "profile_steps", lambda *args: StepProfile([(1, 0.1), (2, 0.1)], share))
-    monkeypatch.setattr(v1, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
-    runner = fake_v1.FakeRunner({"a": [1, 2, 4, 1, 2, 6, 1]}, verification="strict", **settings)
-    runner.max_num_tokens = 64
+@pytest.mark.parametrize("is_on", [True, False])
+def test_predictions_are_stored_at_every_position_or_at_none(is_on):
+    runner = fake_v1.FakeRunner({"a": [1, 2, 4, 1, 2, 6, 1]}, verification="strict", alignment=is_on)
     alignment = runner.proposer._alignment
-    runner.proposer.profile()
     for _ in range(20):
         runner.step()
     written = 0 if alignment is None else int((alignment._store.table[:, :, 0] >= 0).sum())
-    length = len(runner.tokens["a"])
     # The last token has not been run.
-    assert written == {"prompts": length - 1, "nothing": 0}[expected]
+    assert written == (len(runner.tokens["a"]) - 1 if is_on else 0)
     assert runner.num_accepted > 3

@@ -44,7 +44,7 @@ def _no_pinned_memory(monkeypatch):
     monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
 
 
-@pytest.mark.parametrize("alignment", [True, "auto"])
+@pytest.mark.parametrize("alignment", [True, False])
 @pytest.mark.parametrize("chunk", [MAX_LEN, 3])
 def test_both_orders_emit_what_the_target_says_alone(chunk, alignment):
     wanted = [target_alone(prompt) for prompt in PROMPTS]
@@ -125,12 +125,11 @@ def test_the_store_holds_raw_predictions_by_kv_slot():
         assert (probs[:, 0] > 0.9).all()
 
 
-@pytest.mark.parametrize("alignment", ["auto", False])
-def test_without_prompts_no_predictions_are_stored(alignment, monkeypatch):
-    """At generated positions alone they don't improve drafts: there is no store, no hook and no write."""
+def test_without_alignment_no_predictions_are_stored(monkeypatch):
+    """There is no store, no hook and no write."""
     stores = []
     monkeypatch.setattr(v2, "AlignmentStore", lambda *args: stores.append(args))
-    runner = FakeRunner(max_num_reqs=1, alignment=alignment, **STRICT)
+    runner = FakeRunner(max_num_reqs=1, **STRICT)
     assert serve(runner, PROMPTS[1:2]) == [target_alone(PROMPTS[1])]
     assert not stores and not runner.model.head._forward_hooks
     assert sum(runner.accepted) > 0 and runner.speculator._alignment is None

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -13,18 +13,16 @@ from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings
 from vllm_aasd.drafting.step_time import knots
 from vllm_aasd.engine.unsupported import SCHEDULER
-from vllm_aasd.kernels.align import align
 
 logger = logging.getLogger("vllm.aasd")
 
 _PREDICTION_MIB = 8
 """What is kept of predictions where no answers are."""
 
-MAX_ALIGNMENT_SHARE = 0.03
-"""The share of a prompt's time that storing predictions at its positions may take with ``aasd_alignment: auto``."""
+PROFILE_SECONDS = 5.0
+"""How long timing steps may delay the start."""
 
-# Fixed numbers, not a time: with tensor parallelism every rank must take part in every step.
-_REPETITIONS = 4
+_REPETITIONS = 3
 # Beyond this the curve is extrapolated linearly.
 _MOST_TOKENS = 128
 
@@ -59,18 +57,6 @@ def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:
     return kv_bytes / (kv_bytes + entry_bytes(top_k))
 
 
-class StepProfile(NamedTuple):
-    """What steps cost.
-
-    Attributes:
-        samples: tokens in the batch and seconds, of steps that sample from every token.
-        alignment_share: the share of a prompt's time that storing predictions at its positions takes.
-    """
-
-    samples: list[tuple[int, float]]
-    alignment_share: float
-
-
 def dummy_forward(runner: Any, num_tokens: int) -> torch.Tensor:
     """Run the model on dummy tokens, so that logits of this many rows can be computed.
 
@@ -92,49 +78,33 @@ def profile_steps(
     forward: Callable[[int], torch.Tensor],
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
     max_tokens: int,
-    prompt_chunk: int,
-    top_k: int,
-) -> StepProfile:
-    """Time steps of several sizes.
+    agree: Callable[[bool], bool],
+) -> list[tuple[int, float]]:
+    """Time steps of several sizes, for about `PROFILE_SECONDS` at most: what isn't timed is learned while serving.
 
     Args:
         forward: runs the model on n tokens and returns hidden states, ``[>= n, hidden_size]``.
         compute_logits: from hidden states to logits.
         max_tokens: the most tokens of a step of decoding.
-        prompt_chunk: prompt positions whose logits are computed at once.
-        top_k: predictions stored per position.
+        agree: returns the first tensor-parallel rank's argument on every rank, all of which must run the same steps.
+
+    Returns:
+        Tokens in the batch and seconds of steps that sample from every token; at least one.
     """
-    samples = []
-    for repetition in range(_REPETITIONS):
-        for num_tokens in map(int, knots(min(max_tokens, _MOST_TOKENS))):
-            forward_seconds, logits_seconds, _ = _time_step(forward, compute_logits, num_tokens)
-            if repetition:  # the first includes what libraries set up
-                samples.append((num_tokens, forward_seconds + logits_seconds))
-    shares = []
-    for _ in range(_REPETITIONS):
-        forward_seconds, logits_seconds, logits = _time_step(forward, compute_logits, prompt_chunk)
-        shares.append((logits_seconds + _time_align(logits, top_k)) / forward_seconds)
-    return StepProfile(samples, min(shares))
-
-
-def _time_step(
-    forward: Callable[[int], torch.Tensor],
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
-    num_tokens: int,
-) -> tuple[float, float, torch.Tensor]:
     began = time.perf_counter()
-    hidden_states = forward(num_tokens)[:num_tokens]
-    between = time.perf_counter()
-    logits = compute_logits(hidden_states)
-    return between - began, time.perf_counter() - between, logits
-
-
-def _time_align(logits: torch.Tensor, top_k: int) -> float:
-    rows = torch.arange(len(logits), device=logits.device)
-    table = torch.empty(len(logits), 1 + 2 * top_k, dtype=torch.int32, device=logits.device)
-    began = time.perf_counter()
-    align(logits, rows.int(), rows, table)
-    return time.perf_counter() - began
+    # Powers of two come first, since time may not suffice for more.
+    sizes = sorted(map(int, knots(min(max_tokens, _MOST_TOKENS))), key=lambda size: (size.bit_count(), size))
+    samples: list[tuple[int, float]] = []
+    per_token = 0.0
+    for num_tokens in sizes * _REPETITIONS:
+        begun = time.perf_counter()
+        # Larger steps take less time per token, so this is long enough.
+        if samples and not agree(begun - began + per_token * num_tokens <= PROFILE_SECONDS):
+            continue
+        compute_logits(forward(num_tokens)[:num_tokens])
+        samples.append((num_tokens, time.perf_counter() - begun))
+        per_token = samples[-1][1] / num_tokens
+    return samples
 
 
 def memory_bytes(settings: Settings) -> int:

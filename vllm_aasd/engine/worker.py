@@ -74,7 +74,7 @@ class AASDWorker(Worker):
             return available
         if self._drafter is not None:
             available -= self._drafter.text_bytes
-        has_store = self.speculative_config.aasd.alignment is True and self.lora_config is None
+        has_store = self.speculative_config.aasd.alignment and self.lora_config is None
         return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K)) if has_store else available
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

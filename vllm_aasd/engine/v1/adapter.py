@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_aasd.alignment import PREFILL_CHUNK, TOP_K, AlignmentStore
+from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting import drafter
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
@@ -94,14 +94,11 @@ class V1Adapter:
         self._warm_up(counting)
 
     def _new_alignment(self, kv_cache_config: KVCacheConfig, loads_kv: bool) -> V1Alignment | None:
+        if not startup.may_align_prompts(self._settings.alignment, self._runner.lora_config is not None):
+            return None
         group = startup.full_attention_group(kv_cache_config)
         if group is None:
             logger.info("aasd: no full-attention KV cache group, so drafts come from retrieval alone")
-            return None
-        # Predictions at generated positions alone don't improve drafts (`benchmarks.drafter`).
-        if not startup.may_align_prompts(
-            self._settings.alignment is not False, has_lora=self._runner.lora_config is not None
-        ):
             return None
         store = AlignmentStore(
             kv_cache_config.num_blocks,
@@ -124,26 +121,20 @@ class V1Adapter:
 
     @torch.inference_mode()
     def profile(self) -> None:
-        """Time steps of the warmed-up model, for draft lengths and to decide whether to align prompts."""
-        profile = startup.profile_steps(
+        """Time steps of the warmed-up model, for draft lengths."""
+        began = time.perf_counter()
+        samples = startup.profile_steps(
             lambda num_tokens: startup.dummy_forward(self._runner, num_tokens),
             self._model.compute_logits,
             self._max_step_tokens,
-            min(PREFILL_CHUNK, self._runner.max_num_tokens),
-            TOP_K,
+            get_tp_group().broadcast_object,
         )
         step_time = self._lengths.by_load.step_time
-        step_time.warm_start(profile.samples)
-        # All ranks compute logits together, so they must agree on which; the first one's clock decides.
-        alignment_share = get_tp_group().broadcast_object(profile.alignment_share)
-        if self._settings.alignment == "auto" and alignment_share > startup.MAX_ALIGNMENT_SHARE:
-            self._alignment = None
+        step_time.warm_start(samples)
         logger.info(
-            "aasd: step times relative to one token: %s; predictions at prompt positions would take %.1f%% of "
-            "a prompt's time and are %s",
-            " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(profile.samples))),
-            100 * alignment_share,
-            "not stored" if self._alignment is None else "stored",
+            "aasd: step times relative to one token: %s (timed in %.1f s)",
+            " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(samples))),
+            time.perf_counter() - began,
         )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:

@@ -61,7 +61,7 @@ class AASDSpeculator(BaseSpeculator):
         self._device = device
         self._req_states = req_states
         width = vllm_config.speculative_config.num_speculative_tokens
-        self._align_prompts = startup.may_align_prompts(settings.alignment is True, vllm_config.lora_config is not None)
+        self._align_prompts = startup.may_align_prompts(settings.alignment, vllm_config.lora_config is not None)
         self._prompt_logits: PromptLogits | None = None
         self._placeholders = PlaceholderTokens(device)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
