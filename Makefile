@@ -17,7 +17,7 @@ endif
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
 	@echo 'make model      make the demo chat model, and print its path'
-	@echo "make prior      make the demo model's prior, which drafts begin from (about ten minutes, once)"
+	@echo "make prior      complete the demo model's prior, which drafts begin from (about ten minutes, once)"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make lint       check style and types (ruff, mypy)'
@@ -45,7 +45,7 @@ serve: $(if $(strip $(MODEL)),setup,model)
 	@exec env VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-2} .venv/bin/vllm serve $(or $(strip $(MODEL)),$(DEMO_MODEL)) \
 		--host 127.0.0.1 --port $(PORT) --speculative-config '{"method":"aasd"}' $(ARGS)
 
-demo: prior
+demo: model
 	@.venv/bin/python -m benchmarks.demo $(ARGS)
 
 bench: prior

@@ -53,9 +53,9 @@ def has_prior(model: str, methods: Mapping[str, Config]) -> bool:
     path = key and prior.cache_path(key)
     if path and path.exists():
         return True
-    if any(config and config["method"] == "aasd" and config.get("aasd_prior", True) for config in methods.values()):
+    if any(config and config["method"] == "aasd" and config.get("aasd_prior") != "off" for config in methods.values()):
         where = path or "the model isn't on this machine"
-        print(f"aasd runs without a prior ({where}); python -m vllm_aasd.prior makes it", file=sys.stderr, flush=True)
+        print(f"aasd has no prior yet ({where}); python -m vllm_aasd.prior makes it", file=sys.stderr, flush=True)
     return False
 
 

@@ -71,9 +71,12 @@ class Settings:
         choices=("adaptive",),
         within=(1, 128),
     )
-    prior: bool = setting(
-        True,
-        "Draft from the model's prior too, if `python -m vllm_aasd.prior MODEL` has made one.",
+    prior: int | str = setting(
+        60,
+        "Draft from the model's prior too, what it says after each token of its vocabulary. The number is how many "
+        "seconds the first start of a model may take to make one. `off` for none.",
+        choices=("off",),
+        within=(0, 86400),
     )
     memory: int | str = setting(
         64,

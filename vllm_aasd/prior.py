@@ -1,24 +1,21 @@
-"""Build the prior of a model: what it predicts outside of any request, for drafts to start from.
+"""Complete the prior of a model: what it predicts outside of any request, for drafts to start from.
 
-    python -m vllm_aasd.prior MODEL [--top-k 8] [--conversations 1024] [--output FILE] [--force]
-                              [arguments of vLLM's engine]
+    python -m vllm_aasd.prior MODEL [--conversations 1024] [--force] [arguments of vLLM's engine]
 
-Runs the model once over its vocabulary, then has it generate conversations, and keeps what it predicted after the
-n-grams in them, not the text. The result is written to a cache folder, under a name derived from the model's content,
-where a server with method ``aasd`` finds it. On a cluster, run it on each node, or put ``AASD_CACHE_ROOT`` on a file
-system that the nodes share.
+A server's first start makes as much of it as a minute allows. This command asks for the rest of the vocabulary, and
+then has the model generate conversations, whose text is kept too. The result is written to a cache folder, under a name
+derived from the model's content, where a server with method ``aasd`` finds it. On a cluster, run it on each node, or
+put ``AASD_CACHE_ROOT`` on a file system that the nodes share.
 """
 
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 from vllm_aasd.drafting import own_text
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
 
-DEFAULT_TOP_K = 8
 DEFAULT_CONVERSATIONS = 1024
 
 
@@ -30,12 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="python -m vllm_aasd.prior",
-        description="Build the prior of a model, which drafts of method aasd start from.",
+        description="Complete the prior of a model, which drafts of method aasd start from.",
         epilog="All other arguments are those of vLLM's engine, such as --tensor-parallel-size 2.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="path or name of the target model")
-    parser.add_argument("--top-k", type=int, default=DEFAULT_TOP_K, help="successors kept of each token")
     parser.add_argument(
         "--conversations",
         type=int,
@@ -43,11 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="N",
         help="questions that the model writes and answers, to learn from; 0 for the vocabulary alone",
     )
-    parser.add_argument("--output", type=Path, help="file to write (default: where the server looks for it)")
-    parser.add_argument("--force", action="store_true", help="replace an existing one")
+    parser.add_argument("--force", action="store_true", help="begin anew, whatever is there")
     ours, engine_arguments = parser.parse_known_args(arguments)
-    if not 1 <= ours.top_k <= prior_file.MAX_SUCCESSORS:
-        parser.error(f"--top-k {ours.top_k} is not allowed: it takes an integer from 1 to {prior_file.MAX_SUCCESSORS}")
     if ours.conversations < 0:
         parser.error(f"--conversations {ours.conversations} is not allowed: it takes an integer from 0")
 
@@ -55,18 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
     from vllm_aasd.engine import prior_builder
     from vllm_aasd.engine.model_key import model_key
 
-    engine = prior_builder.engine_arguments(ours.model, engine_arguments, ours.top_k)
+    engine = prior_builder.engine_arguments(ours.model, engine_arguments)
     key = model_key(engine.model, engine.revision)
     if key is None:
         sys.exit(f"error: the files of {ours.model!r} are not on this machine; download the model first")
-    path = ours.output or prior_file.cache_path(key)
+    path = prior_file.cache_path(key)
     if path is None:
-        sys.exit("error: no folder to keep the prior in: set AASD_CACHE_ROOT to an absolute path, or use --output")
+        sys.exit("error: no folder to keep the prior in: set AASD_CACHE_ROOT to an absolute path")
+    vocab_size = engine.create_model_config().get_vocab_size()
     if not ours.force:
         try:
-            prior_file.load(path, key, engine.create_model_config().get_vocab_size())
-            print(f"there already: {path}")
-            return
+            prior = prior_file.load(path, key, vocab_size)
+            if (prior.ids[:, 0] >= 0).all() and (prior.texts.size or not ours.conversations):
+                print(f"there already: {path}")
+                return
         except FileNotFoundError:
             pass
         except TensorFileError as error:
@@ -76,12 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
         # Before the work, not after it.
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        if ours.force:
+            path.unlink(missing_ok=True)
     except OSError as error:
-        sys.exit(f"error: {path.parent} can't be written to ({error}): set AASD_CACHE_ROOT, or use --output")
+        sys.exit(f"error: {path.parent} can't be written to ({error}): set AASD_CACHE_ROOT")
     llm = prior_builder.start(engine)
-    prior = prior_builder.successors(llm, ours.top_k)
-    texts = prior_builder.conversations(llm, ours.conversations, ours.top_k)
-    prior_file.save(path, own_text.with_texts(prior, texts), key)
+    prior_builder.ask_for_successors(llm)
+    prior = prior_file.load(path, key, vocab_size)
+    if not prior.texts.size:
+        texts = prior_builder.conversations(llm, ours.conversations, prior_file.NUM_SUCCESSORS)
+        prior_file.save(path, own_text.with_texts(prior, texts), key)
     print(f"written: {path}")
 
 

@@ -125,10 +125,10 @@ def test_a_difference_is_judged_where_it_begins(ours, theirs, exact, gap):
 
 
 def test_methods_have_labels_and_only_strict_and_vllms_own_promise_exact_answers(monkeypatch, tmp_path, capsys):
-    strict = {"aasd_verification": "strict", "aasd_prior": False}
+    strict = {"aasd_verification": "strict", "aasd_prior": "off"}
     found = methods.chosen(["none", "ngram", "aasd"], [strict, {"aasd_verification": "conditional"}])
     exact = [label for label, config in found.items() if methods.is_exact(config)]
-    assert exact == ["none", "ngram", "aasd verification=strict prior=False"]
+    assert exact == ["none", "ngram", "aasd verification=strict prior=off"]
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     assert not methods.has_prior("none", {exact[-1]: found[exact[-1]]}) and capsys.readouterr().err == ""
     assert not methods.has_prior("none", found) and "without a prior" in capsys.readouterr().err

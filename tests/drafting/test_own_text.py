@@ -11,7 +11,7 @@ from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.drafting.own_text import Text, with_texts
 from vllm_aasd.engine import prior_builder, shared_prior
-from vllm_aasd.engine.prior_builder import Turns, turns
+from vllm_aasd.engine.chat_turns import Turns, turns
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 40
@@ -101,7 +101,9 @@ def all_knowing(monkeypatch):
 
 @pytest.mark.parametrize("has_prior", [True, False])
 def test_the_runner_drafts_from_a_prior_s_text(all_knowing, has_prior):
-    v1 = fake_v1.FakeRunner({"a": NEW}, verification="strict", draft_length=fake_v2.WIDTH, prior=has_prior)
+    v1 = fake_v1.FakeRunner(
+        {"a": NEW}, verification="strict", draft_length=fake_v2.WIDTH, prior=60 if has_prior else "off"
+    )
     for _ in range(2):
         v1.step()
     assert v1.num_accepted == (fake_v2.WIDTH if has_prior else 0)

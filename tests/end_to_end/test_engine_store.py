@@ -46,7 +46,7 @@ def test_what_lies_in_blocks_of_other_contexts_is_not_read(v2, demo_model):
     """Until a prefix-cache hit shares them. Two contexts of the same tokens but the first, in blocks full of entries of
     this token; the second one twice."""
     # What is planted has only generated positions written, so that what is found elsewhere is another's.
-    aasd = {"aasd_alignment": True, "aasd_prior": False, "num_speculative_tokens": 4}
+    aasd = {"aasd_alignment": True, "num_speculative_tokens": 4}
     options = {"block_size": 32, "max_model_len": 192, "num_gpu_blocks_override": 8}
     with engine(demo_model, aasd=aasd, v2=v2, **options) as started:
         started.run(greedy([[501, *[500] * 120]], 6))

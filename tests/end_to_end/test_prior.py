@@ -1,6 +1,7 @@
 """The prior: its file against damage and strangers, what it is asked for, and a real model's own successors."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,14 +14,16 @@ import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 
+from aasd_testing import engines
 from aasd_testing.chat_tokenizer import Tokenizer
 from vllm_aasd import prior
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
-from vllm_aasd.engine import prior_builder, shared_prior
+from vllm_aasd.engine import prior_builder, prior_maker, shared_prior
+from vllm_aasd.engine.chat_turns import assistant_prefix
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.engine.prior_builder import assistant_prefix, emulates_bfloat16
+from vllm_aasd.engine.prior_builder import emulates_bfloat16
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 7
@@ -162,10 +165,9 @@ def test_the_command_says_before_it_works_that_it_can_not_write(tmp_path, monkey
     (tmp_path / "file").touch()
     stand_in(monkeypatch)
     monkeypatch.setattr(prior_builder, "start", lambda engine: pytest.fail("it has begun"))
-    for arguments in (["m", "--force"], ["m", "--force", "--output", str(tmp_path / "file" / "prior")]):
-        monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "file"))
-        with pytest.raises(SystemExit, match="can't be written to"):
-            prior.main(arguments)
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="can't be written to"):
+        prior.main(["m", "--force"])
     monkeypatch.setenv("AASD_CACHE_ROOT", "relative")
     with pytest.raises(SystemExit, match="no folder to keep the prior in: set AASD_CACHE_ROOT"):
         prior.main(["m"])
@@ -245,6 +247,15 @@ def tiny_model(tmp_path_factory):
     return path, model
 
 
+@pytest.fixture(scope="module")
+def successors(tiny_model):
+    """What the tiny model says after each token at the beginning of a text: ids and probabilities."""
+    pairs = torch.stack([torch.ones(300, dtype=torch.long), torch.arange(300)], dim=1)
+    with torch.inference_mode():
+        said = torch.softmax(tiny_model[1](pairs).logits[:, 1].float(), dim=-1).topk(prior_file.NUM_SUCCESSORS)
+    return said.indices.numpy(), said.values.numpy()
+
+
 @pytest.fixture
 def command(tiny_model, tmp_path):
     """Runs the command on the tiny model, with more arguments."""
@@ -258,7 +269,7 @@ def command(tiny_model, tmp_path):
     }
 
     def run(*arguments):
-        line = [sys.executable, "-m", "vllm_aasd.prior", str(tiny_model[0]), "--top-k", "3", "--dtype", "float32"]
+        line = [sys.executable, "-m", "vllm_aasd.prior", str(tiny_model[0]), "--dtype", "float32"]
         done = subprocess.run([*line, *arguments], env=environment, text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -267,34 +278,100 @@ def command(tiny_model, tmp_path):
 
 
 @pytest.mark.engine
-def test_the_command_writes_the_models_own_successors_once(tiny_model, tmp_path, command, monkeypatch, capsys):
-    path, model = tiny_model
-    command("--conversations", "0")
+def test_the_command_asks_for_what_is_missing_and_has_the_model_write(
+    tiny_model, successors, tmp_path, command, monkeypatch, capsys
+):
+    path, _ = tiny_model
     key = model_key(str(path))
-    loaded = prior_file.load(tmp_path / f"prior-{key}.safetensors", key, 300)
-
-    with torch.inference_mode():
-        pairs = torch.stack([torch.ones(300, dtype=torch.long), torch.arange(300)], dim=1)
-        want = torch.softmax(model(pairs).logits[:, 1].float(), dim=-1).topk(3)
-    np.testing.assert_array_equal(loaded.ids, want.indices)
-    np.testing.assert_allclose(loaded.probs, want.values, rtol=1e-3)
-    assert loaded.texts.size == 0
+    file = tmp_path / f"prior-{key}.safetensors"
+    partial = prior_file.empty(300)
+    # What an earlier start has asked for is kept.
+    partial.ids[:100] = 7
+    prior_file.save(file, partial, key)
+    assert "written" in command("--conversations", "40")
+    found = prior_file.load(file, key, 300)
+    unseen = np.setdiff1d(np.arange(100, 300), found.texts)
+    assert len(unseen) > 20
+    np.testing.assert_array_equal(found.ids[unseen], successors[0][unseen])
+    np.testing.assert_allclose(found.probs[unseen], successors[1][unseen], rtol=1e-3)
+    assert (found.ids[np.setdiff1d(np.arange(100), found.texts)] == 7).all()
+    # A text of this model, which has no chat template, begins with token 1.
+    begins = np.concatenate([[0], np.flatnonzero(found.texts < 0)[:-1] + 1])
+    assert len(begins) == 40 and set(found.texts[begins].tolist()) == {1}
 
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
-    prior.main([str(path), "--top-k", "3", "--dtype", "float32"])
+    prior.main([str(path), "--dtype", "float32"])
     assert "there already" in capsys.readouterr().out
 
 
 @pytest.mark.engine
-@pytest.mark.long
-def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_model, tmp_path, command):
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_models_first_start_makes_its_prior(v2, tiny_model, successors, tmp_path, monkeypatch):
     path, _ = tiny_model
-    output = command("--conversations", "40", "--output", str(tmp_path / "prior.safetensors"))
-    assert "written" in output
-    prior = prior_file.load(tmp_path / "prior.safetensors", model_key(str(path)), 300)
-    # A text of this model, which has no chat template, begins with token 1.
-    begins = np.concatenate([[0], np.flatnonzero(prior.texts < 0)[:-1] + 1])
-    assert len(begins) == 40 and set(prior.texts[begins].tolist()) == {1}
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    aasd = {"aasd_prior": 60, "aasd_verification": "strict"}
+    with engines.engine(str(path), aasd=aasd, v2=v2, max_model_len=512) as started:
+        # In these contexts nothing but the prior says what follows.
+        served = started.run(engines.greedy([[1, token_id] for token_id in range(200, 216)], max_tokens=4))
+        assert re.search(r"asked \S+ what follows 300 of its 300 tokens, in \d+ s", started.log())
+    key = model_key(str(path))
+    found = prior_file.load(prior_file.cache_path(key), key, 300)
+    np.testing.assert_array_equal(found.ids, successors[0])
+    np.testing.assert_allclose(found.probs, successors[1], rtol=1e-3)
+    assert served.accepted > 0 and not any(served.faults.values())
+
+
+def test_a_prior_is_made_within_its_time_the_most_frequent_tokens_first(monkeypatch):
+    """A step takes a second on this clock; ids are those of a tokenizer that merges pairs, the most frequent first."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(prior_maker.time, "monotonic", lambda: next(clock))
+    steps = []
+
+    def take_logits():
+        req_ids = [request.req_id for request in steps[-1].scheduled_new_reqs]
+        return req_ids[::-1], torch.eye(40)[[int(req_id.rpartition("-")[2]) for req_id in req_ids[::-1]]]
+
+    made = prior_file.empty(40)
+    made.ids[2] = 5
+    maker = prior_maker.PriorMaker([], *engine_limits(max_num_seqs=4), steps.append, take_logits)
+    assert maker.fill(made, 5.0, lambda answer: answer) == 8
+    assert made.ids[:, 0].tolist() == [0, 1, 5, *range(3, 9), *[-1] * 31]
+    asked = [[request.prompt_token_ids for request in step.scheduled_new_reqs] for step in steps]
+    assert asked == [[[0], [1], [3], [4]], [[5], [6], [7], [8]], []]
+    assert [len(step.finished_req_ids) for step in steps] == [0, 4, 4], "no request of ours is left"
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({"max_num_seqs": 3}, 3),
+        ({"max_num_batched_tokens": 5}, 5),
+        ({"num_blocks": 6}, 5),
+        ({"num_groups": 2, "num_blocks": 7}, 3),
+    ],
+)
+def test_steps_stay_within_the_engines_limits(limits, most):
+    steps = []
+
+    def take_logits():
+        req_ids = [request.req_id for request in steps[-1].scheduled_new_reqs]
+        return req_ids, torch.zeros(len(req_ids), 40)
+
+    maker = prior_maker.PriorMaker([], *engine_limits(**limits), steps.append, take_logits)
+    assert maker.fill(prior_file.empty(40), 1e9, lambda answer: answer) == 40
+    assert max(len(step.scheduled_new_reqs) for step in steps) == most
+    for step in steps:
+        blocks = [block for request in step.scheduled_new_reqs for group in request.block_ids for block in group]
+        assert len(set(blocks)) == len(blocks) and 0 not in blocks
+
+
+def engine_limits(max_num_seqs=256, max_num_batched_tokens=2048, num_blocks=1000, num_groups=1):
+    """The parts of an engine's configuration that limit its steps."""
+    groups = [types.SimpleNamespace(kv_cache_spec=types.SimpleNamespace(block_size=16))] * num_groups
+    return (
+        types.SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        types.SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=groups),
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,14 +380,14 @@ def test_the_command_learns_what_the_model_predicts_in_text_of_its_own(tiny_mode
 def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is_cpu, emulates, dtype):
     monkeypatch.setattr(prior_builder, "current_platform", types.SimpleNamespace(is_cpu=lambda: is_cpu))
     monkeypatch.setattr(prior_builder, "emulates_bfloat16", lambda: emulates)
-    assert prior_builder.engine_arguments("model", [], 8).dtype == dtype
-    assert prior_builder.engine_arguments("model", ["--dtype", "float16"], 8).dtype == "float16"
+    assert prior_builder.engine_arguments("model", []).dtype == dtype
+    assert prior_builder.engine_arguments("model", ["--dtype", "float16"]).dtype == "float16"
 
 
 def test_the_command_refuses_what_it_can_not_do(capsys):
     with pytest.raises(SystemExit):
-        prior.main(["model", "--top-k", "65"])
-    assert "65 is not allowed: it takes an integer from 1 to 64" in capsys.readouterr().err
+        prior.main(["model", "--conversations", "-1"])
+    assert "-1 is not allowed: it takes an integer from 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,20 @@ class Model:
         return 7
 
 
-def test_without_a_prior_the_log_says_how_to_make_one(tmp_path, caplog):
+def test_a_model_without_a_prior_gets_an_empty_one_that_is_kept_once_it_was_made(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    model = Model(str(tmp_path / "model"))
     with caplog.at_level("INFO", "vllm.aasd"):
-        assert shared_prior.own_prior(Model(str(tmp_path))) is None
-    assert f"python -m vllm_aasd.prior {tmp_path}" in caplog.text
+        made = shared_prior.own_prior(model)
+    assert made.ids.shape == (7, 7) and (made.ids == -1).all() and "no prior for" in caplog.text
+    made.ids[3] = 5
+    shared_prior.keep_prior(model, made)
+    np.testing.assert_array_equal(shared_prior.own_prior(model).ids, made.ids)
+    monkeypatch.setenv("AASD_CACHE_ROOT", "/proc/nothing")
+    shared_prior.keep_prior(model, made)
+    assert "the prior isn't kept" in caplog.text
 
 
 def test_a_damaged_prior_is_ignored_with_one_warning(tmp_path, monkeypatch, caplog):

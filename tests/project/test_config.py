@@ -27,7 +27,7 @@ def test_defaults_are_valid_and_survive_parsing():
         ("aasd_draft_length", "long", "'adaptive' or an integer from 1 to 128"),
         ("aasd_draft_length", 4.0, "'adaptive' or an integer from 1 to 128"),
         ("aasd_draft_length", True, "'adaptive' or an integer from 1 to 128"),
-        ("aasd_prior", "auto", "true or false"),
+        ("aasd_prior", True, "'off' or an integer from 0 to 86400"),
         ("aasd_memory", True, "'off' or an integer from 1 to 65536"),
         ("aasd_memory", "process", "'off' or an integer from 1 to 65536"),
         ("aasd_memory", "/tmp/x", "'off' or an integer from 1 to 65536"),

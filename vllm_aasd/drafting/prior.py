@@ -9,6 +9,9 @@ from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.kernels.common.cache_folder import cache_folder
 from vllm_aasd.kernels.draft import Prior
 
+NUM_SUCCESSORS = 8
+"""Successors asked for of a token, the likeliest at temperature 1."""
+
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: a bound on what a file may hold."""
 
@@ -27,6 +30,12 @@ def cache_path(model_key: str) -> Path | None:
     """Where the prior of a model is kept, see `cache_folder`; None where there is no such folder."""
     folder = cache_folder()
     return None if folder is None else folder / f"prior-{model_key}.safetensors"
+
+
+def empty(vocab_size: int) -> Prior:
+    """The prior of a model that hasn't been asked for any."""
+    shape = (vocab_size, min(NUM_SUCCESSORS, vocab_size))
+    return Prior(np.full(shape, -1, np.int32), np.zeros(shape, np.float32))
 
 
 def save(path: Path, prior: Prior, model_key: str) -> None:

@@ -3,11 +3,13 @@
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.kernels.draft import Prior
 
 
 class Adapter(Protocol):
@@ -19,13 +21,21 @@ class Adapter(Protocol):
     Attributes:
         faults: of this worker.
         counters: of this worker.
+        prior: of the target, empty where none was made; None where it is off or can't be used.
     """
 
     faults: Faults
     counters: Counters
+    prior: Prior | None
 
     def profile(self) -> None:
         """Measure what steps cost, after the model is warmed up."""
+
+    def take_logits(self) -> tuple[list[str], torch.Tensor]:
+        """End a step instead of sampling: its requests, and their logits, ``[num_requests, vocab_size]``."""
+
+    def use_prior(self) -> None:
+        """Draft from what `prior` holds now."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Prepare for a step, and drop the state of requests that have ended."""

@@ -1,13 +1,12 @@
-"""Build the prior of a model through vLLM: what the model says after each token, and in conversations of its own.
+"""Build the prior of a model through vLLM: what the model says in conversations of its own, and after each token.
 
 The conversations are after Magpie (Xu et al., 2024, arXiv 2406.08464): a chat model that sees the beginning of the
 user's turn writes a question as users do, and then answers it. A model without a chat template writes texts.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from vllm import LLM, SamplingParams
@@ -17,30 +16,26 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_aasd.drafting.own_text import Text
-from vllm_aasd.kernels.draft import Prior
+from vllm_aasd.drafting.prior import NUM_SUCCESSORS
+from vllm_aasd.engine.chat_turns import Turns, turns
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96
 """The longest that are generated."""
 
 # Long enough for a chat template around a question and its answer, and short to save KV cache.
 _CONTEXT_LENGTH = 512
-# Multiples of a batch, and small enough to report progress on.
-_TOKENS_PER_CALL, _CONVERSATIONS_PER_CALL = 1024, 256
-# What a template puts before every answer hardly changes what follows it.
-_LONGEST_PREFIX = 64
-_REPORT_SECONDS = 5.0
-_MARK = "Why?"
+# A multiple of a batch, and small enough to report progress on.
+_CONVERSATIONS_PER_CALL = 256
 # What x86 needs for arithmetic in bfloat16; elsewhere PyTorch has it.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
-def engine_arguments(model: str, arguments: list[str], top_k: int) -> EngineArgs:
+def engine_arguments(model: str, arguments: list[str]) -> EngineArgs:
     """Read vLLM's own arguments from a command line, with defaults that suit generating few tokens at a time.
 
     Args:
         model: path or name of the target model.
         arguments: such as ``["--tensor-parallel-size", "2"]``.
-        top_k: successors that will be asked for.
 
     Raises:
         SystemExit: an argument that vLLM doesn't know.
@@ -49,7 +44,8 @@ def engine_arguments(model: str, arguments: list[str], top_k: int) -> EngineArgs
     parser.set_defaults(
         max_model_len=_CONTEXT_LENGTH,
         max_num_seqs=256,
-        max_logprobs=top_k,
+        max_logprobs=NUM_SUCCESSORS,
+        speculative_config={"method": "aasd", "aasd_prior": 0},
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
@@ -78,69 +74,9 @@ def start(engine: EngineArgs) -> LLM:
     return LLM.from_engine_args(engine)
 
 
-def successors(llm: LLM, top_k: int) -> Prior:
-    """Run the target once over its vocabulary, each token at the beginning of an answer; reports progress.
-
-    Args:
-        llm: started with `engine_arguments`.
-        top_k: successors kept of each token, the likeliest at temperature 1.
-    """
-    began = reported = time.monotonic()
-    model_config = llm.llm_engine.model_config
-    prefix = assistant_prefix(llm.get_tokenizer())[-(min(model_config.max_model_len, _LONGEST_PREFIX) - 2) :]
-    vocab_size = model_config.get_vocab_size()
-    ids = np.full((vocab_size, top_k), -1, np.int32)
-    probs = np.zeros((vocab_size, top_k), np.float32)
-    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=top_k, detokenize=False)
-    for start in range(0, vocab_size, _TOKENS_PER_CALL):
-        token_ids = range(start, min(start + _TOKENS_PER_CALL, vocab_size))
-        prompts = [{"prompt_token_ids": [*prefix, token_id]} for token_id in token_ids]
-        for token_id, output in zip(token_ids, llm.generate(prompts, params, use_tqdm=False), strict=True):
-            found_ids, found_probs = likeliest(output.outputs[0].logprobs[0], top_k)
-            ids[token_id, : len(found_ids)] = found_ids
-            probs[token_id, : len(found_ids)] = found_probs
-        now = time.monotonic()
-        if now - reported >= _REPORT_SECONDS:
-            reported, left = now, (now - began) * (vocab_size - token_ids.stop) / token_ids.stop
-            print(f"{token_ids.stop} of {vocab_size} tokens, {left:.0f} s left", flush=True)
-    return Prior(ids, probs)
-
-
-def assistant_prefix(tokenizer: Any) -> list[int]:
-    """What a chat template puts before the assistant's answer; without a template, what begins a text."""
-    around = turns(tokenizer)
-    if around is not None:
-        return tokenizer.encode(around.answering, add_special_tokens=False)
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-class Turns(NamedTuple):
-    """What a chat template puts around the user's question.
-
-    Attributes:
-        before: before the question.
-        after: from the question to the beginning of the assistant's turn.
-        answering: at the beginning of the assistant's turn.
-    """
-
-    before: str
-    after: str
-    answering: str
-
-
-def turns(tokenizer: Any) -> Turns | None:
-    """How the model's chat template writes one question; None without a usable template."""
-    question = [{"role": "user", "content": _MARK}]
-    try:
-        asked = tokenizer.apply_chat_template(question, tokenize=False)
-        answering = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    # transformers raises ValueError without a template; a template may raise anything.
-    except Exception:
-        return None
-    before, mark, after = asked.rpartition(_MARK)
-    if not mark or len(answering) <= len(asked) or not answering.startswith(asked):
-        return None
-    return Turns(before, after, answering[len(asked) :])
+def ask_for_successors(llm: LLM) -> None:
+    """Have the workers ask for the successors that the prior on disk lacks, and write it."""
+    llm.collective_rpc("aasd_make_prior")
 
 
 def conversations(llm: LLM, count: int, top_k: int) -> list[Text]:

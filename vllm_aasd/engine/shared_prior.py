@@ -23,12 +23,15 @@ logger = logging.getLogger("vllm.aasd")
 
 
 def load_prior(model: ModelConfig) -> Prior | None:
-    """The prior of the served model, if all ranks have it. Every rank that drafts calls this."""
+    """The prior of the served model if all ranks have the same, empty if none has one. Every rank calls this."""
     return agreed_prior(own_prior(model), get_tp_group())
 
 
 def own_prior(model: ModelConfig) -> Prior | None:
-    """The prior of the served model that this rank finds, if it is usable; says in the log which it is."""
+    """The prior of the served model that this rank finds, empty if there is none; None if it can't be used.
+
+    Says in the log which it is.
+    """
     key = model_key(model.model, model.revision)
     path = prior_file.cache_path(key) if key else None
     try:
@@ -36,12 +39,8 @@ def own_prior(model: ModelConfig) -> Prior | None:
             raise FileNotFoundError
         prior = prior_file.load(path, key, model.get_vocab_size())
     except FileNotFoundError:
-        logger.info(
-            "aasd: no prior for %s; `python -m vllm_aasd.prior %s` makes one, which improves drafts",
-            model.model,
-            model.model,
-        )
-        return None
+        logger.info("aasd: no prior for %s yet", model.model)
+        return prior_file.empty(model.get_vocab_size())
     except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
@@ -50,6 +49,18 @@ def own_prior(model: ModelConfig) -> Prior | None:
         "aasd: prior with %d successors per token and %d tokens of text from %s", prior.ids.shape[1], num_tokens, path
     )
     return prior
+
+
+def keep_prior(model: ModelConfig, prior: Prior) -> None:
+    """Write the prior of the served model where its next start finds it; a failure is logged."""
+    key = model_key(model.model, model.revision)
+    path = prior_file.cache_path(key) if key else None
+    try:
+        if key is None or path is None:
+            raise FileNotFoundError("there is no folder for it")
+        prior_file.save(path, prior, key)
+    except OSError as error:
+        logger.warning("aasd: the prior isn't kept, and the next start makes it again: %s", error)
 
 
 def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:

@@ -4,6 +4,7 @@ The adapter depends on the model runner: `vllm_aasd.engine.v1.adapter` or `vllm_
 """
 
 import logging
+import math
 from typing import Any
 
 from vllm import envs
@@ -17,9 +18,10 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_aasd import __version__
 from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import MetricValue
-from vllm_aasd.engine import configuration, metrics, patching
+from vllm_aasd.engine import configuration, metrics, patching, prior_maker
 from vllm_aasd.engine.adapter import Adapter
 from vllm_aasd.engine.startup import kv_cache_share
+from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -97,9 +99,26 @@ class AASDWorker(Worker):
         times = super().compile_or_warm_up_model()
         if self._adapter is not None:
             self._adapter.profile()
+            self._make_first_prior(self._adapter.prior)
             with self._adapter.faults.contained("metrics"):
                 self._publish(self._adapter)
         return times
+
+    def _make_first_prior(self, prior: Prior | None) -> None:
+        seconds = self.speculative_config.aasd.prior
+        if prior is None or seconds == 0 or (prior.ids >= 0).any():
+            return
+        obstacle = prior_maker.obstacle(self.vllm_config)
+        if obstacle is not None:
+            logger.info("aasd: %s, the server doesn't make a prior; `python -m vllm_aasd.prior` does", obstacle)
+            return
+        self.aasd_make_prior(float(seconds))
+
+    def aasd_make_prior(self, seconds: float = math.inf) -> None:
+        """Ask the target what follows the tokens that the prior lacks: for ``collective_rpc`` before any request."""
+        if self._adapter is not None:
+            kv_cache_config = self.model_runner.kv_cache_config
+            prior_maker.make(self.vllm_config, kv_cache_config, self.execute_model, self._adapter, seconds)
 
     def _publish(self, adapter: Adapter) -> None:
         """Publish what is counted from now on among the server's metrics, unless statistics are off."""

@@ -69,7 +69,7 @@ class Engine:
             **options,
         }
         if aasd is not None:
-            options["speculative_config"] = {"method": "aasd", **aasd}
+            options["speculative_config"] = {"method": "aasd", "aasd_prior": "off", **aasd}
         environment = {**_ENVIRONMENT, **{name: os.environ.get(name, value) for name, value in _DEFAULTS.items()}}
         # Deleted when closed, so nothing is left behind.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115

@@ -72,7 +72,7 @@ class V1Adapter:
             self._max_draft_tokens, self._max_step_tokens, settings.draft_length == "adaptive", self.faults
         )
         self._requests = V1Requests(settings, self.faults, startup.shares_text(vllm_config))
-        prior = shared_prior.load_prior(self._model_config) if settings.prior else None
+        self.prior = prior = None if settings.prior == "off" else shared_prior.load_prior(self._model_config)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
@@ -136,6 +136,14 @@ class V1Adapter:
             " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(samples))),
             time.perf_counter() - began,
         )
+
+    def take_logits(self) -> tuple[list[str], torch.Tensor]:
+        """See `Adapter.take_logits`."""
+        state, self._runner.execute_model_state = self._runner.execute_model_state, None
+        return list(self._runner.input_batch.req_ids), state.logits
+
+    def use_prior(self) -> None:
+        """Nothing to do: the drafter reads `prior` itself."""
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Begin to time a step, note the placeholders of images, and drop the state of requests that have ended."""

@@ -88,7 +88,8 @@ class AASDSpeculator(BaseSpeculator):
         self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
         self._propose: Callable[..., None] | None = None
         self._all_token_ids = torch.zeros((max_num_reqs, 0), dtype=torch.int32, device=device)
-        self._prior: Prior = no_prior()
+        self.prior: Prior | None = None
+        self._device_prior: tuple[torch.Tensor, torch.Tensor]
         self._runner: GPUModelRunner | None = None
         self._alignment: V2Alignment | None = None
         self._loads_kv = vllm_config.kv_transfer_config is not None
@@ -102,9 +103,10 @@ class AASDSpeculator(BaseSpeculator):
     def attach(self, runner: GPUModelRunner) -> None:
         """Attach to the runner, whose model and sampler are loaded by now."""
         self._runner = runner
-        if self._settings.prior:
-            self._prior = shared_prior.load_prior(self._model_config) or self._prior
-            self._texts.learn_corpora(self._prior.texts)
+        if self._settings.prior != "off":
+            self.prior = shared_prior.load_prior(self._model_config)
+        if self.prior is not None:
+            self._texts.learn_corpora(self.prior.texts)
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
@@ -141,8 +143,9 @@ class AASDSpeculator(BaseSpeculator):
                 self._loads_kv,
             )
             table, block_tables = store.slots, runner.block_tables.block_tables[group].gpu
-        prior = self._prior
+        prior = self.prior or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
+        self._device_prior = to_device(prior.ids), to_device(prior.probs)
         # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
         self._all_token_ids = self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len]
         batch_of = functools.partial(
@@ -154,8 +157,8 @@ class AASDSpeculator(BaseSpeculator):
             theta=to_device(DEFAULT_WEIGHTS.theta),
             alignment=to_device(DEFAULT_WEIGHTS.alignment),
             no_alignment_discount=to_device(DEFAULT_WEIGHTS.no_alignment_discount).reshape(1),
-            prior_ids=to_device(prior.ids),
-            prior_probs=to_device(prior.probs),
+            prior_ids=self._device_prior[0],
+            prior_probs=self._device_prior[1],
             vocab_size=self._vocab_size,
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
@@ -174,6 +177,21 @@ class AASDSpeculator(BaseSpeculator):
 
     def profile(self) -> None:
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
+
+    @torch.inference_mode()
+    def take_logits(self) -> tuple[list[str], torch.Tensor]:
+        """See `Adapter.take_logits`."""
+        assert self._runner is not None
+        runner = self._runner
+        state, runner.execute_model_state = runner.execute_model_state, None
+        rows = state.hidden_states[state.input_batch.logits_indices]
+        return list(state.input_batch.req_ids), runner.get_model().compute_logits(rows)
+
+    def use_prior(self) -> None:
+        """Copy `prior` to the device."""
+        assert self.prior is not None
+        for on_device, array in zip(self._device_prior, self.prior, strict=False):
+            on_device.copy_(torch.from_numpy(array))
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Learn what stands for images in new requests, and drop what ended ones left."""
