@@ -131,7 +131,7 @@ def test_methods_have_labels_and_only_strict_and_vllms_own_promise_exact_answers
     assert exact == ["none", "ngram", "aasd verification=strict prior=off"]
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     assert not methods.has_prior("none", {exact[-1]: found[exact[-1]]}) and capsys.readouterr().err == ""
-    assert not methods.has_prior("none", found) and "without a prior" in capsys.readouterr().err
+    assert not methods.has_prior("none", found) and "has no prior yet" in capsys.readouterr().err
     monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps arctic-inference"):
         methods.chosen(["suffix"], [])
