@@ -355,3 +355,13 @@ def test_register_never_raises(monkeypatch, caplog):
     monkeypatch.setattr(configuration, "install", broken)
     plugin.register()
     assert "method 'aasd' isn't available" in caplog.text
+
+
+def test_corpora_are_checked_where_the_server_starts(create, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"aasd_corpora=\{'docs': '/nowhere'\} is not allowed: there is no such file"):
+        create({"method": "aasd", "aasd_corpora": {"docs": "/nowhere"}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    config = create({"method": "aasd", "aasd_corpora": {"docs": "docs"}}).speculative_config
+    assert config.aasd.corpora == (("docs", str(tmp_path / "docs")),) and config.aasd_corpora_file
+    assert create({"method": "aasd"}).speculative_config.aasd_corpora_file == ""

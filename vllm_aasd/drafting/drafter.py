@@ -103,15 +103,22 @@ class Drafter:
         """Requests that state is held for."""
         return len(self._requests)
 
-    def admit(self, request_id: str, namespace: int | None, prediction: np.ndarray | None = None) -> None:
+    def admit(
+        self,
+        request_id: str,
+        namespace: int | None,
+        prediction: np.ndarray | None = None,
+        corpora: Iterable[str] = (),
+    ) -> None:
         """Give a request text besides its own context.
 
         Args:
             request_id: the request, before its first `draft`.
             namespace: of the earlier answers that it shares, >= 0; None if it shares none.
             prediction: ``[n]`` int32, what its client expects it to answer.
+            corpora: the names of those that it draws from.
         """
-        self._admitted[request_id] = self._texts.admit(namespace, prediction)
+        self._admitted[request_id] = self._texts.admit(namespace, prediction, corpora)
 
     def draft(
         self,
@@ -196,7 +203,7 @@ class Drafter:
         self._scores.fill(0)
 
     def clear_memory(self) -> None:
-        """Forget all text but the requests' own contexts."""
+        """Forget all text but the requests' own contexts and the corpora."""
         self._texts.clear()
 
     def forget(self, request_ids: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ request's tokens in device memory. On the V1 model runner it is ``custom_class``
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd.config import PREFIX, Settings, shown
-from vllm_aasd.engine import metrics, patching, unsupported
+from vllm_aasd.engine import corpus_names, metrics, patching, unsupported
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -61,6 +62,9 @@ class AASDSpeculativeConfig(SpeculativeConfig):
 
     aasd_metrics_folder: str = ""
     """Where workers write their metrics, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
+
+    aasd_corpora_file: str = ""
+    """Where workers write the names of the corpora, see `vllm_aasd.engine.corpora`."""
 
     aasd_learns_widths: bool = False
     """Whether `num_speculative_tokens_per_batch_size` is ours, and the scheduler only starts with it."""
@@ -109,6 +113,7 @@ def _create(
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
+    settings = _with_absolute_paths(settings)
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
     method = base_method(args)
     runner = "V2" if method == V2_BASE_METHOD else "V1"
@@ -134,6 +139,7 @@ def _create(
     ours.__dict__.update(stock_config.__dict__)
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, max(1, longest - 1)))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
+    ours.aasd_corpora_file = corpus_names.names_file(settings)
     if method == V1_BASE_METHOD:
         # They are 0, which vLLM refuses when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
@@ -144,6 +150,21 @@ def _create(
     prediction.install()
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """The settings, whose workers may run elsewhere.
+
+    Raises:
+        ValueError: naming a corpus that isn't there.
+    """
+    if settings.corpora is None:
+        return settings
+    for name, path in settings.corpora:
+        if not os.path.exists(path):
+            raise ValueError(f"{PREFIX}corpora={shown({name: path})} is not allowed: there is no such file or folder.")
+    corpora = tuple((name, os.path.abspath(path)) for name, path in settings.corpora)
+    return dataclasses.replace(settings, corpora=corpora)
 
 
 def _longest(args: EngineArgs, settings: Settings, runner: str, vllm_keys: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_aasd.config import PREFIX, Settings, with_overrides
 from vllm_aasd.engine import patching
+from vllm_aasd.engine.corpus_names import check_names
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
 from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
@@ -57,7 +58,9 @@ def _patch_verify(stock: Callable) -> Callable:
         if server is None:
             return
         try:
-            with_overrides(server, self.extra_args or {})
+            asked = with_overrides(server, self.extra_args or {})
+            if asked.default_corpora is not server.default_corpora:
+                check_names(speculative_config, asked.asked_corpora)
         except ValueError as error:
             # mypy doesn't see vLLM's class, which has this parameter.
             raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]

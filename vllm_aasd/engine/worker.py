@@ -5,6 +5,7 @@ The adapter depends on the model runner: `vllm_aasd.engine.v1.adapter` or `vllm_
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
@@ -20,6 +21,7 @@ from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import MetricValue
 from vllm_aasd.engine import configuration, metrics, patching, prior_maker
 from vllm_aasd.engine.adapter import Adapter
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.startup import kv_cache_share
 from vllm_aasd.kernels.draft import Prior
 
@@ -167,6 +169,28 @@ class AASDWorker(Worker):
         """Forget the text of earlier requests: for ``collective_rpc("aasd_clear_memory")``."""
         if self._adapter is not None:
             self._adapter.clear_memory()
+
+    def aasd_add_corpus(self, name: str, path: str) -> list[str] | None:
+        """Add a corpus, in the place of what has its name: for ``collective_rpc("aasd_add_corpus", args=(...))``.
+
+        Returns:
+            The names that there are now; None from a rank that doesn't draft.
+
+        Raises:
+            ValueError: the name or path isn't allowed, or there is no room for it.
+        """
+        return self._change_corpora(lambda corpora: corpora.add_from(name, path))
+
+    def aasd_drop_corpus(self, name: str) -> list[str] | None:
+        """Drop a corpus: for ``collective_rpc("aasd_drop_corpus", args=("name",))``; see `aasd_add_corpus`."""
+        return self._change_corpora(lambda corpora: corpora.remove(name))
+
+    def _change_corpora(self, change: Callable[[ServerCorpora], list[str]]) -> list[str] | None:
+        if self._adapter is None:
+            return None
+        names = change(self._adapter.corpora)
+        self._adapter.corpora_changed()
+        return names
 
     def aasd_faults(self) -> dict[str, int]:
         """How often each of `failsafe.COMPONENTS` has failed here: for ``collective_rpc("aasd_faults")``."""

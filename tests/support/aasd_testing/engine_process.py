@@ -62,6 +62,11 @@ def forget(how):
         llm.collective_rpc(how)
 
 
+def rpc(method, args):
+    """What a worker's method returns."""
+    return llm.collective_rpc(method, args=args)
+
+
 def sampling(request):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams

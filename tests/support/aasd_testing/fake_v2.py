@@ -109,7 +109,9 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=with_constants(settings, {"prior": "off", "memory": 1}), num_speculative_tokens=WIDTH
+                aasd_corpora_file="",
+                aasd=with_constants(settings, {"prior": "off", "memory": 1}),
+                num_speculative_tokens=WIDTH,
             ),
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
             scheduler_config=SimpleNamespace(async_scheduling=fillers, scheduler_cls=SCHEDULER),

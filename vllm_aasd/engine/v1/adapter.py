@@ -25,6 +25,7 @@ from vllm_aasd.drafting import drafter
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.namespaces import prediction_of
 from vllm_aasd.engine.v1.alignment import V1Alignment
@@ -73,13 +74,14 @@ class V1Adapter:
         )
         self._requests = V1Requests(settings, self.faults, startup.shares_text(vllm_config))
         self.prior = prior = None if settings.prior == "off" else shared_prior.load_prior(self._model_config)
+        self.corpora = ServerCorpora(self._model_config, speculative_config, (prior or no_prior()).texts)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             MIN_SURVIVAL,
             prior,
             lookups=self.counters.lookups.numpy(),
-            texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, (prior or no_prior()).texts),
+            texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, self.corpora),
         )
         counting = V1Counting(self.counters, self.faults, max_num_seqs, self._max_draft_tokens)
         counting.drafter = self._drafter
@@ -192,7 +194,7 @@ class V1Adapter:
     def _admit(self, req_id: str) -> None:
         request, params = self._requests[req_id], self._runner.requests[req_id].sampling_params
         with self.faults.contained("draft"):
-            self._drafter.admit(req_id, request.namespace, prediction_of(params))
+            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora)
 
     def _commit(self, num_emitted: Sequence[int] | None = None) -> None:
         """Store the predictions of the step, if that hasn't been done; see `V1Alignment.write`."""
@@ -256,6 +258,9 @@ class V1Adapter:
         if self._has_proposed:
             return drafts
         return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+
+    def corpora_changed(self) -> None:
+        """Nothing to do: drafts come from the corpora's own index."""
 
     def clear_memory(self) -> None:
         """Forget the text of other requests."""

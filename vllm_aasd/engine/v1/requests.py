@@ -18,11 +18,13 @@ class V1Request(NamedTuple):
         verification: how its draft tokens are verified.
         is_seeded: whether it samples by a seed of its own.
         namespace: of the earlier answers that it shares; None for none.
+        corpora: the names of those that it draws from.
     """
 
     verification: Verification
     is_seeded: bool
     namespace: int | None = None
+    corpora: tuple[str, ...] = ()
 
 
 def _changes_with_drafts(params: SamplingParams | None) -> bool:
@@ -84,7 +86,9 @@ class V1Requests:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
         namespace = shared_namespace(params, settings) if self._shares_text else None
-        self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded, namespace)
+        self._requests[req_id] = V1Request(
+            verification_of(settings, params), is_seeded, namespace, settings.asked_corpora
+        )
         if not settings.enabled or _changes_with_drafts(params):
             return False
         self._drafted.add(req_id)

@@ -99,7 +99,7 @@ class RequestSlots(LogitsProcessor):
         self._max_len.np[req_idx] = longest if settings.enabled else 0
         if settings.enabled:
             namespace = shared_namespace(sampling_params, settings)
-            self._texts.admit(req_idx, namespace, prediction_of(sampling_params))
+            self._texts.admit(req_idx, namespace, prediction_of(sampling_params), settings.asked_corpora)
 
     def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is remembered of requests that have ended."""

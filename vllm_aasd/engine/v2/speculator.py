@@ -25,6 +25,7 @@ from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_SIZE, MIN_SURVIVAL
 from vllm_aasd.engine import patching, shared_prior, startup
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
@@ -55,7 +56,8 @@ class AASDSpeculator(BaseSpeculator):
     pcp_manager = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
-        self._settings = settings = vllm_config.speculative_config.aasd
+        self._config = vllm_config.speculative_config
+        self._settings = settings = self._config.aasd
         self._model_config = vllm_config.model_config
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._device = device
@@ -105,8 +107,8 @@ class AASDSpeculator(BaseSpeculator):
         self._runner = runner
         if self._settings.prior != "off":
             self.prior = shared_prior.load_prior(self._model_config)
-        if self.prior is not None:
-            self._texts.learn_corpora(self.prior.texts)
+        self.corpora = ServerCorpora(self._model_config, self._config, (self.prior or no_prior()).texts)
+        self._texts.learn_corpora(self.corpora)
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
@@ -200,6 +202,10 @@ class AASDSpeculator(BaseSpeculator):
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
+
+    def corpora_changed(self) -> None:
+        """Draft from the corpora that there are now."""
+        self._texts.write_corpora()
 
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
