@@ -11,7 +11,7 @@ logged with its traceback; the code after a block continues without the componen
 | ``store`` | the step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
 | ``step_time`` | V1: this step's draft lengths follow a fixed threshold; V2: the number of requests | every step's do |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
-| ``metrics`` | the step isn't counted | no step is |
+| ``metrics`` | V1: the step isn't counted; V2: the figures aren't published | none is |
 
 **With tensor parallelism** each rank runs the same step on its part of the model, and vLLM assumes that all ranks
 sample the same tokens. If only one rank fails (out of memory) and continues without the component while others rely on
