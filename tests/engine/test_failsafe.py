@@ -382,6 +382,20 @@ def test_faults_are_counted_by_place_and_switch_it_off(caplog):
     assert "'metrics' has failed 8 times and is off" in caplog.text and not faults.is_off("draft")
 
 
+def test_what_failed_before_the_first_request_turns_nothing_off(caplog):
+    faults = Faults()
+    for _ in range(MAX_FAULTS):
+        with faults.contained("draft"):
+            raise Fault
+    with caplog.at_level(logging.ERROR, "vllm.aasd"):
+        caplog.clear()
+        faults.clear()
+        assert "before the first request, by part: {'draft': 8}" in caplog.text
+        caplog.clear()
+        faults.clear()
+    assert not faults.is_off("draft") and not caplog.records
+
+
 def test_what_is_meant_for_the_process_goes_on():
     faults = Faults()
     for error in (KeyboardInterrupt, SystemExit):

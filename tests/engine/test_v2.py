@@ -181,6 +181,20 @@ def test_dummy_runs_touch_nothing():
     assert torch.equal(speculator._num_drafts, before[1])
 
 
+def test_prompts_that_are_read_together_share_a_pass_of_the_lm_head():
+    runner = FakeRunner(max_num_reqs=4, alignment=True, **STRICT)
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    runner.add(3, PROMPTS[0], 20, params)
+    runner.step([3])
+    for slot, prompt in enumerate(PROMPTS[:3]):
+        runner.add(slot, prompt, 20, params)
+    rows = []
+    runner.model.head.register_forward_hook(lambda *args: rows.append(len(args[2])))
+    runner.step([0, 3, 1, 2])
+    sampled = 3 + 1 + runner.speculator._draft_token_ids.shape[1]
+    assert rows == [sampled, len(PROMPTS[0]), len(PROMPTS[1]) + len(PROMPTS[2])]
+
+
 def test_policies_and_stop_tokens_follow_the_slot():
     runner = FakeRunner(max_num_reqs=2)
     requests = runner.speculator.requests

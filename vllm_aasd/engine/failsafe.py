@@ -67,6 +67,13 @@ class Faults:
         """Whether a component has failed too often to be tried again."""
         return self.counts[component] >= MAX_FAULTS
 
+    def clear(self) -> None:
+        """Begin to serve: what failed before, which no request noticed, turns nothing off. It is logged."""
+        failed = {component: count for component, count in self.counts.items() if count}
+        if failed:
+            logger.error("aasd: failures before the first request, by part: %s", failed)
+        self.counts.update(dict.fromkeys(COMPONENTS, 0))
+
     def note(self, component: str, error: BaseException) -> None:
         """Count a failure of a component, and log the first and the last."""
         self.counts[component] += 1

@@ -111,7 +111,12 @@ class FakeRunner:
             speculative_config=SimpleNamespace(
                 aasd=with_constants(settings, {"prior": False, "memory": 1}), num_speculative_tokens=WIDTH
             ),
-            model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
+            model_config=SimpleNamespace(
+                get_vocab_size=lambda: VOCAB,
+                get_hidden_size=lambda: 2,
+                dtype=torch.bfloat16,
+                max_model_len=MAX_LEN,
+            ),
             scheduler_config=SimpleNamespace(async_scheduling=fillers, scheduler_cls=SCHEDULER),
             lora_config=None,
             kv_transfer_config=None,

@@ -101,6 +101,22 @@ class V2Verifier:
         finally:
             _active.reset(token)
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what verifies logits of a kind: ``[num_rows, vocab_size]``."""
+        of_row = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        self.rejection_sample(
+            target_logits=logits,
+            draft_sampled=of_row.int(),
+            cu_num_logits=torch.arange(2, dtype=torch.int32, device=logits.device),
+            pos=of_row,
+            idx_mapping=of_row[:1],
+            expanded_idx_mapping=of_row,
+            expanded_local_pos=of_row.int(),
+            temperature=self._requests.temperature,
+            seed=torch.zeros_like(self._num_drafts, dtype=torch.int64),
+            num_speculative_steps=self._survival.shape[1],
+        )
+
     def without_fillers(
         self, draft_sampled: torch.Tensor, expanded_idx_mapping: torch.Tensor, expanded_local_pos: torch.Tensor
     ) -> torch.Tensor:

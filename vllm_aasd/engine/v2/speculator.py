@@ -8,6 +8,7 @@ the device, so that nothing here knows which step the host is at: with asynchron
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
 from vllm_aasd.engine.v2.texts import V2Texts
+from vllm_aasd.engine.v2.warm_up import kinds_of_logits
 from vllm_aasd.kernels.count import UNPROMISED
 from vllm_aasd.kernels.draft import Prior, no_prior
 from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
@@ -178,6 +180,33 @@ class AASDSpeculator(BaseSpeculator):
             survival=self._survival,
             lookups=self.counters.lookups,
         )
+
+    def warm_up(self) -> None:
+        """Compile all that serving can ask of our kernels, so that no request waits for a compiler.
+
+        vLLM's own warm-up runs them too, but not for every kind of logits, and not at all with ``enforce_eager``.
+        """
+        if self._batch is None:
+            return
+        began = time.perf_counter()
+        dtypes = (self._model_config.dtype, torch.float32)
+        for logits in kinds_of_logits(self._vocab_size, dtypes, self._device):
+            self.verifier.warm_up(logits)
+            if self._alignment is not None:
+                self._alignment.warm_up(logits)
+        if self._alignment is not None and self._prompt_logits is not None:
+            sizes = self._model_config.get_hidden_size(), self._model_config.dtype
+            self._prompt_logits.warm_up(*sizes, self._alignment.store)
+        batch = self._batch._replace(
+            idx_mapping=torch.full((1,), -1, dtype=torch.int64, device=self._device),
+            num_sampled=torch.zeros(1, dtype=torch.int32, device=self._device),
+            draft_token_ids=self._draft_token_ids[:1],
+        )
+        self._texts.step(batch.all_token_ids, batch.total_len, batch.idx_mapping, batch.num_sampled)
+        draft_batch(batch)
+        # It waits: a kernel that can't run ends the start, not a request.
+        self._num_drafts.sum().item()
+        logger.info("aasd: its kernels were compiled in %.1f s", time.perf_counter() - began)
 
     def profile(self) -> None:
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
