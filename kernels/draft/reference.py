@@ -37,8 +37,9 @@ def draft(
     draft_token_ids,
     survival,
     lookups,
+    excluded=(),
 ):
-    """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`.
+    """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`; a draft ends before ``excluded`` ids.
 
     ``known`` may be None. ``prev``, ``head`` and the scratch are not used: matches are found by comparing every
     position, and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are
@@ -94,7 +95,7 @@ def draft(
         if known is not None:
             best, score = stack(known, step, np.array(sequence, np.int32), len(sequence) - 1, best, score)
         draft_survival *= score
-        if not 0 <= best < vocab_size or draft_survival < min_survival:
+        if not 0 <= best < vocab_size or best in excluded or draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
         survival[step] = draft_survival
@@ -135,7 +136,8 @@ def draft_batch(batch):
         length = int(batch.total_len[slot]) if slot >= 0 else 0
         context = batch.all_token_ids[slot, :length].cpu().numpy()
         blocks = batch.block_tables[slot].cpu().numpy()
-        limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
+        may_draft = length > 0 and int(batch.num_sampled[row]) > 0
+        limit = max(min(int(batch.max_len[slot]) - length - 1, batch.longest), 0) if may_draft else 0
         ids, survival = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
         known = known_of(batch.texts, slot, width)
         count = draft(
@@ -158,14 +160,17 @@ def draft_batch(batch):
             ids,
             survival,
             found,
+            batch.excluded.tolist(),
         )
         batch.draft_token_ids[row] = int(context[-1]) if length else 0
-        batch.survival[row] = 0
         for step in range(count):
             batch.draft_token_ids[row, step] = int(ids[step])
-            batch.survival[row, step] = float(survival[step])
-        batch.num_drafts[row] = count
-        if slot >= 0 and batch.texts.has_text:
+        if slot < 0:
+            continue
+        batch.survival[slot] = 0
+        batch.survival[slot, :count] = torch.from_numpy(survival[:count])
+        batch.num_drafts[slot] = count
+        if batch.texts.has_text:
             note_lookups(batch.texts, slot, known, length, min(count + 1, limit))
     # The block that stands for those outside is no store.
     if num_blocks:

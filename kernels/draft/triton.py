@@ -1,17 +1,18 @@
 """The Triton path of `draft_batch`. The method is in `vllm_aasd.kernels.draft.batch`."""
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import draft
-from vllm_aasd.kernels.draft.batch import DraftBatch
+from vllm_aasd.kernels.common.backends import gpu_kind
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch
 from vllm_aasd.kernels.draft.candidates_triton import argmax_candidate, gather_candidates
 from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.text.index_triton import NUM_SOURCES, SLOT_COLUMNS
 from vllm_aasd.kernels.text.stack_triton import stack
 
 _HIT, _MISS, _STALE = tl.constexpr(draft.HIT), tl.constexpr(draft.MISS), tl.constexpr(draft.STALE)
+_MAX_EXCLUDED = tl.constexpr(MAX_EXCLUDED)
 _LOOKED_FROM, _NUM_LOOKED_UP = tl.constexpr(text_batch.LOOKED_FROM), tl.constexpr(text_batch.NUM_LOOKED_UP)
 _LOOKED_UP_COLUMNS = tl.constexpr(text_batch.LOOKED_UP_COLUMNS)
 
@@ -69,15 +70,18 @@ def _collect_matches(
 
 # What may change from step to step must not ask for another compilation.
 @triton.jit(
-    do_not_specialize=["num_spec_tokens", "num_pages", "num_corpus_pages", "draft_token_ids_stride", "survival_stride"],
-    do_not_specialize_on_alignment=["idx_mapping_ptr", "draft_limits_ptr", "num_drafts_ptr"],
+    do_not_specialize=["longest", "num_pages", "num_corpus_pages", "num_spec_tokens"],
+    do_not_specialize_on_alignment=["idx_mapping_ptr", "num_sampled_ptr"],
 )
 def draft_kernel(
     all_token_ids_ptr,  # [max_num_reqs, max_model_len]
     all_token_ids_stride,
     total_len_ptr,  # [max_num_reqs]
     idx_mapping_ptr,  # [num_reqs]
-    draft_limits_ptr,  # [num_reqs]
+    max_len_ptr,  # [max_num_reqs]
+    num_sampled_ptr,  # [num_reqs]
+    excluded_ptr,  # [MAX_EXCLUDED]
+    longest,
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
     num_slots,
     block_tables_ptr,  # [max_num_reqs, max_blocks]
@@ -94,10 +98,8 @@ def draft_kernel(
     workspace_ptr,  # [max_num_reqs, workspace_stride]
     workspace_stride,
     draft_token_ids_ptr,  # [num_reqs, num_spec_tokens]
-    draft_token_ids_stride,
-    num_drafts_ptr,  # [num_reqs]
-    survival_ptr,  # [num_reqs, num_spec_tokens]
-    survival_stride,
+    num_drafts_ptr,  # [max_num_reqs]
+    survival_ptr,  # [max_num_reqs, num_spec_tokens]
     lookups_ptr,  # [3]
     slots_ptr,  # [max_num_reqs, SLOT_COLUMNS]
     text_tokens_ptr,  # [all_pages * PAGE_SIZE]
@@ -124,13 +126,15 @@ def draft_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + row).to(tl.int64)
     length = tl.load(total_len_ptr + slot, mask=slot >= 0, other=0)
-    limit = tl.minimum(tl.load(draft_limits_ptr + row), num_spec_tokens)
+    has_sampled = (slot >= 0) & (tl.load(num_sampled_ptr + row) > 0)
+    limit = tl.minimum(tl.load(max_len_ptr + slot, mask=has_sampled, other=0) - length - 1, longest)
     tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
     blocks_ptr = block_tables_ptr + slot * block_tables_stride
     matches_ptr = workspace_ptr + row * workspace_stride
     candidates_ptr = matches_ptr + MAX_NGRAM_SIZE * MAX_MATCHES
-    draft_token_ids_ptr += row * draft_token_ids_stride
-    survival_ptr += row * survival_stride
+    draft_token_ids_ptr += row * num_spec_tokens
+    survival_ptr += slot * num_spec_tokens
+    excluded = tl.load(excluded_ptr + tl.arange(0, _MAX_EXCLUDED))
 
     suffix = ()
     for back in tl.static_range(MAX_NGRAM_SIZE):
@@ -195,6 +199,7 @@ def draft_kernel(
             )
         survival *= score
         drafting = (token >= 0) & (token < vocab_size) & (survival >= min_survival)
+        drafting = drafting & (tl.max((excluded == token).to(tl.int32), axis=0) == 0)
         if drafting:
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
             tl.store(survival_ptr + num_drafts, survival)
@@ -202,7 +207,7 @@ def draft_kernel(
             suffix = (token,) + suffix[:-1]  # type: ignore
         drafting = drafting & (num_drafts < limit)
 
-    tl.store(num_drafts_ptr + row, num_drafts)
+    tl.store(num_drafts_ptr + slot, num_drafts, mask=slot >= 0)
     if HAS_TEXT:
         looked_up_ptr += slot * _LOOKED_UP_COLUMNS
         tl.store(looked_up_ptr + _LOOKED_FROM, length, mask=slot >= 0)
@@ -214,7 +219,7 @@ def draft_kernel(
         tl.atomic_add(lookups_ptr + _STALE, num_stales.to(tl.int64))  # type: ignore
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
-        tl.store(survival_ptr + column, 0.0)
+        tl.store(survival_ptr + column, 0.0, mask=slot >= 0)
 
 
 def draft_batch(batch: DraftBatch) -> None:
@@ -227,7 +232,10 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.all_token_ids.stride(0),
         batch.total_len,
         batch.idx_mapping,
-        batch.draft_limits,
+        batch.max_len,
+        batch.num_sampled,
+        batch.excluded,
+        batch.longest,
         batch.table,
         batch.table.shape[0],
         batch.block_tables,
@@ -244,10 +252,8 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.workspace,
         batch.workspace.stride(0),
         batch.draft_token_ids,
-        batch.draft_token_ids.stride(0),
         batch.num_drafts,
         batch.survival,
-        batch.survival.stride(0),
         batch.lookups,
         texts.slots,
         texts.tokens,
@@ -268,5 +274,5 @@ def draft_batch(batch: DraftBatch) -> None:
         TILE=TILE,
         CHUNK=CHUNK,
         HAS_TEXT=texts.has_text,
-        **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
+        **LAUNCH_OPTIONS[gpu_kind()],
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import text
+from vllm_aasd.kernels.common.backends import gpu_kind
 from vllm_aasd.kernels.text import batch
 from vllm_aasd.kernels.text.batch import NUM_SOURCES, TextTensors
 from vllm_aasd.kernels.text.index_triton import (
@@ -373,7 +374,7 @@ def learn_and_append(
         COLUMNS=columns,
         BINS=triton.next_power_of_2(text.NUM_CELLS),
         HALVINGS=HALVINGS,
-        **BEGIN_OPTIONS["hip" if torch.version.hip else "cuda"],
+        **BEGIN_OPTIONS[gpu_kind()],
     )
     _write(texts, all_token_ids, idx_mapping, num_rows, texts.max_tokens, by_slot=True)
 

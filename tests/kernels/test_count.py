@@ -1,4 +1,4 @@
-"""Counting what became of drafts: the compiled loop and the Triton kernel against what is to be counted."""
+"""Counting what became of drafts: the compiled loop against what is to be counted."""
 
 import itertools
 
@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.launches import TARGETS, recorded
 from vllm_aasd.kernels import count
-from vllm_aasd.kernels.count import triton as count_triton
 from vllm_aasd.kernels.verify import VerifyOutput
 
 WIDTH = 4
@@ -73,28 +71,6 @@ def specified(ids, cu, first_draft, slots, survival, output):
 def test_the_compiled_loop_counts_what_is_specified(seed, num_reqs, first_draft):
     step = batch(seed, num_reqs, first_draft)
     torch.testing.assert_close(totals(count.count_drafts, *step), specified(*step))
-
-
-def test_the_number_of_requests_asks_for_no_other_compilation():
-    """What tells of them lies in one tensor, at places that depend on it."""
-    keys = set()
-    for num_reqs in (3, 16, 50):
-        *step, output = batch(1, num_reqs, 1)
-        events = torch.stack(output[-2:])
-        step.append(VerifyOutput(*output[:-2], *events))
-        (launch,) = recorded(lambda args=step: count_triton.count_drafts(torch.zeros(count.SIZE), *args))
-        keys.add(str(launch.specialization(TARGETS["sm_90"])[1:]))
-    assert len(keys) == 1
-
-
-@pytest.mark.parametrize("first_draft", [0, 1])
-@pytest.mark.parametrize("num_reqs", [0, 1, 3, 16, 17, 50])
-def test_the_triton_kernel_counts_what_is_specified(interpreter, num_reqs, first_draft):
-    step = batch(num_reqs, num_reqs, first_draft, torch.int64)
-    counted = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
-    _, after = interpreter.run("vllm_aasd.kernels.count.triton:count_drafts", counted, *step)
-    torch.testing.assert_close(after[0] - 0.5, specified(*step))
-    assert num_reqs < 50 or (specified(*step)[: count.SURVIVAL_TOKENS] > 0).all()
 
 
 @pytest.mark.parametrize("width", [2, 3])

@@ -30,7 +30,7 @@ from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_batch, draft_workspace
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -61,12 +61,18 @@ class Batch:
     max_matches: int
     min_survival: float
     texts: TextTensors
-    draft_limits: torch.Tensor
+    max_len: torch.Tensor
+    num_sampled: torch.Tensor
+    excluded: torch.Tensor
     num_spec_tokens: int
 
     def row(self, row):
         """The batch that consists of one row."""
-        return replace(self, idx_mapping=self.idx_mapping[row : row + 1], draft_limits=self.draft_limits[row : row + 1])
+        return replace(self, idx_mapping=self.idx_mapping[row : row + 1], num_sampled=self.num_sampled[row : row + 1])
+
+    def limit(self, *limits):
+        """Let no row draft more than these."""
+        self.max_len[self.idx_mapping] = self.total_len[self.idx_mapping] + 1 + torch.tensor(limits, dtype=torch.int32)
 
     def workspace(self):
         """A workspace full of nonsense."""
@@ -75,18 +81,22 @@ class Batch:
         return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
 
     def drafts(self, op, workspace=None, lookups=None):
-        """The op's outputs, poisoned before the call; what it looked up is added to `lookups`."""
-        num_reqs = len(self.idx_mapping)
+        """The op's outputs by row, poisoned before the call; what it looked up is added to `lookups`."""
+        num_slots = len(self.total_len)
         outputs = (
-            torch.full((num_reqs, self.num_spec_tokens), POISON_ID, dtype=torch.int64),
-            torch.full((num_reqs,), POISON_COUNT, dtype=torch.int32),
-            torch.full((num_reqs, self.num_spec_tokens), torch.nan),
+            torch.full((len(self.idx_mapping), self.num_spec_tokens), POISON_ID, dtype=torch.int64),
+            torch.full((num_slots,), POISON_COUNT, dtype=torch.int32),
+            torch.full((num_slots, self.num_spec_tokens), torch.nan),
         )
-        inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
+        inputs = [getattr(self, name) for name in self.__dataclass_fields__]
         workspace = self.workspace() if workspace is None else workspace
         lookups = torch.zeros(3, dtype=torch.int64) if lookups is None else lookups
         op(DraftBatch(*inputs, workspace, *outputs, lookups))
-        return outputs
+        slots = self.idx_mapping.long()
+        others = torch.ones(num_slots, dtype=torch.bool).index_fill(0, slots[slots >= 0], False)
+        assert (outputs[1][others] == POISON_COUNT).all() and outputs[2][others].isnan().all()
+        is_row = slots >= 0
+        return outputs[0], outputs[1][slots] * is_row, torch.where(is_row[:, None], outputs[2][slots], 0.0)
 
 
 def batch_of(
@@ -139,7 +149,9 @@ def batch_of(
         max_matches,
         min_survival,
         no_texts(max_num_reqs, num_spec_tokens),
-        torch.full((num_reqs,), num_spec_tokens, dtype=torch.int32),
+        torch.full((max_num_reqs,), 1 << 20, dtype=torch.int32),
+        torch.ones(num_reqs, dtype=torch.int32),
+        torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32),
         num_spec_tokens,
     )
 
@@ -247,7 +259,7 @@ def test_rows_do_not_affect_each_other(interpreter):
 
 def test_rows_keep_to_their_part_of_the_workspace(interpreter):
     batch = batch_of(random_contexts((80, 80, 80), 3), 3, 3, 4, 3)
-    batch.draft_limits.copy_(torch.tensor([0, 3, 0]))
+    batch.limit(0, 3, 0)
     workspace = batch.workspace()
     before = workspace.clone()
     batch.drafts(interpreted(interpreter), workspace)
@@ -268,12 +280,26 @@ def test_a_row_without_a_slot_drafts_nothing(interpreter, dtype):
 def test_limits_and_what_stands_past_them(interpreter):
     context = [5, 6, 7, 8, 9, 1, 2, 5, 6]
     batch = batch_of([context] * 5, 10, 3)
-    batch.draft_limits.copy_(torch.tensor([0, 1, 3, 9, -1]))
+    batch.limit(0, 1, 3, 9, -1)
     draft_token_ids, num_drafts, survival = check(interpreter, batch)
     assert num_drafts.tolist() == [0, 1, 3, 3, 0]
     full = [7, 8, 9]
     assert draft_token_ids.tolist() == [[6, 6, 6], [7, 6, 6], full, full, [6, 6, 6]]
     assert (survival[0] == 0).all() and survival[1, 0] > 0 and (survival[1, 1:] == 0).all()
+
+
+def test_a_row_that_has_emitted_nothing_drafts_nothing(interpreter):
+    batch = batch_of([[5, 6, 7, 5, 6]] * 2, 10, 1)
+    batch.num_sampled[0] = 0
+    assert check(interpreter, batch)[1].tolist() == [0, 1]
+
+
+def test_a_draft_ends_before_what_is_excluded(interpreter):
+    batch = batch_of([[5, 6, 7, 8, 9, 1, 2, 5, 6]], 10, 3)
+    batch.excluded[-1] = 8
+    draft_token_ids, num_drafts, survival = check(interpreter, batch)
+    assert num_drafts.tolist() == [1] and draft_token_ids.tolist() == [[7, 6, 6]]
+    assert survival[0, 0] > 0 and survival[0, 1:].tolist() == [0, 0]
 
 
 def test_the_scores_of_an_example_worked_out_by_hand(interpreter):
@@ -382,7 +408,7 @@ def test_survival_stops_a_draft(interpreter):
 
 def test_an_empty_batch_is_nothing_to_do(interpreter):
     batch = batch_of([[1, 2, 1]], 10)
-    empty = replace(batch, idx_mapping=batch.idx_mapping[:0], draft_limits=batch.draft_limits[:0])
+    empty = replace(batch, idx_mapping=batch.idx_mapping[:0], num_sampled=batch.num_sampled[:0])
     assert [len(output) for output in check(interpreter, empty)] == [0, 0, 0]
 
 
@@ -494,7 +520,9 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
         ("texts", no_texts(4, 1), r"texts is for \(slots, draft tokens\) \(4, 1\), expected \(4, 2\)"),
         ("texts", no_texts(3, 8), r"texts is for \(slots, draft tokens\) \(3, 8\), expected \(4, 2\)"),
-        ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),
+        ("max_len", torch.zeros(4, dtype=torch.int64), "max_len has dtype torch.int64"),
+        ("num_sampled", torch.zeros(2, dtype=torch.int32), r"num_sampled has shape \(2,\), expected \(1,\)"),
+        ("excluded", torch.zeros(2, dtype=torch.int32), r"excluded has shape \(2,\), expected \(32,\)"),
     ],
 )
 def test_a_wrong_argument_is_named(field, value, message):

@@ -11,7 +11,7 @@ from aasd_testing.texts import copy_texts, texts_of
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS
 from vllm_aasd.drafting.known_text import PROMPT_TAIL, prior_reliability
 from vllm_aasd.kernels.draft import reference as draft_reference
-from vllm_aasd.kernels.draft.batch import DraftBatch, draft_workspace
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
 from vllm_aasd.kernels.text import (
     ANSWERS,
     CORPUS,
@@ -111,7 +111,7 @@ class Requests:
             else:
                 draft_reference.draft_batch(batch)
                 after = batch
-            outcomes.append((after.draft_token_ids, after.num_drafts, after.survival))
+            outcomes.append((after.draft_token_ids, after.num_drafts[slots], after.survival[slots]))
         for ours, theirs in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         self.check()
@@ -120,6 +120,8 @@ class Requests:
 
     def _draft_batch(self, texts, slots, limits):
         num_reqs, none = len(slots), torch.zeros((0, 0), dtype=torch.int32)
+        max_len = self.total_len.clone()
+        max_len[slots] += 1 + torch.tensor(limits, dtype=torch.int32)
         return DraftBatch(
             all_token_ids=self.all_token_ids,
             total_len=self.total_len,
@@ -136,11 +138,14 @@ class Requests:
             max_matches=MAX_MATCHES,
             min_survival=0.05,
             texts=texts,
-            draft_limits=torch.tensor(limits, dtype=torch.int32),
+            max_len=max_len,
+            num_sampled=torch.ones(num_reqs, dtype=torch.int32),
+            excluded=torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32),
+            longest=self._num_spec_tokens,
             workspace=draft_workspace(num_reqs, len(DEFAULT_WEIGHTS.theta), MAX_MATCHES, 0, 0, "cpu"),
             draft_token_ids=torch.zeros((num_reqs, self._num_spec_tokens), dtype=torch.int64),
-            num_drafts=torch.zeros(num_reqs, dtype=torch.int32),
-            survival=torch.zeros((num_reqs, self._num_spec_tokens)),
+            num_drafts=torch.zeros(len(self.total_len), dtype=torch.int32),
+            survival=torch.zeros((len(self.total_len), self._num_spec_tokens)),
             lookups=torch.zeros(3, dtype=torch.int64),
         )
 

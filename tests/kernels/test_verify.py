@@ -105,9 +105,10 @@ def test_cpu_path_equals_reference(vocab_size, max_spec_len, dtype):
 def run_both(interpreter, arguments):
     """(what the Triton kernels give, what the reference gives), after having compared what they left in the state."""
     own = verify_paths.with_own_state(arguments)
-    actual, left = interpreter.call("aasd_testing.interpreter:verify_and_state", own)
+    actual, left, totals = interpreter.call("aasd_testing.interpreter:verify_and_state", own)
     expected = reference.verify_seeded(SeededBatch(**own))
     torch.testing.assert_close(left, own["policies"].state, rtol=0, atol=STATE_TOLERANCE["triton"])
+    torch.testing.assert_close(totals, own["totals"])
     return actual, expected
 
 
@@ -143,9 +144,17 @@ def test_the_random_batches_reach_every_outcome():
                 seen.add((kind, "bonus" if emitted == end - start else "rejected"))
                 if result.relaxed[start:end].any():
                     seen.add((kind, "relaxed"))
-                if emitted < end - start and arguments["draft_sampled"][start + emitted] < 0:
-                    seen.add((kind, "placeholder"))
-    outcomes = ("bonus", "rejected", "relaxed", "placeholder")
+                if emitted < end - start:
+                    is_filler = emitted > arguments["num_drafts"][slot]
+                    is_placeholder = arguments["draft_sampled"][start + emitted] < 0
+                    seen |= {
+                        (kind, name)
+                        for name, is_so in (("filler", is_filler), ("placeholder", is_placeholder))
+                        if is_so
+                    }
+                if result.exhausted[req]:
+                    seen.add((kind, "exhausted"))
+    outcomes = ("bonus", "rejected", "relaxed", "placeholder", "filler", "exhausted")
     assert seen == {(kind, outcome) for kind in ("greedy", "sampled") for outcome in outcomes}
 
 

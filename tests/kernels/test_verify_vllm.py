@@ -78,7 +78,9 @@ def test_strict_equals_vllm(vocab_size, mode):
 def compare_seeded(interpreter, arguments):
     """Assert that both emit the same tokens; return how many requests emitted how many."""
     arguments["policies"].rule.fill_(STRICT)
-    given = {name: value for name, value in arguments.items() if name not in ("policies", "stop_token_ids")}
+    arguments["num_drafts"].fill_(127)
+    ours = ("policies", "stop_token_ids", "num_drafts", "survival", "totals")
+    given = {name: value for name, value in arguments.items() if name not in ours}
     sampled, num_sampled = interpreter.call("aasd_testing.stock_v2:rejection_sample", draft_logits=None, **given)
     ours = interpreter.call("vllm_aasd.kernels.verify.seeded:verify_seeded", SeededBatch(**arguments))
     assert ours.num_sampled.tolist() == num_sampled.tolist()

@@ -1,5 +1,6 @@
 """vLLM's scheduler, extended: it says whose text a request may draft from, and learns how many tokens to draft."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -17,6 +18,14 @@ from vllm_aasd.engine.namespaces import Namespaces
 _Base: Any = Scheduler if TYPE_CHECKING else object
 
 
+def _most_graph_tokens(vllm_config: VllmConfig) -> float:
+    """The most tokens of a step for which there is a CUDA graph; no bound where there are none at all."""
+    compilation_config = vllm_config.compilation_config
+    if not compilation_config.cudagraph_mode:
+        return math.inf
+    return compilation_config.max_cudagraph_capture_size or math.inf
+
+
 class _AASDScheduling(_Base):
     """Comes before either of vLLM's schedulers in the base classes."""
 
@@ -28,7 +37,11 @@ class _AASDScheduling(_Base):
         self._draft_lengths: DraftLengthSchedule | None = None
         # vLLM has dropped the schedule where it can't follow one.
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
-            self._draft_lengths = DraftLengthSchedule(self.dynamic_sd_lookup, self.max_num_scheduled_tokens)
+            self._draft_lengths = DraftLengthSchedule(
+                self.dynamic_sd_lookup,
+                min(self.max_num_scheduled_tokens, _most_graph_tokens(vllm_config)),
+                vllm_config.model_config.is_moe,
+            )
             self.dynamic_sd_lookup = self._draft_lengths
         elif not vllm_config.use_v2_model_runner and self.dynamic_sd_lookup is None:
             # Without a schedule, vLLM pads steps with placeholder draft tokens, for CUDA graphs. On CPUs they only take

@@ -97,10 +97,13 @@ class AASDWorker(Worker):
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Also: find out what steps of the model cost, now that it is compiled."""
+        """Also: compile our kernels, and find out what steps of the model cost, once it is compiled."""
+        if self.use_v2_model_runner and self._drafter is not None:
+            self._drafter.warm_up()
         times = super().compile_or_warm_up_model()
         if self._adapter is not None:
             self._adapter.profile()
+            self._adapter.faults.clear()
             self._make_first_prior(self._adapter.prior)
             with self._adapter.faults.contained("metrics"):
                 self._publish(self._adapter)

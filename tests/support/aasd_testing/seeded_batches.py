@@ -3,6 +3,7 @@
 import torch
 
 from aasd_testing.policy_tensors import GUARDS, PARAMETERS, RELAXED, STATES, policy_tensors
+from vllm_aasd.kernels import count
 from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
 
 INF, NAN = float("inf"), float("nan")
@@ -16,7 +17,7 @@ def batch(rows, drafts, **given):
         drafts: per request the drafts that all but its last row test.
         **given: per request a `temperature` (default 0), `seed`; `relaxed`, whether its rule is conditional, or
             `rules`, its rule; what `policy_tensors` takes; `stops`, a list of ids per request;
-            `num_speculative_steps`; `slots`, the slot of each request.
+            `num_speculative_steps`; `num_drafts`, without fillers (default all); `slots`, the slot of each request.
     """
     rows = [torch.as_tensor(row) for row in rows]
     counts = [len(row) for row in rows]
@@ -38,6 +39,7 @@ def batch(rows, drafts, **given):
     return {
         "target_logits": torch.cat(rows) if num_reqs else torch.empty(0, 2),
         "draft_sampled": torch.tensor(inputs, dtype=torch.int32),
+        "num_drafts": by_slot("num_drafts", 127, torch.int32),
         "cu_num_logits": torch.tensor([0, *counts]).cumsum(0).int(),
         "pos": 1000 + torch.arange(num_logits),
         "idx_mapping": slots,
@@ -48,6 +50,8 @@ def batch(rows, drafts, **given):
         "num_speculative_steps": given.get("num_speculative_steps", max(1, *counts, 1) - 1),
         "policies": _policies(slots.tolist(), max_num_reqs, given),
         "stop_token_ids": stop_token_ids,
+        "survival": torch.rand(max_num_reqs, 8, generator=torch.Generator().manual_seed(num_logits)),
+        "totals": torch.zeros(count.SIZE, dtype=torch.float64),
     }
 
 
@@ -120,6 +124,7 @@ def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
         spent=unit[1],
         level=unit[2],
         strict_left=[2 if i % 7 == 4 else 0 for i in range(num_reqs)],
+        num_drafts=[int(unit[3, i] * 12) for i in range(num_reqs)],
         stops=[torch.randint(0, vocab_size, (i % 10,), generator=g).tolist() for i in range(num_reqs)],
         num_speculative_steps=max(1, *counts, 1) - 1,
     )
