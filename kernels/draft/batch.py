@@ -20,7 +20,10 @@ from vllm_aasd.kernels.common.checks import check_dtype, check_once, check_shape
 from vllm_aasd.kernels.draft import NGRAM_SIZES_USED
 from vllm_aasd.kernels.text.batch import TextTensors
 
-__all__ = ["MAX_EXCLUDED", "DraftBatch", "draft_batch", "draft_workspace"]
+__all__ = ["MAX_EXCLUDED", "WINDOW", "DraftBatch", "draft_batch", "draft_workspace"]
+
+WINDOW = 1 << 17
+"""Positions before the end of a context that are looked through. It bounds what one program does."""
 
 MAX_EXCLUDED = 32
 """Ids that end a draft. Models have one placeholder token per modality, and a few for rows and frames."""

@@ -11,6 +11,7 @@ from vllm_aasd.kernels.draft import (
     MixtureWeights,
     Prior,
 )
+from vllm_aasd.kernels.draft import batch as batch_op
 from vllm_aasd.kernels.text.batch_reference import known_of, note_lookups
 from vllm_aasd.kernels.text.reference import stack
 
@@ -38,8 +39,10 @@ def draft(
     survival,
     lookups,
     excluded=(),
+    window=None,
 ):
     """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`; a draft ends before ``excluded`` ids.
+    Only the last ``window`` positions are looked through.
 
     ``known`` may be None. ``prev``, ``head`` and the scratch are not used: matches are found by comparing every
     position, and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are
@@ -52,7 +55,7 @@ def draft(
     draft_survival = np.float32(1)
     for step in range(len(draft_token_ids)):
         sequence = context + [int(token) for token in draft_token_ids[:step]]
-        matches = {size: _matches(context, sequence, size, max_matches) for size in range(1, len(theta) + 1)}
+        matches = {size: _matches(context, sequence, size, max_matches, window) for size in range(1, len(theta) + 1)}
         longest = max((size for size, positions in matches.items() if positions), default=0)
         weights: dict[int, np.float32] = {}
 
@@ -102,12 +105,13 @@ def draft(
     return len(draft_token_ids)
 
 
-def _matches(context, sequence, size, max_matches):
+def _matches(context, sequence, size, max_matches, window=None):
     """Positions of the context, latest first, that end the n-gram ending the sequence and have a next token."""
     if size > len(sequence):
         return []
     suffix = sequence[len(sequence) - size :]
-    ends = range(len(context) - 2, size - 2, -1)
+    first = size - 1 if window is None else max(size - 1, len(context) - 1 - window)
+    ends = range(len(context) - 2, first - 1, -1)
     return [end for end in ends if context[end - size + 1 : end + 1] == suffix][:max_matches]
 
 
@@ -161,6 +165,7 @@ def draft_batch(batch):
             survival,
             found,
             batch.excluded.tolist(),
+            batch_op.WINDOW,
         )
         batch.draft_token_ids[row] = int(context[-1]) if length else 0
         for step in range(count):

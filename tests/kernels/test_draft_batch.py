@@ -30,7 +30,7 @@ from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, WINDOW, DraftBatch, draft_batch, draft_workspace
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -483,6 +483,26 @@ def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
     count = int(num_drafts[0])
     assert count == 2
     assert_same_drafts((draft_token_ids[0].tolist(), survival[0].tolist()), (ids.tolist(), alive.tolist()), 0.0)
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_what_is_looked_through_is_bounded(interpreter, is_near):
+    """A match at the window's edge, and one before it."""
+    context = np.arange(100, 100 + WINDOW + 50, dtype=np.int32)
+    place = 49 - (not is_near)
+    context[place : place + 2] = context[-1], 5
+    draft_token_ids, num_drafts, _ = check(interpreter, batch_of([context], 10, 1))
+    assert num_drafts.tolist() == [int(is_near)]
+    assert draft_token_ids[0, 0] == (5 if is_near else context[-1])
+
+
+def test_full_lists_end_the_scan(interpreter):
+    """A context of one token: all lists are full after the last tile."""
+    context = np.full(3 * TILE, 7, np.int32)
+    with_garbage = context.copy()
+    with_garbage[: TILE // 2] = 3
+    outputs = [check(interpreter, batch_of([tokens], 10, 2)) for tokens in (context, with_garbage)]
+    assert_equal(*outputs)
 
 
 def test_cpu_tensors_get_the_reference():
