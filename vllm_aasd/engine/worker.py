@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.distributed import get_tp_group
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
@@ -22,7 +23,7 @@ from vllm_aasd.counters import MetricValue
 from vllm_aasd.engine import configuration, metrics, patching, prior_maker
 from vllm_aasd.engine.adapter import Adapter
 from vllm_aasd.engine.corpora import ServerCorpora
-from vllm_aasd.engine.startup import kv_cache_share
+from vllm_aasd.engine.startup import kv_cache_share, warm_up_bytes
 from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
@@ -72,12 +73,19 @@ class AASDWorker(Worker):
             self._drafter.attach(self.model_runner)
 
     def determine_available_memory(self) -> int:
-        """As vLLM's, less what known text and, beside a KV cache of that size, the alignment store will take."""
+        """As vLLM's, less what known text and, beside a KV cache of that size, the alignment store will take.
+
+        And less what vLLM's warm-up makes beyond what it has measured, and beyond what it leaves unused.
+        """
         available = super().determine_available_memory()
         if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
             return available
         if self._drafter is not None:
             available -= self._drafter.text_bytes
+        if current_platform.is_cuda_alike():
+            unused = self.init_snapshot.free_memory - self.requested_memory + self.peak_activation_memory
+            vocab_size = self.model_config.get_vocab_size()
+            available -= max(0, warm_up_bytes(self.vllm_config, vocab_size) - int(unused))
         has_store = self.speculative_config.aasd.alignment and self.lora_config is None
         return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K)) if has_store else available
 
