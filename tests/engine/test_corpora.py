@@ -77,9 +77,8 @@ def test_a_damaged_file_costs_a_warning(tokenizer, tmp_path, caplog, content):
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING, "vllm.aasd"):
         assert drafted(served(tmp_path, docs=tmp_path / "docs"), "docs") == TEXT[9:13]
-    assert [record.getMessage()[:45] for record in caplog.records] == [
-        "aasd: corpus 'docs' is tokenized again: " + str(file)[:5]
-    ]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and warnings[0].startswith(f"aasd: corpus 'docs' is tokenized again: {file}")
     assert drafted(served(tmp_path, docs=tmp_path / "docs"), "docs") == TEXT[9:13] and tokenizer.num_texts == 2
 
 
