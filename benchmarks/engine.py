@@ -84,6 +84,10 @@ class Engine:
         """Drop what the engine keeps of earlier requests: cached prefixes, and answers to draft from."""
         self._ask({"forget": True})
 
+    def metrics(self) -> dict[str, float]:
+        """All of aasd's metrics since the engine began to serve, by name and their own label."""
+        return self._ask({"metrics": True})
+
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
             print(json.dumps(message), file=self._process.stdin, flush=True)
@@ -114,7 +118,8 @@ def main() -> None:
 
     from vllm import LLM
 
-    engine = LLM(**scenario["engine"]).llm_engine
+    llm = LLM(**scenario["engine"])
+    engine = llm.llm_engine
     if scenario["mend_sampling"]:
         mend_sampling()
     print("{}", file=channel, flush=True)
@@ -125,6 +130,12 @@ def main() -> None:
         if "forget" in message:
             engine.reset_prefix_cache()
             engine.collective_rpc(_forget_answers)
+        elif "metrics" in message:
+            from vllm_aasd import metrics
+
+            for counter in metrics.get(llm):
+                own = [value for name, value in counter.labels.items() if name not in ("model_name", "engine")]
+                reply[":".join([counter.name, *own])] = counter.value
         else:
             reply = answer(engine, message["run"], message["concurrency"], num_sent)
             num_sent += len(message["run"])
@@ -134,10 +145,15 @@ def main() -> None:
 def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_id: int) -> dict[str, Any]:
     """Answer requests, `concurrency` in flight, as if as many clients each waited for their answer."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def params(structured_outputs: dict[str, Any] | None = None, **sampling: Any) -> SamplingParams:
+        grammar = StructuredOutputsParams(**structured_outputs) if structured_outputs else None
+        return SamplingParams(detokenize=False, structured_outputs=grammar, **sampling)
 
     # An id that comes again would let vLLM's suffix decoding drop what it has learned.
     waiting = [
-        (str(first_id + index), request["prompt_token_ids"], SamplingParams(detokenize=False, **request["sampling"]))
+        (str(first_id + index), request["prompt_token_ids"], params(**request["sampling"]))
         for index, request in enumerate(requests)
     ][::-1]
     logs: dict[str, dict[str, Any]] = {}
@@ -145,9 +161,9 @@ def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_
     begin = time.perf_counter()
     while waiting or logs:
         while waiting and len(logs) < concurrency:
-            request_id, token_ids, params = waiting.pop()
+            request_id, token_ids, sampling = waiting.pop()
             logs[request_id] = {"sent": time.perf_counter() - begin, "steps": 0, "tokens": 0}
-            engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            engine.add_request(request_id, {"prompt_token_ids": token_ids}, sampling)
         outputs = engine.step()
         now = time.perf_counter() - begin
         for output in outputs:

@@ -105,6 +105,12 @@ class Settings:
         "with `aasd_corpora`.",
         takes=(corpus_names.ALLOWED_NAMES, corpus_names.names_of),
     )
+    grammar: bool = setting(
+        True,
+        "Beside structured output and tool calls, draft what the grammar forces, where vLLM schedules synchronously. "
+        "`false` only leaves out of drafts what the grammar forbids.",
+        looser="none",
+    )
     alignment: bool = setting(
         False,
         "Store the target's predictions at every position, and draft from them. This runs lm_head over the prompt.",

@@ -106,6 +106,7 @@ def test_constrained_output_is_valid(speculated):
     output = speculated[1].outputs[1]
     assert output["finish_reason"] == "stop"
     assert json.loads(output["text"])["kind"] in ("text", "code")
+    assert speculated[1].metrics["aasd:grammar_accepted_tokens:forced"] > 0
 
 
 def test_penalties_bad_words_and_logprobs(plain_engine, plain, speculated):

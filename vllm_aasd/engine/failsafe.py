@@ -8,6 +8,7 @@ logged with its traceback; the code after a block continues without the componen
 | --- | --- | --- |
 | ``requests`` | the request is verified strictly, without drafts | every new request is |
 | ``draft`` | V1: the request has no more drafts; V2: the batch has none in this step | no drafts |
+| ``grammar`` | the request's drafts are the worker's, which its grammar cuts | all requests' are |
 | ``store`` | the step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
 | ``step_time`` | V1: this step's draft lengths follow a fixed threshold; V2: the number of requests | every step's do |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
@@ -32,14 +33,14 @@ from types import TracebackType
 
 logger = logging.getLogger("vllm.aasd")
 
-COMPONENTS = ("requests", "draft", "store", "step_time", "verify", "metrics")
+COMPONENTS = ("requests", "draft", "grammar", "store", "step_time", "verify", "metrics")
 
 MAX_FAULTS = 8
 """Failures of a component after which it is off."""
 
 
 class Faults:
-    """The faults of one worker.
+    """The faults of one worker, or of a scheduler.
 
     Args:
         num_ranks: ranks that run each step together, of tensor parallelism.

@@ -138,6 +138,35 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
     return Verification(policy, stop_token_ids)
 
 
+def changes_with_drafts(params: SamplingParams | None) -> bool:
+    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
+    if params is None:
+        return False
+    return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
+
+
+def longest_draft(request: Any, num_tokens: int, max_draft_tokens: int) -> int:
+    """How many tokens may be drafted for a request.
+
+    Args:
+        request: vLLM's runner's or scheduler's state of it.
+        num_tokens: in its context.
+        max_draft_tokens: the longest draft of any request.
+    """
+    params = request.sampling_params
+    if params is None:
+        return max_draft_tokens
+    num_emitted = num_tokens - request.num_prompt_tokens
+    limit = max_draft_tokens
+    if params.max_tokens is not None:
+        # One token comes without a draft.
+        limit = min(limit, params.max_tokens - num_emitted - 1)
+    if params.min_tokens > num_emitted and params.all_stop_token_ids:
+        # vLLM doesn't let a step's bonus token stop the request if `min_tokens` weren't reached before its drafts.
+        limit = min(limit, params.min_tokens - num_emitted - 1)
+    return max(0, limit)
+
+
 @functools.cache
 def _warn_once() -> None:
     # Without the value, which is user data.

@@ -23,6 +23,7 @@ from vllm_aasd.counters import MetricValue
 from vllm_aasd.engine import configuration, metrics, patching, prior_maker
 from vllm_aasd.engine.adapter import Adapter
 from vllm_aasd.engine.corpora import ServerCorpora
+from vllm_aasd.engine.grammar.messages import CountedGrammarOutput
 from vllm_aasd.engine.startup import kv_cache_share, warm_up_bytes
 from vllm_aasd.kernels.draft import Prior
 
@@ -158,6 +159,9 @@ class AASDWorker(Worker):
         """Also: store the step's predictions before vLLM's processors change the logits, and verify by ours."""
         if self._adapter is None:
             return super().sample_tokens(grammar_output)
+        if isinstance(grammar_output, CountedGrammarOutput):
+            self._adapter.counters.add_grammar(grammar_output.counts)
+            self._adapter.faults.counts["grammar"] += grammar_output.num_faults
         with self._adapter.sampling():
             return super().sample_tokens(grammar_output)
 

@@ -8,7 +8,13 @@ from vllm.sampling_params import SamplingParams
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.namespaces import shared_namespace
-from vllm_aasd.engine.request_options import Verification, settings_of, strict, verification_of
+from vllm_aasd.engine.request_options import (
+    Verification,
+    changes_with_drafts,
+    settings_of,
+    strict,
+    verification_of,
+)
 
 
 class V1Request(NamedTuple):
@@ -25,13 +31,6 @@ class V1Request(NamedTuple):
     is_seeded: bool
     namespace: int | None = None
     corpora: tuple[str, ...] = ()
-
-
-def _changes_with_drafts(params: SamplingParams | None) -> bool:
-    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
-    if params is None:
-        return False
-    return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
 
 
 class V1Requests:
@@ -89,7 +88,7 @@ class V1Requests:
         self._requests[req_id] = V1Request(
             verification_of(settings, params), is_seeded, namespace, settings.asked_corpora
         )
-        if not settings.enabled or _changes_with_drafts(params):
+        if not settings.enabled or changes_with_drafts(params):
             return False
         self._drafted.add(req_id)
         return True

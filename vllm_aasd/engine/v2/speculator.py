@@ -28,9 +28,11 @@ from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_S
 from vllm_aasd.engine import patching, shared_prior, startup
 from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.grammar.messages import InformedDraftTokenIds
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2.alignment import V2Alignment
+from vllm_aasd.engine.v2.grammar import V2GrammarDrafts
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
@@ -84,11 +86,13 @@ class AASDSpeculator(BaseSpeculator):
             self.faults,
         )
         self.counters = Counters(device, self.faults.counts)
+        self._num_clears = 0
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         # By slot.
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.full((max_num_reqs, width), UNPROMISED, dtype=torch.float32, device=device)
         self.verifier = V2Verifier(self._num_drafts, self._survival, self.requests, self.faults, self.counters.totals)
+        self._grammars = V2GrammarDrafts(req_states, self._num_drafts, self._survival)
         # All but what is a step's own; None until the KV cache is laid out.
         self._batch: DraftBatch | None = None
         # Of the step that was drafted for last.
@@ -238,6 +242,9 @@ class AASDSpeculator(BaseSpeculator):
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
+        if scheduled.has_structured_output_requests and not self._is_async:
+            with self.faults.contained("draft", shared=True):
+                self._grammars.write(scheduled.scheduled_spec_decode_tokens)
 
     def corpora_changed(self) -> None:
         """Draft from the corpora that there are now."""
@@ -246,6 +253,7 @@ class AASDSpeculator(BaseSpeculator):
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._texts.clear()
+        self._num_clears += 1
 
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
@@ -335,11 +343,12 @@ class AASDSpeculator(BaseSpeculator):
         """
         if self._is_async:
             return drafts
+        ids: list[list[int]] = [[] for _ in drafts.req_ids]
         with self.faults.contained("draft"):
             counts = self._num_drafts[self._idx_mapping].tolist()
             ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-            return DraftTokenIds(drafts.req_ids, ids)
-        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+        self._grammars.told(drafts.req_ids, ids)
+        return InformedDraftTokenIds(drafts.req_ids, ids, self._num_clears)
 
 
 def install() -> list[patching.Replacement]:
