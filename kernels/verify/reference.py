@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_aasd.kernels.count import count_drafts
+from vllm_aasd.kernels.count.reference import count_drafts
 from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyBatch, VerifyOutput
 from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
 from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics

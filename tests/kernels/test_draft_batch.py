@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from aasd_testing.drafts import assert_same_drafts
 from aasd_testing.prompts import real_prompts
-from aasd_testing.texts import TextTensors, copy_texts, no_texts
+from aasd_testing.texts import copy_texts, no_texts
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
@@ -26,11 +26,12 @@ from vllm_aasd.drafting.drafter import (
     AlignmentView,
     Drafter,
 )
+from vllm_aasd.gpu_check.inputs import POISON_COUNT, POISON_ID, batch_of, random_contexts
 from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, WINDOW, DraftBatch, draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import WINDOW, draft_batch
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -39,126 +40,6 @@ ROUND = MixtureWeights(
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
     no_alignment_discount=np.float32(1),
 )
-POISON_ID, POISON_COUNT = -77, -99
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a runner holds for some requests: more slots than rows, in another order."""
-
-    all_token_ids: torch.Tensor
-    total_len: torch.Tensor
-    idx_mapping: torch.Tensor
-    table: torch.Tensor
-    block_tables: torch.Tensor
-    block_size: int
-    theta: torch.Tensor
-    alignment: torch.Tensor
-    no_alignment_discount: torch.Tensor
-    prior_ids: torch.Tensor
-    prior_probs: torch.Tensor
-    vocab_size: int
-    max_matches: int
-    min_survival: float
-    texts: TextTensors
-    max_len: torch.Tensor
-    num_sampled: torch.Tensor
-    excluded: torch.Tensor
-    num_spec_tokens: int
-
-    def row(self, row):
-        """The batch that consists of one row."""
-        return replace(self, idx_mapping=self.idx_mapping[row : row + 1], num_sampled=self.num_sampled[row : row + 1])
-
-    def limit(self, *limits):
-        """Let no row draft more than these."""
-        self.max_len[self.idx_mapping] = self.total_len[self.idx_mapping] + 1 + torch.tensor(limits, dtype=torch.int32)
-
-    def workspace(self):
-        """A workspace full of nonsense."""
-        top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
-        return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
-
-    def drafts(self, op, workspace=None, lookups=None):
-        """The op's outputs by row, poisoned before the call; what it looked up is added to `lookups`."""
-        num_slots = len(self.total_len)
-        outputs = (
-            torch.full((len(self.idx_mapping), self.num_spec_tokens), POISON_ID, dtype=torch.int64),
-            torch.full((num_slots,), POISON_COUNT, dtype=torch.int32),
-            torch.full((num_slots, self.num_spec_tokens), torch.nan),
-        )
-        inputs = [getattr(self, name) for name in self.__dataclass_fields__]
-        workspace = self.workspace() if workspace is None else workspace
-        lookups = torch.zeros(3, dtype=torch.int64) if lookups is None else lookups
-        op(DraftBatch(*inputs, workspace, *outputs, lookups))
-        slots = self.idx_mapping.long()
-        others = torch.ones(num_slots, dtype=torch.bool).index_fill(0, slots[slots >= 0], False)
-        assert (outputs[1][others] == POISON_COUNT).all() and outputs[2][others].isnan().all()
-        is_row = slots >= 0
-        return outputs[0], outputs[1][slots] * is_row, torch.where(is_row[:, None], outputs[2][slots], 0.0)
-
-
-def batch_of(
-    contexts,
-    vocab_size,
-    num_spec_tokens=8,
-    top_k=0,
-    prior_top_k=0,
-    max_matches=4,
-    min_survival=0.0,
-    stale_share=0.2,
-    block_size=4,
-    seed=0,
-    weights=DEFAULT_WEIGHTS,
-):
-    """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
-    rng = np.random.default_rng(seed)
-    num_reqs = len(contexts)
-    max_num_reqs, max_model_len = num_reqs + 3, -(-(max(map(len, contexts)) + 5) // 16) * 16
-    all_token_ids = rng.integers(0, vocab_size, (max_num_reqs, max_model_len)).astype(np.int32)
-    total_len = np.full(max_num_reqs, max_model_len, np.int32)
-    idx_mapping = rng.permutation(max_num_reqs)[:num_reqs]
-    for slot, context in zip(idx_mapping, contexts, strict=True):
-        all_token_ids[slot, : len(context)] = context
-        total_len[slot] = len(context)
-    max_blocks = -(-max_model_len // block_size)
-    block_tables = rng.permutation(max_num_reqs * max_blocks).reshape(max_num_reqs, max_blocks)
-    table = np.full((max_num_reqs * max_blocks * block_size if top_k else 0, 1 + 2 * top_k), -1, np.int32)
-    if top_k:
-        positions = np.arange(max_model_len)
-        slots = block_tables[:, positions // block_size] * block_size + positions % block_size
-        table[slots, 0] = all_token_ids + (rng.random(all_token_ids.shape) < stale_share)
-        table[:, 1 : 1 + top_k] = rng.integers(-1, vocab_size + 1, (len(table), top_k))
-        probs = rng.dirichlet(np.ones(top_k + 1), len(table))[:, :top_k].astype(np.float32)
-        table[:, 1 + top_k :] = probs.view(np.int32)
-    prior_ids = rng.integers(-1, vocab_size, (vocab_size if prior_top_k else 0, prior_top_k)).astype(np.int32)
-    return Batch(
-        torch.from_numpy(all_token_ids),
-        torch.from_numpy(total_len),
-        torch.from_numpy(idx_mapping),
-        torch.from_numpy(table),
-        torch.from_numpy(block_tables.astype(np.int32)),
-        block_size,
-        torch.from_numpy(weights.theta),
-        torch.from_numpy(weights.alignment),
-        torch.tensor([weights.no_alignment_discount]),
-        torch.from_numpy(prior_ids),
-        torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
-        vocab_size,
-        max_matches,
-        min_survival,
-        no_texts(max_num_reqs, num_spec_tokens),
-        torch.full((max_num_reqs,), 1 << 20, dtype=torch.int32),
-        torch.ones(num_reqs, dtype=torch.int32),
-        torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32),
-        num_spec_tokens,
-    )
-
-
-def random_contexts(lengths, vocab_size, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
 def interpreted(interpreter):
@@ -423,7 +304,7 @@ def real_batch(contexts, min_survival):
     """A batch whose stored predictions are right about every second time, as a model's are."""
     vocab_size, top_k = 49152, 4
     sizes = 8, top_k, 8, MAX_MATCHES, min_survival
-    batch = batch_of(contexts, vocab_size, *sizes, block_size=16)
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, weights=DEFAULT_WEIGHTS)
     rng = np.random.default_rng(1)
     for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
         positions = np.arange(len(context) - 1)
@@ -476,7 +357,7 @@ def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
     text = text[: text.rindex(ending, 0, 6 * TILE) + len(ending)]
     assert text.count(ending) > MAX_MATCHES + 1
     context = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES)
+    batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES, weights=DEFAULT_WEIGHTS)
     draft_token_ids, num_drafts, survival = check(interpreter, batch)
     drafter = Drafter(256, 2, 0.0)
     ids, alive = drafter.draft("a", context, NO_ALIGNMENT, 2)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from aasd_testing.policy_tensors import copied
+from vllm_aasd.gpu_check.verify_inputs import copied
 from vllm_aasd.kernels.verify import VerifyBatch, cpu, reference
 from vllm_aasd.kernels.verify.random_reference import row_uniform
 from vllm_aasd.kernels.verify.seeded import SeededBatch

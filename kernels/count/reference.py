@@ -1,0 +1,26 @@
+"""Plain reference of `vllm_aasd.kernels.count`: the specification, request by request, on CPU tensors."""
+
+import itertools
+
+import torch
+
+from vllm_aasd.kernels import count
+
+
+def count_drafts(totals, draft_token_ids, cu_num_rows, first_draft, idx_mapping, survival, output):
+    """See `vllm_aasd.kernels.count.count_drafts`."""
+    _, emitted, relaxed, regret, exhausted, guarded = output
+    totals[count.EXHAUSTED] += exhausted.sum()
+    totals[count.GUARDED] += guarded.sum()
+    for req, (start, end) in enumerate(itertools.pairwise(cu_num_rows.tolist())):
+        length, accepted = int((draft_token_ids[start + first_draft : end] >= 0).sum()), int(emitted[req]) - 1
+        totals[count.RELAXED] += relaxed[start : start + accepted].sum()
+        totals[count.REGRET] += regret[start : start + accepted].double().sum()
+        promised = survival[idx_mapping[req], :length]
+        is_accepted = torch.arange(length) < accepted
+        for tenth in range(count.SURVIVAL_BINS):
+            top = 1.1 if tenth == 9 else (tenth + 1) / 10
+            among = (promised >= tenth / 10) & (promised < top)
+            totals[count.SURVIVAL_TOKENS + tenth] += among.sum()
+            totals[count.SURVIVAL_PROMISED + tenth] += promised[among].double().sum()
+            totals[count.SURVIVAL_ACCEPTED + tenth] += (among & is_accepted).sum()
