@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from vllm_aasd.kernels import count
 from vllm_aasd.kernels.draft import MixtureWeights
 from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
 from vllm_aasd.kernels.text import NUM_CELLS, new_index
-from vllm_aasd.kernels.text.batch import TextTensors, new_texts
+from vllm_aasd.kernels.text.batch import MAX_PIECES, NUM_SOURCES, TextTensors, new_texts
 from vllm_aasd.kernels.text.reference import append
 from vllm_aasd.kernels.verify import VerifyOutput
 
@@ -227,3 +227,43 @@ def texts_of(max_num_reqs: int, max_draft_tokens: int, num_pages: int, corpus: S
         append(corpora, 0, -1, 0, np.array(corpus, np.int32), 0, len(corpus))
     prior = np.full((NUM_CELLS, 2), (0.5, 8), np.float32)
     return new_texts(max_num_reqs, max_draft_tokens, num_pages, corpora, prior, "cpu")
+
+
+class TextStep(NamedTuple):
+    """What a step changes, and its arguments of `learn_and_append` and `append_predictions`."""
+
+    slots: torch.Tensor
+    total_len: torch.Tensor
+    idx_mapping: torch.Tensor
+    num_sampled: torch.Tensor
+    piece_ids: torch.Tensor
+    pieces: torch.Tensor
+
+
+def text_episode(seed: int, num_reqs: int, num_steps: int, num_pages: int = 16) -> tuple[DraftBatch, list[TextStep]]:
+    """Steps of requests that share text, come with predictions, and are followed by others; what they draft from."""
+    rng = np.random.default_rng(seed)
+    motifs = rng.integers(0, 90, (4, 80))
+    contexts = [np.concatenate(motifs[rng.integers(0, 4, 6)])[: 300 + num_steps * 9] for _ in range(num_reqs)]
+    base = batch_of(contexts, 100, num_spec_tokens=4, prior_top_k=2, max_matches=8, min_survival=0.05, seed=seed)
+    max_num_reqs = len(base.total_len)
+    base = dataclasses.replace(base, texts=texts_of(max_num_reqs, 4, num_pages, motifs[0].tolist()))
+    total_len = torch.zeros_like(base.total_len)
+    slots = torch.full((max_num_reqs, NUM_SOURCES + 1), -1, dtype=torch.int64)
+    steps, mapping = [], base.idx_mapping
+    for number in range(num_steps):
+        piece_ids, pieces = torch.zeros((MAX_PIECES, 64), dtype=torch.int32), torch.full((MAX_PIECES, 3), -1)
+        for row, slot in enumerate(mapping.tolist()):
+            if number == 0 or rng.random() < 0.1:
+                # Another request takes the slot.
+                ticket = 1 + number * max_num_reqs + slot
+                slots[slot] = torch.tensor([rng.choice([-1, 0]), rng.choice([-1, 0, 7]), -1 - ticket, ticket])
+                total_len[slot] = int(rng.integers(1, 60))
+                if row < MAX_PIECES:
+                    piece_ids[row, :40] = base.all_token_ids[slot, 20:60]
+                    pieces[row] = torch.tensor([slot, 0, 40])
+            total_len[slot] = min(int(total_len[slot]) + int(rng.integers(1, 6)), base.all_token_ids.shape[1])
+        order = torch.from_numpy(rng.permutation(len(mapping)))
+        num_sampled = torch.from_numpy((rng.random(len(mapping)) < 0.9).astype(np.int32))
+        steps.append(TextStep(slots.clone(), total_len.clone(), mapping[order], num_sampled, piece_ids, pieces))
+    return base.arguments(), steps
