@@ -257,7 +257,8 @@ def text_episode(seed: int, num_reqs: int, num_steps: int, num_pages: int = 16) 
             if number == 0 or rng.random() < 0.1:
                 # Another request takes the slot.
                 ticket = 1 + number * max_num_reqs + slot
-                slots[slot] = torch.tensor([rng.choice([-1, 0]), rng.choice([-1, 0, 7]), -1 - ticket, ticket])
+                slots[slot, :-2] = torch.from_numpy(rng.choice([-1, 0, 7], NUM_SOURCES - 1))
+                slots[slot, -2:] = torch.tensor([-1 - ticket, ticket])
                 total_len[slot] = int(rng.integers(1, 60))
                 if row < MAX_PIECES:
                     piece_ids[row, :40] = base.all_token_ids[slot, 20:60]

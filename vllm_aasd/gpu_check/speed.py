@@ -51,14 +51,13 @@ def verify_batch(
 
 
 def drafting(gpu: Gpu, num_reqs: int, width: int, context: int, vocab_size: int, num_pages: int) -> DraftBatch:
-    """Contexts in which tokens are about as frequent as words, and the two last ones came before in."""
-    rng = np.random.default_rng(0)
-    tokens = (rng.zipf(1.2, (num_reqs, context)) % vocab_size).astype(np.int32)
-    tokens[:, context // 2 : context // 2 + 4] = tokens[:, -4:]
-    made = batch_of([*tokens], vocab_size, width, prior_top_k=8, max_matches=32, min_survival=0.02)
+    """Contexts in which tokens are about as frequent as words, and whose last tokens came before."""
+    tokens = (np.random.default_rng(0).zipf(1.2, context) % vocab_size).astype(np.int32)
+    tokens[context // 2 : context // 2 + 4] = tokens[-4:]
+    made = batch_of([tokens] * num_reqs, vocab_size, width, prior_top_k=8, max_matches=32, min_survival=0.02)
     batch = made.arguments()._replace(texts=texts_of(len(made.total_len), width, num_pages))
     batch = copied(batch, gpu.device)
-    batch.texts.slots.copy_(torch.arange(1, 5))
+    batch.texts.slots.copy_(torch.arange(1, 1 + batch.texts.slots.shape[1]))
     return batch
 
 
