@@ -61,9 +61,12 @@ def main() -> None:
         pip_download(Path(scratch), [f"vllm=={given.vllm}"])
         (wheel,) = Path(scratch).glob("vllm-*.whl")
         pack_vllm(wheel, given.folder, given.chip)
-    pip_download(given.folder, requirements(given.folder))
-    project = ["wheel", "-q", "--no-deps", "--wheel-dir", str(given.folder), str(ROOT)]
-    subprocess.run([sys.executable, "-m", "pip", *project], check=True)
+        pip_download(given.folder, requirements(given.folder))
+        # A copy, since a build leaves files behind.
+        source = Path(scratch, "project")
+        shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+        project = ["wheel", "-q", "--no-deps", "--wheel-dir", str(given.folder), str(source)]
+        subprocess.run([sys.executable, "-m", "pip", *project], check=True)
     sizes = {file.name: file.stat().st_size / 2**20 for file in sorted(given.folder.iterdir())}
     print("\n".join(f"{size:8.2f} MiB  {name}" for name, size in sizes.items()))
     total = sum(sizes.values())

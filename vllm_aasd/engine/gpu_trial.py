@@ -50,7 +50,13 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3
 FULL = Served(
     SMALL | {"num_key_value_heads": 4, "vocab_size": 32000},
     LARGE | {"num_key_value_heads": 8, "vocab_size": 128256},
-    {"max_model_len": 1024, "gpu_memory_utilization": 0.8},
+    # Not compiled by Inductor, which would take a minute of each start.
+    {
+        "max_model_len": 1024,
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": 0.8,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    },
     120,
     (1, 8, 64, 256),
     64,
