@@ -78,7 +78,7 @@ def stock_calls(step: Any) -> dict[str, Callable[[], Any]]:
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
     given, draft = step.verify._asdict(), step.draft
-    for ours in ("policies", "stop_token_ids", "all_greedy"):
+    for ours in ("policies", "stop_token_ids", "num_drafts", "survival", "totals", "all_greedy"):
         del given[ours]
     num_reqs, width = draft.draft_token_ids.shape
     max_num_reqs, max_model_len = draft.all_token_ids.shape
@@ -92,7 +92,7 @@ def stock_calls(step: Any) -> dict[str, Callable[[], Any]]:
     states = SimpleNamespace(**{name: SimpleNamespace(gpu=tensor) for name, tensor in tensors.items()})
     speculator: Any = NgramGPUSpeculator(config, draft.all_token_ids.device, states)
     batch = SimpleNamespace(num_reqs=num_reqs, idx_mapping=draft.idx_mapping)
-    ones = torch.ones_like(draft.num_drafts)
+    ones = draft.num_sampled
     last = torch.zeros((max_num_reqs, 1), dtype=torch.int64, device=ones.device)
     return {
         "vLLM's rejection_sample": lambda: rejection_sample(draft_logits=None, **given),

@@ -10,10 +10,9 @@ import torch
 
 from vllm_aasd.gpu_check import verify_inputs
 from vllm_aasd.gpu_check.gpu import Gpu, Skipped
-from vllm_aasd.gpu_check.inputs import TextStep, batch_of, count_step, random_contexts, rows_to_align, text_episode
-from vllm_aasd.kernels import align, count
+from vllm_aasd.gpu_check.inputs import TextStep, batch_of, random_contexts, rows_to_align, text_episode
+from vllm_aasd.kernels import align
 from vllm_aasd.kernels.align import reference as align_reference
-from vllm_aasd.kernels.count import reference as count_reference
 from vllm_aasd.kernels.draft import batch as draft
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.text import batch as text
@@ -38,7 +37,6 @@ class Sizes(NamedTuple):
     Attributes:
         verify: vocabulary, dtype of the logits, rows of each request.
         align: rows, vocabulary, k, dtype.
-        steps: numbers of requests whose drafts are counted.
         draft: lengths of contexts, vocabulary, draft tokens, predictions of a position and of the prior, matches.
         text: requests and steps.
         offset: elements of the large tensors.
@@ -46,7 +44,6 @@ class Sizes(NamedTuple):
 
     verify: tuple[tuple[int, torch.dtype, list[int]], ...]
     align: tuple[tuple[int, int, int, torch.dtype], ...]
-    steps: tuple[int, ...]
     draft: tuple[tuple[tuple[int, ...], int, int, int, int, int], ...]
     text: tuple[int, int]
     offset: int
@@ -55,7 +52,6 @@ class Sizes(NamedTuple):
 SMALL = Sizes(
     ((111, BF16, [4, 1, 0, 4, 2]), (5000, F32, [3, 3])),
     ((5, 111, 3, F32), (4, 5000, 4, BF16)),
-    (3, 17),
     (((0, 1, 60, 90), 9, 3, 2, 3, 5), ((700, 40), 20, 2, 0, 0, 32)),
     (4, 8),
     1 << 14,
@@ -69,7 +65,6 @@ QUICK = Sizes(
         (32000, BF16, [2] * 256),
     ),
     ((9, 32000, 4, F32), (40, 151936, 4, BF16), (9, 262144, 8, BF16)),
-    (1, 32, 256),
     (((0, 1, 2, 60, 900), 151936, 7, 4, 8, 32), ((9000,), 40, 8, 0, 8, 32), ((90,) * 256, 9, 1, 0, 8, 32)),
     (32, 12),
     1 << 31,
@@ -99,8 +94,9 @@ class Case(NamedTuple):
 
 
 def run_verify(op: Any, arguments: dict[str, Any]) -> Outputs:
-    """`verify_seeded`, and the state that it leaves."""
-    return op.verify_seeded(seeded.SeededBatch(**arguments))._asdict() | {"state": arguments["policies"].state}
+    """`verify_seeded`, and what it updates: the requests' state, and the counts of drafts."""
+    updated = {"state": arguments["policies"].state, "totals": arguments["totals"]}
+    return op.verify_seeded(seeded.SeededBatch(**arguments))._asdict() | updated
 
 
 def run_align(op: Any, logits: torch.Tensor, *where: Any) -> Outputs:
@@ -122,12 +118,6 @@ def _entries(table: torch.Tensor) -> Outputs:
     return {"entries": ids, "probabilities": probabilities.contiguous().view(torch.float32)}
 
 
-def run_count(op: Any, totals: torch.Tensor, *step: Any) -> Outputs:
-    """`count_drafts`."""
-    op.count_drafts(totals, *step)
-    return {"totals": totals}
-
-
 def run_draft(op: Any, batch: draft.DraftBatch) -> Outputs:
     """`draft_batch`."""
     op.draft_batch(batch)
@@ -144,7 +134,8 @@ def run_text(op: tuple[Any, Any], base: draft.DraftBatch, steps: list[TextStep])
         contexts = base.all_token_ids, step.total_len, step.idx_mapping
         op[0].learn_and_append(texts, *contexts, step.num_sampled, 32)
         drafts = {name: getattr(base, name).clone() for name in ("draft_token_ids", "num_drafts", "survival")}
-        op[1].draft_batch(base._replace(total_len=step.total_len, idx_mapping=step.idx_mapping, **drafts))
+        rows = {name: getattr(step, name) for name in ("total_len", "idx_mapping", "num_sampled")}
+        op[1].draft_batch(base._replace(**rows, **drafts))
         outputs |= {f"{name} of step {number}": tensor for name, tensor in drafts.items()}
     kept = ("tokens", "pages", "heads", "begun", "found", "right", "value", "documents", "predictions", "looked_up")
     return outputs | {name: getattr(texts, name) for name in kept}
@@ -164,10 +155,6 @@ def cases(sizes: Sizes, seed: int) -> Iterator[Case]:
         to_align = (*rows, torch.full((2 * num_rows, 1 + 2 * k), -12345, dtype=torch.int32))
         for kind, run in (("align", run_align), ("align, two shards", run_shards)):
             yield Case(f"{kind} {num_rows} x {vocab_size}", run, align, align_reference, to_align)
-    for num_reqs in sizes.steps:
-        step = count_step(seed, num_reqs, 1, torch.int64)
-        totals = torch.full((count.SIZE,), 0.5, dtype=torch.float64)
-        yield Case(f"count {num_reqs} requests", run_count, count, count_reference, (totals, *step))
     for lengths, vocab_size, width, top_k, prior_top_k, max_matches in sizes.draft:
         contexts = random_contexts(lengths, min(vocab_size, 12), seed)
         made = batch_of(contexts, vocab_size, width, top_k, prior_top_k, max_matches, block_size=16, seed=seed)

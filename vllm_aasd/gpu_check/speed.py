@@ -11,14 +11,13 @@ from vllm_aasd.gpu_check import verify_inputs
 from vllm_aasd.gpu_check.gpu import Gpu
 from vllm_aasd.gpu_check.inputs import batch_of, texts_of
 from vllm_aasd.gpu_check.kernels import copied
-from vllm_aasd.kernels import count
 from vllm_aasd.kernels.align import align
 from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch
 from vllm_aasd.kernels.text.batch import learn_and_append, text_bytes
 from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
 BF16, F32 = torch.bfloat16, torch.float32
-MAX_PER_STEP = {"verify": 6, "count": 1, "draft": 1, "learn and append": 2, "align": 4}
+MAX_PER_STEP = {"verify": 6, "draft": 1, "learn and append": 2, "align": 4}
 """Launches of an op, whatever the batch and its context."""
 
 MAX_HOST_MICROSECONDS = 200
@@ -73,16 +72,12 @@ def step_of(gpu: Gpu, sizes: Sizes, num_reqs: int, width: int, context: int, tem
     """A step of so many requests with a context of so many tokens."""
     verify = verify_batch(gpu, num_reqs, width, sizes.vocab_size, BF16, temperature)
     draft = drafting(gpu, num_reqs, width, context, sizes.vocab_size, sizes.num_pages)
-    output = verify_seeded(verify)
-    totals = torch.zeros(count.SIZE, dtype=torch.float64, device=gpu.device)
-    counted = verify.draft_sampled, verify.cu_num_logits, 1, verify.idx_mapping, draft.survival, output
-    contexts = draft.all_token_ids, draft.total_len, draft.idx_mapping, output.num_sampled
+    contexts = draft.all_token_ids, draft.total_len, draft.idx_mapping, draft.num_sampled
     k = 4
     slots = torch.arange(len(verify.pos), device=gpu.device)
     table = torch.zeros((len(slots), 1 + 2 * k), dtype=torch.int32, device=gpu.device)
     calls: dict[str, Callable[[], Any]] = {
         "verify": lambda: verify_seeded(verify),
-        "count": lambda: count.count_drafts(totals, *counted),
         "draft": lambda: draft_batch(draft),
         "learn and append": lambda: learn_and_append(draft.texts, *contexts, 32),
         "align": lambda: align(verify.target_logits, verify.draft_sampled, slots, table),
@@ -176,7 +171,7 @@ def check_compilations(gpu: Gpu, sizes: Sizes, num_reqs: Iterable[int] = (1, 2, 
         for kind in kinds:
             run(requests, *kind)
         calls = step_of(gpu, sizes, requests, sizes.batches[0][1], sizes.contexts[0]).calls
-        for name in ("count", "draft", "learn and append", "align"):
+        for name in ("draft", "learn and append", "align"):
             calls[name]()
     if gpu.compiled:
         raise AssertionError(f"compiled after the warm-up: {', '.join(name for name, _ in gpu.compiled)}")
