@@ -18,9 +18,10 @@ def count_drafts(totals, draft_token_ids, cu_num_rows, first_draft, idx_mapping,
         totals[count.REGRET] += regret[start : start + accepted].double().sum()
         promised = survival[idx_mapping[req], :length]
         is_accepted = torch.arange(length) < accepted
+        # In float32, where some numbers just below a tenth, times ten, are whole.
+        tenths = (promised * count.SURVIVAL_BINS).int().clamp(max=count.SURVIVAL_BINS - 1)
         for tenth in range(count.SURVIVAL_BINS):
-            top = 1.1 if tenth == 9 else (tenth + 1) / 10
-            among = (promised >= tenth / 10) & (promised < top)
+            among = (promised >= 0) & (tenths == tenth)
             totals[count.SURVIVAL_TOKENS + tenth] += among.sum()
             totals[count.SURVIVAL_PROMISED + tenth] += promised[among].double().sum()
             totals[count.SURVIVAL_ACCEPTED + tenth] += (among & is_accepted).sum()
