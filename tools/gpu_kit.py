@@ -57,7 +57,7 @@ def main() -> None:
     given = parser.parse_args()
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=given.folder.parent) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         pip_download(Path(scratch), [f"vllm=={given.vllm}"])
         (wheel,) = Path(scratch).glob("vllm-*.whl")
         pack_vllm(wheel, given.folder, given.chip)
