@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from benchmarks.results import ROOT
 
+_PROMPT = "prompt_token_ids", "cache_salt"
+
 
 class EngineError(RuntimeError):
     """The engine's process ended before it had answered; the text holds the end of its log."""
@@ -66,6 +68,7 @@ class Engine:
 
         Args:
             requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for ``vllm.SamplingParams``.
+                Only requests of the same ``cache_salt`` share prefixes and answers.
             concurrency: requests in flight, the next one sent when one ends; None for all at once.
 
         Returns:
@@ -153,17 +156,16 @@ def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_
 
     # An id that comes again would let vLLM's suffix decoding drop what it has learned.
     waiting = [
-        (str(first_id + index), request["prompt_token_ids"], params(**request["sampling"]))
-        for index, request in enumerate(requests)
+        (str(first_id + index), request, params(**request["sampling"])) for index, request in enumerate(requests)
     ][::-1]
     logs: dict[str, dict[str, Any]] = {}
     finished = {}
     begin = time.perf_counter()
     while waiting or logs:
         while waiting and len(logs) < concurrency:
-            request_id, token_ids, sampling = waiting.pop()
+            request_id, request, sampling = waiting.pop()
             logs[request_id] = {"sent": time.perf_counter() - begin, "steps": 0, "tokens": 0}
-            engine.add_request(request_id, {"prompt_token_ids": token_ids}, sampling)
+            engine.add_request(request_id, {name: request[name] for name in _PROMPT if name in request}, sampling)
         outputs = engine.step()
         now = time.perf_counter() - begin
         for output in outputs:

@@ -43,6 +43,8 @@ def measure(
             requests = [
                 {
                     "prompt_token_ids": prompt,
+                    # No case drafts from another's answer to the same task.
+                    "cache_salt": case,
                     "sampling": sampling | {"structured_outputs": {"json": json.dumps(task.schema)}},
                 }
                 for prompt, task in zip(prompts[first : first + width], chosen[first : first + width], strict=True)

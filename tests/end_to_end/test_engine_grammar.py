@@ -1,11 +1,15 @@
 """Drafts beside grammars, through real engines: the output is the target's own, and forced tokens are drafted."""
 
+import contextlib
 import json
 import os
+import pathlib
 import random
 
 import jsonschema
 import pytest
+import xgrammar
+from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
 from aasd_testing.engines import engine, greedy, with_options
 from aasd_testing.tiny_models import sliding_window_model
@@ -210,3 +214,50 @@ def test_fuzzed_schemas_on_a_tiny_model(demo_model, tmp_path):
     different = [one["sampling"] for one, a, b in zip(asked, plain.token_ids, ours.token_ids, strict=True) if a != b]
     assert not different, f"{len(different)} of {len(asked)}: {different[:3]}"
     assert ours.metrics["aasd:grammar_accepted_tokens:forced"] > len(asked) and not any(ours.faults.values())
+
+
+def suite_schemas():
+    """What xgrammar takes of the JSON Schema Test Suite, which the source of the package `jsonschema` holds."""
+    folder = os.environ.get("AASD_JSON_SCHEMA_SUITE")
+    if not folder:
+        pytest.skip("AASD_JSON_SCHEMA_SUITE isn't set to a folder like jsonschema-4.26.0/json/tests/draft2020-12")
+    for path in sorted(pathlib.Path(folder).glob("*.json")):
+        for case in json.loads(path.read_text()):
+            schema = case["schema"]
+            if isinstance(schema, dict) and "$ref" not in json.dumps(schema):
+                with contextlib.suppress(Exception):
+                    xgrammar.Grammar.from_json_schema(json.dumps(schema))
+                    if not has_xgrammar_unsupported_json_features(schema):
+                        yield schema
+
+
+@pytest.mark.long
+def test_a_public_suite_of_schemas_and_generated_tools(plain_engine, aasd_engine):
+    rng = random.Random(1)
+    schemas = list(suite_schemas())
+    chosen = [*rng.sample(schemas, min(300, len(schemas)))]
+    chosen += [
+        {
+            "type": "object",
+            "properties": {"name": {"const": f"tool_{number}"}, "parameters": random_schema(rng)},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for number in range(100)
+    ]
+    asked = [
+        one
+        for schema in chosen
+        for one in greedy(
+            [f"Answer as {json.dumps(schema)[:300]}"], 60, structured_outputs={"json": json.dumps(schema)}
+        )
+    ]
+    plain, ours = plain_engine.run(asked), aasd_engine.run(with_options(asked, aasd_verification="strict"))
+    assert ours.token_ids == plain.token_ids and not any(ours.faults.values())
+    assert ours.metrics["aasd:grammar_accepted_tokens:forced"] > len(asked)
+    ended = [(one, schema) for one, schema in zip(ours.outputs, chosen, strict=True) if one["finish_reason"] == "stop"]
+    assert len(ended) > 100
+    for output, schema in ended:
+        value = json.loads(output["text"])
+        if "parameters" in schema.get("properties", {}):
+            jsonschema.validate(value, schema)

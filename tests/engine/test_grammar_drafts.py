@@ -14,7 +14,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 from vllm_aasd.config import Settings
 from vllm_aasd.counters import Counters
 from vllm_aasd.engine.failsafe import MAX_FAULTS, Faults
-from vllm_aasd.engine.grammar.drafts import GrammarDrafts
+from vllm_aasd.engine.grammar.drafts import GrammarDrafts, TokenTexts
 from vllm_aasd.engine.grammar.messages import InformedDraftTokenIds
 
 LONGEST = 12
@@ -187,3 +187,19 @@ def test_it_forgets_earlier_answers_when_the_workers_do(target):
     for num_clears in (0, 1, 1):
         scheduler.steered(InformedDraftTokenIds(["a"], [WORKERS], num_clears))
     assert len(cleared) == 1
+
+
+class SpacedTokenizer:
+    """Its tokens are letters; it puts a space before a text, and drops one when it decodes."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) for letter in " " + text]
+
+    def decode(self, token_ids):
+        return "".join(map(chr, token_ids)).removeprefix(" ")
+
+
+def test_texts_of_a_tokenizer_that_puts_a_space_before_them():
+    texts = TokenTexts(SpacedTokenizer())
+    assert texts.encode('"x') == [ord('"'), ord("x")]
+    assert [texts.text_of(ord(sign)) for sign in ' "'] == [" ", '"']

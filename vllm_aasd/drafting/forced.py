@@ -8,6 +8,7 @@ Where the grammar leaves only white space free, as between the signs of JSON, th
 its own grammar.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -227,8 +228,12 @@ class GrammarSteering:
         while left > 0:
             if not text:
                 text, source = matcher.forced_text(), FORCED
+            if not text and not parts and (ahead.in_string or not ahead.depth) and not matcher.is_complete():
+                # Nothing is forced, whatever may come.
+                return [], (), False
             if not text:
-                signs = [sign for sign in (_WORDS if ahead.in_string else _SIGNS) if _allows(matcher, sign)]
+                allowed = (sign for sign in (_WORDS if ahead.in_string else _SIGNS) if _allows(matcher, sign))
+                signs = list(itertools.islice(allowed, _MOST_PROBES))
                 text, source = _styled(signs, ahead), STYLE
             if not text or not matcher.accept_text(text):
                 break
@@ -332,7 +337,7 @@ def _following(signs: list[str], reader: JSONReader) -> tuple[str, ...]:
     if reader.in_string:
         return tuple(signs)
     found: list[str] = []
-    for sign in signs[:_MOST_PROBES]:
+    for sign in signs:
         gap = reader.gap_before(sign)
         found += [gap + sign] if gap is not None else [sign, " " + sign, "\n"]
     return tuple(dict.fromkeys(found))
