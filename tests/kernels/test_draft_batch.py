@@ -377,6 +377,19 @@ def test_what_is_looked_through_is_bounded(interpreter, is_near):
     assert draft_token_ids[0, 0] == (5 if is_near else context[-1])
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_contexts_that_lie_beyond_what_an_int32_can_say(interpreter, tmp_path, top_k):
+    batch = batch_of(random_contexts((40, 60), 3), 3, 3, top_k, 3)
+    assert len(batch.total_len) == 5
+
+    def far(of):
+        found = interpreter.call("aasd_testing.large_offsets:draft_far", of, 2**30 + 16, str(tmp_path))
+        for ours, theirs in zip((of.draft_token_ids, of.num_drafts, of.survival), found, strict=True):
+            ours.copy_(theirs)
+
+    assert_equal(batch.drafts(far), batch.drafts(draft_reference.draft_batch))
+
+
 def test_full_lists_end_the_scan(interpreter):
     """A context of one token: all lists are full after the last tile."""
     context = np.full(3 * TILE, 7, np.int32)
