@@ -206,9 +206,14 @@ def test_policies_and_stop_tokens_follow_the_slot():
     assert requests.policies.parameters[0, policies.BETA] == Settings().beta
     assert requests.policies.state_rows[0] >= 0 and requests.policies.state_rows[1] == -1
     assert requests.stop_token_ids[0, :6].tolist() == [3, 5, 7, 9, 11, -1]
+    assert requests.temperature.tolist() == [0.0, 1.0]
+    # In memory of the device's own, which stays where it is: vLLM's own tables are read from the host's.
+    places = [table.data_ptr() for table in (requests.policies.rule, requests.temperature, requests.max_len)]
     runner.req_ids[0] = "c"
     requests.add_request(0, SamplingParams(temperature=0.0, stop_token_ids=[2]))
+    assert requests.stop_token_ids[0, 0] == 3 and not requests.is_current, "until the next step"
     requests.apply_staged_writes()
+    assert places == [table.data_ptr() for table in (requests.policies.rule, requests.temperature, requests.max_len)]
     assert requests.policies.rule.tolist() == [policies.CONDITIONAL, policies.STRICT]
     assert requests.stop_token_ids[0, :2].tolist() == [2, -1]
 

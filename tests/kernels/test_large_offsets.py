@@ -3,7 +3,7 @@
 import torch
 
 from aasd_testing import verify_paths
-from aasd_testing.seeded_batches import random_batch
+from vllm_aasd.gpu_check.verify_inputs import random_batch
 from vllm_aasd.kernels.align import reference as align_reference
 from vllm_aasd.kernels.verify import reference
 from vllm_aasd.kernels.verify.seeded import SeededBatch
