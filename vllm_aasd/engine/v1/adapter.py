@@ -161,6 +161,8 @@ class V1Adapter:
             self._requests.forget(scheduled.finished_req_ids)
             self._verifier.forget(scheduled.finished_req_ids)
             self._drafter.forget(scheduled.finished_req_ids)
+            for req_id in scheduled.finished_req_ids:
+                self._drafts.pop(req_id, None)
             self._lengths.learn(scheduled.scheduled_new_reqs)
 
     @contextlib.contextmanager
