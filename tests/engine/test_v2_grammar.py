@@ -17,11 +17,8 @@ def state():
     )
     survival = torch.full((3, 4), 0.5)
 
-    def predict(at, values):
-        survival[at] = values
-
     num_valid = torch.tensor([4, 4, 3], dtype=torch.int32)
-    drafts = V2GrammarDrafts(req_states, num_valid, predict)
+    drafts = V2GrammarDrafts(req_states, num_valid, survival)
     drafts.told(["a", "b"], [[18, 19, 20], [10, 11, 12, 13]])
     return types.SimpleNamespace(drafts=drafts, tokens=req_states.draft_tokens, num_valid=num_valid, survival=survival)
 
