@@ -1,10 +1,12 @@
 """Tasks that need no download: code and documentation that ship with Python.
 
 `code_infile` is like LCC (Guo et al., 2023), `code_crossfile` like RepoBench-P (Liu et al., 2023); in `quote` and
-`edit` the answer repeats its input. They change only with the version of Python.
+`edit` the answer repeats its input, and in `agent` (asked for by its name only) also earlier answers. They change only
+with the version of Python.
 """
 
 import json
+import keyword
 import pathlib
 import re
 from collections import Counter
@@ -19,6 +21,7 @@ _CODE_CHARS = 4500
 _SNIPPET_CHARS = 2200
 _TEXT_CHARS = 2400
 _SHORTEST_TEXT = 1200
+_TURNS, _AGENT_CHARS = 10, (500, 900)
 _PACKAGES = ["asyncio", "concurrent/futures", "email", "http", "importlib", "json", "logging", "multiprocessing"]
 _PACKAGES += ["unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "xml/sax"]
 
@@ -66,6 +69,28 @@ def documentation() -> Iterator[Task]:
         edit = f"Write this text again, with {word!r} in capital letters and nothing else changed.\n\n{text}"
         raw = f"{text}\n\nThe same, with {word!r} in capital letters:\n\n"
         yield Task(topic, "edit", edit, raw)
+
+
+def agent() -> Iterator[Task]:
+    """Sessions of ten turns with a coding agent, one task a turn, whose prompt holds the turns before it.
+
+    In every turn a tool quotes a function as it is by now, and the next edit of it is asked for.
+    """
+    for path in sorted(LIBRARY.glob("[a-z]*.py")):
+        for code in re.split(r"(?m)^(?=(?:def|class) )", path.read_text(encoding="utf-8"))[1:]:
+            words = Counter(re.findall(r"\b[a-z_]{4,}\b", code))
+            names = [name for name, _ in words.most_common() if not keyword.iskeyword(name)][:_TURNS]
+            if len(names) == _TURNS and _AGENT_CHARS[0] <= len(code) <= _AGENT_CHARS[1]:
+                yield from _session(path, code.rstrip() + "\n", names)
+                break
+
+
+def _session(path: pathlib.Path, code: str, names: list[str]) -> Iterator[Task]:
+    text = "You edit code. Answer each request with all of the code as it is afterwards, and nothing else."
+    for turn, name in enumerate(names, 1):
+        text += f"\n\nTool read_file returned:\n\n```python\n{code}```\n\nRequest: rename `{name}` to `new_{name}`."
+        yield Task(f"{_name(path)}:{turn}", "agent", text, f"{text}\n\n```python\n")
+        code = re.sub(rf"\b{name}\b", f"new_{name}", code)
 
 
 def _completion(category: str, path: pathlib.Path, at: int, before: str) -> Task:

@@ -29,6 +29,7 @@ from benchmarks.methods import NEAR_TIE
 from benchmarks.replay import Replay, Trace
 from benchmarks.tasks import by_category
 from vllm_aasd.drafting import prior as prior_file
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
@@ -68,6 +69,7 @@ def main() -> None:
     results.add_model_argument(parser)
     parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="to measure on")
     parser.add_argument("--builtin", action="store_true", help="also the tasks that ship with Python")
+    parser.add_argument("--categories", nargs="+", help="only these (default: all)")
     parser.add_argument("--limit", type=int, default=16, help="prompts per category (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1500, help="default %(default)s")
@@ -80,7 +82,11 @@ def main() -> None:
         if arguments.command == "fit":
             tasks = fitting_tasks()
         else:
-            tasks = [task for of in by_category(read_all(arguments), arguments.limit).values() for task in of]
+            tasks = [
+                task
+                for of in by_category(read_all(arguments), arguments.limit, arguments.categories).values()
+                for task in of
+            ]
         traces = replay.recorded(tasks, arguments)
     except (EngineError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -223,7 +229,7 @@ def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) ->
     """What a stage does on each trace; one drafter for all, so that answers serve later requests."""
     seen, parts = STAGES[name]
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
-    texts = KnownTexts(ANSWER_BYTES, longest, (prior if "text" in parts else no_prior()).texts)
+    texts = KnownTexts(ANSWER_BYTES, longest, Corpora((prior if "text" in parts else no_prior()).texts))
     drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if "prior" in parts else None, texts=texts)
     lengths = replay.adaptive_drafts if "adaptive" in parts else replay.whole_drafts
     namespace = 0 if "answers" in parts else None

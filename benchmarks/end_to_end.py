@@ -24,10 +24,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import comparison, exactness, methods, report, results
-from benchmarks.builtin import builtin_tasks
+from benchmarks.builtin import agent, builtin_tasks
 from benchmarks.engine import Engine, EngineError
 from benchmarks.rounds import Found, Place, measure, staggered
-from benchmarks.tasks import Task, by_category, load_tokenizer, read_tasks, tokenize
+from benchmarks.tasks import Task, by_category, halves, load_tokenizer, read_tasks, tokenize
 
 SLACK = 64
 """Tokens beyond the longest prompt and answer, so that no draft is cut short."""
@@ -58,6 +58,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     per_load = arguments.limit * num_loads if len(arguments.limit) == 1 else arguments.limit
     limits = dict(zip(arguments.concurrency, per_load, strict=True))
     tasks = by_category(read_all(arguments), max(limits.values()), arguments.categories)
+    if arguments.halves:
+        tasks = halves(tasks)
+        limits = dict.fromkeys(limits, max(map(len, tasks.values())))
+    tasks = {category: [task for task in of for _ in range(arguments.samples)] for category, of in tasks.items()}
+    limits = {concurrency: limit * arguments.samples for concurrency, limit in limits.items()}
     sizes = {c: {category: min(limit, len(of)) for category, of in tasks.items()} for c, limit in limits.items()}
     tokenizer = load_tokenizer(arguments.model)
     prompts = {category: tokenize(tokenizer, of, arguments.max_prompt_tokens) for category, of in tasks.items()}
@@ -108,6 +113,7 @@ def read_all(arguments: argparse.Namespace) -> list[Task]:
     """
     tasks = [task for path in arguments.data for task in read_tasks(path)]
     tasks += builtin_tasks() if arguments.builtin else []
+    tasks += agent() if "agent" in (arguments.categories or ()) else []
     if not tasks:
         raise ValueError("there is nothing to ask: name a file with --data, or add --builtin")
     return tasks
@@ -195,6 +201,8 @@ def _arguments() -> argparse.Namespace:
     )
     add("--rounds", type=int, default=3, help="default %(default)s")
     add("--passes", type=int, default=1, help="how often prompts come in a round (default %(default)s)")
+    add("--samples", type=int, default=1, help="requests per prompt, one after the other, as with `n`")
+    add("--halves", action="store_true", help="mix all prompts, and compare the first half with the last")
     add("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
     add("--max-prompt-tokens", type=int, default=1500, help="longer prompts lose their middle (default 1500)")
     add("--temperature", type=float, default=0.0, help="default %(default)s, greedy")

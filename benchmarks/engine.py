@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from benchmarks.results import ROOT
 
+_PROMPT = "prompt_token_ids", "cache_salt"
+
 
 class EngineError(RuntimeError):
     """The engine's process ended before it had answered; the text holds the end of its log."""
@@ -66,6 +68,7 @@ class Engine:
 
         Args:
             requests: each ``{"prompt_token_ids": [...], "sampling": {...}}``, the latter for ``vllm.SamplingParams``.
+                Only requests of the same ``cache_salt`` share prefixes and answers.
             concurrency: requests in flight, the next one sent when one ends; None for all at once.
 
         Returns:
@@ -83,6 +86,10 @@ class Engine:
     def forget(self) -> None:
         """Drop what the engine keeps of earlier requests: cached prefixes, and answers to draft from."""
         self._ask({"forget": True})
+
+    def metrics(self) -> dict[str, float]:
+        """All of aasd's metrics since the engine began to serve, by name and their own label."""
+        return self._ask({"metrics": True})
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -114,7 +121,8 @@ def main() -> None:
 
     from vllm import LLM
 
-    engine = LLM(**scenario["engine"]).llm_engine
+    llm = LLM(**scenario["engine"])
+    engine = llm.llm_engine
     if scenario["mend_sampling"]:
         mend_sampling()
     print("{}", file=channel, flush=True)
@@ -125,6 +133,12 @@ def main() -> None:
         if "forget" in message:
             engine.reset_prefix_cache()
             engine.collective_rpc(_forget_answers)
+        elif "metrics" in message:
+            from vllm_aasd import metrics
+
+            for counter in metrics.get(llm):
+                own = [value for name, value in counter.labels.items() if name not in ("model_name", "engine")]
+                reply[":".join([counter.name, *own])] = counter.value
         else:
             reply = answer(engine, message["run"], message["concurrency"], num_sent)
             num_sent += len(message["run"])
@@ -134,20 +148,24 @@ def main() -> None:
 def answer(engine: Any, requests: list[dict[str, Any]], concurrency: int, first_id: int) -> dict[str, Any]:
     """Answer requests, `concurrency` in flight, as if as many clients each waited for their answer."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def params(structured_outputs: dict[str, Any] | None = None, **sampling: Any) -> SamplingParams:
+        grammar = StructuredOutputsParams(**structured_outputs) if structured_outputs else None
+        return SamplingParams(detokenize=False, structured_outputs=grammar, **sampling)
 
     # An id that comes again would let vLLM's suffix decoding drop what it has learned.
     waiting = [
-        (str(first_id + index), request["prompt_token_ids"], SamplingParams(detokenize=False, **request["sampling"]))
-        for index, request in enumerate(requests)
+        (str(first_id + index), request, params(**request["sampling"])) for index, request in enumerate(requests)
     ][::-1]
     logs: dict[str, dict[str, Any]] = {}
     finished = {}
     begin = time.perf_counter()
     while waiting or logs:
         while waiting and len(logs) < concurrency:
-            request_id, token_ids, params = waiting.pop()
+            request_id, request, sampling = waiting.pop()
             logs[request_id] = {"sent": time.perf_counter() - begin, "steps": 0, "tokens": 0}
-            engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            engine.add_request(request_id, {name: request[name] for name in _PROMPT if name in request}, sampling)
         outputs = engine.step()
         now = time.perf_counter() - begin
         for output in outputs:

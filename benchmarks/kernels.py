@@ -84,6 +84,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
     """`verify_seeded` for requests of one kind, by the policy of a name as it is shipped."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
+        from vllm_aasd.kernels import count
         from vllm_aasd.kernels.verify import triton as verify_seeded_triton
         from vllm_aasd.kernels.verify.seeded import SeededBatch
 
@@ -92,6 +93,7 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
         batch = SeededBatch(
             inputs.logits,
             inputs.draft_sampled,
+            torch.full((inputs.num_reqs,), inputs.num_drafts, dtype=torch.int32),
             inputs.cu_num_logits,
             inputs.pos,
             inputs.idx_mapping,
@@ -102,6 +104,8 @@ def verify(temperature: float, rule: str) -> Callable[[Inputs], Callable]:
             inputs.num_drafts,
             policies,
             inputs.stop_token_ids,
+            torch.rand(inputs.num_reqs, max(inputs.num_drafts, 1)),
+            torch.zeros(count.SIZE, dtype=torch.float64),
             all_greedy=temperature == 0,
         )
         return lambda: verify_seeded_triton.verify_seeded(batch)
@@ -150,7 +154,7 @@ def draft(
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
-        from vllm_aasd.kernels.draft.batch import DraftBatch, draft_workspace
+        from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
 
         max_ngram_size, max_matches, num_reqs = 6, 32, inputs.num_reqs
         int32 = {"dtype": torch.int32}
@@ -171,7 +175,10 @@ def draft(
             max_matches=max_matches,
             min_survival=0.02,
             texts=known_texts(num_reqs, num_pages),
-            draft_limits=torch.empty(num_reqs, **int32),
+            max_len=torch.empty(num_reqs, **int32),
+            num_sampled=torch.empty(num_reqs, **int32),
+            excluded=torch.empty(MAX_EXCLUDED, **int32),
+            longest=num_spec_tokens,
             workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),

@@ -221,6 +221,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": _drawn(quality, "quality.json"),
     "micro": _drawn(micro, "micro.json"),
     "kernels": _drawn(kernels, "kernels.json"),
+    # As far as they are measured.
+    **{
+        name: _drawn(speed_by_category, f"{name}.json")
+        for name in ("agent", "rollouts", "halves", "corpus")
+        if (results.RESULTS / f"{name}.json").exists()
+    },
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -68,6 +69,14 @@ def by_category(tasks: Sequence[Task], limit: int, categories: Sequence[str] | N
         for category, members in chosen.items()
         if categories is None or category in categories
     }
+
+
+def halves(tasks: Mapping[str, Sequence[Task]]) -> dict[str, list[Task]]:
+    """The tasks of all categories in a random order, the first and the last half of them as categories."""
+    mixed = [task for of in tasks.values() for task in of]
+    random.Random(0).shuffle(mixed)
+    middle = len(mixed) // 2
+    return {"first half": mixed[:middle], "last half": mixed[middle:]}
 
 
 def load_tokenizer(model: str) -> Any:

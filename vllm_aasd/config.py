@@ -2,14 +2,19 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, get_args
 
+from vllm_aasd import corpus_names
+from vllm_aasd.kernels.text import MAX_CORPORA
 from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 from vllm_aasd.verification import rules
 
 PREFIX = "aasd_"
 """What all of our keys begin with, next to vLLM's own keys in ``--speculative-config``."""
+
+CORPORA = PREFIX + "corpora"
+"""As a request option: the names of those to draft from."""
 
 MAX_SHOWN = 80
 """Characters of a name or value in a message: clients send both, of any size."""
@@ -38,6 +43,7 @@ def setting(
     choices: tuple[str, ...] = (),
     rule: str | None = None,
     looser: str | None = None,
+    takes: tuple[str, Callable[[Any], Any]] | None = None,
 ) -> Any:
     """A field of `Settings`.
 
@@ -49,8 +55,10 @@ def setting(
         rule: the value of `verification` for which it has an effect; None for any.
         looser: which values, given by a request, let verification accept more than the server's: those that are
             "higher" or "lower", any "other", or "none". None if a request may not give it.
+        takes: what is allowed in words, and what makes the field of it, None of what isn't allowed; None for numbers,
+            words and switches.
     """
-    metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser}
+    metadata = {"doc": doc, "within": within, "choices": choices, "rule": rule, "looser": looser, "takes": takes}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -84,6 +92,23 @@ class Settings:
         "`off` for none; a request can say `off` for itself.",
         choices=("off",),
         within=(1, 65536),
+        looser="none",
+    )
+    corpora: tuple[tuple[str, str], ...] | None = setting(
+        None,
+        "Text to draft from, by name: files, or folders of files. `{}` for none at first, and room to add some.",
+        takes=(corpus_names.ALLOWED_PATHS, corpus_names.paths_of),
+    )
+    default_corpora: tuple[str, ...] | None = setting(
+        None,
+        "Which of them requests draft from that don't name any, by default the first four. A request names others "
+        "with `aasd_corpora`.",
+        takes=(corpus_names.ALLOWED_NAMES, corpus_names.names_of),
+    )
+    grammar: bool = setting(
+        True,
+        "Beside structured output and tool calls, draft what the grammar forces, where vLLM schedules synchronously. "
+        "`false` only leaves out of drafts what the grammar forbids.",
         looser="none",
     )
     alignment: bool = setting(
@@ -165,7 +190,22 @@ class Settings:
         """
         fields = {PREFIX + field.name: field for field in dataclasses.fields(cls)}
         _refuse_unknown("setting", values, fields)
-        return cls(**{fields[key].name: _checked(fields[key], value) for key, value in values.items()})
+        settings = cls(**{fields[key].name: _checked(fields[key], value) for key, value in values.items()})
+        names = [name for name, _ in settings.corpora or ()]
+        for name in settings.default_corpora or ():
+            if name not in names:
+                raise ValueError(
+                    f"{PREFIX}default_corpora={shown(values[PREFIX + 'default_corpora'])} is not allowed: it takes "
+                    f"names of {PREFIX}corpora: {', '.join(map(repr, names)) or 'there are none'}."
+                )
+        return settings
+
+    @property
+    def asked_corpora(self) -> tuple[str, ...]:
+        """The names of the corpora that a request with these settings drafts from, as far as they are there."""
+        if self.default_corpora is not None:
+            return self.default_corpora
+        return tuple(name for name, _ in self.corpora or ())[:MAX_CORPORA]
 
     def policy(self) -> rules.Policy:
         """How a request with these settings is verified."""
@@ -184,6 +224,7 @@ class Settings:
 
 
 _FIELDS = {PREFIX + field.name: field for field in dataclasses.fields(Settings) if field.metadata["looser"]}
+_OPTIONS = {*_FIELDS, PREDICTION, CORPORA}
 # vLLM's HTTP front end passes true and false as 1 and 0.
 _SWITCH_WORDS = {0: False, 1: True, "false": False, "true": True}
 
@@ -207,7 +248,7 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
             rule, or more than the server allows; the text names the key and what is allowed, never the value.
     """
     ours = {key: value for key, value in options.items() if str(key).startswith(PREFIX)}
-    _refuse_unknown("request option", ours, {*_FIELDS, PREDICTION})
+    _refuse_unknown("request option", ours, _OPTIONS)
     ours.pop(PREDICTION, None)
     if not ours:
         return server
@@ -215,6 +256,11 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(
             f"The request's {next(iter(ours))} is not allowed: the server's {PREFIX}allow_request_override is 'no'."
         )
+    corpora: dict[str, Any] = {}
+    if CORPORA in ours:
+        corpora["default_corpora"] = corpus_names.names_of(ours.pop(CORPORA))
+        if corpora["default_corpora"] is None:
+            raise ValueError(f"The request's {CORPORA} is not allowed: it takes {corpus_names.ALLOWED_NAMES}.")
     values = {
         _FIELDS[key].name: _checked(_FIELDS[key], _switch(_FIELDS[key], value), is_clients=True)
         for key, value in ours.items()
@@ -223,7 +269,7 @@ def with_overrides(server: Settings, options: Mapping[str, Any]) -> Settings:
         raise ValueError(
             f"The request's {PREFIX}memory is not allowed: it takes 'off', since requests share the memory."
         )
-    asked = dataclasses.replace(server, **values)
+    asked = dataclasses.replace(server, **values, **corpora)
     for key in ours:
         rule = _FIELDS[key].metadata["rule"]
         if rule not in (None, asked.verification):
@@ -293,6 +339,8 @@ def _refuse_unknown(kind: str, keys: Iterable[str], known: Collection[str]) -> N
 
 def _allowed(field: dataclasses.Field) -> str:
     """What a field accepts, in words."""
+    if field.metadata["takes"]:
+        return field.metadata["takes"][0]
     kinds = _kinds(field)
     words = [repr(choice) for choice in field.metadata["choices"]]
     if bool in kinds:
@@ -308,13 +356,22 @@ def _checked(field: dataclasses.Field, value: Any, *, is_clients: bool = False) 
 
     vLLM logs the messages of refused requests, so a client's value (`is_clients`) isn't in them.
     """
+    takes = field.metadata["takes"]
+    if takes:
+        found = takes[1](value)
+        if found is not None or value is field.default:
+            return found
     kinds = _kinds(field)
-    if type(value) is str and value in field.metadata["choices"]:
+    if not takes and type(value) is str and value in field.metadata["choices"]:
         return value
     if type(value) is bool and bool in kinds:
         return value
     # JSON writes 1.0 as 1.
-    if type(value) in (int, float) if float in kinds else type(value) is int and int in kinds:
+    if (
+        field.metadata["within"] and type(value) in (int, float)
+        if float in kinds
+        else type(value) is int and int in kinds
+    ):
         low, high = field.metadata["within"]
         if low <= value <= high:
             return float(value) if float in kinds else value
@@ -334,5 +391,6 @@ def settings_table() -> str:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         request = "yes" if field.metadata["looser"] else ""
         key = f"`{PREFIX}{field.name}`"
-        rows.append(f"| {key} | `{default}` | {_allowed(field)} | {request} | {field.metadata['doc']} |")
+        default = "" if default is None else f"`{default}`"
+        rows.append(f"| {key} | {default} | {_allowed(field)} | {request} | {field.metadata['doc']} |")
     return "\n".join(rows)

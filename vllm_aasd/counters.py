@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_aasd.kernels import count
@@ -47,6 +48,21 @@ METRICS = (
     Metric("survival_promised", "Sum of the promised survival: how many of these should be accepted.", "survival"),
     Metric("survival_accepted", "How many of these were accepted.", "survival"),
     Metric(
+        "grammar_draft_tokens",
+        "Draft tokens beside a grammar in force, by source: `forced` by the grammar; by the "
+        "grammar if white space is as the model's `style` is; a value's `end` where the copied text "
+        "has one, or as a `guess`; or the drafter's, from `context`.",
+        "source",
+    ),
+    Metric("grammar_accepted_tokens", "How many of these were accepted.", "source"),
+    Metric(
+        "grammar_rejected_tokens",
+        "How many of these were the first of their draft to be rejected. For `forced` "
+        "tokens, the target writes the text in other tokens.",
+        "source",
+    ),
+    Metric("grammar_seconds", "Seconds that the scheduler took to draft these."),
+    Metric(
         "store_lookups",
         "Look-ups of stored predictions at matching positions: `hit`, `miss` (nothing stored), or `stale` (left by a "
         "rejected draft token).",
@@ -54,6 +70,12 @@ METRICS = (
     ),
     Metric("faults", "Faults that cost speculation but no answer, by the part that failed.", "place"),
 )
+
+
+GRAMMAR_SOURCES = ("forced", "style", "end", "guess", "context")
+"""Where a draft token beside a grammar comes from, in the order of `vllm_aasd.drafting.forced`."""
+
+NUM_GRAMMAR_COUNTS = 3 * len(GRAMMAR_SOURCES) + 1
 
 
 class MetricValue(NamedTuple):
@@ -82,11 +104,22 @@ class Counters:
         self._faults = {} if faults is None else faults
         self.totals = torch.zeros(count.SIZE, dtype=torch.float64, device=device)
         self.lookups = torch.zeros(3, dtype=torch.int64, device=device)
+        self._grammar = np.zeros(NUM_GRAMMAR_COUNTS)
+
+    def add_grammar(self, counts: np.ndarray) -> None:
+        """Add what the scheduler has counted of drafts beside grammars.
+
+        Args:
+            counts: ``[NUM_GRAMMAR_COUNTS]`` float64: by source the tokens that were drafted, that were accepted, and
+                that were the first of their draft to be rejected; and the seconds that this took.
+        """
+        self._grammar += counts
 
     def clear(self) -> None:
         """Reset all counts, in place: what a worker runs before it serves isn't traffic."""
         self.totals.zero_()
         self.lookups.zero_()
+        self._grammar.fill(0)
 
     def read(self) -> list[MetricValue]:
         """Every series, in the order of `METRICS`."""
@@ -100,8 +133,11 @@ class Counters:
             "survival_promised": dict(zip(_TENTHS, totals[count.SURVIVAL_PROMISED :], strict=False)),
             "survival_accepted": dict(zip(_TENTHS, totals[count.SURVIVAL_ACCEPTED :], strict=True)),
             "store_lookups": {"hit": lookups[HIT], "miss": lookups[MISS], "stale": lookups[STALE]},
+            "grammar_seconds": {"": self._grammar[-1]},
             "faults": self._faults,
         }
+        for name, of in zip(("draft", "accepted", "rejected"), np.split(self._grammar[:-1], 3), strict=True):
+            values[f"grammar_{name}_tokens"] = dict(zip(GRAMMAR_SOURCES, of, strict=True))
         return [
             MetricValue(metric.name, {metric.label: label} if metric.label else {}, float(value))
             for metric in METRICS

@@ -2,6 +2,13 @@
 
 import os
 
+import torch
+
+
+def gpu_kind() -> str:
+    """The kind of GPU that this build of torch is for, by which launch options are chosen: "cuda" or "hip"."""
+    return "hip" if torch.version.hip else "cuda"
+
 
 def runs_triton(device_type: str) -> bool:
     """Whether ops that have Triton kernels run them on a device.

@@ -1,9 +1,45 @@
 """Argument checks of the kernels' public ops: cheap, and they name the argument."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+
+
+_checked: set[tuple] = set()
+_MOST_CHECKED = 4096
+
+
+def check_once(check: Callable[[Any], None], arguments: Any) -> None:
+    """Run a check of an op's arguments, unless it has passed for arguments of the same kinds.
+
+    A step's checks would take longer than its launches, and nearly all steps have the shapes of an earlier one.
+
+    Args:
+        check: raises ValueError for what it doesn't like; it looks at nothing of a tensor but shape, strides and dtype.
+        arguments: the op's, a named tuple of tensors, numbers and further named tuples.
+    """
+    key = check, _kinds(arguments)
+    if key in _checked:
+        return
+    check(arguments)
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked.add(key)
+
+
+def _kinds(arguments: Any) -> tuple:
+    return tuple(
+        (value.shape, value.stride(), value.dtype)
+        if isinstance(value, torch.Tensor)
+        else _kinds(value)
+        if isinstance(value, tuple)
+        else value
+        for value in arguments
+    )
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

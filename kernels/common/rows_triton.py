@@ -37,6 +37,12 @@ def launch_shape(num_rows: int, vocab_size: int) -> tuple[dict[str, int], int]:
     return NARROW, triton.cdiv(vocab_size, NARROW["BLOCK"])
 
 
+def rows_of_shapes(vocab_size: int) -> tuple[int, ...]:
+    """A number of rows for each shape that `launch_shape` gives."""
+    wide = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(vocab_size, WIDE["BLOCK"]))
+    return (1, wide) if wide > 1 else (1,)
+
+
 @triton.jit
 def load_block(
     row_ptr,  # [vocab_size]

@@ -10,15 +10,12 @@ What is counted, in one vector of float64
 
 How
     The V1 runner is on the host: a compiled loop. The V2 runner doesn't wait for the device, so there the totals are on
-    the device: one launch of a few atomic additions, read only on demand. Whole numbers below 2^53 are exact in float64
-    in any order of addition.
+    the device, read only on demand, and the kernel that decides (`vllm_aasd.kernels.verify.decide_triton`) adds to
+    them. Whole numbers below 2^53 are exact in float64 in any order of addition.
 """
-
-from types import ModuleType
 
 import torch
 
-from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import INTEGERS, check_tensors
 from vllm_aasd.kernels.verify import VerifyOutput
 
@@ -52,7 +49,7 @@ def count_drafts(
     survival: torch.Tensor,
     output: VerifyOutput,
 ) -> None:
-    """Add one step to the totals without waiting for the device; the module's docstring says what is counted.
+    """Add one step to the totals, on the CPU; the module's docstring says what is counted.
 
     Args:
         totals: [SIZE] float64, modified in place; the constants of this module are the indices.
@@ -81,15 +78,7 @@ def count_drafts(
         ("exhausted", output.exhausted, by_request, torch.bool),
         ("guarded", output.guarded, by_request, torch.bool),
     )
-    implementation = _implementation(totals.device.type)
-    implementation.count_drafts(totals, draft_token_ids, cu_num_rows, first_draft, idx_mapping, survival, output)
-
-
-def _implementation(device_type: str) -> ModuleType:
-    if runs_triton(device_type):
-        from vllm_aasd.kernels.count import triton
-
-        return triton
+    # Not at import: the GPU path does without numba.
     from vllm_aasd.kernels.count import cpu
 
-    return cpu
+    cpu.count_drafts(totals, draft_token_ids, cu_num_rows, first_draft, idx_mapping, survival, output)

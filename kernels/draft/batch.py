@@ -16,11 +16,17 @@ from typing import NamedTuple
 import torch
 
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import check_dtype, check_shape, check_tensor
+from vllm_aasd.kernels.common.checks import check_dtype, check_once, check_shape, check_tensor
 from vllm_aasd.kernels.draft import NGRAM_SIZES_USED
 from vllm_aasd.kernels.text.batch import TextTensors
 
-__all__ = ["DraftBatch", "draft_batch", "draft_workspace"]
+__all__ = ["MAX_EXCLUDED", "WINDOW", "DraftBatch", "draft_batch", "draft_workspace"]
+
+WINDOW = 1 << 17
+"""Positions before the end of a context that are looked through. It bounds what one program does."""
+
+MAX_EXCLUDED = 32
+"""Ids that end a draft. Models have one placeholder token per modality, and a few for rows and frames."""
 
 
 def draft_workspace(
@@ -72,13 +78,17 @@ class DraftBatch(NamedTuple):
         min_survival: stop before a token whose survival (a probability) would be lower.
         texts: what is known besides the contexts, for as many slots and drafts of at least K tokens; its ``looked_up``,
             ``cells`` and ``found_tokens`` are written in place.
-        draft_limits: [num_reqs] int32 by row, the most tokens to draft; values beyond K mean K.
+        max_len: [max_num_reqs] int32 by slot, the tokens that a context may reach. No draft goes beyond it, nor takes
+            its last place: one token comes without a draft.
+        num_sampled: [num_reqs] int32 by row, tokens emitted in this step; a row without any drafts nothing.
+        excluded: [MAX_EXCLUDED] int32, ids before which a draft ends, padded with -1.
+        longest: the longest draft, 0 to K.
         workspace: of `draft_workspace`, for these sizes and at least num_reqs rows; overwritten.
-        draft_token_ids: [num_reqs, K] int64, written in place. Past the drafts of a row stands the last token
+        draft_token_ids: [num_reqs, K] int64 by row, written in place. Past the drafts of a row stands the last token
             of its context, or 0 if that is empty, so that every column can be fed to the model.
-        num_drafts: [num_reqs] int32, written in place: the draft tokens of each row, 0 to K.
-        survival: [num_reqs, K] float32, written in place: the estimated probability that the draft up to and
-            including this token is accepted; 0 past the drafts.
+        num_drafts: [max_num_reqs] int32 by slot, written in place: how many of a row's are drafted, 0 to K.
+        survival: [max_num_reqs, K] float32 by slot, written in place: the estimated probability that the draft up to
+            and including this token is accepted; 0 past the drafts.
         lookups: [3] int64, added to: what was found in the store at the matching positions, see
             `vllm_aasd.kernels.draft.cpu.draft`.
     """
@@ -98,7 +108,10 @@ class DraftBatch(NamedTuple):
     max_matches: int
     min_survival: float
     texts: TextTensors
-    draft_limits: torch.Tensor
+    max_len: torch.Tensor
+    num_sampled: torch.Tensor
+    excluded: torch.Tensor
+    longest: int
     workspace: torch.Tensor
     draft_token_ids: torch.Tensor
     num_drafts: torch.Tensor
@@ -109,13 +122,13 @@ class DraftBatch(NamedTuple):
 def draft_batch(batch: DraftBatch) -> None:
     """Draft the likeliest continuation of each request's context, into the batch's own tensors.
 
-    Nothing waits for the device, so lengths, slots and limits are taken as they are: they must be in range. The first
+    Nothing waits for the device, so lengths and slots are taken as they are: they must be in range. The first
     call on a GPU for tensors of other sizes (K and num_reqs aside) compiles, for seconds; a worker makes it at start.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value.
     """
-    _check(batch)
+    check_once(_check, batch)
     _implementation(batch.all_token_ids.device.type).draft_batch(batch)
 
 
@@ -134,8 +147,10 @@ def _check(batch: DraftBatch) -> None:
         ("theta", max_ngram_size, (float32,)),
         ("alignment", max_ngram_size, (float32,)),
         ("no_alignment_discount", 1, (float32,)),
-        ("draft_limits", num_reqs, (int32,)),
-        ("num_drafts", num_reqs, (int32,)),
+        ("max_len", max_num_reqs, (int32,)),
+        ("num_sampled", num_reqs, (int32,)),
+        ("excluded", MAX_EXCLUDED, (int32,)),
+        ("num_drafts", max_num_reqs, (int32,)),
         ("lookups", 3, (int64,)),
     ):
         _check_vector(name, getattr(batch, name), length, *dtypes)
@@ -144,13 +159,18 @@ def _check(batch: DraftBatch) -> None:
         ("block_tables", max_num_reqs, int32),
         ("workspace", batch.workspace.shape[0], int32),
         ("draft_token_ids", num_reqs, int64),
-        ("survival", num_reqs, float32),
+        ("survival", max_num_reqs, float32),
     ):
         _check_rows(name, getattr(batch, name), num_rows, dtype)
     for name, dtype in (("table", int32), ("prior_ids", int32), ("prior_probs", float32)):
         check_dtype(name, getattr(batch, name), dtype)
     check_shape("prior_probs", batch.prior_probs, tuple(batch.prior_ids.shape))
-    check_shape("survival", batch.survival, tuple(batch.draft_token_ids.shape))
+    for name in ("draft_token_ids", "survival"):
+        if not getattr(batch, name).is_contiguous():
+            raise ValueError(f"{name} has strides {getattr(batch, name).stride()}, expected contiguous rows")
+    check_shape("survival", batch.survival, (max_num_reqs, batch.draft_token_ids.shape[1]))
+    if not 0 <= batch.longest <= batch.draft_token_ids.shape[1]:
+        raise ValueError(f"longest is {batch.longest}, must lie in [0, {batch.draft_token_ids.shape[1]}]")
     of_texts = tuple(batch.texts.cells.shape[:2])
     if of_texts[0] != max_num_reqs or of_texts[1] < batch.draft_token_ids.shape[1]:
         shape = max_num_reqs, batch.draft_token_ids.shape[1]

@@ -6,6 +6,8 @@ import triton.language as tl
 from vllm_aasd.kernels import draft
 
 NGRAM_SIZES_USED = tl.constexpr(draft.NGRAM_SIZES_USED)
+UNROLLED = tl.constexpr(8)
+"""Candidates whose weights are added in one go."""
 
 
 @triton.jit
@@ -135,9 +137,18 @@ def argmax_candidate(
         ids = tl.load(candidates_ptr + 2 * indices, mask=indices < num_candidates, other=-1)
         scores = tl.zeros([CHUNK], tl.float32)
         # Every token adds up its weights in the order in which they were written: the reference's sum to the bit.
-        for other in range(num_candidates):
-            weight = tl.load(candidates_ptr + 2 * other + 1).to(tl.float32, bitcast=True)
-            scores += tl.where(ids == tl.load(candidates_ptr + 2 * other), weight, 0.0)
+        for others in range(0, num_candidates, UNROLLED):
+            # Asked for together: one alone would wait for its loads.
+            token_ids = ()
+            weights = ()
+            for at in tl.static_range(UNROLLED):
+                other = others + at
+                exists = other < num_candidates
+                bits = tl.load(candidates_ptr + 2 * other + 1, mask=exists, other=0)
+                token_ids = token_ids + (tl.load(candidates_ptr + 2 * other, mask=exists, other=-1),)  # type: ignore
+                weights = weights + (bits.to(tl.float32, bitcast=True),)  # type: ignore
+            for at in tl.static_range(UNROLLED):
+                scores += tl.where(ids == token_ids[at], weights[at], 0.0)
         score = tl.max(scores, axis=0)
         if score > best_score:
             best_score = score

@@ -11,6 +11,7 @@ from vllm_aasd.kernels.draft import (
     MixtureWeights,
     Prior,
 )
+from vllm_aasd.kernels.draft import batch as batch_op
 from vllm_aasd.kernels.text.batch_reference import known_of, note_lookups
 from vllm_aasd.kernels.text.reference import stack
 
@@ -37,8 +38,11 @@ def draft(
     draft_token_ids,
     survival,
     lookups,
+    excluded=(),
+    window=None,
 ):
-    """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`.
+    """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`; a draft ends before ``excluded`` ids.
+    Only the last ``window`` positions are looked through.
 
     ``known`` may be None. ``prev``, ``head`` and the scratch are not used: matches are found by comparing every
     position, and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are
@@ -51,7 +55,7 @@ def draft(
     draft_survival = np.float32(1)
     for step in range(len(draft_token_ids)):
         sequence = context + [int(token) for token in draft_token_ids[:step]]
-        matches = {size: _matches(context, sequence, size, max_matches) for size in range(1, len(theta) + 1)}
+        matches = {size: _matches(context, sequence, size, max_matches, window) for size in range(1, len(theta) + 1)}
         longest = max((size for size, positions in matches.items() if positions), default=0)
         weights: dict[int, np.float32] = {}
 
@@ -94,19 +98,20 @@ def draft(
         if known is not None:
             best, score = stack(known, step, np.array(sequence, np.int32), len(sequence) - 1, best, score)
         draft_survival *= score
-        if not 0 <= best < vocab_size or draft_survival < min_survival:
+        if not 0 <= best < vocab_size or best in excluded or draft_survival < min_survival:
             return step
         draft_token_ids[step] = best
         survival[step] = draft_survival
     return len(draft_token_ids)
 
 
-def _matches(context, sequence, size, max_matches):
+def _matches(context, sequence, size, max_matches, window=None):
     """Positions of the context, latest first, that end the n-gram ending the sequence and have a next token."""
     if size > len(sequence):
         return []
     suffix = sequence[len(sequence) - size :]
-    ends = range(len(context) - 2, size - 2, -1)
+    first = size - 1 if window is None else max(size - 1, len(context) - 1 - window)
+    ends = range(len(context) - 2, first - 1, -1)
     return [end for end in ends if context[end - size + 1 : end + 1] == suffix][:max_matches]
 
 
@@ -135,7 +140,8 @@ def draft_batch(batch):
         length = int(batch.total_len[slot]) if slot >= 0 else 0
         context = batch.all_token_ids[slot, :length].cpu().numpy()
         blocks = batch.block_tables[slot].cpu().numpy()
-        limit = max(min(int(batch.draft_limits[row]), width), 0) if length else 0
+        may_draft = length > 0 and int(batch.num_sampled[row]) > 0
+        limit = max(min(int(batch.max_len[slot]) - length - 1, batch.longest), 0) if may_draft else 0
         ids, survival = np.zeros(limit, np.int32), np.zeros(limit, np.float32)
         known = known_of(batch.texts, slot, width)
         count = draft(
@@ -158,14 +164,18 @@ def draft_batch(batch):
             ids,
             survival,
             found,
+            batch.excluded.tolist(),
+            batch_op.WINDOW,
         )
         batch.draft_token_ids[row] = int(context[-1]) if length else 0
-        batch.survival[row] = 0
         for step in range(count):
             batch.draft_token_ids[row, step] = int(ids[step])
-            batch.survival[row, step] = float(survival[step])
-        batch.num_drafts[row] = count
-        if slot >= 0 and batch.texts.has_text:
+        if slot < 0:
+            continue
+        batch.survival[slot] = 0
+        batch.survival[slot, :count] = torch.from_numpy(survival[:count])
+        batch.num_drafts[slot] = count
+        if batch.texts.has_text:
             note_lookups(batch.texts, slot, known, length, min(count + 1, limit))
     # The block that stands for those outside is no store.
     if num_blocks:

@@ -1,30 +1,32 @@
 """The Triton path of `draft_batch`. The method is in `vllm_aasd.kernels.draft.batch`."""
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import draft
-from vllm_aasd.kernels.draft.batch import DraftBatch
+from vllm_aasd.kernels.common.backends import gpu_kind
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, WINDOW, DraftBatch
 from vllm_aasd.kernels.draft.candidates_triton import argmax_candidate, gather_candidates
 from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.text.index_triton import NUM_SOURCES, SLOT_COLUMNS
 from vllm_aasd.kernels.text.stack_triton import stack
 
 _HIT, _MISS, _STALE = tl.constexpr(draft.HIT), tl.constexpr(draft.MISS), tl.constexpr(draft.STALE)
+_MAX_EXCLUDED = tl.constexpr(MAX_EXCLUDED)
 _LOOKED_FROM, _NUM_LOOKED_UP = tl.constexpr(text_batch.LOOKED_FROM), tl.constexpr(text_batch.NUM_LOOKED_UP)
 _LOOKED_UP_COLUMNS = tl.constexpr(text_batch.LOOKED_UP_COLUMNS)
 
-TILE = 1024
-"""Context positions matched at once: four a thread. Eight take up to a half more registers, sixteen spill."""
+TILE = 2048
+"""Context positions compared at once: eight a thread, two loads of 16 bytes, of a tile ahead of the one compared."""
 
 CHUNK = 256
 """Candidates scored at once: one a thread, and most steps have fewer than that."""
 
 LAUNCH_OPTIONS = {
-    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor;
-    # with up to 128 two fit, and none is spilled.
-    "cuda": {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False},
+    # 256 threads either way. Left alone, ptxas spills a few registers to fit a third program on a multiprocessor, and
+    # with exactly 128 allowed it spills too. With more allowed it spills none, and with known text takes at most 128
+    # from sm_90 on, so that two fit.
+    "cuda": {"num_warps": 8, "maxnreg": 168, "enable_fp_fusion": False},
     "hip": {"num_warps": 4, "enable_fp_fusion": False},
 }
 """By the kind of GPU. A product that is not fused with its sum is rounded, as the reference's is."""
@@ -39,45 +41,60 @@ def _collect_matches(
     MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Write the latest matches of each n-gram size, latest first, and return how many, by size."""
     SIZES_PAD: tl.constexpr = triton.next_power_of_2(MAX_NGRAM_SIZE)
     sizes = 1 + tl.arange(0, SIZES_PAD)
     counts = tl.zeros([SIZES_PAD], tl.int32)
+    lanes = tl.arange(0, TILE)
     # The last token has no successor yet.
     num_positions = tl.maximum(length - 1, 0)
-    num_tiles = tl.cdiv(num_positions, TILE)
-    for tile in range(num_tiles):
-        positions = (num_tiles - 1 - tile) * TILE + tl.arange(0, TILE)
-        matched = tl.where(positions < num_positions, 0, -1)
-        for back in tl.static_range(MAX_NGRAM_SIZE):
-            # A suffix token from before the context is never compared: no position reaches back as far.
-            same = (matched == back) & (positions >= back)
-            tokens = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
-            matched += (same & (tokens == suffix[back])).to(tl.int32)
-        # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
-        lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
-        for size in range(lowest_open, tl.max(matched, axis=0) + 1):
-            ends = (matched >= size).to(tl.int32)
-            found = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
-            ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
-            places = (size - 1) * MAX_MATCHES + ranks
-            tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
-            counts += tl.where(sizes == size, tl.sum(ends, axis=0), 0)
+    first = tl.maximum(num_positions - WINDOW, 0)
+    start = tl.maximum(num_positions - 1, 0) // TILE * TILE
+    following = tl.load(tokens_ptr + start + lanes, mask=start + lanes < num_positions, other=-1)
+    # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
+    lowest_open = 1
+    while (start + TILE > first) & (num_positions > 0) & (lowest_open <= MAX_NGRAM_SIZE):
+        tokens = following
+        # Every tile but the last of the context is whole: one mask for all of it.
+        is_there = tl.zeros([TILE], tl.int1) | (start > 0)
+        following = tl.load(tokens_ptr + tl.maximum(start - TILE, 0) + lanes, mask=is_there, other=-1)
+        is_match = tokens == suffix[0]
+        if tl.max(is_match.to(tl.int32), axis=0) > 0:
+            positions = start + lanes
+            matched = (is_match & (positions >= first) & (positions < num_positions)).to(tl.int32)
+            for back in tl.static_range(1, MAX_NGRAM_SIZE):
+                # A suffix token from before the context is never compared: no position reaches back as far.
+                same = (matched == back) & (positions >= back)
+                before = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
+                matched += (same & (before == suffix[back])).to(tl.int32)
+            for size in range(lowest_open, tl.max(matched, axis=0) + 1):
+                ends = (matched >= size).to(tl.int32)
+                found = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
+                ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
+                places = (size - 1) * MAX_MATCHES + ranks
+                tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
+                counts += tl.where(sizes == size, tl.sum(ends, axis=0), 0)
+            lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
+        start -= TILE
     return tl.minimum(counts, MAX_MATCHES)
 
 
 # What may change from step to step must not ask for another compilation.
 @triton.jit(
-    do_not_specialize=["num_spec_tokens", "num_pages", "num_corpus_pages", "draft_token_ids_stride", "survival_stride"],
-    do_not_specialize_on_alignment=["idx_mapping_ptr", "draft_limits_ptr", "num_drafts_ptr"],
+    do_not_specialize=["longest", "num_pages", "num_corpus_pages", "num_spec_tokens"],
+    do_not_specialize_on_alignment=["idx_mapping_ptr", "num_sampled_ptr"],
 )
 def draft_kernel(
     all_token_ids_ptr,  # [max_num_reqs, max_model_len]
     all_token_ids_stride,
     total_len_ptr,  # [max_num_reqs]
     idx_mapping_ptr,  # [num_reqs]
-    draft_limits_ptr,  # [num_reqs]
+    max_len_ptr,  # [max_num_reqs]
+    num_sampled_ptr,  # [num_reqs]
+    excluded_ptr,  # [MAX_EXCLUDED]
+    longest,
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
     num_slots,
     block_tables_ptr,  # [max_num_reqs, max_blocks]
@@ -94,10 +111,8 @@ def draft_kernel(
     workspace_ptr,  # [max_num_reqs, workspace_stride]
     workspace_stride,
     draft_token_ids_ptr,  # [num_reqs, num_spec_tokens]
-    draft_token_ids_stride,
-    num_drafts_ptr,  # [num_reqs]
-    survival_ptr,  # [num_reqs, num_spec_tokens]
-    survival_stride,
+    num_drafts_ptr,  # [max_num_reqs]
+    survival_ptr,  # [max_num_reqs, num_spec_tokens]
     lookups_ptr,  # [3]
     slots_ptr,  # [max_num_reqs, SLOT_COLUMNS]
     text_tokens_ptr,  # [all_pages * PAGE_SIZE]
@@ -116,6 +131,7 @@ def draft_kernel(
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_TEXT: tl.constexpr,
 ):
@@ -124,13 +140,15 @@ def draft_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + row).to(tl.int64)
     length = tl.load(total_len_ptr + slot, mask=slot >= 0, other=0)
-    limit = tl.minimum(tl.load(draft_limits_ptr + row), num_spec_tokens)
+    has_sampled = (slot >= 0) & (tl.load(num_sampled_ptr + row) > 0)
+    limit = tl.minimum(tl.load(max_len_ptr + slot, mask=has_sampled, other=0) - length - 1, longest)
     tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
     blocks_ptr = block_tables_ptr + slot * block_tables_stride
     matches_ptr = workspace_ptr + row * workspace_stride
     candidates_ptr = matches_ptr + MAX_NGRAM_SIZE * MAX_MATCHES
-    draft_token_ids_ptr += row * draft_token_ids_stride
-    survival_ptr += row * survival_stride
+    draft_token_ids_ptr += row * num_spec_tokens
+    survival_ptr += slot * num_spec_tokens
+    excluded = tl.load(excluded_ptr + tl.arange(0, _MAX_EXCLUDED))
 
     suffix = ()
     for back in tl.static_range(MAX_NGRAM_SIZE):
@@ -144,7 +162,7 @@ def draft_kernel(
     num_stales = 0
     drafting = (length > 0) & (limit > 0)
     while drafting:
-        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, MAX_NGRAM_SIZE, MAX_MATCHES, TILE)
+        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, MAX_NGRAM_SIZE, MAX_MATCHES, TILE, WINDOW)
         # Matches and candidates go from thread to thread through memory (L1).
         tl.debug_barrier()
         num_candidates, num_fresh, num_stale, num_positions = gather_candidates(
@@ -195,6 +213,7 @@ def draft_kernel(
             )
         survival *= score
         drafting = (token >= 0) & (token < vocab_size) & (survival >= min_survival)
+        drafting = drafting & (tl.max((excluded == token).to(tl.int32), axis=0) == 0)
         if drafting:
             tl.store(draft_token_ids_ptr + num_drafts, token.to(tl.int64))
             tl.store(survival_ptr + num_drafts, survival)
@@ -202,7 +221,7 @@ def draft_kernel(
             suffix = (token,) + suffix[:-1]  # type: ignore
         drafting = drafting & (num_drafts < limit)
 
-    tl.store(num_drafts_ptr + row, num_drafts)
+    tl.store(num_drafts_ptr + slot, num_drafts, mask=slot >= 0)
     if HAS_TEXT:
         looked_up_ptr += slot * _LOOKED_UP_COLUMNS
         tl.store(looked_up_ptr + _LOOKED_FROM, length, mask=slot >= 0)
@@ -214,7 +233,7 @@ def draft_kernel(
         tl.atomic_add(lookups_ptr + _STALE, num_stales.to(tl.int64))  # type: ignore
     for column in range(num_drafts, num_spec_tokens):
         tl.store(draft_token_ids_ptr + column, last_token.to(tl.int64))
-        tl.store(survival_ptr + column, 0.0)
+        tl.store(survival_ptr + column, 0.0, mask=slot >= 0)
 
 
 def draft_batch(batch: DraftBatch) -> None:
@@ -227,7 +246,10 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.all_token_ids.stride(0),
         batch.total_len,
         batch.idx_mapping,
-        batch.draft_limits,
+        batch.max_len,
+        batch.num_sampled,
+        batch.excluded,
+        batch.longest,
         batch.table,
         batch.table.shape[0],
         batch.block_tables,
@@ -244,10 +266,8 @@ def draft_batch(batch: DraftBatch) -> None:
         batch.workspace,
         batch.workspace.stride(0),
         batch.draft_token_ids,
-        batch.draft_token_ids.stride(0),
         batch.num_drafts,
         batch.survival,
-        batch.survival.stride(0),
         batch.lookups,
         texts.slots,
         texts.tokens,
@@ -266,7 +286,8 @@ def draft_batch(batch: DraftBatch) -> None:
         TOP_K=(batch.table.shape[1] - 1) // 2,
         PRIOR_TOP_K=batch.prior_ids.shape[1],
         TILE=TILE,
+        WINDOW=WINDOW,
         CHUNK=CHUNK,
         HAS_TEXT=texts.has_text,
-        **LAUNCH_OPTIONS["hip" if torch.version.hip else "cuda"],
+        **LAUNCH_OPTIONS[gpu_kind()],
     )

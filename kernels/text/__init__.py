@@ -6,11 +6,12 @@ Documents
     and a lookup sees one namespace only: tenants, and kinds of text, are kept apart by it.
 
 Pages
-    Text lies in pages of `PAGE_SIZE` tokens. Pages are numbered in the order in which they are begun, and page ``n``
-    lies in slot ``n % num_pages``: a new page takes the place of the oldest. So memory and the work of a step are
-    bounded whatever is stored. An answer that is drafted from is written again by the request that drafts from it, so
-    the oldest text is also the text whose use lies furthest back. A *position* is ``number * PAGE_SIZE + offset``. It
-    is never reused, and says by itself whether its page is still there.
+    Text lies in pages of `PAGE_SIZE` tokens. The ``n``-th page that is begun lies in slot ``n % num_pages``, in the
+    place of the oldest, so memory and the work of a step are bounded whatever is stored. Its *number* is
+    ``n // num_pages << PLACE_BITS | n % num_pages``: numbers grow, and their low bits are the slot. An answer that is
+    drafted from is written again by the request that drafts from it, so the oldest text is also the text whose use lies
+    furthest back. A *position* is ``number * PAGE_SIZE + offset``. It is never reused, and says by itself whether its
+    page is still there.
 
 Lookup
     For each size in `NGRAM_SIZES` a hash table maps an n-gram of a namespace to the most recent positions that end it,
@@ -36,9 +37,11 @@ import numpy as np
 __all__ = [
     "ANSWERS",
     "CORPUS",
+    "MAX_CORPORA",
     "MAX_MATCH",
     "NGRAM_SIZES",
     "NUM_CELLS",
+    "OWN_TEXT",
     "PAGE_SIZE",
     "PREDICTION",
     "WAYS",
@@ -54,6 +57,9 @@ __all__ = [
 PAGE_SIZE = 64
 """Tokens of a page. Half a page is lost for each document on average."""
 
+PLACE_BITS = 25
+"""All tokens of an index are numbered in 31 bits."""
+
 NGRAM_SIZES = (2, 4, 8, 16)
 """N-grams that are entered, ascending."""
 
@@ -63,8 +69,11 @@ WAYS = 4
 MAX_MATCH = 32
 """Tokens of a match that are compared: longer ones are not told apart."""
 
-CORPUS, ANSWERS, PREDICTION = range(3)
-"""Kinds of sources, in the order in which they are asked."""
+CORPUS, OWN_TEXT, ANSWERS, PREDICTION = range(4)
+"""Kinds of sources, in the order in which they are asked; `OWN_TEXT` is the model's."""
+
+MAX_CORPORA = 4
+"""Corpora that one request may draft from: it has one source of each other kind at most."""
 
 MATCH_LENGTHS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
 """Lengths of matches from which another cell counts, ascending."""
@@ -72,7 +81,7 @@ MATCH_LENGTHS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
 PROBABILITIES = (0.0, 0.3, 0.7)
 """Probabilities of the other draft token from which another cell counts, ascending."""
 
-_NUM_KINDS, _NUM_OTHERS = 3, 3
+_NUM_KINDS, _NUM_OTHERS = 4, 3
 CELL_SHAPE = (_NUM_KINDS, len(MATCH_LENGTHS), _NUM_OTHERS, 2, len(PROBABILITIES))
 NUM_CELLS = int(np.prod(CELL_SHAPE))
 
@@ -90,8 +99,7 @@ class TextIndex(NamedTuple):
         tokens: ``[num_pages * PAGE_SIZE]`` int32, by slot; -1 where nothing is written yet.
         pages: ``[num_pages, PAGE_COLUMNS]`` int64, by slot: the page's number and namespace, and the numbers of the
             pages before and after it in its document; -1 where there is none.
-        heads: ``[len(NGRAM_SIZES), num_buckets, WAYS]`` int64, positions; -1 where there is none. ``num_buckets`` is a
-            power of two.
+        heads: ``[len(NGRAM_SIZES), num_buckets, WAYS]`` int64, positions; -1 where there is none.
         begun: ``[1]`` int64, how many pages were ever begun.
     """
 
@@ -102,18 +110,15 @@ class TextIndex(NamedTuple):
 
 
 def num_pages_for(num_bytes: int) -> int:
-    """How many pages an index of at most this many bytes has: a power of two; 0 if there is no room for 16."""
-    num_pages = 16
-    while index_bytes(2 * num_pages) <= num_bytes:
-        num_pages *= 2
-    return num_pages if index_bytes(num_pages) <= num_bytes else 0
+    """How many pages an index of at most this many bytes has."""
+    return num_bytes // index_bytes(1)
 
 
 def new_index(num_pages: int) -> TextIndex:
     """An index that holds nothing.
 
     Args:
-        num_pages: a power of two, or 0 for an index that never holds anything.
+        num_pages: 0 for an index that never holds anything.
     """
     num_buckets = num_pages * PAGE_SIZE // WAYS
     return TextIndex(
@@ -158,7 +163,7 @@ class KnownText(NamedTuple):
     """What one request may draft from besides its own context; below `reliability`, what drafting writes.
 
     Attributes:
-        indexes: two of them: the one that grows, and that of the corpora.
+        indexes: two of them: the one that grows, and that of the corpora, the model's own text among them.
         sources: ``[S, 3]`` int64, in the order in which they are asked: which of the indexes, the namespace, the kind.
         reliability: ``[NUM_CELLS]`` float32, see `Reliability.value`.
         cells: ``[K, S]`` int32, by draft position and source the cell of what was found; -1 where nothing was.

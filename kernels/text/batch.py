@@ -23,9 +23,14 @@ import torch
 from vllm_aasd.kernels.common.backends import runs_triton
 from vllm_aasd.kernels.common.checks import check_dtype, check_tensor
 from vllm_aasd.kernels.text import (
+    ANSWERS,
+    CORPUS,
+    MAX_CORPORA,
     NGRAM_SIZES,
     NUM_CELLS,
+    OWN_TEXT,
     PAGE_SIZE,
+    PREDICTION,
     WAYS,
     TextIndex,
     index_bytes,
@@ -34,8 +39,12 @@ from vllm_aasd.kernels.text import (
 )
 
 __all__ = [
+    "ANSWERS_COLUMN",
+    "KINDS",
     "MAX_PIECES",
     "NUM_SOURCES",
+    "OWN_TEXT_COLUMN",
+    "PREDICTION_COLUMN",
     "PREDICTION_OVERLAP",
     "TICKET",
     "TextTensors",
@@ -45,8 +54,11 @@ __all__ = [
     "text_bytes",
 ]
 
-NUM_SOURCES = 3
-"""Of a request: `CORPUS`, `ANSWERS` and `PREDICTION`."""
+KINDS = (*[CORPUS] * MAX_CORPORA, OWN_TEXT, ANSWERS, PREDICTION)
+"""By column of `TextTensors.slots`, the kind of its source. `CORPUS` and `OWN_TEXT` lie in the index of the corpora."""
+
+NUM_SOURCES = len(KINDS)
+OWN_TEXT_COLUMN, ANSWERS_COLUMN, PREDICTION_COLUMN = map(KINDS.index, (OWN_TEXT, ANSWERS, PREDICTION))
 
 TICKET = NUM_SOURCES
 """The column of `TextTensors.slots` after the namespaces."""
@@ -74,12 +86,12 @@ class TextTensors(NamedTuple):
         pages: ``[all_pages, PAGE_COLUMNS]`` int64.
         heads: ``[len(NGRAM_SIZES), all_buckets, WAYS]`` int64.
         begun: ``[1]`` int64, pages ever begun of the index that grows.
-        num_pages: of that index; a power of two, or 0.
+        num_pages: of that index, or 0.
         found, right: ``[NUM_CELLS]`` int64, see `vllm_aasd.kernels.text.Reliability`.
         value: ``[NUM_CELLS]`` float32.
         prior: ``[NUM_CELLS, 2]`` float32, see `vllm_aasd.kernels.text.new_reliability`.
         slots: ``[max_num_reqs, NUM_SOURCES + 1]`` int64 by slot, written by the caller: the namespaces to look into, -1
-            for none; the one of `ANSWERS` is also written to. Then the ticket, > 0.
+            for none; that of `ANSWERS` is also written to. Then the ticket, > 0.
         documents, predictions: ``[max_num_reqs, DOCUMENT_COLUMNS]`` int64 by slot, of the answer and the prediction:
             the owner's ticket, the document's length, up to where the context is appended, and the last page.
         looked_up: ``[max_num_reqs, LOOKED_UP_COLUMNS]`` int32 by slot: the length of the context that was drafted from
@@ -115,6 +127,13 @@ class TextTensors(NamedTuple):
         """Tokens of a request that a step appends at most; what is left is appended in the next ones."""
         return max(self.cells.shape[1] + 1, PAGE_SIZE)
 
+    def write_corpora(self, corpora: TextIndex) -> None:
+        """Draft from other corpora; their index has as many pages as that which was there."""
+        num_buckets = self.num_pages * PAGE_SIZE // WAYS
+        self.tokens[self.num_pages * PAGE_SIZE :].copy_(torch.from_numpy(corpora.tokens))
+        self.pages[self.num_pages :].copy_(torch.from_numpy(corpora.pages))
+        self.heads[:, num_buckets:].copy_(torch.from_numpy(corpora.heads))
+
     def clear(self) -> None:
         """Forget all text but the corpora's. Requests go on with what they add from now on."""
         num_buckets = self.num_pages * PAGE_SIZE // WAYS
@@ -139,8 +158,8 @@ def new_texts(
     Args:
         max_num_reqs: slots.
         max_draft_tokens: K, the longest draft, >= 1.
-        num_pages: of the index that grows: a power of two, or 0 for none.
-        corpora: their index, all in namespace 0.
+        num_pages: of the index that grows; 0 for none.
+        corpora: their index.
         prior: ``[NUM_CELLS, 2]`` float32, see `vllm_aasd.kernels.text.new_reliability`.
         device: that of the batches.
     """

@@ -2,15 +2,18 @@
 
 import numpy as np
 
-from vllm_aasd.kernels.text import ANSWERS, CORPUS, PAGE_SIZE, PREDICTION, WAYS, KnownText, Reliability, TextIndex
+from vllm_aasd.kernels.text import OWN_TEXT, PAGE_SIZE, WAYS, KnownText, Reliability, TextIndex
 from vllm_aasd.kernels.text.batch import (
+    ANSWERS_COLUMN,
     APPENDED,
+    KINDS,
     LAST_PAGE,
     LENGTH,
     LOOKED_FROM,
     NUM_LOOKED_UP,
     NUM_SOURCES,
     OWNER,
+    PREDICTION_COLUMN,
     TICKET,
 )
 from vllm_aasd.kernels.text.reference import begin_pages, last_page_of, learn, write
@@ -37,11 +40,11 @@ def learn_and_append(texts, all_token_ids, total_len, idx_mapping, num_sampled, 
         if documents[slot, OWNER] != slots[slot, TICKET]:
             first = max(len(contexts[slot]) - 1 - prompt_tail, 0)
             documents[slot] = slots[slot, TICKET], 0, first, -1
-        if texts.num_pages and slots[slot, ANSWERS] != -1:
+        if texts.num_pages and slots[slot, ANSWERS_COLUMN] != -1:
             first = int(documents[slot, APPENDED])
             last = min(len(contexts[slot]), first + texts.max_tokens)
             documents[slot, APPENDED] = last
-            spans.append((documents[slot], slots[slot, ANSWERS], contexts[slot], first, last))
+            spans.append((documents[slot], slots[slot, ANSWERS_COLUMN], contexts[slot], first, last))
     _append(texts, spans)
 
 
@@ -50,11 +53,11 @@ def append_predictions(texts, token_ids, pieces):
     slots, documents = texts.slots.numpy(), texts.predictions.numpy()
     spans = []
     for row, (slot, first, last) in zip(token_ids.numpy(), pieces.tolist(), strict=True):
-        if slot < 0 or slots[slot, PREDICTION] == -1:
+        if slot < 0 or slots[slot, PREDICTION_COLUMN] == -1:
             continue
         if documents[slot, OWNER] != slots[slot, TICKET]:
             documents[slot] = slots[slot, TICKET], 0, 0, -1
-        spans.append((documents[slot], slots[slot, PREDICTION], row, first, last))
+        spans.append((documents[slot], slots[slot, PREDICTION_COLUMN], row, first, last))
     _append(texts, spans)
 
 
@@ -68,7 +71,7 @@ def _append(texts, spans):
         length, last_page = int(document[LENGTH]), int(document[LAST_PAGE])
         write(index, namespace, last_page, first_begun, length, token_ids, first, last)
         document[LENGTH] = length + last - first
-        document[LAST_PAGE] = last_page_of(last_page, first_begun, length, length + last - first)
+        document[LAST_PAGE] = last_page_of(index, last_page, first_begun, length, length + last - first)
 
 
 def indexes_of(texts):
@@ -84,7 +87,11 @@ def indexes_of(texts):
 def known_of(texts, slot, num_steps):
     """What the request in a slot may draft from; nothing for a negative slot."""
     namespaces = texts.slots[slot].tolist() if slot >= 0 else [-1] * NUM_SOURCES
-    sources = [(int(kind == CORPUS), namespaces[kind], kind) for kind in range(NUM_SOURCES) if namespaces[kind] != -1]
+    sources = [
+        (int(kind <= OWN_TEXT), namespaces[column], kind)
+        for column, kind in enumerate(KINDS)
+        if namespaces[column] != -1
+    ]
     shape = num_steps, len(sources)
     return KnownText(
         indexes_of(texts),
@@ -101,8 +108,9 @@ def note_lookups(texts, slot, known, length, num_looked_up):
     texts.looked_up[slot, LOOKED_FROM] = length
     texts.looked_up[slot, NUM_LOOKED_UP] = num_looked_up
     texts.cells[slot, :num_looked_up] = -1
-    for column, (_, _, kind) in enumerate(known.sources.tolist()):
+    asked = [column for column in range(NUM_SOURCES) if texts.slots[slot, column] != -1]
+    for source, column in enumerate(asked):
         for step in range(num_looked_up):
-            texts.cells[slot, step, kind] = int(known.cells[step, column])
-            if known.cells[step, column] >= 0:
-                texts.found_tokens[slot, step, kind] = int(known.tokens[step, column])
+            texts.cells[slot, step, column] = int(known.cells[step, source])
+            if known.cells[step, source] >= 0:
+                texts.found_tokens[slot, step, column] = int(known.tokens[step, source])

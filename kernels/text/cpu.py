@@ -11,11 +11,13 @@ from vllm_aasd.kernels.text import (
     NGRAM_SIZES,
     NUMBER,
     PAGE_SIZE,
+    PLACE_BITS,
     PREVIOUS,
     WAYS,
 )
 
 _LARGEST = NGRAM_SIZES[-1]
+_PLACE = (1 << PLACE_BITS) - 1
 
 
 @compiled
@@ -37,34 +39,40 @@ def append(index, namespace, last_page, length, token_ids, first, last):
     if num_pages == 0:
         return np.int64(-1)
     # All pages come first, so that requests that grow at the same time give the same index in whatever order.
-    next_page = index.begun[0]
+    first_begun = index.begun[0]
+    previous = np.int64(last_page)
     for _ in range((length + PAGE_SIZE - 1) // PAGE_SIZE, (length + last - first + PAGE_SIZE - 1) // PAGE_SIZE):
-        number = index.begun[0]
-        index.begun[0] = number + 1
-        slot = number % num_pages
-        previous = np.int64(last_page) if number == next_page else number - 1
+        number = _number_of(index.begun[0], num_pages)
+        index.begun[0] += 1
+        slot = number & _PLACE
         index.pages[slot, NUMBER] = number
         index.pages[slot, NAMESPACE] = namespace
         index.pages[slot, PREVIOUS] = previous
         index.pages[slot, NEXT] = -1
         index.tokens[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE] = -1
-        if previous >= 0 and index.pages[previous % num_pages, NUMBER] == previous:
-            index.pages[previous % num_pages, NEXT] = number
+        if previous >= 0 and index.pages[previous & _PLACE, NUMBER] == previous:
+            index.pages[previous & _PLACE, NEXT] = number
+        previous = number
     page = np.int64(last_page)
     for at in range(first, last):
         offset = length % PAGE_SIZE
         position = page * PAGE_SIZE + (length - 1) % PAGE_SIZE
-        is_held = page >= 0 and index.pages[page % num_pages, NUMBER] == page
+        is_held = page >= 0 and index.pages[page & _PLACE, NUMBER] == page
         if offset == 0:
-            page = next_page
-            next_page += 1
+            page = _number_of(first_begun, num_pages)
+            first_begun += 1
         # Else newer pages have overwritten this one: the document goes on with its next page.
-        if page >= 0 and index.pages[page % num_pages, NUMBER] == page:
-            index.tokens[(page % num_pages) * PAGE_SIZE + offset] = token_ids[at]
+        if page >= 0 and index.pages[page & _PLACE, NUMBER] == page:
+            index.tokens[(page & _PLACE) * PAGE_SIZE + offset] = token_ids[at]
             if is_held:
                 _enter(index, namespace, token_ids, at - 1, length, position)
         length += 1
     return page
+
+
+@compiled
+def _number_of(count, num_pages):
+    return np.int64(count // num_pages << PLACE_BITS | count % num_pages)
 
 
 @compiled
@@ -77,9 +85,14 @@ def _enter(index, namespace, token_ids, end, length, position):
     for size in range(1, min(_LARGEST, length) + 1):
         hashed = hash_with(hashed, token_ids[end - size + 1])
         if size == NGRAM_SIZES[at]:
-            bucket = (hashed >> np.uint64(32)) & np.uint64(num_buckets - 1)
+            bucket = _bucket_of(hashed, num_buckets)
             index.heads[at, bucket, way] = max(index.heads[at, bucket, way], position)
             at += 1
+
+
+@compiled
+def _bucket_of(hashed, num_buckets):
+    return ((hashed >> np.uint64(32)) * np.uint64(num_buckets)) >> np.uint64(32)
 
 
 @compiled
@@ -93,9 +106,8 @@ def _match(index, namespace, position, token_ids, end):
 
     Both are 0 and -1 where the position isn't held any more, or isn't of this namespace.
     """
-    num_pages = index.pages.shape[0]
     number = position // PAGE_SIZE
-    slot = number % num_pages
+    slot = number & _PLACE
     offset = position % PAGE_SIZE
     if index.pages[slot, NUMBER] != number or index.pages[slot, NAMESPACE] != namespace:
         return 0, np.int32(-1)
@@ -103,7 +115,7 @@ def _match(index, namespace, position, token_ids, end):
         token = index.tokens[slot * PAGE_SIZE + offset + 1]
     else:
         following = index.pages[slot, NEXT]
-        token = index.tokens[(following % num_pages) * PAGE_SIZE] if following >= 0 else np.int32(-1)
+        token = index.tokens[(following & _PLACE) * PAGE_SIZE] if following >= 0 else np.int32(-1)
     length = 0
     while length < MAX_MATCH and length <= end:
         if index.tokens[slot * PAGE_SIZE + offset] != token_ids[end - length]:
@@ -112,7 +124,7 @@ def _match(index, namespace, position, token_ids, end):
         offset -= 1
         if offset < 0:
             number = index.pages[slot, PREVIOUS]
-            slot = number % num_pages
+            slot = number & _PLACE
             if number < 0 or index.pages[slot, NUMBER] != number:
                 break
             offset = PAGE_SIZE - 1
@@ -147,7 +159,7 @@ def lookup(index, namespace, token_ids, end):
     for size in range(1, min(_LARGEST, end + 1) + 1):
         hashed = hash_with(hashed, token_ids[end - size + 1])
         if size == NGRAM_SIZES[num_sizes]:
-            buckets[num_sizes] = (hashed >> np.uint64(32)) & np.uint64(num_buckets - 1)
+            buckets[num_sizes] = _bucket_of(hashed, num_buckets)
             num_sizes += 1
     for at in range(num_sizes - 1, -1, -1):
         for way in range(WAYS):

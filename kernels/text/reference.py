@@ -14,6 +14,7 @@ from vllm_aasd.kernels.text import (
     NUM_CELLS,
     NUMBER,
     PAGE_SIZE,
+    PLACE_BITS,
     PREVIOUS,
     PROBABILITIES,
     WAYS,
@@ -26,28 +27,30 @@ def append(index, namespace, last_page, length, token_ids, first, last):
         return -1
     first_begun = begin_pages(index, namespace, last_page, length, last - first)
     write(index, namespace, last_page, first_begun, length, token_ids, first, last)
-    return last_page_of(last_page, first_begun, length, length + last - first)
+    return last_page_of(index, last_page, first_begun, length, length + last - first)
 
 
 def begin_pages(index, namespace, last_page, length, num_tokens):
-    """Begin the pages that a document needs to grow by `num_tokens`, and return the number of the first."""
+    """Begin the pages that a document needs to grow by `num_tokens`; return how many were begun before."""
     first_begun = int(index.begun[0])
     num_begun = _num_pages(length + num_tokens) - _num_pages(length)
     index.begun[0] += num_begun
-    for number in range(first_begun, first_begun + num_begun):
-        previous = last_page if number == first_begun else number - 1
+    previous = last_page
+    for count in range(first_begun, first_begun + num_begun):
+        number = _number_of(index, count)
         _page(index, number)[:] = number, namespace, previous, -1
         _tokens(index, number)[:] = -1
         if _is_held(index, previous):
             _page(index, previous)[NEXT] = number
+        previous = number
     return first_begun
 
 
 def write(index, namespace, last_page, first_begun, length, token_ids, first, last):
     """Write tokens to the last page of a document and those begun for it, as far as they are held; enter n-grams."""
     for at in range(first, last):
-        number = last_page_of(last_page, first_begun, length, length + at - first + 1)
-        before = last_page_of(last_page, first_begun, length, length + at - first)
+        number = last_page_of(index, last_page, first_begun, length, length + at - first + 1)
+        before = last_page_of(index, last_page, first_begun, length, length + at - first)
         offset = (length + at - first) % PAGE_SIZE
         # Else newer pages have overwritten this one: the document goes on with its next page.
         if not _is_held(index, number):
@@ -62,10 +65,10 @@ def write(index, namespace, last_page, first_begun, length, token_ids, first, la
                 table[bucket, way] = max(table[bucket, way], position)
 
 
-def last_page_of(last_page, first_begun, length, new_length):
+def last_page_of(index, last_page, first_begun, length, new_length):
     """The last page of the first ``new_length`` tokens of a document that had ``length`` of them before it grew."""
     num_begun = _num_pages(new_length) - _num_pages(length)
-    return first_begun + num_begun - 1 if num_begun > 0 else last_page
+    return _number_of(index, first_begun + num_begun - 1) if num_begun > 0 else last_page
 
 
 def lookup(index, namespace, token_ids, end):
@@ -143,8 +146,17 @@ def _num_pages(length):
     return -(-length // PAGE_SIZE)
 
 
+def _number_of(index, count):
+    lap, place = divmod(count, len(index.pages))
+    return lap << PLACE_BITS | place
+
+
+def _place(number):
+    return number & ((1 << PLACE_BITS) - 1)
+
+
 def _page(index, number):
-    return index.pages[number % len(index.pages)]
+    return index.pages[_place(number)]
 
 
 def _is_held(index, number):
@@ -152,7 +164,7 @@ def _is_held(index, number):
 
 
 def _tokens(index, number):
-    slot = number % len(index.pages)
+    slot = _place(number)
     return index.tokens[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE]
 
 
@@ -182,7 +194,7 @@ def _bucket(index, namespace, ngram):
     hashed = int(namespace) & 0xFFFFFFFFFFFFFFFF
     for token in reversed(ngram):
         hashed = _hash_with(hashed, token)
-    return (hashed >> 32) & (index.heads.shape[1] - 1)
+    return (hashed >> 32) * index.heads.shape[1] >> 32
 
 
 def _way(token):

@@ -4,8 +4,11 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import text
-from vllm_aasd.kernels.text.index_triton import NUM_SOURCES, lookup
+from vllm_aasd.kernels.text import batch
+from vllm_aasd.kernels.text.index_triton import GROUP, NUM_SOURCES, lookup
 
+_CORPUS, _OWN_TEXT = tl.constexpr(text.CORPUS), tl.constexpr(text.OWN_TEXT)
+_OWN_TEXT_COLUMN = tl.constexpr(batch.OWN_TEXT_COLUMN)
 _MATCH_LENGTHS = tl.constexpr(text.MATCH_LENGTHS)
 _PROBABILITIES = tl.constexpr(text.PROBABILITIES)
 _, _NUM_LENGTHS, _NUM_OTHERS, _, _NUM_PROBABILITIES = map(tl.constexpr, text.CELL_SHAPE)
@@ -33,37 +36,53 @@ def stack(
 
     Returns the draft token, -1 for none, and its probability.
     """
-    found, match_length, others = lookup(
-        tokens_ptr,
-        length,
-        draft_token_ids_ptr,
-        num_drafts,
-        namespaces_ptr,
-        text_tokens_ptr,
-        pages_ptr,
-        heads_ptr,
-        num_pages,
-        num_corpus_pages,
-    )
-    source = tl.arange(0, found.shape[0])
-    length_class = tl.zeros_like(match_length)
-    for at in tl.static_range(1, _NUM_LENGTHS):
-        length_class += (match_length >= _MATCH_LENGTHS[at]).to(tl.int32)
-    class_of = (source * _NUM_LENGTHS + length_class) * _NUM_OTHERS + others
-    for kind in tl.static_range(NUM_SOURCES):
-        one = tl.max(tl.where(source == kind, found, -1), axis=0)
-        first_cell = tl.sum(tl.where(source == kind, class_of, 0), axis=0)
-        is_found = one >= 0
-        is_same = is_found & (one == token)
-        prob_class = 0
-        for at in tl.static_range(1, _NUM_PROBABILITIES):
-            prob_class += (prob >= _PROBABILITIES[at]).to(tl.int32)
-        cell = (first_cell * 2 + is_same.to(tl.int32)) * _NUM_PROBABILITIES + prob_class
-        reliability = tl.load(reliability_ptr + cell, mask=is_found, other=0.0)
-        rest = (1.0 - reliability) * prob
-        takes = is_found & (is_same | (reliability > rest))
-        token = tl.where(takes, one, token)
-        prob = tl.where(takes, reliability, tl.where(is_found, rest, prob))
-        tl.store(cells_ptr + kind, tl.where(is_found, cell, -1))
-        tl.store(found_tokens_ptr + kind, one, mask=is_found)
+    # One group after the other, for the sake of registers; none is looked up that isn't asked.
+    for first in tl.static_range(0, NUM_SOURCES, GROUP):
+        columns = first + tl.arange(0, GROUP)
+        namespaces = tl.load(namespaces_ptr + columns, mask=columns < NUM_SOURCES, other=-1)
+        if tl.sum((namespaces != -1).to(tl.int32), axis=0) > 0:
+            # Scalars where they can be: registers are scarce.
+            first_page, source_pages = num_pages, num_corpus_pages
+            if first + GROUP > _OWN_TEXT_COLUMN:
+                is_corpus = (columns <= _OWN_TEXT_COLUMN)[:, None]
+                first_page = tl.where(is_corpus, num_pages, 0)
+                source_pages = tl.where(is_corpus, num_corpus_pages, num_pages)
+            found, match_length, others = lookup(
+                tokens_ptr,
+                length,
+                draft_token_ids_ptr,
+                num_drafts,
+                namespaces,
+                first_page,
+                source_pages,
+                num_pages + num_corpus_pages,
+                text_tokens_ptr,
+                pages_ptr,
+                heads_ptr,
+            )
+            length_class = tl.zeros_like(match_length)
+            for at in tl.static_range(1, _NUM_LENGTHS):
+                length_class += (match_length >= _MATCH_LENGTHS[at]).to(tl.int32)
+            kind = tl.maximum(columns - _OWN_TEXT_COLUMN + _OWN_TEXT, _CORPUS)
+            class_of = (kind * _NUM_LENGTHS + length_class) * _NUM_OTHERS + others
+            for column in tl.static_range(GROUP):
+                is_one = columns == first + column
+                one = tl.max(tl.where(is_one, found, -1), axis=0)
+                first_cell = tl.sum(tl.where(is_one, class_of, 0), axis=0)
+                is_found = one >= 0
+                is_same = is_found & (one == token)
+                prob_class = 0
+                for at in tl.static_range(1, _NUM_PROBABILITIES):
+                    prob_class += (prob >= _PROBABILITIES[at]).to(tl.int32)
+                cell = (first_cell * 2 + is_same.to(tl.int32)) * _NUM_PROBABILITIES + prob_class
+                reliability = tl.load(reliability_ptr + cell, mask=is_found, other=0.0)
+                rest = (1.0 - reliability) * prob
+                takes = is_found & (is_same | (reliability > rest))
+                token = tl.where(takes, one, token)
+                prob = tl.where(takes, reliability, tl.where(is_found, rest, prob))
+                if first + column < NUM_SOURCES:
+                    tl.store(cells_ptr + first + column, tl.where(is_found, cell, -1))
+                    tl.store(found_tokens_ptr + first + column, one, mask=is_found)
+        else:
+            tl.store(cells_ptr + columns, -1, mask=columns < NUM_SOURCES)
     return token, prob

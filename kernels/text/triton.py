@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_aasd.kernels import text
+from vllm_aasd.kernels.common.backends import gpu_kind
 from vllm_aasd.kernels.text import batch
 from vllm_aasd.kernels.text.batch import NUM_SOURCES, TextTensors
 from vllm_aasd.kernels.text.index_triton import (
@@ -22,13 +23,15 @@ from vllm_aasd.kernels.text.index_triton import (
     WAYS,
     bucket_of,
     hash_with,
+    number_of,
     page_number,
+    place_of,
     way_of,
 )
 
 _NUMBER, _NAMESPACE = tl.constexpr(text.NUMBER), tl.constexpr(text.NAMESPACE)
 _PREVIOUS, _NEXT = tl.constexpr(text.PREVIOUS), tl.constexpr(text.NEXT)
-_ANSWERS, _PREDICTION = tl.constexpr(text.ANSWERS), tl.constexpr(text.PREDICTION)
+_ANSWERS, _PREDICTION = tl.constexpr(batch.ANSWERS_COLUMN), tl.constexpr(batch.PREDICTION_COLUMN)
 _NUM_CELLS, _MAX_COUNT = tl.constexpr(text.NUM_CELLS), tl.constexpr(text.MAX_COUNT)
 _NUM_SOURCES, _TICKET = tl.constexpr(batch.NUM_SOURCES), tl.constexpr(batch.TICKET)
 _OWNER, _LENGTH = tl.constexpr(batch.OWNER), tl.constexpr(batch.LENGTH)
@@ -70,28 +73,33 @@ def _begin_pages(
 ):
     """Begin the pages of some rows, in their order; note in their documents how far these go.
 
-    Returns how many pages were ever begun now, and each row's first.
+    Returns how many pages were ever begun now, and how many before
+    each row's first.
     """
     num_before = (length + PAGE_SIZE - 1) // PAGE_SIZE
     num_new = tl.where(present, (length + num_tokens + PAGE_SIZE - 1) // PAGE_SIZE - num_before, 0)
     first_begun = begun + tl.cumsum(num_new, axis=0) - num_new
     begun += tl.sum(num_new, axis=0)
     for at in range(tl.max(num_new, axis=0)):
-        number = first_begun + at
+        number = number_of(first_begun + at, num_pages)
         # A later one of these takes its place else.
-        stays = (at < num_new) & (number >= begun - num_pages)
-        page_ptr = pages_ptr + (number & (num_pages - 1)) * PAGE_COLUMNS
+        stays = (at < num_new) & (first_begun + at >= begun - num_pages)
+        page_ptr = pages_ptr + place_of(number).to(tl.int64) * PAGE_COLUMNS
         tl.store(page_ptr + _NUMBER, number, mask=stays)
         tl.store(page_ptr + _NAMESPACE, namespaces, mask=stays)
-        tl.store(page_ptr + _PREVIOUS, tl.where(at == 0, last_page, number - 1), mask=stays)
-        tl.store(page_ptr + _NEXT, tl.where(at + 1 < num_new, number + 1, -1), mask=stays)
+        previous = number_of(first_begun + at - 1, num_pages)
+        following = number_of(first_begun + at + 1, num_pages)
+        tl.store(page_ptr + _PREVIOUS, tl.where(at == 0, last_page, previous), mask=stays)
+        tl.store(page_ptr + _NEXT, tl.where(at + 1 < num_new, following, -1), mask=stays)
     tl.debug_barrier()
     goes_on = (num_new > 0) & (last_page >= 0)
-    is_held = goes_on & (page_number(pages_ptr, last_page, 0, num_pages, goes_on) == last_page)
-    tl.store(pages_ptr + (last_page & (num_pages - 1)) * PAGE_COLUMNS + _NEXT, first_begun, mask=is_held)
+    is_held = goes_on & (page_number(pages_ptr, last_page, 0, goes_on) == last_page)
+    number = number_of(first_begun, num_pages)
+    tl.store(pages_ptr + place_of(last_page).to(tl.int64) * PAGE_COLUMNS + _NEXT, number, mask=is_held)
     document_ptr = documents_ptr + slots * _DOCUMENT_COLUMNS
     tl.store(document_ptr + _LENGTH, length + num_tokens, mask=present)
-    tl.store(document_ptr + _LAST_PAGE, tl.where(num_new > 0, first_begun + num_new - 1, last_page), mask=present)
+    newest = number_of(first_begun + num_new - 1, num_pages)
+    tl.store(document_ptr + _LAST_PAGE, tl.where(num_new > 0, newest, last_page), mask=present)
     return begun, first_begun
 
 
@@ -298,10 +306,10 @@ def write_kernel(
         namespace = tl.load(span_ptr + _SPAN_NAMESPACE)
         num_before = (length + PAGE_SIZE - 1) // PAGE_SIZE
         rank = start // PAGE_SIZE - num_before
-        number = tl.where(rank < 0, last_page, first_begun + rank)
-        before = tl.where(rank <= 0, last_page, number - 1)
-        is_held = (number >= 0) & (page_number(pages_ptr, number, 0, num_pages, number >= 0) == number)
-        goes_on = (before >= 0) & (page_number(pages_ptr, before, 0, num_pages, before >= 0) == before)
+        number = tl.where(rank < 0, last_page, number_of(first_begun + rank, num_pages))
+        before = tl.where(rank <= 0, last_page, number_of(first_begun + rank - 1, num_pages))
+        is_held = (number >= 0) & (page_number(pages_ptr, number, 0, number >= 0) == number)
+        goes_on = (before >= 0) & (page_number(pages_ptr, before, 0, before >= 0) == before)
         offset = tl.arange(0, PAGE_SIZE).to(tl.int64)
         at = start + offset
         end = tl.where(is_held, length + num_tokens, start)
@@ -311,7 +319,7 @@ def write_kernel(
             source = tl.load(idx_mapping_ptr + row).to(tl.int64)
         text_ptr = token_ids_ptr + (source * token_ids_stride + first - length)
         token = tl.load(text_ptr + at, mask=is_new, other=-1)
-        place = (number & (num_pages - 1)) * PAGE_SIZE + offset
+        place = place_of(number).to(tl.int64) * PAGE_SIZE + offset
         # The rest of a page that was begun is cleared.
         whole = tl.where(is_held & (rank >= 0), start + PAGE_SIZE, end)
         tl.store(tokens_ptr + place, token, mask=(at >= length) & (at < whole))
@@ -366,7 +374,7 @@ def learn_and_append(
         COLUMNS=columns,
         BINS=triton.next_power_of_2(text.NUM_CELLS),
         HALVINGS=HALVINGS,
-        **BEGIN_OPTIONS["hip" if torch.version.hip else "cuda"],
+        **BEGIN_OPTIONS[gpu_kind()],
     )
     _write(texts, all_token_ids, idx_mapping, num_rows, texts.max_tokens, by_slot=True)
 

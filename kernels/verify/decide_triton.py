@@ -15,6 +15,7 @@ and fly's window is a sum over rows that the strict rule accepts. ROWS is small,
 import triton
 import triton.language as tl
 
+from vllm_aasd.kernels import count
 from vllm_aasd.kernels.common.rows_triton import first_argmax
 from vllm_aasd.kernels.verify import policies
 from vllm_aasd.kernels.verify.random_triton import row_uniform
@@ -33,6 +34,17 @@ _NUM_STATES = tl.constexpr(policies.NUM_STATES)
 _SPENT, _LEVEL = tl.constexpr(policies.SPENT), tl.constexpr(policies.LEVEL)
 _STRICT_LEFT, _EXHAUSTED = tl.constexpr(policies.STRICT_LEFT), tl.constexpr(policies.EXHAUSTED)
 _STOPS = tl.constexpr(4)
+_RELAXED, _REGRET = tl.constexpr(count.RELAXED), tl.constexpr(count.REGRET)
+_EXHAUSTED_EVENTS, _GUARDED_EVENTS = tl.constexpr(count.EXHAUSTED), tl.constexpr(count.GUARDED)
+_SURVIVAL_BINS, _SURVIVAL_TOKENS = tl.constexpr(count.SURVIVAL_BINS), tl.constexpr(count.SURVIVAL_TOKENS)
+
+# The totals begin with four numbers; then come three by tenth of survival.
+assert count.SURVIVAL_TOKENS == 4 and count.SURVIVAL_PROMISED - count.SURVIVAL_TOKENS == count.SURVIVAL_BINS
+assert count.SURVIVAL_ACCEPTED - count.SURVIVAL_PROMISED == count.SURVIVAL_BINS
+
+# What a sampled request's last token is drawn by: the row, -1 for none; the seed and the position of its random
+# numbers; and the rejected draft token, -1 for none.
+RACE_ROW, RACE_SEED, RACE_POSITION, RACE_REJECTED, RACE_COLUMNS = map(tl.constexpr, range(5))
 
 
 @triton.jit
@@ -69,8 +81,9 @@ def _runners_up(
 
 
 # 16 rows by 64 or 128 blocks of partial results of four kinds: 2 to 4 words of each a thread. With 8 warps
-# gfx942 runs out of the scalar registers that hold its masks.
-DECIDE = {"num_warps": 16}
+# gfx942 runs out of the scalar registers that hold its masks. Left alone, ptxas spills a few registers to fit one more
+# program on a multiprocessor.
+DECIDE = {"cuda": {"num_warps": 16, "maxnreg": 128}, "hip": {"num_warps": 16}}
 
 
 @triton.jit(
@@ -83,7 +96,7 @@ def decide_kernel(
     relaxed_ptr,  # [num_logits]
     regret_ptr,  # [num_logits]
     events_ptr,  # [2, num_reqs]: whether the budget ran out, whether the collapse guard engaged
-    race_row_ptr,  # [num_reqs]
+    races_ptr,  # [num_reqs, RACE_COLUMNS]
     logits_ptr,  # [num_logits, vocab_size]
     logits_stride,
     argmax_ptr,  # [num_logits, num_blocks]
@@ -91,6 +104,7 @@ def decide_kernel(
     num_logits,
     num_blocks,
     draft_sampled_ptr,  # [num_logits]
+    num_drafts_ptr,  # [max_num_reqs]
     cu_num_logits_ptr,  # [num_reqs + 1]
     pos_ptr,  # [num_logits]
     idx_mapping_ptr,  # [num_reqs]
@@ -105,11 +119,14 @@ def decide_kernel(
     max_stop,
     vocab_size,
     num_speculative_steps,
+    survival_ptr,  # [max_num_reqs, survival_columns]
+    survival_columns,
+    totals_ptr,  # [count.SIZE]
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Decide one request: its accepted tokens, and the token after them unless `race` draws it.
+    """Decide one request: its accepted tokens, and the token after them unless `race` draws it. Count its drafts.
 
     Numbers of rows and states change as requests come and go, and so does where a part of a batch begins. None of them
     is specialized, or the kernel would be compiled again.
@@ -125,7 +142,8 @@ def decide_kernel(
     i = tl.arange(0, ROWS)
     row = start + i
     is_draft_row = i < num_drafts
-    draft = tl.load(draft_sampled_ptr + row + 1, mask=is_draft_row, other=-1)
+    is_drafted = is_draft_row & (i < tl.load(num_drafts_ptr + slot))
+    draft = tl.load(draft_sampled_ptr + row + 1, mask=is_drafted, other=-1)
     known = (draft >= 0) & (draft < vocab_size)
     z = tl.load(logits_ptr + row * logits_stride + draft, mask=known, other=float("-inf")).to(tl.float32)
 
@@ -160,10 +178,12 @@ def decide_kernel(
         accepted = draft == argmax
         fallback = argmax
         uniform = tl.zeros((ROWS,), tl.float32)
+        seed = tl.zeros((), tl.int64)
     else:
         # The race overwrites it.
         fallback = tl.full((ROWS,), -1, tl.int32)
-        uniform = row_uniform(tl.load(seed_ptr + slot), tl.load(pos_ptr + row, mask=is_draft_row, other=0))
+        seed = tl.load(seed_ptr + slot)
+        uniform = row_uniform(seed, tl.load(pos_ptr + row, mask=is_draft_row, other=0))
         accepted = has_softmax & (z - (maximum + tl.log(s)) > tl.log(uniform))
     accepted = accepted & known
 
@@ -171,8 +191,8 @@ def decide_kernel(
     relaxes = (rule >= _CONDITIONAL) & (rule <= _BUDGET) & (own >= 0) & (own < num_states) & (num_drafts >= 0)
     own_ptr = state_ptr + own * _NUM_STATES
     by_rule = tl.zeros((ROWS,), tl.int1)
-    exhausted = False
-    guarded = False
+    exhausted = tl.zeros((), tl.int1)
+    guarded = tl.zeros((), tl.int1)
     if relaxes & (tl.load(own_ptr + _EXHAUSTED, mask=relaxes, other=1.0) == 0.0):
         parameters_ptr += slot * _NUM_PARAMETERS
         weight = tl.exp(z - maximum)
@@ -264,6 +284,8 @@ def decide_kernel(
         # The first cost that doesn't fit ends the budget, even if a smaller one would still fit.
         exhausted = tl.max((reached & spends & (paid == 0)).to(tl.int32), axis=0) > 0
         guarded = (tl.max((reached & may & (is_level == 0)).to(tl.int32), axis=0) > 0) & (exhausted == 0)
+        # Every thread has read the old state.
+        tl.debug_barrier()
         if rule == _BUDGET:
             spent += tl.sum(tl.where(reached & spends & paid, cost, 0.0), axis=0)
             tl.store(own_ptr + _SPENT, spent)
@@ -285,4 +307,27 @@ def decide_kernel(
     tl.store(out, tokens.to(tl.int64), mask=i <= num_speculative_steps)
     tl.store(num_sampled_ptr + req, tl.maximum(num_accepted + 1, 0))
     has_race = (is_greedy == 0) & (num_drafts >= 0)
-    tl.store(race_row_ptr + req, tl.where(has_race, start + num_accepted, -1))
+    last_row = start + num_accepted
+    race_ptr = races_ptr + req * RACE_COLUMNS
+    tl.store(race_ptr + RACE_ROW, tl.where(has_race, last_row, -1))
+    tl.store(race_ptr + RACE_SEED, seed)
+    tl.store(race_ptr + RACE_POSITION, tl.load(pos_ptr + last_row, mask=has_race, other=0))
+    tl.store(race_ptr + RACE_REJECTED, tl.max(tl.where(i == num_accepted, draft, -1), axis=0).to(tl.int64))
+
+    # Count. Whole numbers are exact in any order.
+    kind = tl.arange(0, 4)
+    relaxed = tl.sum(by_rule.to(tl.float64), axis=0)
+    regret = tl.sum(tl.where(by_rule, maximum - z, 0.0).to(tl.float64), axis=0)
+    events = tl.where(kind == _RELAXED, relaxed, tl.where(kind == _REGRET, regret, 0.0))
+    events = tl.where(kind == _EXHAUSTED_EVENTS, exhausted.to(tl.float64), events)
+    events = tl.where(kind == _GUARDED_EVENTS, guarded.to(tl.float64), events)
+    tl.atomic_add(totals_ptr + kind, events, mask=events > 0, sem="relaxed")
+    first_none = tl.min(tl.where(draft >= 0, ROWS, i), axis=0)
+    promised_ptr = survival_ptr + slot * survival_columns + i
+    promised = tl.load(promised_ptr, mask=(i < first_none) & (i < survival_columns), other=-1.0)[None, :]
+    tenths = tl.minimum((promised * _SURVIVAL_BINS).to(tl.int32), _SURVIVAL_BINS - 1)
+    kind = kind[:, None]
+    added = tl.where(kind == 0, 1.0, tl.where(kind == 1, promised, is_prefix[None, :].to(tl.float32)))
+    counted = (promised >= 0) & (kind < 3) & (added > 0)
+    of_kind_ptr = totals_ptr + _SURVIVAL_TOKENS + kind * _SURVIVAL_BINS
+    tl.atomic_add(of_kind_ptr + tenths, added.to(tl.float64), mask=counted, sem="relaxed")

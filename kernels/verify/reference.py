@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_aasd.kernels.count.reference import count_drafts
 from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyBatch, VerifyOutput
 from vllm_aasd.kernels.verify.random_reference import row_uniform, token_gumbel
 from vllm_aasd.kernels.verify.relaxation_reference import Relaxation, row_statistics
@@ -127,6 +128,9 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     for req, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start < end:
             _verify_seeded(batch, req, start, end, output)
+    is_filler = batch.expanded_local_pos > batch.num_drafts[batch.expanded_idx_mapping.long()]
+    drafted = batch.draft_sampled.masked_fill(is_filler, PLACEHOLDER_TOKEN_ID)
+    count_drafts(batch.totals, drafted, batch.cu_num_logits, 1, batch.idx_mapping, batch.survival, output)
     return output
 
 
@@ -135,6 +139,7 @@ def _verify_seeded(batch: SeededBatch, req: int, start: int, end: int, output: V
     slot = int(batch.idx_mapping[req])
     z = batch.target_logits[start:end].float()
     drafts = batch.draft_sampled[start + 1 : end].tolist()
+    drafts = [x if j < int(batch.num_drafts[slot]) else PLACEHOLDER_TOKEN_ID for j, x in enumerate(drafts)]
     greedy = bool(batch.temperature[slot] == 0)
     seed, positions = int(batch.seed[slot]), batch.pos[start:end].tolist()
     uniforms = [0.0 if greedy else float(row_uniform(seed, position)) for position in positions[:-1]]

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_aasd.kernels import count
 from vllm_aasd.kernels.common.backends import runs_triton
-from vllm_aasd.kernels.common.checks import INTEGERS, check_logits, check_tensors
+from vllm_aasd.kernels.common.checks import INTEGERS, check_logits, check_once, check_tensors
 from vllm_aasd.kernels.verify import VerifyOutput
 from vllm_aasd.kernels.verify.policies import VerifyPolicies, policy_tensors
 
@@ -36,6 +37,8 @@ class SeededBatch(NamedTuple):
             top-p; greedy rows at temperature 1.
         draft_sampled: [num_logits] int32 or int64, the input token of each row: row i tests the draft token
             of row i + 1. -1, or any id outside the vocabulary, is always rejected.
+        num_drafts: [max_num_reqs] int32, how many of a request's draft tokens were drafted. Those after them are
+            fillers, always rejected.
         cu_num_logits: [num_reqs + 1] int32 or int64: request i owns the rows from entry i up to entry i + 1,
             at most num_speculative_steps + 1. Rows after the last entry have no request; their `relaxed`
             and `regret` are undefined.
@@ -48,11 +51,15 @@ class SeededBatch(NamedTuple):
         num_speculative_steps: the most draft tokens of a request; the width of the output less one.
         policies: by request index, see `VerifyPolicies`; no two requests of a batch may share a row of the state.
         stop_token_ids: [max_num_reqs, max_stop] int32, the distinct ids that end a request, padded with -1.
+        survival: [max_num_reqs, K] float32, the probabilities promised when the drafts were made, see
+            `vllm_aasd.kernels.count`.
+        totals: [count.SIZE] float64, added to: what became of the drafts, see there.
         all_greedy: True only if the temperature of every request is known to be 0: saves two launches.
     """
 
     target_logits: torch.Tensor
     draft_sampled: torch.Tensor
+    num_drafts: torch.Tensor
     cu_num_logits: torch.Tensor
     pos: torch.Tensor
     idx_mapping: torch.Tensor
@@ -63,6 +70,8 @@ class SeededBatch(NamedTuple):
     num_speculative_steps: int
     policies: VerifyPolicies
     stop_token_ids: torch.Tensor
+    survival: torch.Tensor
+    totals: torch.Tensor
     all_greedy: bool = False
 
 
@@ -70,13 +79,18 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     """Verify a batch without waiting for the device; the module's docstring has the rule.
 
     Returns:
-        New tensors, by request and row of the batch; `sampled` is int64. `policies.state` is updated in place; nothing
-        else of the batch is modified.
+        New tensors, by request and row of the batch; `sampled` is int64. `policies.state` and `totals` are updated in
+        place; nothing else of the batch is modified.
 
     Raises:
         ValueError: an argument has a wrong shape or dtype, or is not contiguous. Values on the device are
             not checked.
     """
+    check_once(_check, batch)
+    return _implementation(batch.target_logits.device.type).verify_seeded(batch)
+
+
+def _check(batch: SeededBatch) -> None:
     num_logits = batch.target_logits.shape[0]
     num_reqs = batch.cu_num_logits.shape[0] - 1
     max_num_reqs = batch.temperature.shape[0]
@@ -87,6 +101,7 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
         raise ValueError("cu_num_logits has shape (0,), expected (num_reqs + 1,)")
     check_tensors(
         ("draft_sampled", batch.draft_sampled, (num_logits,), *INTEGERS),
+        ("num_drafts", batch.num_drafts, (max_num_reqs,), torch.int32),
         ("cu_num_logits", batch.cu_num_logits, (num_reqs + 1,), *INTEGERS),
         ("pos", batch.pos, (num_logits,), torch.int64),
         ("idx_mapping", batch.idx_mapping, (num_reqs,), *INTEGERS),
@@ -96,9 +111,10 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
         ("seed", batch.seed, (max_num_reqs,), torch.int64),
         ("stop_token_ids", batch.stop_token_ids, (max_num_reqs, batch.stop_token_ids.shape[-1]), torch.int32),
         *policy_tensors(batch.policies, max_num_reqs),
+        ("survival", batch.survival, (max_num_reqs, batch.survival.shape[-1]), torch.float32),
+        ("totals", batch.totals, (count.SIZE,), torch.float64),
         contiguous=True,
     )
-    return _implementation(batch.target_logits.device.type).verify_seeded(batch)
 
 
 def _implementation(device_type: str) -> ModuleType:

@@ -10,9 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_aasd.kernels.common.backends import gpu_kind
 from vllm_aasd.kernels.common.rows_triton import BEYOND, first_argmax, launch_shape, load_block
 from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID, VerifyOutput
-from vllm_aasd.kernels.verify.decide_triton import DECIDE, FLY, decide_kernel
+from vllm_aasd.kernels.verify.decide_triton import (
+    DECIDE,
+    FLY,
+    RACE_COLUMNS,
+    RACE_POSITION,
+    RACE_REJECTED,
+    RACE_ROW,
+    RACE_SEED,
+    decide_kernel,
+)
 from vllm_aasd.kernels.verify.random_triton import token_gumbel
 from vllm_aasd.kernels.verify.seeded import SeededBatch
 
@@ -31,6 +41,7 @@ def _row_statistics_kernel(
     draft_sampled_ptr,  # [num_logits]
     expanded_idx_mapping_ptr,  # [num_logits]
     expanded_local_pos_ptr,  # [num_logits]
+    num_drafts_ptr,  # [max_num_reqs]
     temperature_ptr,  # [max_num_reqs]
     rule_ptr,  # [max_num_reqs]
     argmax_ptr,  # [num_logits, num_blocks]
@@ -50,13 +61,14 @@ def _row_statistics_kernel(
     slot = tl.maximum(slot, 0)
     is_greedy = tl.load(temperature_ptr + slot) == 0.0
     rule = tl.load(rule_ptr + slot)
-    is_first = tl.load(expanded_local_pos_ptr + row) == 0
+    position = tl.load(expanded_local_pos_ptr + row)
+    num_drafts = tl.load(num_drafts_ptr + slot)
     has_next = row + 1 < num_logits
     is_last = tl.load(expanded_local_pos_ptr + row + 1, mask=has_next, other=0) == 0
     draft = tl.load(draft_sampled_ptr + row + 1, mask=has_next, other=-1)
-    has_draft = (draft >= 0) & (is_last == 0)
-    # A placeholder before this row has ended the accepted prefix.
-    is_reached = is_first | (tl.load(draft_sampled_ptr + row) >= 0)
+    has_draft = (draft >= 0) & (is_last == 0) & (position < num_drafts)
+    # A placeholder or a filler before this row has ended the accepted prefix.
+    is_reached = (position == 0) | ((tl.load(draft_sampled_ptr + row) >= 0) & (position <= num_drafts))
     is_wanted = is_reached & (is_padding == 0) & (is_greedy | has_draft)
     if is_wanted == 0:
         return
@@ -91,34 +103,26 @@ RACE = {"BLOCK": 1024, "num_warps": 2}
 FINISH = {"num_warps": 1}
 
 
-# A part of a batch begins anywhere, and that must not ask for another compilation.
-@triton.jit(do_not_specialize_on_alignment=["draft_sampled_ptr", "cu_num_logits_ptr", "pos_ptr", "idx_mapping_ptr"])
+@triton.jit
 def _race_kernel(
     winner_ptr,  # [num_reqs, num_blocks]
     score_ptr,  # [num_reqs, num_blocks]
-    race_row_ptr,  # [num_reqs]
+    races_ptr,  # [num_reqs, RACE_COLUMNS]
     logits_ptr,  # [num_logits, vocab_size]
     logits_stride,
-    draft_sampled_ptr,  # [num_logits]
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    pos_ptr,  # [num_logits]
-    idx_mapping_ptr,  # [num_reqs]
-    seed_ptr,  # [max_num_reqs]
     vocab_size,
     BLOCK: tl.constexpr,
 ):
     """Run one block of the Gumbel race over the row from which a sampled request draws."""
     req = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    row = tl.load(race_row_ptr + req)
+    race_ptr = races_ptr + req * RACE_COLUMNS
+    row = tl.load(race_ptr + RACE_ROW)
     if row < 0:
         return
-    slot = tl.load(idx_mapping_ptr + req).to(tl.int64)
-    is_bonus = row + 1 >= tl.load(cu_num_logits_ptr + req + 1)
-    draft = tl.load(draft_sampled_ptr + row + 1, mask=is_bonus == 0, other=-1)
     z, ids = load_block(logits_ptr + row * logits_stride, block * BLOCK, vocab_size, BLOCK)
-    z = tl.where(ids == draft, float("-inf"), z)
-    gumbel = token_gumbel(tl.load(seed_ptr + slot), tl.load(pos_ptr + row), ids)
+    z = tl.where(ids == tl.load(race_ptr + RACE_REJECTED), float("-inf"), z)
+    gumbel = token_gumbel(tl.load(race_ptr + RACE_SEED), tl.load(race_ptr + RACE_POSITION), ids)
     score, winner = first_argmax(z + gumbel, ids, 0)
     out = req * tl.num_programs(1) + block + tl.arange(0, 1)
     tl.store(winner_ptr + out, winner)
@@ -129,7 +133,7 @@ def _race_kernel(
 def _finish_kernel(
     sampled_ptr,  # [num_reqs, num_speculative_steps + 1]
     num_sampled_ptr,  # [num_reqs]
-    race_row_ptr,  # [num_reqs]
+    races_ptr,  # [num_reqs, RACE_COLUMNS]
     winner_ptr,  # [num_reqs, num_blocks]
     score_ptr,  # [num_reqs, num_blocks]
     num_blocks,
@@ -138,7 +142,7 @@ def _finish_kernel(
 ):
     """Put the winner of a request's race after its accepted prefix."""
     req = tl.program_id(0).to(tl.int64)
-    if tl.load(race_row_ptr + req) < 0:
+    if tl.load(races_ptr + req * RACE_COLUMNS + RACE_ROW) < 0:
         return
     block = tl.arange(0, BLOCKS)
     exists = block < num_blocks
@@ -149,30 +153,25 @@ def _finish_kernel(
     tl.store(sampled_ptr + req * (num_speculative_steps + 1) + place, winner.to(tl.int64))
 
 
-def _race(output: VerifyOutput, race_row: torch.Tensor, batch: SeededBatch) -> None:
-    """Draw the last token of each request whose `race_row` ([num_reqs] int64) is not -1, into `output`."""
-    num_reqs, vocab_size = race_row.shape[0], batch.target_logits.shape[1]
+def _race(output: VerifyOutput, races: torch.Tensor, batch: SeededBatch) -> None:
+    """Draw the last token of each request that has a race, into `output`."""
+    num_reqs, vocab_size = races.shape[0], batch.target_logits.shape[1]
     num_blocks = triton.cdiv(vocab_size, RACE["BLOCK"])
     winner = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.int32)
     score = batch.target_logits.new_empty(num_reqs, num_blocks, dtype=torch.float32)
     _race_kernel[(num_reqs, num_blocks)](
         winner,
         score,
-        race_row,
+        races,
         batch.target_logits,
         batch.target_logits.stride(0),
-        batch.draft_sampled,
-        batch.cu_num_logits,
-        batch.pos,
-        batch.idx_mapping,
-        batch.seed,
         vocab_size,
         **RACE,
     )
     _finish_kernel[(num_reqs,)](
         output.sampled,
         output.num_sampled,
-        race_row,
+        races,
         winner,
         score,
         num_blocks,
@@ -204,13 +203,14 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     shape, num_blocks = launch_shape(num_logits, vocab_size)
     argmax = empty(num_logits, num_blocks, dtype=torch.int32)
     sums = empty(5, num_logits, num_blocks, dtype=torch.float32)
-    race_row = empty(num_reqs, dtype=torch.int64)
+    races = empty(num_reqs, RACE_COLUMNS.value, dtype=torch.int64)
     _row_statistics_kernel[(num_logits, num_blocks)](
         batch.target_logits,
         batch.target_logits.stride(0),
         batch.draft_sampled,
         batch.expanded_idx_mapping,
         batch.expanded_local_pos,
+        batch.num_drafts,
         batch.temperature,
         batch.policies.rule,
         argmax,
@@ -221,7 +221,7 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
     decide_kernel[(num_reqs,)](
         *output[:4],
         events,
-        race_row,
+        races,
         batch.target_logits,
         batch.target_logits.stride(0),
         argmax,
@@ -229,6 +229,7 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
         num_logits,
         num_blocks,
         batch.draft_sampled,
+        batch.num_drafts,
         batch.cu_num_logits,
         batch.pos,
         batch.idx_mapping,
@@ -240,11 +241,14 @@ def verify_seeded(batch: SeededBatch) -> VerifyOutput:
         batch.stop_token_ids.shape[1],
         vocab_size,
         batch.num_speculative_steps,
+        batch.survival,
+        batch.survival.shape[1],
+        batch.totals,
         BLOCK=shape["BLOCK"],
         ROWS=triton.next_power_of_2(batch.num_speculative_steps + 1),
         BLOCKS=triton.next_power_of_2(num_blocks),
-        **DECIDE,
+        **DECIDE[gpu_kind()],
     )
     if not batch.all_greedy:
-        _race(output, race_row, batch)
+        _race(output, races, batch)
     return output

@@ -1,6 +1,8 @@
 """What is asked: data files, the tasks that ship with Python, prompts, and the scores of answers."""
 
+import itertools
 import json
+import re
 
 import pytest
 
@@ -61,6 +63,25 @@ def test_kinds_of_a_category_are_taken_in_turn_and_an_unknown_category_is_named(
     assert [task.task_id for task in chosen.pop("mt_bench")] == ["a/0", "b/0", "a/1", "b/1"] and not chosen
     with pytest.raises(ValueError, match="no task of category 'x'; there are: mt_bench"):
         tasks.by_category(found, 3, ["x"])
+
+
+def test_every_turn_of_an_agent_quotes_the_edits_of_those_before():
+    session = list(itertools.islice(builtin.agent(), 20))
+    assert [task.task_id.rpartition(":")[2] for task in session] == [str(turn) for turn in range(1, 11)] * 2
+    for before, after in itertools.pairwise(session[:10]):
+        name = re.findall("rename `(.*?)`", before.text)[-1]
+        code = before.text.rpartition("```python\n")[2].partition("```")[0]
+        assert after.text.startswith(before.text) and re.search(rf"\b{name}\b", code)
+        assert re.sub(rf"\b{name}\b", f"new_{name}", code) in after.text[len(before.text) :]
+
+
+def test_halves_hold_every_task_once():
+    given = {name: [tasks.Task(f"{name}{number}", name, "x") for number in range(5)] for name in "ab"}
+    found = tasks.halves(given)
+    assert {name: len(of) for name, of in found.items()} == {"first half": 5, "last half": 5}
+    assert sorted(itertools.chain(*found.values())) == sorted(itertools.chain(*given.values()))
+    assert found == tasks.halves(given)
+    assert {task.category for task in found["first half"]} == {"a", "b"}
 
 
 def test_builtin_tasks_are_the_same_each_time_and_nothing_is_fitted_on_them():

@@ -7,10 +7,8 @@ from aasd_testing.device import Device
 from vllm_aasd.drafting.batch_draft_length import BatchDraftLength
 
 MAX_REQUESTS = 256
-WIDTHS = (0, 1, 2, 4, 8)
-BY_REQUESTS = [0] + [
-    next((w for last, w in ((4, 8), (16, 4), (49, 2), (128, 1)) if n <= last), 0) for n in range(1, 257)
-]
+WIDTHS = (0, 1, 3, 7)
+BY_REQUESTS = [0] + [next((w for last, w in ((4, 7), (16, 3), (128, 1)) if n <= last), 0) for n in range(1, 257)]
 MANY_TOKENS = 1 << 20
 
 
@@ -48,7 +46,7 @@ class Run:
         return tokens / seconds / (self._num_requests / plain)
 
 
-@pytest.mark.parametrize("num_requests", [1, 4, 5, 16, 17, 49, 50, 128, 129, 256])
+@pytest.mark.parametrize("num_requests", [1, 4, 5, 16, 17, 128, 129, 256])
 def test_begins_with_what_it_is_given(num_requests):
     assert learner().choose(num_requests) == BY_REQUESTS[num_requests]
 
@@ -80,7 +78,7 @@ def test_another_kind_of_answers_is_noticed(answer, num_steps):
     run.speed_up(rejecting, num_steps)
     assert np.mean(run.chosen[-100:]) < 0.5
     run.speed_up(copying, num_steps)
-    assert np.mean(run.chosen[-100:]) > 7
+    assert np.mean(run.chosen[-100:]) > 6
     run.speed_up(rejecting, num_steps)
     assert np.mean(run.chosen[-100:]) < 0.5
 
@@ -89,7 +87,8 @@ def test_probes_are_rare_and_rarer_where_they_cost():
     shares = []
     for cost in (0.002, 0.2):
         run = Run(learner(), 16)
-        device = Device(0.0, 0.0, cost)
+        # Without hiccups, which can make a length look cheap for a while.
+        device = Device(0.0, 0.0, cost, hiccups=0.0)
         run.speed_up(device, 500)
         run.chosen.clear()
         run.speed_up(device, 3000)
@@ -147,31 +146,37 @@ def test_no_single_step_says_much():
 
 def test_all_requests_find_room():
     widths = learner(max_tokens=20)
-    assert settled(widths, 4) == 4, "five positions each"
-    widths = learner(max_tokens=36)
-    assert settled(widths, 4) == 8
-    widths = learner([0, *[8] * MAX_REQUESTS], max_tokens=256)
-    assert [settled(widths, n) for n in (28, 29, 256)] == [8, 0, 0]
+    assert settled(widths, 4) == 3, "five positions each"
+    widths = learner(max_tokens=32)
+    assert settled(widths, 4) == 7
+    widths = learner([0, *[7] * MAX_REQUESTS], max_tokens=256)
+    assert [settled(widths, n) for n in (32, 33, 256)] == [7, 0, 0]
     run = Run(learner(max_tokens=40), 8)
     run.speed_up(Device(0.9, 0.95, 0.0), 300)
-    assert max(run.chosen) == 4
+    assert max(run.chosen) == 3
+
+
+def test_lengths_that_it_does_not_begin_with_are_found():
+    run = Run(BatchDraftLength([0] + [1] * MAX_REQUESTS, MANY_TOKENS, (7, 3)), 4)
+    run.speed_up(Device(0.9, 0.95, 0.0), 800)
+    assert run.chosen[1] == 1 and np.mean(run.chosen[-100:]) > 6
 
 
 def test_who_begins_brings_what_is_usual():
     widths = learner()
     usual = widths.survival()
     for _ in range(20):
-        step(widths, 8, 0.01, 4, [0, 0, 0, 0])
+        step(widths, 7, 0.01, 4, [0, 0, 0, 0])
     rejected = widths.survival()
     assert rejected[0] < 0.1 < usual[0]
-    step(widths, 8, None, 4, [], num_new=1)
+    step(widths, 7, None, 4, [], num_new=1)
     assert rejected[0] < widths.survival()[0] < usual[0]
-    step(widths, 8, None, 1, [], num_new=1)
+    step(widths, 7, None, 1, [], num_new=1)
     again = widths.survival()
     assert again[0] > 0.1
     for _ in range(2000):
-        step(widths, 8, 0.01, 4, [0, 0, 0, 0])
-    step(widths, 8, None, 1, [], num_new=1)
+        step(widths, 7, 0.01, 4, [0, 0, 0, 0])
+    step(widths, 7, None, 1, [], num_new=1)
     assert widths.survival()[0] < 0.02, "what is usual is learned too"
     assert np.isfinite(widths.survival()).all()
 
@@ -180,7 +185,7 @@ def test_survival_is_the_share_that_got_so_far():
     widths = learner()
     device = Device(0.6, 0.5, 0.0)
     for _ in range(400):
-        step(widths, 4, 0.01, 32, device.accepted(32, 4))
-    expected = [0.6 * 0.5**at for at in range(4)]
-    assert widths.survival()[:4] == pytest.approx(expected, abs=0.05)
+        step(widths, 3, 0.01, 32, device.accepted(32, 3))
+    expected = [0.6 * 0.5**at for at in range(3)]
+    assert widths.survival()[:3] == pytest.approx(expected, abs=0.05)
     assert (np.diff(widths.survival()) <= 0).all()

@@ -122,6 +122,7 @@ def test_reliability_begins_as_what_longer_matches_deserve():
 _SERVED = """
 import numpy as np
 from vllm_aasd.drafting.drafter import AlignmentView, Drafter, warm_up
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.kernels.draft import Prior, cpu, index_cpu
 from vllm_aasd.kernels.text import cpu as text_cpu, reliability_cpu
@@ -130,11 +131,11 @@ compiled = [cpu.draft, index_cpu.extend_index, text_cpu.append, reliability_cpu.
 warm_up()
 before = [len(function.signatures) for function in compiled]
 prior = Prior(np.zeros((50, 3), np.int32), np.full((50, 3), 0.1, np.float32), np.array([1, 2, 3, -1], np.int32))
-drafter = Drafter(50, 8, 0.02, prior, texts=KnownTexts(1 << 20, 8, prior.texts))
+drafter = Drafter(50, 8, 0.02, prior, texts=KnownTexts(1 << 20, 8, Corpora(prior.texts, {"a": prior.texts})))
 view = AlignmentView(np.full((32, 9), -1, np.int32), np.zeros(2, np.int32), 16)
 context = np.array([1, 2, 3] * 5, np.int32)
 for number, (namespace, prediction) in enumerate([(None, None), (3, None), (3, np.array([1, 2, 3], np.int32))]):
-    drafter.admit(f"{number}", namespace, prediction)
+    drafter.admit(f"{number}", namespace, prediction, ["a"])
     for length in (6, 7, 9):
         drafter.draft(f"{number}", context[:length], view, 5)
         drafter.verified(f"{number}", 1, 0)

@@ -7,6 +7,7 @@ import pytest
 
 from aasd_testing import fake_v1, fake_v2
 from aasd_testing.chat_tokenizer import Tokenizer
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.drafting.own_text import Text, with_texts
@@ -78,7 +79,7 @@ def test_texts_are_kept_with_an_end_after_each():
 
 
 def test_a_prior_s_texts_are_drafted_from():
-    texts = KnownTexts(0, 2, np.array([9, 5, 6, 7, 8, -1, 1, 2, -1], np.int32))
+    texts = KnownTexts(0, 2, Corpora(np.array([9, 5, 6, 7, 8, -1, 1, 2, -1], np.int32)))
     drafter = Drafter(VOCAB_SIZE, 2, 0.0, texts=texts)
     drafted, survival = drafter.draft("r", np.array([3, 5, 6], np.int32), NO_ALIGNMENT, 2)
     assert drafted.tolist() == [7, 8]

@@ -14,7 +14,12 @@ OPTIONS = {
     "enable_prompt_embeds": True,
     "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
 }
-AASD = {"aasd_draft_length": 8, "aasd_alignment": True, "aasd_allow_request_override": "any"}
+AASD = {
+    "aasd_draft_length": 8,
+    "aasd_alignment": True,
+    "aasd_allow_request_override": "any",
+    "aasd_corpora": {},
+}
 
 
 @pytest.fixture(scope="session")

@@ -78,3 +78,33 @@ def test_a_prediction_is_drafted_from(aasd_engine, plain, kind):
     assert found.token_ids == plain.token_ids
     assert share(found) > 0.7
     assert share(aasd_engine.run(asked("predicting", aasd_memory="off"))) < 0.6
+
+
+def test_a_corpus_is_drafted_from_by_who_names_it_while_it_is_there(aasd_engine, plain, tmp_path):
+    """Added and dropped while the engine serves; answers stay the target's own."""
+    for number, output in enumerate(plain.outputs):
+        (tmp_path / f"{number}.txt").write_text(output["text"])
+    (tmp_path / "binary").write_bytes(b"\0")
+
+    def answered(**options):
+        return aasd_engine.run(asked("of corpora", aasd_memory="off", **options))
+
+    with pytest.raises(Exception, match="aasd_corpora is not allowed.*Known: none"):
+        answered(aasd_corpora="answers")
+    assert aasd_engine.rpc("aasd_add_corpus", "answers", str(tmp_path)) == [["answers"]]
+    with_it = answered(aasd_corpora=["answers"])
+    assert with_it.token_ids == plain.token_ids and with_it.faults == {}
+    assert share(with_it) > 0.7
+    for options in ({}, {"aasd_corpora": "off"}, {"aasd_corpora": []}):
+        assert share(answered(**options)) < 0.6
+    with pytest.raises(Exception, match="aasd_corpora is not allowed.*Known: 'answers'"):
+        answered(aasd_corpora="another")
+    with pytest.raises(Exception, match="corpus 'x' at /nowhere can't be loaded"):
+        aasd_engine.rpc("aasd_add_corpus", "x", "/nowhere")
+    # What it says now is another text: the old one is gone.
+    for file in tmp_path.glob("*.txt"):
+        file.write_text("nothing of it")
+    assert aasd_engine.rpc("aasd_add_corpus", "answers", str(tmp_path)) == [["answers"]]
+    assert share(answered(aasd_corpora="answers")) < 0.6
+    assert aasd_engine.rpc("aasd_drop_corpus", "answers") == [[]]
+    assert "1 files were skipped" in aasd_engine.log()

@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import time
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.engine
 PROMPTS = real_prompts(6, max_chars=700)
 # Without earlier answers, from which drafts would be the target's own tokens.
 LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": True, "aasd_memory": "off", "aasd_alpha": 10.0, "aasd_beta": 0.0}
+LOOSEST["aasd_corpora"] = {}
 STRICT = {"aasd_verification": "strict"}
 LABELS = ("engine", "0"), ("model_name", "model")
 
@@ -27,6 +30,7 @@ def serving(model, speculative_config, *options):
     arguments = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager", *options]
     arguments += ["--speculative-config", json.dumps({"method": "aasd", **speculative_config})]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOG_STATS_INTERVAL": "2"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"
     return Server(model, arguments, environment)
 
 
@@ -63,6 +67,35 @@ def text_of(answer):
 def drafted_and_accepted(server):
     samples = server.metrics()
     return tuple(samples[f"vllm:spec_decode_num_{name}_tokens_total", *LABELS] for name in ("draft", "accepted"))
+
+
+def test_an_operator_adds_and_drops_a_corpus_over_http(server, client, plain, tmp_path):
+    """The front end, another process than the worker, knows its name from then on."""
+    (tmp_path / "answers").write_text("\n".join(plain))
+    named = {**STRICT, "aasd_corpora": ["answers"]}
+
+    def call(method, *args):
+        body = json.dumps({"method": method, "args": args}).encode()
+        request = urllib.request.Request(f"{server.url}/collective_rpc", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["results"]
+
+    def refused():
+        with pytest.raises(openai.BadRequestError, match="aasd_corpora is not allowed.*Known: none"):
+            ask(client, PROMPTS[0], named)
+
+    refused()
+    with pytest.raises(urllib.error.HTTPError):
+        call("aasd_add_corpus", "answers", str(tmp_path / "missing"))
+    assert call("aasd_add_corpus", "answers", str(tmp_path)) == [["answers"]]
+    shares = []
+    for xargs in (STRICT, named):
+        _, accepted = drafted_and_accepted(server)
+        assert [text_of(ask(client, prompt, xargs)) for prompt in PROMPTS] == plain
+        shares.append((drafted_and_accepted(server)[1] - accepted) / (32 * len(PROMPTS)))
+    assert shares[1] > 0.7 and shares[0] < 0.6, shares
+    assert call("aasd_drop_corpus", "answers") == [[]]
+    refused()
 
 
 def test_streamed_and_whole_answers_agree(client):

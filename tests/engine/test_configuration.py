@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import logging
 import pickle
 import types
 
 import pytest
-from vllm.config import ParallelConfig, SpeculativeConfig
+from vllm.config import CUDAGraphMode, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_aasd import plugin
 from vllm_aasd.config import Settings
@@ -42,7 +44,7 @@ def test_the_method_alone_is_a_configuration(create):
     speculative_config = config.speculative_config
     assert speculative_config.aasd == Settings()
     assert speculative_config.num_speculative_tokens == 32
-    assert create({"method": "aasd"}, enable_lora=True).speculative_config.num_speculative_tokens == 8
+    assert create({"method": "aasd"}, enable_lora=True).speculative_config.num_speculative_tokens == 7
     assert config.parallel_config.worker_cls == unsupported.CPU_WORKER
     assert "method='aasd'" in repr(speculative_config) and "aasd_beta=0.5" in repr(speculative_config)
 
@@ -108,34 +110,66 @@ def scheduled_lengths(config):
 def test_where_a_step_is_as_wide_as_the_longest_draft_the_width_goes_by_the_number_of_requests(create, on_v2):
     config = create({"method": "aasd"})
     lengths = scheduled_lengths(config)
-    assert [lengths[n] for n in (1, 4, 5, 16, 17, 49, 50, 128, 129, 200)] == [8, 8, 4, 4, 2, 2, 1, 1, 0, 0]
-    assert "by requests [(1, 4, 8), (5, 16, 4)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
+    assert [lengths[n] for n in (1, 4, 5, 16, 17, 128, 129, 200)] == [7, 7, 3, 3, 1, 1, 0, 0]
+    assert "by requests [(1, 4, 7), (5, 16, 3)," in repr(pickle.loads(pickle.dumps(config)).speculative_config)
 
 
-@pytest.mark.parametrize(("longest", "lengths"), [(16, [16, 4, 2, 1, 0]), (5, [5, 4, 2, 1, 0]), (1, [1, 1, 1, 1, 0])])
+@pytest.mark.parametrize(("longest", "lengths"), [(16, [16, 3, 1, 0]), (5, [5, 3, 1, 0]), (1, [1, 1, 1, 0])])
 @pytest.mark.parametrize("is_flag", [False, True])
 def test_drafts_are_at_most_as_long_as_somebody_says(create, on_v2, longest, lengths, is_flag):
     keys, options = ({}, {"spec_tokens": longest}) if is_flag else ({"num_speculative_tokens": longest}, {})
     config = create({"method": "aasd", **keys}, **options)
     assert config.speculative_config.num_speculative_tokens == longest
-    assert [scheduled_lengths(config)[n] for n in (4, 16, 49, 128, 200)] == lengths
+    assert [scheduled_lengths(config)[n] for n in (4, 16, 128, 200)] == lengths
     assert config.speculative_config.aasd_learns_widths
 
 
 @pytest.mark.parametrize(
     ("most", "lengths"),
-    [(1, [8]), (2, [8, 0]), (5, [8, 0]), (64, [8, 4, 2, 1, 0]), (128, [8, 4, 2, 1, 0]), (129, [8, 4, 2, 1, 0])],
+    [(1, [7]), (2, [7, 0]), (5, [7, 0]), (64, [7, 3, 1, 0]), (128, [7, 3, 1, 0]), (129, [7, 3, 1, 0])],
 )
 def test_vllm_captures_graphs_of_steps_without_drafts_whatever_the_most_requests(create, on_v2, most, lengths):
     of = create({"method": "aasd"}, max_num_seqs=most).speculative_config
     found = build_dynamic_sd_schedule_lookup(of.num_speculative_tokens_per_batch_size, most, of.num_speculative_tokens)
     assert sorted(set(found[1:]), reverse=True) == lengths
-    assert found[1:most] == scheduled_lengths(create({"method": "aasd"}))[1:most]
+
+
+def piecewise(config, longest):
+    """Steps within what vLLM captures, as (requests, draft length), that vLLM has no full CUDA graph for."""
+    config.compilation_config.cudagraph_mode = mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.cudagraph_capture_sizes = config.compilation_config.max_cudagraph_capture_size = None
+    config._set_cudagraph_sizes()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get_pp_group", "is_breakable_cudagraph_enabled"):
+            patch.setattr(cudagraph_utils, name, lambda: types.SimpleNamespace(is_first_rank=True, is_last_rank=True))
+        patch.setattr(type(cudagraph_utils.current_platform), "get_global_graph_pool", lambda self: None)
+        graphs = cudagraph_utils.CudaGraphManager(config, "cpu", mode, longest + 1)
+    graphs._graphs_captured = True
+    most = config.compilation_config.max_cudagraph_capture_size
+    return [
+        (n, length)
+        for length in sorted({0, *scheduled_lengths(config)[1:]})
+        for n in range(1, min(config.scheduler_config.max_num_seqs, most // (length + 1)) + 1)
+        if graphs.dispatch(n, n * (length + 1), length + 1, 0, length + 1).cg_mode != CUDAGraphMode.FULL
+    ]
+
+
+@pytest.mark.parametrize("most", [2, 5, 8, 12, 64, 100, 128, 256, 1024])
+def test_every_step_that_vllm_captures_has_a_full_graph(create, on_v2, most):
+    assert piecewise(create({"method": "aasd"}, max_num_seqs=most), 7) == []
+
+
+def test_lengths_that_do_not_nest_have_no_graphs_and_are_warned_of(create, on_v2, caplog):
+    with caplog.at_level(logging.WARNING, "vllm.aasd"):
+        assert piecewise(create({"method": "aasd", "num_speculative_tokens": 15}, max_num_seqs=256), 15) == []
+        assert "CUDA graphs" not in caplog.text
+        assert piecewise(create({"method": "aasd", "num_speculative_tokens": 8}, max_num_seqs=256), 8)
+    assert "with num_speculative_tokens=8, full CUDA graphs exist for some" in caplog.text
 
 
 def test_a_scheduler_that_does_not_learn_drafts_for_the_most_requests_too(create, on_v2):
     config = create({"method": "aasd"}, max_num_seqs=16, scheduler_cls="my.Scheduler")
-    assert scheduled_lengths(config)[16] == 4
+    assert scheduled_lengths(config)[16] == 3
 
 
 @pytest.mark.parametrize(
@@ -159,7 +193,7 @@ def test_the_scheduler_learns_widths_where_it_can_choose_them(create, on_v2, key
 @pytest.mark.parametrize(
     ("keys", "options", "longest"),
     [
-        ({}, {"async_scheduling": False}, 8),
+        ({}, {"async_scheduling": False}, 7),
         ({}, {"data_parallel_size": 2}, 2),
         ({"num_speculative_tokens": 5}, {"async_scheduling": False}, 5),
         ({"num_speculative_tokens": 5}, {"data_parallel_size": 2}, 5),
@@ -355,3 +389,13 @@ def test_register_never_raises(monkeypatch, caplog):
     monkeypatch.setattr(configuration, "install", broken)
     plugin.register()
     assert "method 'aasd' isn't available" in caplog.text
+
+
+def test_corpora_are_checked_where_the_server_starts(create, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"aasd_corpora=\{'docs': '/nowhere'\} is not allowed: there is no such file"):
+        create({"method": "aasd", "aasd_corpora": {"docs": "/nowhere"}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    config = create({"method": "aasd", "aasd_corpora": {"docs": "docs"}}).speculative_config
+    assert config.aasd.corpora == (("docs", str(tmp_path / "docs")),) and config.aasd_corpora_file
+    assert create({"method": "aasd"}).speculative_config.aasd_corpora_file == ""

@@ -18,7 +18,7 @@ from vllm.v1.metrics.reader import Counter
 
 from vllm_aasd import metrics as public
 from vllm_aasd.counters import METRICS, Counters, summary
-from vllm_aasd.engine import metrics
+from vllm_aasd.engine import metrics, server_folder
 from vllm_aasd.engine.failsafe import MAX_FAULTS, Faults
 from vllm_aasd.kernels import count
 from vllm_aasd.kernels.verify import VerifyOutput
@@ -196,7 +196,7 @@ if __name__ == "__main__":
 
 def test_a_server_and_its_children_share_a_folder_and_another_server_has_its_own(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PROMETHEUS_MULTIPROC_DIR", metrics._FOLDER)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PROMETHEUS_MULTIPROC_DIR", server_folder.VARIABLE)}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "parent.py")], capture_output=True, text=True, check=True, env=environment
     )
@@ -210,16 +210,18 @@ def front_end(monkeypatch):
     """A process that hasn't made its folder yet; what it sets and registers is taken back."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     # To be set by the code under test, so that it is taken back.
-    monkeypatch.setenv(metrics._FOLDER, "")
+    monkeypatch.setenv(server_folder.VARIABLE, "")
     monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)
     # Earlier tests of this process may have made theirs.
     for collector, names in list(REGISTRY._collector_to_names.items()):
         if any(name.startswith("aasd:") for name in names):
             REGISTRY.unregister(collector)
     registered = set(REGISTRY._collector_to_names)
-    metrics.serving_folder.cache_clear()
+    for made in (metrics.serving_folder, server_folder.server_folder):
+        made.cache_clear()
     yield monkeypatch
-    metrics.serving_folder.cache_clear()
+    for made in (metrics.serving_folder, server_folder.server_folder):
+        made.cache_clear()
     for collector in set(REGISTRY._collector_to_names) - registered:
         REGISTRY.unregister(collector)
 

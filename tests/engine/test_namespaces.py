@@ -92,6 +92,7 @@ def new_scheduler(monkeypatch):
 
     def init(self, **_):
         self.dynamic_sd_lookup, self.num_spec_tokens, self.max_num_running_reqs = None, 4, 2
+        self.structured_output_manager = None
 
     monkeypatch.setattr(Scheduler, "__init__", init)
     monkeypatch.setattr(Scheduler, "add_request", lambda self, one: added.append(namespace_of(one.sampling_params)))
@@ -101,6 +102,7 @@ def new_scheduler(monkeypatch):
         config = SimpleNamespace(
             speculative_config=None,
             scheduler_config=SimpleNamespace(async_scheduling=False),
+            model_config=SimpleNamespace(skip_tokenizer_init=True),
             use_v2_model_runner=is_v2,
         )
         return scheduler.AASDScheduler(vllm_config=config), added

@@ -10,9 +10,9 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from aasd_testing.alignment_rows import read
-from vllm_aasd.alignment import PREFILL_CHUNK, AlignmentStore
+from vllm_aasd.alignment import AlignmentStore
 from vllm_aasd.engine.v2 import prompt_logits
-from vllm_aasd.engine.v2.prompt_logits import PromptLogits
+from vllm_aasd.engine.v2.prompt_logits import CHUNK, PromptLogits
 
 VOCAB, PART, HIDDEN, TOP_K, RANKS = 50, 32, 8, 4, 2
 """The last rank's part of the vocabulary has 18 tokens and padding."""
@@ -128,10 +128,10 @@ def assert_equal(stores, num_tokens):
 
 
 def test_only_partial_entries_are_gathered(store_on_all_ranks):
-    num_tokens = PREFILL_CHUNK + 3
+    num_tokens = CHUNK + 3
     stores, gathered = store_on_all_ranks(Model, num_tokens)
     assert_equal(stores, num_tokens)
-    assert gathered == {(PREFILL_CHUNK, 1 + 2 * TOP_K), (3, 1 + 2 * TOP_K)}
+    assert gathered == {(CHUNK, 1 + 2 * TOP_K), (3, 1 + 2 * TOP_K)}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_only_partial_entries_are_gathered(store_on_all_ranks):
     ],
 )
 def test_other_models_gather_whole_rows_and_say_so(store_on_all_ranks, caplog, model_class, reason):
-    num_tokens = PREFILL_CHUNK + 3
+    num_tokens = CHUNK + 3
     with caplog.at_level(logging.INFO, "vllm.aasd"):
         stores, gathered = store_on_all_ranks(model_class, num_tokens)
     assert_equal(stores, num_tokens)
-    assert gathered == {(PREFILL_CHUNK, PART), (3, PART)}
+    assert gathered == {(CHUNK, PART), (3, PART)}
     assert sum(reason in record.message for record in caplog.records) == RANKS, "once on each rank"

@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_aasd.config import Settings
-from vllm_aasd.engine import request_options
+from vllm_aasd.engine import corpus_names, request_options
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.kernels.verify.policies import BETA, CONDITIONAL, STRICT
@@ -114,3 +114,27 @@ def test_sampling_grammars_and_logprobs_make_a_request_strict(relaxes_sampling, 
     params = SamplingParams(**{"temperature": 0.0, "stop_token_ids": [5, 3], **asked})
     asked = request_options.verification_of(Settings(relax_sampling=relaxes_sampling), params)
     assert asked.is_strict is is_strict and asked.stop_token_ids == ([] if is_strict else [3, 5])
+
+
+def test_a_corpus_that_is_not_there_is_the_clients_error(verify, tmp_path):
+    server = Settings.parse({"aasd_corpora": {"docs": "/srv/docs", "api": "/srv/api"}})
+    config = types.SimpleNamespace(aasd=server, aasd_corpora_file=str(tmp_path / "names"))
+
+    def ask(*names):
+        params = SamplingParams(extra_args={"aasd_corpora": list(names)})
+        params.verify(None, config, None, None)
+
+    ask("api", "docs")
+    ask()
+    with pytest.raises(ValueError) as refusal:
+        ask("secret")
+    allowed = "a name, a list of at most 4 names, or 'off'. Known: 'docs', 'api'."
+    assert str(refusal.value).startswith(f"The request's aasd_corpora is not allowed: it takes {allowed}")
+    # What workers have added and dropped since the start.
+    corpus_names.write_names(config.aasd_corpora_file, ["new"])
+    ask("new")
+    with pytest.raises(ValueError, match="Known: 'new'"):
+        ask("docs")
+    corpus_names.write_names(config.aasd_corpora_file, [f"name{number}" for number in range(1000)])
+    with pytest.raises(ValueError, match=r"'name19', \.\.\.\. "):
+        ask("docs")

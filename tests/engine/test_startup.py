@@ -70,3 +70,16 @@ def test_rows_of_a_dummy_step_have_no_adapter(has_adapters):
     )
     assert startup.dummy_forward(runner, 5).shape == (5, 2)
     assert mapped == [((0,) * 5, (0,) * 5, set())] * has_adapters
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "batched_tokens", "num_rows"), [(1024, 8192, 910 * 8), (64, 8192, 64 * 8), (1, 2048, 8)]
+)
+def test_what_vllms_warm_up_makes(max_num_seqs, batched_tokens, num_rows):
+    config = types.SimpleNamespace(
+        scheduler_config=types.SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=batched_tokens),
+        model_config=types.SimpleNamespace(dtype=torch.bfloat16),
+        num_speculative_tokens=7,
+    )
+    num_logits = num_rows * 152000
+    assert startup.warm_up_bytes(config, 152000) == 2 * num_logits + min(4 * num_logits, 2**30)

@@ -8,8 +8,10 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from aasd_testing.fake_v2 import FakeRunner, next_token, target_alone
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.engine.namespaces import prediction_of
 from vllm_aasd.engine.v2.texts import V2Texts
+from vllm_aasd.kernels.text.batch import PREDICTION_COLUMN
 from vllm_aasd.kernels.text.batch_reference import indexes_of
 from vllm_aasd.kernels.text.reference import append, lookup
 
@@ -156,7 +158,7 @@ def test_pieces_of_many_predictions_are_the_whole_predictions():
     for slot, prediction in predictions.items():
         wanted = -1 if slot == 3 else len(prediction)
         assert int(device.predictions[slot, 1]) == max(wanted, 0)
-        namespace = int(device.slots[slot, 2])
+        namespace = int(device.slots[slot, PREDICTION_COLUMN])
         assert (namespace == -1) == (slot == 3)
         if len(prediction) > 1100 and slot != 3:
             assert lookup(index, namespace, prediction[:1050], 1049)[:2] == (prediction[1050], 32)
@@ -165,16 +167,26 @@ def test_pieces_of_many_predictions_are_the_whole_predictions():
 def test_corpora_are_everybodys():
     texts = V2Texts(0, True, 2, 4, torch.device("cpu"))
     without = texts.nbytes
-    texts.learn_corpora(np.array([*range(30), -1, 5, 7, 5, -1], np.int32))
+    own_text = np.array([*range(20), -1, 5, 7, 5, -1], np.int32)
+    corpora = Corpora(own_text, {"a": np.array([*MARKER, -1], np.int32)}, spare_pages=2)
+    texts.learn_corpora(corpora)
     assert texts.nbytes > without
     device = texts.bind()
     assert device.num_pages == 0 and device.has_text
     texts.enter(0)
-    texts.admit(0, 3, np.array([1, 2], np.int32))
+    texts.admit(0, 3, np.array([1, 2], np.int32), ["b", "a"])
     texts.enter(1)
     texts.apply_staged_writes()
-    assert device.slots[:, :3].tolist() == [[0, -1, -1], [-1, -1, -1]]
-    assert lookup(indexes_of(device)[1], 0, np.array([3, 4, 5], np.int32), 2)[0] == 6
+    assert device.slots[:, :7].tolist() == [[1, -1, -1, -1, 0, -1, -1], [-1] * 7]
+
+    def found(namespace, *context):
+        return lookup(indexes_of(device)[1], namespace, np.array(context, np.int32), len(context) - 1)[0]
+
+    assert found(0, 3, 4, 5) == 6 and found(1, *MARKER[:2]) == MARKER[2] and found(0, *MARKER[:2]) == -1
+    corpora.drop("a")
+    corpora.add("b", np.array([*MARKER[::-1], -1], np.int32))
+    texts.write_corpora()
+    assert found(0, 3, 4, 5) == 6 and found(1, *MARKER[:2]) == -1 and found(2, *MARKER[:1:-1]) == MARKER[1]
 
 
 @pytest.mark.parametrize("prediction", ["text", [2**40], [[1, 2], [3]], [[1, 2]], ["a"], [], {"a": 1}, 7, None])
@@ -184,14 +196,14 @@ def test_what_is_no_list_of_token_ids_predicts_nothing(prediction):
 
 def test_appending_by_pages_or_at_once_is_the_same():
     """Of the plain function that both runners' documents follow: one that is longer than the index, too."""
-    from vllm_aasd.kernels.text import new_index
+    from vllm_aasd.kernels.text import PLACE_BITS, new_index
     from vllm_aasd.kernels.text.cpu import append as compiled
 
     tokens = np.random.default_rng(0).integers(9, size=2500).astype(np.int32)
     indexes = new_index(16), new_index(16)
     for index, op in zip(indexes, (append, compiled), strict=True):
         last_page = op(index, 3, -1, 0, tokens, 0, 40)
-        assert op(index, 3, last_page, 40, tokens, 40, len(tokens)) == 39
+        assert op(index, 3, last_page, 40, tokens, 40, len(tokens)) == (39 // 16 << PLACE_BITS) + 39 % 16
     for one, other in zip(*indexes, strict=True):
         np.testing.assert_array_equal(one, other)
     assert new_index(0).begun == 0 and append(new_index(0), 3, -1, 0, tokens, 0, 9) == -1

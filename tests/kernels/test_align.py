@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
-from aasd_testing.alignment_rows import INF, UNTOUCHED, probabilities, random_rows, untouched_table
+from aasd_testing.alignment_rows import UNTOUCHED, probabilities, untouched_table
+from vllm_aasd.gpu_check.inputs import random_rows, rows_to_align
+from vllm_aasd.gpu_check.verify_inputs import INF
 from vllm_aasd.kernels import align as op
 from vllm_aasd.kernels.align import align, align_merge, align_shard, cpu, reference, warm_up
 
@@ -41,15 +43,6 @@ def path(request):
 
     run.tolerance = TOLERANCE[request.param]
     return run
-
-
-def rows_to_align(num_rows, vocab_size, dtype, seed):
-    """Logits of every odd kind, with tokens and slots; two rows are padding."""
-    logits = random_rows(num_rows, vocab_size, dtype, seed)
-    g = torch.Generator().manual_seed(seed)
-    slots = torch.randperm(2 * num_rows, generator=g)[:num_rows]
-    slots[[0, num_rows - 2]] = -1
-    return logits, torch.randint(0, vocab_size, (num_rows,), generator=g).int(), slots
 
 
 def assert_entries(table, logits, tokens, slots, tolerance):

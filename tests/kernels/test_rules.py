@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aasd_testing import verify_paths
-from aasd_testing.seeded_batches import INF, NAN, batch
+from vllm_aasd.gpu_check.verify_inputs import INF, NAN, batch
 from vllm_aasd.kernels.verify.policies import (
     BUDGET,
     CONDITIONAL,

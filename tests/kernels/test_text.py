@@ -1,7 +1,5 @@
 """The text index: the compiled path against its reference, what it finds against the texts themselves, its bounds."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -33,10 +31,11 @@ def contexts(rng, documents, count, vocab_size=6):
         yield (namespace if rng.random() < 0.8 else int(rng.integers(4))), np.array(context, np.int32)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_compiled_path_is_the_reference(seed):
+@pytest.mark.parametrize("num_pages", [1, 13, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_compiled_path_is_the_reference(seed, num_pages):
     rng = np.random.default_rng(seed)
-    documents = Documents(cpu, 16), Documents(reference, 16)
+    documents = Documents(cpu, num_pages), Documents(reference, num_pages)
     for _ in range(4):
         grow(rng, documents, 25)
         for ours, theirs in zip(documents[0].index, documents[1].index, strict=True):
@@ -107,35 +106,8 @@ def test_an_empty_index_finds_nothing():
 def test_memory_is_bounded_by_what_was_asked_for():
     for num_bytes in (1 << 20, 3 << 20, 64 << 20):
         index = new_index(text.num_pages_for(num_bytes))
-        assert num_bytes / 2 < sum(array.nbytes for array in index) <= num_bytes + 8
+        assert 0.99 * num_bytes < sum(array.nbytes for array in index) <= num_bytes + 8
     assert text.num_pages_for(0) == text.num_pages_for(1000) == 0
-
-
-@pytest.mark.long
-def test_the_time_of_a_step_stays_flat_over_a_million_requests():
-    """10^6 answers, of which one tenant floods with near copies; another's appends and lookups take as long as ever."""
-    rng = np.random.default_rng(0)
-    index = new_index(1 << 10)
-    answer = rng.integers(30000, size=200).astype(np.int32)
-
-    def append(namespace, tokens):
-        cpu.append(index, namespace, -1, 0, tokens, 0, len(tokens))
-
-    def seconds_of_another():
-        begun = time.perf_counter()
-        for _ in range(200):
-            append(1, answer)
-            for end in range(20, 60):
-                cpu.lookup(index, 1, answer, end)
-        return time.perf_counter() - begun
-
-    seconds_of_another()
-    quiet = min(seconds_of_another() for _ in range(3))
-    flood = rng.integers(4, size=32).astype(np.int32)
-    for _ in range(10**6):
-        flood[rng.integers(32)] += 1
-        append(0, flood)
-    assert min(seconds_of_another() for _ in range(5)) < 1.5 * quiet
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -159,7 +131,7 @@ def test_stacking_is_the_reference(seed):
 def test_cells_are_told_apart_and_every_one_is_within_range():
     cells = {
         reference.cell_of(kind, length, num_equal, num_shorter, is_same, prob): None
-        for kind in (CORPUS, ANSWERS, text.PREDICTION)
+        for kind in (text.OWN_TEXT, CORPUS, ANSWERS, text.PREDICTION)
         for length in range(NGRAM_SIZES[0], MAX_MATCH + 1)
         for num_equal, num_shorter in ((0, 0), (0, 1), (1, 0), (2, 1))
         for is_same in (False, True)

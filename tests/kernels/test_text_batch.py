@@ -9,14 +9,27 @@ import torch
 
 from aasd_testing.texts import copy_texts, texts_of
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS
-from vllm_aasd.drafting.known_text import PROMPT_TAIL, index_of, prior_reliability
+from vllm_aasd.drafting.known_text import PROMPT_TAIL, prior_reliability
 from vllm_aasd.kernels.draft import reference as draft_reference
-from vllm_aasd.kernels.draft.batch import DraftBatch, draft_workspace
-from vllm_aasd.kernels.text import ANSWERS, CORPUS, MAX_COUNT, NUM_CELLS, PAGE_SIZE, PREDICTION, new_index
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
+from vllm_aasd.kernels.text import (
+    ANSWERS,
+    CORPUS,
+    MAX_CORPORA,
+    MAX_COUNT,
+    NUM_CELLS,
+    OWN_TEXT,
+    PAGE_SIZE,
+    PLACE_BITS,
+    PREDICTION,
+    new_index,
+)
 from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.text import batch_reference as reference
 from vllm_aasd.kernels.text import triton as text_triton
 from vllm_aasd.kernels.text.batch import (
+    KINDS,
+    OWN_TEXT_COLUMN,
     PREDICTION_OVERLAP,
     TICKET,
     append_predictions,
@@ -48,11 +61,11 @@ class Requests:
         self.drafts = torch.zeros(max_num_reqs, num_spec_tokens, dtype=torch.int64)
         self.num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32)
 
-    def enter(self, slot, prompt, answers=-1, prediction=-1, corpus=-1):
+    def enter(self, slot, prompt, answers=-1, prediction=-1, own_text=-1, corpora=(-1,) * MAX_CORPORA):
         """A request takes a slot, whoever was there."""
         self._num_tickets += 1
         for texts in (self.kernels, self.reference):
-            texts.slots[slot] = torch.tensor([corpus, answers, prediction, self._num_tickets])
+            texts.slots[slot] = torch.tensor([*corpora, own_text, answers, prediction, self._num_tickets])
         self.all_token_ids[slot, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         self.total_len[slot] = len(prompt)
         self.num_drafts[slot] = 0
@@ -98,7 +111,7 @@ class Requests:
             else:
                 draft_reference.draft_batch(batch)
                 after = batch
-            outcomes.append((after.draft_token_ids, after.num_drafts, after.survival))
+            outcomes.append((after.draft_token_ids, after.num_drafts[slots], after.survival[slots]))
         for ours, theirs in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         self.check()
@@ -107,6 +120,8 @@ class Requests:
 
     def _draft_batch(self, texts, slots, limits):
         num_reqs, none = len(slots), torch.zeros((0, 0), dtype=torch.int32)
+        max_len = self.total_len.clone()
+        max_len[slots] += 1 + torch.tensor(limits, dtype=torch.int32)
         return DraftBatch(
             all_token_ids=self.all_token_ids,
             total_len=self.total_len,
@@ -123,11 +138,14 @@ class Requests:
             max_matches=MAX_MATCHES,
             min_survival=0.05,
             texts=texts,
-            draft_limits=torch.tensor(limits, dtype=torch.int32),
+            max_len=max_len,
+            num_sampled=torch.ones(num_reqs, dtype=torch.int32),
+            excluded=torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32),
+            longest=self._num_spec_tokens,
             workspace=draft_workspace(num_reqs, len(DEFAULT_WEIGHTS.theta), MAX_MATCHES, 0, 0, "cpu"),
             draft_token_ids=torch.zeros((num_reqs, self._num_spec_tokens), dtype=torch.int64),
-            num_drafts=torch.zeros(num_reqs, dtype=torch.int32),
-            survival=torch.zeros((num_reqs, self._num_spec_tokens)),
+            num_drafts=torch.zeros(len(self.total_len), dtype=torch.int32),
+            survival=torch.zeros((len(self.total_len), self._num_spec_tokens)),
             lookups=torch.zeros(3, dtype=torch.int64),
         )
 
@@ -147,8 +165,12 @@ def copies(texts):
     return {name: value.clone() for name, value in texts._asdict().items() if isinstance(value, torch.Tensor)}
 
 
-def corpora_of(*texts):
-    return index_of(np.array([token for text in texts for token in (*text, -1)], np.int32))
+def corpora_of(*texts, spare_pages=0):
+    """An index of texts, the first of which is in namespace 0, and so on."""
+    index = new_index(sum(-(-len(text) // PAGE_SIZE) for text in texts) + spare_pages)
+    for namespace, text in enumerate(texts):
+        append(index, namespace, -1, 0, np.array(text, np.int32), 0, len(text))
+    return index
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
@@ -156,9 +178,10 @@ def test_requests_that_come_and_go(interpreter, seed):
     """In rows of any order, some of them without tokens yet, in so few pages that they take each other's places."""
     rng = np.random.default_rng(seed)
     answer = rng.integers(30, size=200).tolist()
-    requests = Requests(interpreter, texts_of(4, 3, 16, corpora_of(answer[50:150], answer[:20])), num_spec_tokens=3)
+    corpora = corpora_of(answer[50:150], answer[:20], answer[100:180], answer[:60], spare_pages=3)
+    requests = Requests(interpreter, texts_of(4, 3, 13, corpora), num_spec_tokens=3)
     num_found = num_accepted = 0
-    for _ in range(60 if seed else 30):
+    for _ in range(60 if seed else 45):
         slots = rng.permutation(4)[: rng.integers(1, 5)].tolist()
         sampled = []
         for slot in slots:
@@ -166,7 +189,9 @@ def test_requests_that_come_and_go(interpreter, seed):
             if length == 0 or length > MAX_LEN - 90 or rng.random() < 0.1:
                 start = int(rng.integers(150))
                 namespaces = rng.choice([-1, 0, 7, 2**62 + 1]), rng.choice([-1, -9]), rng.choice([-1, 0])
-                requests.enter(slot, answer[start : start + int(rng.integers(1, 50))], *map(int, namespaces))
+                corpora = [int(number) if rng.random() < 0.5 else -1 for number in rng.permutation(6)[:MAX_CORPORA]]
+                prompt = answer[start : start + int(rng.integers(1, 50))]
+                requests.enter(slot, prompt, *map(int, namespaces), corpora)
                 sampled.append(0)
                 continue
             drafted = requests.drafts[slot, : int(requests.num_drafts[slot])].tolist()
@@ -214,8 +239,10 @@ def test_rows_that_begin_pages_in_one_step_do_so_in_their_order(interpreter):
         requests.enter(slot, [slot % 30, 2], answers=0)
         requests.emit(slot, [3])
     requests.append(order)
-    assert requests.kernels.documents[order, 3].tolist() == list(range(num_reqs))
-    assert requests.kernels.pages[:, 0].tolist() == list(range(64, 80))
+    assert requests.kernels.documents[order, 3].tolist() == [
+        (count // 16 << PLACE_BITS) + count % 16 for count in range(num_reqs)
+    ]
+    assert requests.kernels.pages[:, 0].tolist() == [(4 << PLACE_BITS) + place for place in range(16)]
 
 
 def test_predictions_come_in_pieces(interpreter):
@@ -284,7 +311,7 @@ def test_cleared_text_is_gone_and_corpora_stay(interpreter):
     requests.append([0])
 
     def drafted(context):
-        requests.enter(1, context[:-1], answers=5, corpus=0)
+        requests.enter(1, context[:-1], answers=5, own_text=0)
         requests.emit(1, context[-1:])
         # No row of this step adds to the index.
         return requests.draft([1])[0]
@@ -353,6 +380,8 @@ def test_a_wrong_argument_is_named(name, value, message):
         append_predictions(texts_of(4, 4, 16), torch.zeros(2, 8, **int32), pieces)
 
 
-def test_kinds_are_columns():
-    assert (CORPUS, ANSWERS, PREDICTION, TICKET) == (0, 1, 2, 3)
+def test_columns_of_corpora_come_first():
+    assert KINDS[:OWN_TEXT_COLUMN] == (CORPUS,) * MAX_CORPORA
+    assert KINDS[OWN_TEXT_COLUMN:TICKET] == (OWN_TEXT, ANSWERS, PREDICTION)
+    assert [OWN_TEXT, ANSWERS, PREDICTION] == [CORPUS + 1, CORPUS + 2, CORPUS + 3]
     assert NUM_CELLS <= 1024

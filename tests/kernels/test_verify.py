@@ -4,16 +4,10 @@ import pytest
 import torch
 
 from aasd_testing import verify_paths
-from aasd_testing.policy_tensors import copied
-from aasd_testing.seeded_batches import NAN, batch, random_batch
+from vllm_aasd.gpu_check.verify_inputs import NAN, batch, copied, random_batch, settle
 from vllm_aasd.kernels.verify import cpu, reference, seeded, verify, warm_up
-from vllm_aasd.kernels.verify.policies import ALPHA, BETA, BUDGET, CAP, CONDITIONAL, FLOOR, FLY, KAPPA, THRESHOLD
-from vllm_aasd.kernels.verify.relaxation_reference import binary_kl
 from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
-# torch's float32 softmax, which the reference uses, is off by up to 3e-5 of a probability at 150k tokens:
-# decisions nearer than this to a bar may differ.
-MARGIN = 5e-5
 # Regret is a difference of two logits on every path.
 REGRET_TOLERANCE = 1e-6
 # What a few regrets, divergences or levels add up to, by op.
@@ -37,48 +31,15 @@ def assert_equal(actual, expected):
         assert one.dtype == other.dtype and one.shape == other.shape
 
 
-def near_a_bar(v1_batch, request):
-    """Return, in float64, the rows where a decision is too close to call in float32."""
-    near = torch.zeros(len(request), dtype=torch.bool)
-    vocab_size = v1_batch.target_logits.shape[1]
-    for row, (i, x) in enumerate(zip(request, v1_batch.draft_token_ids.tolist(), strict=True)):
-        probs = v1_batch.target_logits[row].double().softmax(-1)
-        if not 0 <= x < vocab_size or not probs[x] > 0:
-            continue
-        parameters, uniform = v1_batch.policies.parameters[i].double(), v1_batch.uniform_probs[row]
-        stops = [stop for stop in v1_batch.stop_token_ids[i].tolist() if 0 <= stop < vocab_size]
-        # A draft that is a stop token itself is rejected without comparing anything.
-        stopping = probs[stops].sum() if x not in stops else torch.tensor(0.0)
-        bars = torch.stack([uniform, parameters[FLOOR], stopping])
-        near[row] = bool(((probs[x] - bars).abs() <= MARGIN * probs[x]).any())
-        near[row] |= abs(over_the_bar(probs, x, v1_batch.policies.rule[i], parameters, float(uniform))) <= MARGIN
-    return near
-
-
-def over_the_bar(probs, x, rule, parameters, uniform):
-    """By how much, in probability or nats, a draft clears the part of its rule that the row's statistics decide."""
-    p, entropy = probs[x], torch.special.entr(probs).sum()
-    if rule == CONDITIONAL:
-        return float(p - (parameters[BETA] - parameters[ALPHA] * entropy))
-    if rule == FLY:
-        top = probs.topk(min(3, len(probs))).values
-        return float(torch.special.entr(top).sum() - parameters[THRESHOLD])
-    if rule == BUDGET:
-        regret = float(probs.max().log() - p.log())
-        kl = binary_kl(max(uniform, float(p)), min(float(p), 1.0))
-        return min(regret - float(parameters[CAP]), kl - float(parameters[KAPPA]), key=abs)
-    return float("inf")
-
-
 def v1_case(vocab_size, max_spec_len, dtype, seed):
     """A V1 batch of 8 requests, whose recovered tokens are drawn with noise; and the rows that were too close."""
     counts = [max_spec_len, 0, max_spec_len, max(0, max_spec_len - 1), 0, max_spec_len, min(1, max_spec_len)]
     counts.append(max_spec_len)
-    made, _ = verify_paths.as_v1(random_batch(vocab_size, [1 + count for count in counts], dtype, seed))
-    near = near_a_bar(made, [i for i, count in enumerate(counts) for _ in range(count)])
-    made.draft_token_ids[near] = -1
+    arguments = random_batch(vocab_size, [1 + count for count in counts], dtype, seed)
+    near = settle(arguments)
+    made, _ = verify_paths.as_v1(arguments)
     noise = torch.empty(8, vocab_size).exponential_(generator=torch.Generator().manual_seed(seed)).reciprocal()
-    return made._replace(inv_q=noise, inv_q_rows=torch.arange(8).flip(0).int()), int(near.sum())
+    return made._replace(inv_q=noise, inv_q_rows=torch.arange(8).flip(0).int()), near
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,9 +66,10 @@ def test_cpu_path_equals_reference(vocab_size, max_spec_len, dtype):
 def run_both(interpreter, arguments):
     """(what the Triton kernels give, what the reference gives), after having compared what they left in the state."""
     own = verify_paths.with_own_state(arguments)
-    actual, left = interpreter.call("aasd_testing.interpreter:verify_and_state", own)
+    actual, left, totals = interpreter.call("aasd_testing.interpreter:verify_and_state", own)
     expected = reference.verify_seeded(SeededBatch(**own))
     torch.testing.assert_close(left, own["policies"].state, rtol=0, atol=STATE_TOLERANCE["triton"])
+    torch.testing.assert_close(totals, own["totals"])
     return actual, expected
 
 
@@ -143,9 +105,17 @@ def test_the_random_batches_reach_every_outcome():
                 seen.add((kind, "bonus" if emitted == end - start else "rejected"))
                 if result.relaxed[start:end].any():
                     seen.add((kind, "relaxed"))
-                if emitted < end - start and arguments["draft_sampled"][start + emitted] < 0:
-                    seen.add((kind, "placeholder"))
-    outcomes = ("bonus", "rejected", "relaxed", "placeholder")
+                if emitted < end - start:
+                    is_filler = emitted > arguments["num_drafts"][slot]
+                    is_placeholder = arguments["draft_sampled"][start + emitted] < 0
+                    seen |= {
+                        (kind, name)
+                        for name, is_so in (("filler", is_filler), ("placeholder", is_placeholder))
+                        if is_so
+                    }
+                if result.exhausted[req]:
+                    seen.add((kind, "exhausted"))
+    outcomes = ("bonus", "rejected", "relaxed", "placeholder", "filler", "exhausted")
     assert seen == {(kind, outcome) for kind in ("greedy", "sampled") for outcome in outcomes}
 
 

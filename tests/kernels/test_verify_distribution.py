@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from scipy.stats import chisquare
 
 from aasd_testing import verify_paths
-from aasd_testing.policy_tensors import policy_tensors
-from aasd_testing.seeded_batches import batch
 from aasd_testing.verify_paths import with_own_state
+from vllm_aasd.gpu_check.verify_inputs import batch, policy_tensors
 from vllm_aasd.kernels.verify import VerifyBatch, cpu, reference
 from vllm_aasd.kernels.verify.policies import ALPHA, BETA, BUDGET, CONDITIONAL, FLOOR, LIMIT, SPENT, STRICT
 from vllm_aasd.kernels.verify.relaxation_reference import binary_kl

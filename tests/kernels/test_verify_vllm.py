@@ -8,9 +8,9 @@ from llvmlite.binding import ffi as llvmlite_ffi
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample import rejection_sampler as stock
 
-from aasd_testing import seeded_batches
-from aasd_testing.policy_tensors import strict
 from vllm_aasd.engine.v1.rejection_sampler import _random_numbers
+from vllm_aasd.gpu_check import verify_inputs
+from vllm_aasd.gpu_check.verify_inputs import strict
 from vllm_aasd.kernels.verify import VerifyBatch, verify
 from vllm_aasd.kernels.verify.policies import STRICT
 from vllm_aasd.kernels.verify.seeded import SeededBatch
@@ -78,7 +78,9 @@ def test_strict_equals_vllm(vocab_size, mode):
 def compare_seeded(interpreter, arguments):
     """Assert that both emit the same tokens; return how many requests emitted how many."""
     arguments["policies"].rule.fill_(STRICT)
-    given = {name: value for name, value in arguments.items() if name not in ("policies", "stop_token_ids")}
+    arguments["num_drafts"].fill_(127)
+    ours = ("policies", "stop_token_ids", "num_drafts", "survival", "totals")
+    given = {name: value for name, value in arguments.items() if name not in ours}
     sampled, num_sampled = interpreter.call("aasd_testing.stock_v2:rejection_sample", draft_logits=None, **given)
     ours = interpreter.call("vllm_aasd.kernels.verify.seeded:verify_seeded", SeededBatch(**arguments))
     assert ours.num_sampled.tolist() == num_sampled.tolist()
@@ -105,12 +107,12 @@ def compare_seeded(interpreter, arguments):
 def test_seeded_strict_equals_vllm(interpreter, vocab_size, counts, dtype, seed):
     """Greedy and sampled requests, ties, masked and one-hot rows, placeholder drafts. No NaN rows, of which
     vLLM makes something else, and no rows of nothing but -inf."""
-    compare_seeded(interpreter, seeded_batches.random_batch(vocab_size, counts, dtype, seed, odd_rows=False))
+    compare_seeded(interpreter, verify_inputs.random_batch(vocab_size, counts, dtype, seed, odd_rows=False))
 
 
 def test_many_seeds_accept_and_reject_alike(interpreter):
     """160 sampled requests over nearly even rows, so that u decides: all three lengths occur often."""
-    arguments = seeded_batches.random_batch(12, [3] * 160, torch.float32, seed=5, odd_rows=False)
+    arguments = verify_inputs.random_batch(12, [3] * 160, torch.float32, seed=5, odd_rows=False)
     g = torch.Generator().manual_seed(6)
     arguments["target_logits"] = torch.randn(480, 12, generator=g)
     arguments["draft_sampled"] = arguments["target_logits"].argmax(-1).roll(1).int()
@@ -119,7 +121,7 @@ def test_many_seeds_accept_and_reject_alike(interpreter):
 
 
 def test_greedy_takes_vllms_choice_among_ties(interpreter):
-    arguments = seeded_batches.random_batch(9000, [3] * 4, torch.bfloat16, seed=7, odd_rows=False)
+    arguments = verify_inputs.random_batch(9000, [3] * 4, torch.bfloat16, seed=7, odd_rows=False)
     arguments["target_logits"] = torch.zeros(12, 9000, dtype=torch.bfloat16)
     arguments["target_logits"][:, [8191, 8192, 8999]] = 1.0
     arguments["draft_sampled"] = torch.tensor([0, 8191, 8192] * 4, dtype=torch.int32)

@@ -18,6 +18,7 @@ LEVELS = {
     "alignment": 1,
     "counters": 1,
     "predicted_tokens": 1,
+    "corpus_names": 1,
     "config": 2,
     "engine": 4,
     "tuning": 4,

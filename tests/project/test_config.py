@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from vllm_aasd import config
+from vllm_aasd import config, corpus_names
 from vllm_aasd.config import Settings
 
 
@@ -40,6 +40,13 @@ def test_defaults_are_valid_and_survive_parsing():
         ("aasd_fly_threshold", 2, "a number from 0 to 1.1"),
         ("aasd_budget_nats", -0.1, "a number from 0 to 10000"),
         ("aasd_relax_sampling", "yes", "true or false"),
+        ("aasd_corpora", "/srv/docs", corpus_names.ALLOWED_PATHS),
+        ("aasd_corpora", {"a b": "/srv"}, corpus_names.ALLOWED_PATHS),
+        ("aasd_corpora", {"off": "/srv"}, corpus_names.ALLOWED_PATHS),
+        ("aasd_corpora", {"docs": ""}, corpus_names.ALLOWED_PATHS),
+        ("aasd_default_corpora", ["a", "b", "c", "d", "e"], corpus_names.ALLOWED_NAMES),
+        ("aasd_default_corpora", 3, corpus_names.ALLOWED_NAMES),
+        ("aasd_default_corpora", "docs", "names of aasd_corpora: there are none"),
     ],
 )
 def test_a_refusal_names_the_key_the_value_and_what_is_allowed(key, value, allowed):
@@ -75,7 +82,9 @@ def test_every_setting_is_typed_documented_and_ranged():
     for field in dataclasses.fields(Settings):
         metadata = field.metadata
         kinds = set(get_args(field.type) or (field.type,))
-        assert kinds <= {str, bool, int, float}
+        assert metadata["takes"] or kinds <= {str, bool, int, float}
         assert metadata["doc"].endswith(".")
+        if metadata["takes"]:
+            continue
         assert (str in kinds) == bool(metadata["choices"]), field.name
         assert bool(kinds & {int, float}) == bool(metadata["within"]), field.name

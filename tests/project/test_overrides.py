@@ -69,7 +69,7 @@ def test_unknown_options_and_the_servers_own_are_refused():
     ):
         with_overrides(ANY, {"aasd_betta": 0.5})
     for field in dataclasses.fields(Settings):
-        if not field.metadata["looser"]:
+        if not field.metadata["looser"] and field.name != "corpora":
             with pytest.raises(ValueError, match=rf"^Unknown request option 'aasd_{field.name}'\."):
                 with_overrides(ANY, {f"aasd_{field.name}": field.default})
 
@@ -217,3 +217,31 @@ def test_a_request_can_keep_out_of_the_memory(value):
 def test_a_request_can_not_change_how_much_is_kept(value, allowed):
     with pytest.raises(ValueError, match=f"aasd_memory is not allowed: it takes {allowed}"):
         with_overrides(Settings(), {"aasd_memory": value})
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, ("a", "b", "c", "d")),
+        ("off", ()),
+        ([], ()),
+        ("e", ("e",)),
+        (["e", "a", "e"], ("e", "a")),
+        ("new", ("new",)),
+    ],
+)
+def test_a_request_draws_from_the_corpora_that_it_names_or_from_the_servers_default(asked, wanted):
+    server = Settings.parse({"aasd_corpora": {name: f"/{name}" for name in "abcde"}})
+    options = {} if asked == {} else {"aasd_corpora": asked}
+    assert with_overrides(server, options).asked_corpora == wanted
+    default = dataclasses.replace(server, default_corpora=("b",))
+    assert with_overrides(default, options).asked_corpora == (("b",) if asked == {} else wanted)
+
+
+@pytest.mark.parametrize("value", [None, {}, 3, "a b", ["a", 1], ["a", "b", "c", "d", "e"], {"a": "/"}, "secret" * 20])
+def test_what_names_no_corpora_is_refused_without_the_value(value):
+    with pytest.raises(ValueError) as refusal:
+        with_overrides(Settings(), {"aasd_corpora": value})
+    assert str(refusal.value) == (
+        "The request's aasd_corpora is not allowed: it takes a name, a list of at most 4 names, or 'off'."
+    )

@@ -9,7 +9,7 @@ import bisect
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vllm_aasd.drafting.step_time import PAIR_RATE, bounded, steps_between_probes
 
@@ -45,14 +45,14 @@ class BatchDraftLength:
     together; when requests begin, the estimate moves towards what is usual, in proportion to their number.
 
     Args:
-        by_requests: ``[max_num_reqs + 1]``, the initial draft length by the number of requests; entry 0 is unused. One
-            of these lengths, or 0, is chosen.
+        by_requests: ``[max_num_reqs + 1]``, the initial draft length by the number of requests; entry 0 is unused.
         max_tokens: the most tokens of a step.
+        lengths: further lengths to choose from, besides the initial ones and 0.
     """
 
-    def __init__(self, by_requests: Sequence[int], max_tokens: int) -> None:
+    def __init__(self, by_requests: Sequence[int], max_tokens: float, lengths: Iterable[int] = ()) -> None:
         self._first = [0, *by_requests[1:]]
-        self._lengths = sorted(set(self._first))
+        self._lengths = sorted({*self._first, *lengths})
         self._max_tokens = max_tokens
         self._usual = _Acceptance(self._lengths[-1])
         self._now = _Acceptance(self._lengths[-1])
@@ -68,7 +68,7 @@ class BatchDraftLength:
             num_requests: of the step, 1 to ``max_num_reqs``.
         """
         # The number of lengths that leave room for every request; at least one.
-        num_fitting = max(1, bisect.bisect_right(self._lengths, self._max_tokens // num_requests - 1))
+        num_fitting = max(1, bisect.bisect_right(self._lengths, self._max_tokens / num_requests - 1))
         rates = self._rates(num_requests, num_fitting)
         best = max(rates, key=rates.__getitem__)
         probes = self._probes_of(num_requests)

@@ -9,8 +9,9 @@ import numpy as np
 
 from vllm_aasd.drafting.step_time import StepTimeModel, steps_between_probes
 
-# Survival and times are estimates, so drafts with a smaller expected gain lose as often as not: none are made.
-_LEAST_GAIN = 1.03
+LEAST_GAIN = 1.03
+"""Survival and times are estimates, so drafts with a smaller expected gain lose as often as not: none are made."""
+
 # Drafts with a smaller expected gain might not gain at all. Their cost is probed now and then, by a step without them,
 # which costs at most a 160th of the time.
 _CONTESTED_GAIN = 1.2
@@ -95,7 +96,7 @@ class LengthsByLoad:
         """
         times = self.step_time.relative()[num_requests:]
         fastest = int(np.argmin(times)) if len(times) else 0
-        if fastest == 0 or times[0] < _LEAST_GAIN * times[fastest]:
+        if fastest == 0 or times[0] < LEAST_GAIN * times[fastest]:
             return 0
         return math.ceil(fastest / num_requests)
 
@@ -126,7 +127,7 @@ class LengthsByLoad:
         lengths, gain = lengths_and_gain(by_load, self.step_time.relative(), self.step_time.overhead())
         if is_seeded.any():
             lengths[is_seeded] = reproducible_lengths(survival[is_seeded])
-        elif gain < _LEAST_GAIN:
+        elif gain < LEAST_GAIN:
             return np.zeros_like(lengths)
         elif gain < _CONTESTED_GAIN and self._is_probe_due():
             self._num_probes += 1

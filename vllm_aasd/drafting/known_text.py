@@ -1,17 +1,19 @@
 """Text that is known besides a request's own context: earlier answers, predictions, corpora, siblings."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from vllm_aasd.drafting.corpora import OWN_TEXT_NAMESPACE, Corpora
 from vllm_aasd.kernels.text import (
     ANSWERS,
     CELL_SHAPE,
     CORPUS,
     NUM_CELLS,
-    PAGE_SIZE,
+    OWN_TEXT,
     PREDICTION,
     PROBABILITIES,
     KnownText,
-    TextIndex,
     new_index,
     new_reliability,
     num_pages_for,
@@ -28,9 +30,6 @@ _FIRST_RELIABILITY = (0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 _FIRST_WEIGHT = 8.0
 
 
-_NO_TEXT = np.empty(0, np.int32)
-
-
 def prior_reliability() -> np.ndarray:
     """What is taken for the reliability of each cell at first, and its weight: ``[NUM_CELLS, 2]`` float32."""
     expected = np.empty(CELL_SHAPE, np.float32)
@@ -43,17 +42,6 @@ def prior_reliability() -> np.ndarray:
         agreeing = 1 - (1 - right) * (1 - other)
         expected[kind, length, others, is_same, at] = agreeing if is_same else disagreeing
     return np.stack([expected.reshape(NUM_CELLS), np.full(NUM_CELLS, _FIRST_WEIGHT, np.float32)], axis=1)
-
-
-def index_of(corpus: np.ndarray) -> TextIndex:
-    """An index of texts, all in namespace 0, that has a page for each part of them."""
-    ends = np.flatnonzero(corpus < 0)
-    begins = np.concatenate([[0], ends + 1])[: len(ends)]
-    num_pages = int(np.sum(-(-(ends - begins) // PAGE_SIZE)))
-    index = new_index(1 << max(num_pages - 1, 0).bit_length() if num_pages else 0)
-    for begin, end in zip(begins, ends, strict=True):
-        append(index, 0, -1, 0, corpus[begin:end], 0, end - begin)
-    return index
 
 
 class RequestText:
@@ -105,24 +93,30 @@ class KnownTexts:
     Args:
         num_bytes: of the index of earlier answers and predictions, at most; 0 for none.
         max_draft_tokens: the longest draft.
-        corpus: ``[n]`` int32, texts that every request may draft from, with a -1 after each.
+        corpora: what does not come from requests; None for nothing.
     """
 
-    def __init__(self, num_bytes: int, max_draft_tokens: int, corpus: np.ndarray = _NO_TEXT) -> None:
+    def __init__(self, num_bytes: int, max_draft_tokens: int, corpora: Corpora | None = None) -> None:
         self._max_draft_tokens = max_draft_tokens
-        self._indexes = (new_index(num_pages_for(num_bytes)), index_of(corpus))
+        self._corpora = corpora if corpora is not None else Corpora()
+        self._indexes = (new_index(num_pages_for(num_bytes)), self._corpora.index)
         self._prior = prior_reliability()
         self.reliability = new_reliability(self._prior)
         self._num_predictions = 0
 
-    def admit(self, namespace: int | None, prediction: np.ndarray | None = None) -> RequestText:
+    def admit(
+        self, namespace: int | None, prediction: np.ndarray | None = None, corpora: Iterable[str] = ()
+    ) -> RequestText:
         """What a new request sees.
 
         Args:
             namespace: of the earlier answers that it shares, >= 0; None if it neither reads nor writes any.
             prediction: ``[n]`` int32, what its client expects.
+            corpora: the names of those that it draws from.
         """
-        sources = [(1, 0, CORPUS)] if len(self._indexes[1].tokens) else []
+        sources = [(1, of_one, CORPUS) for of_one in self._corpora.namespaces(corpora)]
+        if self._corpora.has_own_text:
+            sources.append((1, OWN_TEXT_NAMESPACE, OWN_TEXT))
         if namespace is not None:
             sources.append((0, namespace, ANSWERS))
         if prediction is not None and len(self._indexes[0].pages):

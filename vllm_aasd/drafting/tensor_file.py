@@ -1,4 +1,4 @@
-"""Files for what was learned from a model: safetensors, which holds no code, written completely or not at all."""
+"""Files for what belongs to a model: safetensors, which holds no code, written completely or not at all."""
 
 import json
 import os
@@ -14,7 +14,7 @@ class TensorFileError(ValueError):
     """A file can't be used for a model; the text says why."""
 
 
-def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.ndarray]) -> None:
+def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.ndarray], mode: int = 0o644) -> None:
     """Write tensors so that ``path`` appears complete or not at all.
 
     Args:
@@ -22,6 +22,7 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
         file_format: name and version of what it holds.
         model_key: names the content of the model that it belongs to.
         tensors: by name.
+        mode: who can read it, as far as the umask allows it: other users' servers, too, by default.
 
     Raises:
         OSError: the file can't be written.
@@ -30,8 +31,7 @@ def save(path: Path, file_format: str, model_key: str, tensors: dict[str, np.nda
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        # Readable by other users' servers, if the umask allows it: it holds no user's data.
-        with open(os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        with open(os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             # If the machine fails after the replacement, the new file must have its content.
@@ -69,7 +69,7 @@ def load(path: Path, file_format: str, model_key: str, names: set[str], max_byte
     if metadata.get("format") != file_format or set(tensors) != names:
         raise TensorFileError(f"{path} isn't a file of the format {file_format!r}")
     if metadata.get("model") != model_key:
-        raise TensorFileError(f"{path} was made with another model, or with other weights of it")
+        raise TensorFileError(f"{path} was made with another model or other text, or with other weights of it")
     # Copies, because the reader's arrays are read-only, which compiled code doesn't accept.
     return {name: tensor.copy() for name, tensor in tensors.items()}
 
@@ -82,6 +82,6 @@ def _read(path: Path, max_bytes: int) -> bytes:
             raise TensorFileError(f"{path} can't be read: it is not a regular file")
         if status.st_size > max_bytes:
             raise TensorFileError(
-                f"{path} can't be read: it has {status.st_size} bytes, and a prior of this model at most {max_bytes}"
+                f"{path} can't be read: it has {status.st_size} bytes, and such a file at most {max_bytes}"
             )
         return file.read(status.st_size)

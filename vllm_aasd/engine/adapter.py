@@ -8,6 +8,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_aasd.counters import Counters
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.kernels.draft import Prior
 
@@ -22,11 +23,13 @@ class Adapter(Protocol):
         faults: of this worker.
         counters: of this worker.
         prior: of the target, empty where none was made; None where it is off or can't be used.
+        corpora: that it drafts from.
     """
 
     faults: Faults
     counters: Counters
     prior: Prior | None
+    corpora: ServerCorpora
 
     def profile(self) -> None:
         """Measure what steps cost, after the model is warmed up."""
@@ -45,6 +48,9 @@ class Adapter(Protocol):
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
         """The drafts without tokens that we didn't draft."""
+
+    def corpora_changed(self) -> None:
+        """Draft from the corpora that there are now."""
 
     def clear_memory(self) -> None:
         """Forget what other requests taught."""

@@ -7,6 +7,8 @@ request's tokens in device memory. On the V1 model runner it is ``custom_class``
 
 import dataclasses
 import functools
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,9 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_aasd.config import PREFIX, Settings, shown
-from vllm_aasd.engine import metrics, patching, unsupported
+from vllm_aasd.engine import corpus_names, metrics, patching, unsupported
+
+logger = logging.getLogger("vllm.aasd")
 
 METHOD = "aasd"
 PROPOSER = "vllm_aasd.engine.v1.proposer.AASDProposer"
@@ -27,7 +31,7 @@ V2_BASE_METHOD = "ngram_gpu"
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's V1 rejection sampler takes no longer drafts (its ``MAX_SPEC_LEN``)."""
 
-NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 8, 32
+NUM_SPECULATIVE_TOKENS, NUM_SPECULATIVE_TOKENS_V1 = 7, 32
 """The default of `num_speculative_tokens`: in general, and on the V1 model runner without adapters.
 
 The longest draft that the adaptive length may choose. Answers that were given before emit 24 tokens per step with 32
@@ -35,11 +39,14 @@ and 15 with 16 (in replay), and others lose nothing. On V2 a step takes the time
 vLLM reserves room for this many tokens of every request in a batch.
 """
 
-DRAFT_SCHEDULE = ((4, 8), (16, 4), (49, 2), (128, 1))
+DRAFT_SCHEDULE = ((4, 7), (16, 3), (128, 1))
 """The initial draft lengths on V2 with asynchronous scheduling, as pairs of a number of requests and the length up to
 it; more requests get no drafts. From there the best of these lengths, or none, is learned
 (`vllm_aasd.drafting.batch_draft_length`). If nothing is ever accepted, they cost at most a tenth of the first 300 steps
 (`tests/drafting/test_batch_draft_length.py`).
+
+A step of n drafts has n + 1 tokens for each request. vLLM finds the full CUDA graph of a step only among those of the
+next captured size, so each of these must divide the larger ones: else many steps run without (`is_nested`).
 """
 
 NUM_SPECULATIVE_TOKENS_UNSCHEDULED = 2
@@ -61,6 +68,9 @@ class AASDSpeculativeConfig(SpeculativeConfig):
 
     aasd_metrics_folder: str = ""
     """Where workers write their metrics, see `vllm_aasd.engine.metrics`; empty where statistics are off."""
+
+    aasd_corpora_file: str = ""
+    """Where workers write the names of the corpora, see `vllm_aasd.engine.corpora`."""
 
     aasd_learns_widths: bool = False
     """Whether `num_speculative_tokens_per_batch_size` is ours, and the scheduler only starts with it."""
@@ -109,6 +119,7 @@ def _create(
     patching.check_version()
     keys = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     settings = Settings.parse({key: value for key, value in keys.items() if key.startswith(PREFIX)})
+    settings = _with_absolute_paths(settings)
     vllm_keys = {key: value for key, value in keys.items() if not key.startswith(PREFIX)}
     method = base_method(args)
     runner = "V2" if method == V2_BASE_METHOD else "V1"
@@ -120,6 +131,12 @@ def _create(
 
     longest = _longest(args, settings, runner, vllm_keys)
     schedule = _schedule(args, settings, runner, longest)
+    if schedule and not is_nested(longest):
+        logger.warning(
+            "aasd: with num_speculative_tokens=%d, full CUDA graphs exist for some numbers of requests only; with 1, "
+            "3, 7, 15 and so on, for all that vLLM captures",
+            longest,
+        )
     carried = schedule | vllm_keys | {"method": method, _LONGEST: longest}
     carried["model"] = PROPOSER if method == V1_BASE_METHOD else None
     given = keys, args.spec_method, args.spec_tokens
@@ -134,6 +151,7 @@ def _create(
     ours.__dict__.update(stock_config.__dict__)
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, max(1, longest - 1)))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
+    ours.aasd_corpora_file = corpus_names.names_file(settings)
     if method == V1_BASE_METHOD:
         # They are 0, which vLLM refuses when a config is copied with `replace`.
         ours.prompt_lookup_min = ours.prompt_lookup_max = None
@@ -144,6 +162,21 @@ def _create(
     prediction.install()
     target_parallel_config.worker_cls = unsupported.CPU_WORKER if current_platform.is_cpu() else unsupported.GPU_WORKER
     return ours
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """The settings, whose workers may run elsewhere.
+
+    Raises:
+        ValueError: naming a corpus that isn't there.
+    """
+    if settings.corpora is None:
+        return settings
+    for name, path in settings.corpora:
+        if not os.path.exists(path):
+            raise ValueError(f"{PREFIX}corpora={shown({name: path})} is not allowed: there is no such file or folder.")
+    corpora = tuple((name, os.path.abspath(path)) for name, path in settings.corpora)
+    return dataclasses.replace(settings, corpora=corpora)
 
 
 def _longest(args: EngineArgs, settings: Settings, runner: str, vllm_keys: dict[str, Any]) -> int:
@@ -177,7 +210,8 @@ def _vllm_schedule(longest: int, most: int | None) -> list[tuple[int, int, int]]
     """`DRAFT_SCHEDULE` as vLLM writes it: first and last number of requests, draft tokens, at most as many as first.
 
     Ends without drafts, because vLLM captures CUDA graphs for the scheduled lengths only, and our scheduler may choose
-    to draft nothing for any number of requests (`vllm_aasd.engine.draft_length_schedule`).
+    to draft nothing for any number of requests (`vllm_aasd.engine.draft_length_schedule`). An entry ends at a multiple
+    of 8 requests, as the sizes do that vLLM captures anyway: another one would come between these and their graphs.
 
     Args:
         longest: the most draft tokens.
@@ -187,12 +221,18 @@ def _vllm_schedule(longest: int, most: int | None) -> list[tuple[int, int, int]]
     entries: list[tuple[int, int, int]] = []
     first = 1
     for last, length in DRAFT_SCHEDULE:
-        last = last if most is None or most < 2 else min(last, most - 1)
+        if most is not None and 2 <= most <= last:
+            last = most - 1 if most <= 8 else (most - 1) // 8 * 8
         if first <= last:
             entries.append((first, last, min(length, longest) if entries else longest))
             first = last + 1
     # vLLM continues with the last entry.
     return [*entries, (first, first, 0)]
+
+
+def is_nested(longest: int) -> bool:
+    """Whether steps of the longest draft and of `DRAFT_SCHEDULE`'s have numbers of tokens that divide each other."""
+    return all((longest + 1) % (min(length, longest) + 1) == 0 for _, length in DRAFT_SCHEDULE)
 
 
 def base_method(args: EngineArgs) -> str:

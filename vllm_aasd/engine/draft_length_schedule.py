@@ -8,9 +8,14 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_aasd.drafting.batch_draft_length import BatchDraftLength
+from vllm_aasd.engine.configuration import DRAFT_SCHEDULE
 from vllm_aasd.engine.failsafe import Faults
 
 logger = logging.getLogger("vllm.aasd")
+
+MOE_SCHEDULE = ((8, 1),)
+"""`DRAFT_SCHEDULE` for mixtures of experts. Each draft token brings experts of its own: with few requests, a step reads
+the weights of nearly as many experts more as it has tokens more."""
 
 # The most steps in flight: vLLM has one per pipeline stage, and one more.
 _MAX_UNDER_WAY = 64
@@ -20,14 +25,19 @@ class DraftLengthSchedule:
     """Replaces the scheduler's ``dynamic_sd_lookup``, which is indexed by the number of requests.
 
     Args:
-        lookup: vLLM's, see `vllm_aasd.drafting.batch_draft_length.BatchDraftLength`; used if learning fails.
-        max_step_tokens: the most tokens of a step.
+        lookup: vLLM's, by the number of requests. Its lengths are those to choose from, for which there are CUDA
+            graphs. The initial ones are those of `DRAFT_SCHEDULE`.
+        max_step_tokens: the most tokens of a step with drafts: that there is room for, and a CUDA graph.
+        is_moe: whether the target is a mixture of experts, which begins with `MOE_SCHEDULE`.
     """
 
-    def __init__(self, lookup: list[int], max_step_tokens: int) -> None:
-        # The last entry only makes vLLM capture CUDA graphs without drafts.
-        self._lookup = [*lookup[:-1], lookup[max(len(lookup) - 2, 1)]]
-        self._draft_length = BatchDraftLength(self._lookup, max_step_tokens)
+    def __init__(self, lookup: list[int], max_step_tokens: float, is_moe: bool) -> None:
+        longest = max(lookup)
+        first = MOE_SCHEDULE if is_moe else ((DRAFT_SCHEDULE[0][0], longest), *DRAFT_SCHEDULE[1:])
+        self._lookup = [
+            next((min(length, longest) for last, length in first if number <= last), 0) for number in range(len(lookup))
+        ]
+        self._draft_length = BatchDraftLength(self._lookup, max_step_tokens, lookup)
         self._faults = Faults()
         self._contained = self._faults.contained("step_time")
         # Steps in flight, oldest first, and when they were scheduled.

@@ -8,10 +8,11 @@ logged with its traceback; the code after a block continues without the componen
 | --- | --- | --- |
 | ``requests`` | the request is verified strictly, without drafts | every new request is |
 | ``draft`` | V1: the request has no more drafts; V2: the batch has none in this step | no drafts |
+| ``grammar`` | the request's drafts are the worker's, which its grammar cuts | all requests' are |
 | ``store`` | the step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
 | ``step_time`` | V1: this step's draft lengths follow a fixed threshold; V2: the number of requests | every step's do |
 | ``verify`` | vLLM's own rejection sampler verifies this step, strictly | it verifies every step |
-| ``metrics`` | the step isn't counted | no step is |
+| ``metrics`` | V1: the step isn't counted; V2: the figures aren't published | none is |
 
 **With tensor parallelism** each rank runs the same step on its part of the model, and vLLM assumes that all ranks
 sample the same tokens. If only one rank fails (out of memory) and continues without the component while others rely on
@@ -32,14 +33,14 @@ from types import TracebackType
 
 logger = logging.getLogger("vllm.aasd")
 
-COMPONENTS = ("requests", "draft", "store", "step_time", "verify", "metrics")
+COMPONENTS = ("requests", "draft", "grammar", "store", "step_time", "verify", "metrics")
 
 MAX_FAULTS = 8
 """Failures of a component after which it is off."""
 
 
 class Faults:
-    """The faults of one worker.
+    """The faults of one worker, or of a scheduler.
 
     Args:
         num_ranks: ranks that run each step together, of tensor parallelism.
@@ -66,6 +67,13 @@ class Faults:
     def is_off(self, component: str) -> bool:
         """Whether a component has failed too often to be tried again."""
         return self.counts[component] >= MAX_FAULTS
+
+    def clear(self) -> None:
+        """Begin to serve: what failed before, which no request noticed, turns nothing off. It is logged."""
+        failed = {component: count for component, count in self.counts.items() if count}
+        if failed:
+            logger.error("aasd: failures before the first request, by part: %s", failed)
+        self.counts.update(dict.fromkeys(COMPONENTS, 0))
 
     def note(self, component: str, error: BaseException) -> None:
         """Count a failure of a component, and log the first and the last."""

@@ -9,16 +9,12 @@ Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tenso
 the first writes. Engines on other machines than the API server's aren't on its page.
 """
 
-import atexit
 import functools
 import glob
 import itertools
 import json
 import logging
-import multiprocessing
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -32,13 +28,12 @@ from prometheus_client.registry import Collector
 from vllm_aasd.counters import METRICS, PREFIX, Counters, summary
 from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.server_folder import server_folder
 
 logger = logging.getLogger("vllm.aasd")
 
 WRITE_SECONDS = 1.0
 
-# "<pid of the process that made it>:<folder>", for API servers that vLLM starts as children of that process.
-_FOLDER = "AASD_METRICS_FOLDER"
 _numbers = itertools.count()
 
 
@@ -48,17 +43,9 @@ def serving_folder() -> str:
 
     Empty if there can't be one.
     """
-    owner, _, folder = os.environ.get(_FOLDER, "").partition(":")
-    parent = multiprocessing.parent_process()
-    # An inherited variable may also be that of a server that has started another one.
-    if parent is None or owner != str(parent.pid):
-        try:
-            folder = tempfile.mkdtemp(prefix="vllm-aasd-metrics-")
-        except OSError as error:
-            logger.warning("aasd: no metrics on /metrics, since their folder can't be created: %s", error)
-            return ""
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
+    folder = server_folder()
+    if not folder:
+        return ""
     collector = FolderCollector(folder)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         # Several API servers: each request for the page makes a registry of its own, with vLLM's collector only.

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 import torch
 from vllm.v1.core.sched.output import NewRequestData
 
-_MOST_IDS = 32
-"""Models have one placeholder token per modality, and a few for rows and frames."""
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED
 
 
 class PlaceholderTokens:
@@ -19,11 +18,14 @@ class PlaceholderTokens:
 
     Args:
         device: where drafts are.
+
+    Attributes:
+        on_device: ``[MAX_EXCLUDED]`` int32, the ids, padded with -1.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._ids: set[int] = set()
-        self._on_device = torch.full((_MOST_IDS,), -1, dtype=torch.int64, device=device)
+        self.on_device = torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32, device=device)
 
     def learn(self, requests: Iterable[NewRequestData]) -> None:
         """Note the tokens that stand for embeddings in new requests."""
@@ -33,12 +35,12 @@ class PlaceholderTokens:
             for feature in request.mm_features if prompt is not None else ():
                 for first, last in feature.mm_position.extract_embeds_range():
                     seen.update(prompt[first : last + 1])
-        if seen <= self._ids or len(self._ids | seen) > _MOST_IDS:
+        if seen <= self._ids or len(self._ids | seen) > MAX_EXCLUDED:
             # These embeddings replace ordinary text, without a placeholder, so any token may be drafted.
             return
         self._ids |= seen
-        ids = torch.tensor(sorted(self._ids), dtype=torch.int64)
-        self._on_device[: len(ids)].copy_(ids, non_blocking=True)
+        ids = torch.tensor(sorted(self._ids), dtype=torch.int32)
+        self.on_device[: len(ids)].copy_(ids, non_blocking=True)
 
     def before_first(self, draft_token_ids: list[int]) -> list[int]:
         """The draft up to its first placeholder."""
@@ -46,17 +48,3 @@ class PlaceholderTokens:
             return draft_token_ids
         first = next((place for place, token in enumerate(draft_token_ids) if token in self._ids), None)
         return draft_token_ids[:first]
-
-    def cut(self, draft_token_ids: torch.Tensor, num_drafts: torch.Tensor) -> None:
-        """End drafts before their first placeholder, on the device.
-
-        Args:
-            draft_token_ids: ``[num_reqs, width]`` int64; placeholders become token 0.
-            num_drafts: ``[num_reqs]`` int32, tokens of each draft; modified in place.
-        """
-        if not self._ids:
-            return
-        is_placeholder = (draft_token_ids[:, :, None] == self._on_device).any(dim=2)
-        num_before = (is_placeholder.cumsum(dim=1) == 0).sum(dim=1, dtype=num_drafts.dtype)
-        torch.minimum(num_drafts, num_before, out=num_drafts)
-        draft_token_ids.masked_fill_(is_placeholder, 0)

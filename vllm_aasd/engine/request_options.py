@@ -18,6 +18,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_aasd.config import PREFIX, Settings, with_overrides
 from vllm_aasd.engine import patching
+from vllm_aasd.engine.corpus_names import check_names
 from vllm_aasd.kernels.verify.policies import MAX_STOP_TOKEN_IDS, STRICT
 from vllm_aasd.predicted_tokens import OPTION as PREDICTION
 from vllm_aasd.verification.rules import STRICT_POLICY, Policy
@@ -57,7 +58,9 @@ def _patch_verify(stock: Callable) -> Callable:
         if server is None:
             return
         try:
-            with_overrides(server, self.extra_args or {})
+            asked = with_overrides(server, self.extra_args or {})
+            if asked.default_corpora is not server.default_corpora:
+                check_names(speculative_config, asked.asked_corpora)
         except ValueError as error:
             # mypy doesn't see vLLM's class, which has this parameter.
             raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]
@@ -133,6 +136,35 @@ def verification_of(settings: Settings, params: SamplingParams | None) -> Verifi
     if not policy.relaxes(is_greedy) or len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
         return strict()
     return Verification(policy, stop_token_ids)
+
+
+def changes_with_drafts(params: SamplingParams | None) -> bool:
+    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
+    if params is None:
+        return False
+    return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
+
+
+def longest_draft(request: Any, num_tokens: int, max_draft_tokens: int) -> int:
+    """How many tokens may be drafted for a request.
+
+    Args:
+        request: vLLM's runner's or scheduler's state of it.
+        num_tokens: in its context.
+        max_draft_tokens: the longest draft of any request.
+    """
+    params = request.sampling_params
+    if params is None:
+        return max_draft_tokens
+    num_emitted = num_tokens - request.num_prompt_tokens
+    limit = max_draft_tokens
+    if params.max_tokens is not None:
+        # One token comes without a draft.
+        limit = min(limit, params.max_tokens - num_emitted - 1)
+    if params.min_tokens > num_emitted and params.all_stop_token_ids:
+        # vLLM doesn't let a step's bonus token stop the request if `min_tokens` weren't reached before its drafts.
+        limit = min(limit, params.min_tokens - num_emitted - 1)
+    return max(0, limit)
 
 
 @functools.cache

@@ -107,6 +107,18 @@ def profile_steps(
     return samples
 
 
+def warm_up_bytes(vllm_config: VllmConfig, vocab_size: int) -> int:
+    """Bytes of logits that vLLM 0.32's own warm-up makes on the V2 model runner after it has sized the KV cache.
+
+    It verifies the longest draft of as many requests as fit a step; a part of the rows, at most 1 GiB, also in float32.
+    """
+    scheduler = vllm_config.scheduler_config
+    rows_of_request = vllm_config.num_speculative_tokens + 1
+    num_reqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // (rows_of_request + 1))
+    num_logits = num_reqs * rows_of_request * vocab_size
+    return num_logits * vllm_config.model_config.dtype.itemsize + min(4 * num_logits, 1 << 30)
+
+
 def memory_bytes(settings: Settings) -> int:
     """Bytes of earlier answers and predictions to keep, at most."""
     return _PREDICTION_MIB << 20 if settings.memory == "off" else int(settings.memory) << 20

@@ -5,10 +5,12 @@ The adapter depends on the model runner: `vllm_aasd.engine.v1.adapter` or `vllm_
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
 from vllm.distributed import get_tp_group
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
@@ -20,7 +22,9 @@ from vllm_aasd.alignment import TOP_K
 from vllm_aasd.counters import MetricValue
 from vllm_aasd.engine import configuration, metrics, patching, prior_maker
 from vllm_aasd.engine.adapter import Adapter
-from vllm_aasd.engine.startup import kv_cache_share
+from vllm_aasd.engine.corpora import ServerCorpora
+from vllm_aasd.engine.grammar.messages import CountedGrammarOutput
+from vllm_aasd.engine.startup import kv_cache_share, warm_up_bytes
 from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
@@ -70,12 +74,19 @@ class AASDWorker(Worker):
             self._drafter.attach(self.model_runner)
 
     def determine_available_memory(self) -> int:
-        """As vLLM's, less what known text and, beside a KV cache of that size, the alignment store will take."""
+        """As vLLM's, less what known text and, beside a KV cache of that size, the alignment store will take.
+
+        And less what vLLM's warm-up makes beyond what it has measured, and beyond what it leaves unused.
+        """
         available = super().determine_available_memory()
         if not self.use_v2_model_runner or self.cache_config.kv_cache_memory_bytes:
             return available
         if self._drafter is not None:
             available -= self._drafter.text_bytes
+        if current_platform.is_cuda_alike():
+            unused = self.init_snapshot.free_memory - self.requested_memory + self.peak_activation_memory
+            vocab_size = self.model_config.get_vocab_size()
+            available -= max(0, warm_up_bytes(self.vllm_config, vocab_size) - int(unused))
         has_store = self.speculative_config.aasd.alignment and self.lora_config is None
         return int(available * kv_cache_share(self.get_kv_cache_spec(), TOP_K)) if has_store else available
 
@@ -95,10 +106,13 @@ class AASDWorker(Worker):
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Also: find out what steps of the model cost, now that it is compiled."""
+        """Also: compile our kernels, and find out what steps of the model cost, once it is compiled."""
+        if self.use_v2_model_runner and self._drafter is not None:
+            self._drafter.warm_up()
         times = super().compile_or_warm_up_model()
         if self._adapter is not None:
             self._adapter.profile()
+            self._adapter.faults.clear()
             self._make_first_prior(self._adapter.prior)
             with self._adapter.faults.contained("metrics"):
                 self._publish(self._adapter)
@@ -145,6 +159,9 @@ class AASDWorker(Worker):
         """Also: store the step's predictions before vLLM's processors change the logits, and verify by ours."""
         if self._adapter is None:
             return super().sample_tokens(grammar_output)
+        if isinstance(grammar_output, CountedGrammarOutput):
+            self._adapter.counters.add_grammar(grammar_output.counts)
+            self._adapter.faults.counts["grammar"] += grammar_output.num_faults
         with self._adapter.sampling():
             return super().sample_tokens(grammar_output)
 
@@ -167,6 +184,28 @@ class AASDWorker(Worker):
         """Forget the text of earlier requests: for ``collective_rpc("aasd_clear_memory")``."""
         if self._adapter is not None:
             self._adapter.clear_memory()
+
+    def aasd_add_corpus(self, name: str, path: str) -> list[str] | None:
+        """Add a corpus, in the place of what has its name: for ``collective_rpc("aasd_add_corpus", args=(...))``.
+
+        Returns:
+            The names that there are now; None from a rank that doesn't draft.
+
+        Raises:
+            ValueError: the name or path isn't allowed, or there is no room for it.
+        """
+        return self._change_corpora(lambda corpora: corpora.add_from(name, path))
+
+    def aasd_drop_corpus(self, name: str) -> list[str] | None:
+        """Drop a corpus: for ``collective_rpc("aasd_drop_corpus", args=("name",))``; see `aasd_add_corpus`."""
+        return self._change_corpora(lambda corpora: corpora.remove(name))
+
+    def _change_corpora(self, change: Callable[[ServerCorpora], list[str]]) -> list[str] | None:
+        if self._adapter is None:
+            return None
+        names = change(self._adapter.corpora)
+        self._adapter.corpora_changed()
+        return names
 
     def aasd_faults(self) -> dict[str, int]:
         """How often each of `failsafe.COMPONENTS` has failed here: for ``collective_rpc("aasd_faults")``."""

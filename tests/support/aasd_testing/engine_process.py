@@ -62,6 +62,11 @@ def forget(how):
         llm.collective_rpc(how)
 
 
+def rpc(method, args):
+    """What a worker's method returns."""
+    return llm.collective_rpc(method, args=args)
+
+
 def sampling(request):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -256,11 +261,16 @@ def verification_recorded():
 
     def rejection_sample(**call):
         copied = {name: torch.clone(value) if torch.is_tensor(value) else value for name, value in call.items()}
+        given = {
+            "stop_token_ids": requests.stop_token_ids.clone(),
+            "num_drafts": verifier._num_drafts.clone(),
+            "survival": verifier._survival.clone(),
+            "totals": torch.zeros_like(verifier._totals),
+        }
         policies = [tensor.clone() for tensor in requests.policies]
-        stop_token_ids = requests.stop_token_ids.clone()
         sampled, num_sampled = stock(**call)
         answer = {"sampled": sampled.clone(), "num_sampled": num_sampled.clone()}
-        calls.append({"call": copied, "policies": policies, "stop_token_ids": stop_token_ids, **answer})
+        calls.append({"call": copied, "policies": policies, "given": given, **answer})
         return sampled, num_sampled
 
     verifier.rejection_sample = rejection_sample

@@ -102,6 +102,10 @@ class Engine:
         """Have it forget earlier answers: by ``reset_prefix_cache``, or by a worker's method."""
         self._call("forget", how)
 
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """What a worker's method returns, by ``collective_rpc``."""
+        return self._call("rpc", method, args)
+
     def kernels(self) -> set[str]:
         """The modules of `vllm_aasd.kernels` that were imported."""
         return self._call("kernels")

@@ -74,7 +74,9 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=with_constants(settings, {"prior": "off", "alignment": True}), num_speculative_tokens=WIDTH
+                aasd_corpora_file="",
+                aasd=with_constants(settings, {"prior": "off", "alignment": True}),
+                num_speculative_tokens=WIDTH,
             ),
             model_config=model,
             scheduler_config=SimpleNamespace(

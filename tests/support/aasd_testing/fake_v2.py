@@ -60,7 +60,7 @@ class _Model(torch.nn.Module):
 
 
 class FakeRunner:
-    """Serves requests greedily; `fillers` schedules every draft column, as asynchronous scheduling does, and
+    """Serves requests; `fillers` schedules every draft column, as asynchronous scheduling does, and
     `allocated_len` is the model's length before vLLM lowered it to `MAX_LEN`.
 
     Attributes:
@@ -109,9 +109,16 @@ class FakeRunner:
         )
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
-                aasd=with_constants(settings, {"prior": "off", "memory": 1}), num_speculative_tokens=WIDTH
+                aasd_corpora_file="",
+                aasd=with_constants(settings, {"prior": "off", "memory": 1}),
+                num_speculative_tokens=WIDTH,
             ),
-            model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=MAX_LEN),
+            model_config=SimpleNamespace(
+                get_vocab_size=lambda: VOCAB,
+                get_hidden_size=lambda: 2,
+                dtype=torch.bfloat16,
+                max_model_len=MAX_LEN,
+            ),
             scheduler_config=SimpleNamespace(async_scheduling=fillers, scheduler_cls=SCHEDULER),
             lora_config=None,
             kv_transfer_config=None,
@@ -139,6 +146,7 @@ class FakeRunner:
         self.prefill_len[slot], self.num_computed[slot] = len(prompt), 0
         self.tokens[slot, : len(prompt)] = torch.tensor(prompt)
         self.total_len[slot] = len(prompt)
+        self.temperature[slot] = params.temperature
         self.drafts[slot] = 0
         self.counts[slot] = 0
         blocks = self.blocks[slot].tolist()
@@ -194,11 +202,11 @@ class FakeRunner:
                 logits,
                 None,
                 batch.input_ids[sampled_rows],
-                torch.tensor(cu),
+                torch.tensor(cu, dtype=torch.int32),
                 torch.tensor(positions)[sampled_rows],
                 batch.idx_mapping,
                 torch.tensor(expanded),
-                torch.tensor(local),
+                torch.tensor(local, dtype=torch.int32),
                 torch.from_numpy(self.temperature),
                 torch.zeros(len(self.temperature), dtype=torch.int64),
                 WIDTH,

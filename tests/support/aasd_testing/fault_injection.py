@@ -20,10 +20,8 @@ FAULT_POINTS = {
     "V2": {
         "vllm_aasd.engine.v2.requests:settings_of": "requests",
         "vllm_aasd.alignment:AlignmentStore.write": "store",
-        "vllm_aasd.engine.v2.rejection_sampler:V2Verifier.without_fillers": "verify",
         "vllm_aasd.engine.v2.rejection_sampler:verify_seeded": "verify",
         "vllm_aasd.kernels.draft.triton:draft_batch": "draft",
-        "vllm_aasd.engine.v2.counting:count_drafts": "metrics",
     },
 }
 """By model runner: functions, as "module:function" or "module:Class.method", and the component that each belongs to."""

@@ -22,11 +22,11 @@ def backend_name(op: str) -> str:
     return importlib.import_module(f"vllm_aasd.kernels.{op}")._implementation("cpu").__name__
 
 
-def verify_and_state(arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """What `verify_seeded` gives, and the state that it leaves behind."""
+def verify_and_state(arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """What `verify_seeded` gives, and the state and the totals that it leaves behind."""
     from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
-    return verify_seeded(SeededBatch(**arguments)), arguments["policies"].state
+    return verify_seeded(SeededBatch(**arguments)), arguments["policies"].state, arguments["totals"]
 
 
 def _patch_language_once() -> None:

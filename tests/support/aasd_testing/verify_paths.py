@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from aasd_testing.policy_tensors import copied
+from vllm_aasd.gpu_check.verify_inputs import copied
 from vllm_aasd.kernels.verify import VerifyBatch, cpu, reference
 from vllm_aasd.kernels.verify.random_reference import row_uniform
 from vllm_aasd.kernels.verify.seeded import SeededBatch
@@ -24,9 +24,11 @@ def as_v1(arguments, **given):
     slots, slot_of = arguments["idx_mapping"].long(), arguments["expanded_idx_mapping"]
     uniform = [row_uniform(int(arguments["seed"][slot_of[row]]), int(arguments["pos"][row])) for row in rows]
     policies = arguments["policies"]
+    is_filler = arguments["expanded_local_pos"] > arguments["num_drafts"][slot_of]
+    drafts = arguments["draft_sampled"].masked_fill(is_filler, -1)
     by_request = {name: getattr(policies, name)[slots] for name in ("rule", "parameters", "state_rows")}
     batch = VerifyBatch(
-        draft_token_ids=arguments["draft_sampled"][[row + 1 for row in rows]].int(),
+        draft_token_ids=drafts[[row + 1 for row in rows]].int(),
         cu_num_draft_tokens=(ends - starts - 1).cumsum(0).int(),
         max_spec_len=arguments["num_speculative_steps"],
         target_logits=arguments["target_logits"][rows],
@@ -54,7 +56,7 @@ def run(path, arguments, interpreter=None, **given):
     """
     policies = arguments["policies"]
     if path == "triton":
-        output, state = interpreter.call("aasd_testing.interpreter:verify_and_state", arguments)
+        output, state, _ = interpreter.call("aasd_testing.interpreter:verify_and_state", arguments)
         policies.state.copy_(state)
     elif path == "seeded reference":
         output = reference.verify_seeded(SeededBatch(**arguments))
@@ -82,5 +84,5 @@ def relaxed_rows(result, arguments):
 
 
 def with_own_state(arguments):
-    """The same arguments with a copy of the state."""
-    return {**arguments, "policies": copied(arguments["policies"])}
+    """The same arguments with copies of what is updated."""
+    return {**arguments, "policies": copied(arguments["policies"]), "totals": arguments["totals"].clone()}

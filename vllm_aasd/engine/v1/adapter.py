@@ -25,8 +25,11 @@ from vllm_aasd.drafting import drafter
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.grammar.messages import InformedDraftTokenIds
 from vllm_aasd.engine.namespaces import prediction_of
+from vllm_aasd.engine.request_options import longest_draft
 from vllm_aasd.engine.v1.alignment import V1Alignment
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.draft_lengths import V1DraftLengths
@@ -68,18 +71,17 @@ class V1Adapter:
         )
         self.faults = Faults(vllm_config.parallel_config.tensor_parallel_size)
         self.counters = Counters("cpu", self.faults.counts)
-        self._lengths = V1DraftLengths(
-            self._max_draft_tokens, self._max_step_tokens, settings.draft_length == "adaptive", self.faults
-        )
+        self._lengths = V1DraftLengths(self._max_step_tokens, settings.draft_length == "adaptive", self.faults)
         self._requests = V1Requests(settings, self.faults, startup.shares_text(vllm_config))
         self.prior = prior = None if settings.prior == "off" else shared_prior.load_prior(self._model_config)
+        self.corpora = ServerCorpora(self._model_config, speculative_config, (prior or no_prior()).texts)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,
             MIN_SURVIVAL,
             prior,
             lookups=self.counters.lookups.numpy(),
-            texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, (prior or no_prior()).texts),
+            texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, self.corpora),
         )
         counting = V1Counting(self.counters, self.faults, max_num_seqs, self._max_draft_tokens)
         counting.drafter = self._drafter
@@ -91,6 +93,9 @@ class V1Adapter:
         self._began = 0.0
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
+        self._drafts: dict[str, list[int]] = {}
+        self._has_grammars = False
+        self._num_clears = 0
         self._warm_up(counting)
 
     def _new_alignment(self, kv_cache_config: KVCacheConfig, loads_kv: bool) -> V1Alignment | None:
@@ -156,6 +161,8 @@ class V1Adapter:
             self._requests.forget(scheduled.finished_req_ids)
             self._verifier.forget(scheduled.finished_req_ids)
             self._drafter.forget(scheduled.finished_req_ids)
+            for req_id in scheduled.finished_req_ids:
+                self._drafts.pop(req_id, None)
             self._lengths.learn(scheduled.scheduled_new_reqs)
 
     @contextlib.contextmanager
@@ -180,6 +187,10 @@ class V1Adapter:
             self._num_drafted = {
                 req_id: len(drafts) for req_id, drafts in scheduled.scheduled_spec_decode_tokens.items()
             }
+            self._has_grammars = scheduled.has_structured_output_requests
+            if self._has_grammars:
+                for req_id, drafts in scheduled.scheduled_spec_decode_tokens.items():
+                    self._drafter.replaced(req_id, _num_equal(self._drafts.get(req_id, []), drafts))
             if len(state.spec_decode_metadata.logits_indices) == scheduled.total_num_scheduled_tokens:
                 self._num_decode_tokens = scheduled.total_num_scheduled_tokens
         if self._alignment is not None:
@@ -192,7 +203,7 @@ class V1Adapter:
     def _admit(self, req_id: str) -> None:
         request, params = self._requests[req_id], self._runner.requests[req_id].sampling_params
         with self.faults.contained("draft"):
-            self._drafter.admit(req_id, request.namespace, prediction_of(params))
+            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora)
 
     def _commit(self, num_emitted: Sequence[int] | None = None) -> None:
         """Store the predictions of the step, if that hasn't been done; see `V1Alignment.write`."""
@@ -232,8 +243,9 @@ class V1Adapter:
             # One request's failure must not cost the others their drafts.
             with self.faults.contained("draft"):
                 self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-                limit = self._lengths.limit(self._runner.requests[req_id], int(num_tokens_no_spec[row]))
-                context, candidates = self._context(row, token_ids_cpu[row, : num_tokens_no_spec[row]])
+                num_tokens = int(num_tokens_no_spec[row])
+                limit = longest_draft(self._runner.requests[req_id], num_tokens, self._max_draft_tokens)
+                context, candidates = self._context(row, token_ids_cpu[row, :num_tokens])
                 draft_token_ids, expected = self._drafter.draft(req_id, context, candidates, limit, min_draft_tokens)
                 drafts[row] = draft_token_ids.tolist()
                 survival[row, : len(expected)] = expected
@@ -241,7 +253,9 @@ class V1Adapter:
             self._requests.stop_drafting(req_id)
             self._drafter.abandon(req_id)
         is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids]
-        return self._lengths.cut(drafts, survival, is_seeded)
+        drafts = self._lengths.cut(drafts, survival, is_seeded)
+        self._drafts = dict(zip(req_ids, drafts, strict=True))
+        return drafts
 
     def _context(self, row: int, token_ids: np.ndarray) -> tuple[np.ndarray, AlignmentView]:
         """What a request drafts from: the tokens of its context, and the predictions stored at them."""
@@ -252,14 +266,28 @@ class V1Adapter:
         return token_ids, NO_ALIGNMENT if self._alignment is None else self._alignment.view(row)
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
-        """vLLM's drafts, but without the zeros that it schedules where a request nears the model's length."""
-        if self._has_proposed:
+        """vLLM's drafts, but without the zeros that it schedules where a request nears the model's length.
+
+        With what the scheduler needs to make others, where there are grammars.
+        """
+        drafts.draft_token_ids = drafts.draft_token_ids if self._has_proposed else [[] for _ in drafts.req_ids]
+        if not self._has_grammars:
             return drafts
-        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+        return InformedDraftTokenIds(drafts.req_ids, drafts.draft_token_ids, self._num_clears, *self._lengths.times())
+
+    def corpora_changed(self) -> None:
+        """Nothing to do: drafts come from the corpora's own index."""
 
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._drafter.clear_memory()
+        self._num_clears += 1
 
     def shutdown(self) -> None:
         """Nothing to release: what is known of requests ends with the process."""
+
+
+def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two drafts share, from their beginning."""
+    differing = (at for at, (ours, theirs) in enumerate(zip(one, other, strict=False)) if ours != theirs)
+    return next(differing, min(len(one), len(other)))

@@ -1,7 +1,6 @@
 """Where a draft ends on the V1 model runner."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import NewRequestData
@@ -12,10 +11,9 @@ from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 
 
 class V1DraftLengths:
-    """Limits drafts by the request, by the placeholders of images, and by what a longer step would cost.
+    """Limits drafts by the placeholders of images, and by what a longer step would cost.
 
     Args:
-        max_draft_tokens: the longest draft of a request.
         max_step_tokens: the most tokens of a step, >= 1.
         is_adaptive: whether lengths depend on the time that steps take.
         faults: of the worker.
@@ -24,9 +22,8 @@ class V1DraftLengths:
         by_load: what is known of the time that steps take.
     """
 
-    def __init__(self, max_draft_tokens: int, max_step_tokens: int, is_adaptive: bool, faults: Faults) -> None:
+    def __init__(self, max_step_tokens: int, is_adaptive: bool, faults: Faults) -> None:
         self.by_load = LengthsByLoad(max_step_tokens)
-        self._max_draft_tokens = max_draft_tokens
         self._is_adaptive = is_adaptive
         self._faults = faults
         self._placeholders = PlaceholderTokens()
@@ -48,25 +45,11 @@ class V1DraftLengths:
                 return self.by_load.min_draft_tokens(num_requests)
         return 0
 
-    def limit(self, request: Any, num_tokens: int) -> int:
-        """How many tokens may be drafted for a request.
-
-        Args:
-            request: vLLM's runner's state of it.
-            num_tokens: in its context.
-        """
-        params = request.sampling_params
-        if params is None:
-            return self._max_draft_tokens
-        num_emitted = num_tokens - request.num_prompt_tokens
-        limit = self._max_draft_tokens
-        if params.max_tokens is not None:
-            # One token comes without a draft.
-            limit = min(limit, params.max_tokens - num_emitted - 1)
-        if params.min_tokens > num_emitted and params.all_stop_token_ids:
-            # vLLM doesn't let a step's bonus token stop the request if `min_tokens` weren't reached before its drafts.
-            limit = min(limit, params.min_tokens - num_emitted - 1)
-        return max(0, limit)
+    def times(self) -> tuple[np.ndarray | None, float]:
+        """The times of steps by their tokens, None if lengths don't depend on them; and the overhead of drafts."""
+        if not self._is_adaptive or self._faults.is_off("step_time"):
+            return None, 1.0
+        return self.by_load.step_time.relative(), self.by_load.step_time.overhead()
 
     def cut(self, drafts: list[list[int]], survival: np.ndarray, is_seeded: Sequence[bool]) -> list[list[int]]:
         """End the drafts of a step before placeholders, and where more tokens aren't worth the time.

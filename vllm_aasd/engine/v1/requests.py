@@ -8,7 +8,13 @@ from vllm.sampling_params import SamplingParams
 from vllm_aasd.config import Settings
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.namespaces import shared_namespace
-from vllm_aasd.engine.request_options import Verification, settings_of, strict, verification_of
+from vllm_aasd.engine.request_options import (
+    Verification,
+    changes_with_drafts,
+    settings_of,
+    strict,
+    verification_of,
+)
 
 
 class V1Request(NamedTuple):
@@ -18,18 +24,13 @@ class V1Request(NamedTuple):
         verification: how its draft tokens are verified.
         is_seeded: whether it samples by a seed of its own.
         namespace: of the earlier answers that it shares; None for none.
+        corpora: the names of those that it draws from.
     """
 
     verification: Verification
     is_seeded: bool
     namespace: int | None = None
-
-
-def _changes_with_drafts(params: SamplingParams | None) -> bool:
-    """Whether vLLM's V1 sampler changes the output of a request with these parameters if it has drafts."""
-    if params is None:
-        return False
-    return bool(params.logprob_token_ids) or params.thinking_token_budget is not None
+    corpora: tuple[str, ...] = ()
 
 
 class V1Requests:
@@ -84,8 +85,10 @@ class V1Requests:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
         namespace = shared_namespace(params, settings) if self._shares_text else None
-        self._requests[req_id] = V1Request(verification_of(settings, params), is_seeded, namespace)
-        if not settings.enabled or _changes_with_drafts(params):
+        self._requests[req_id] = V1Request(
+            verification_of(settings, params), is_seeded, namespace, settings.asked_corpora
+        )
+        if not settings.enabled or changes_with_drafts(params):
             return False
         self._drafted.add(req_id)
         return True

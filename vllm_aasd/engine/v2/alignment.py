@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
@@ -68,6 +69,11 @@ class V2Alignment:
         if not self._hooks:
             logger.warning("aasd: the model has no logits layer of vLLM's, so no predictions are stored as it decodes")
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what stores predictions of logits of a kind: ``[num_rows, vocab_size]``."""
+        of_row = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
+        self.store.write(logits, of_row.int(), of_row)
+
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Forget what former owners left in blocks that a step gives to requests."""
         disown(self.store, scheduled, self._group, self._loads_kv, self._faults)
@@ -116,8 +122,10 @@ class V2Alignment:
             return
         with self._faults.contained("store", shared=True):
             slots = slot_mappings[self._layer]
-            for row in batch.is_prefilling_np.nonzero()[0]:
-                rows = slice(int(batch.query_start_loc_np[row]), int(batch.query_start_loc_np[row + 1]))
+            # Requests that stand side by side are taken together: each pass reads the whole lm_head.
+            changes = np.diff(batch.is_prefilling_np.astype(np.int8), prepend=0, append=0)
+            for first, end in zip((changes > 0).nonzero()[0], (changes < 0).nonzero()[0], strict=True):
+                rows = slice(int(batch.query_start_loc_np[first]), int(batch.query_start_loc_np[end]))
                 self._prompt_logits.store(hidden_states[rows], batch.input_ids[rows], slots[rows], self.store)
 
     def shutdown(self) -> None:

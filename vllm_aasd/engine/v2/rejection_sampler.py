@@ -20,7 +20,6 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_aasd.engine import patching
 from vllm_aasd.engine.failsafe import Faults
-from vllm_aasd.engine.v2.counting import V2Counting
 from vllm_aasd.engine.v2.requests import RequestSlots
 from vllm_aasd.kernels.verify import PLACEHOLDER_TOKEN_ID
 from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
@@ -48,11 +47,12 @@ class V2Verifier:
     """Verifies one worker's batches on the device, by the policy of each request.
 
     Args:
-        num_valid_drafts: ``[max_num_reqs]`` int32 by request index, kept up to date by the owner: how many of the
+        num_drafts: ``[max_num_reqs]`` int32 by request index, kept up to date by the owner: how many of the
             request's draft columns are draft tokens. The others are fillers, which the runner needs to be valid ids.
+        survival: ``[max_num_reqs, width]`` float32 by request index, kept up to date by the owner: what was promised.
         requests: policies and stop tokens.
         faults: of the worker.
-        counting: told of each step.
+        totals: where steps are counted, see `vllm_aasd.kernels.count`. Those that vLLM's own sampler verifies aren't.
 
     Attributes:
         contained: around `rejection_sample`, if it `is_on`.
@@ -62,10 +62,16 @@ class V2Verifier:
     """
 
     def __init__(
-        self, num_valid_drafts: torch.Tensor, requests: RequestSlots, faults: Faults, counting: V2Counting
+        self,
+        num_drafts: torch.Tensor,
+        survival: torch.Tensor,
+        requests: RequestSlots,
+        faults: Faults,
+        totals: torch.Tensor,
     ) -> None:
-        self._counting = counting
-        self._num_valid_drafts = num_valid_drafts
+        self._num_drafts = num_drafts
+        self._survival = survival
+        self._totals = totals
         self._requests = requests
         self._faults = faults
         self.contained = faults.contained("verify", shared=True)
@@ -95,10 +101,26 @@ class V2Verifier:
         finally:
             _active.reset(token)
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what verifies logits of a kind: ``[num_rows, vocab_size]``."""
+        of_row = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        self.rejection_sample(
+            target_logits=logits,
+            draft_sampled=of_row.int(),
+            cu_num_logits=torch.arange(2, dtype=torch.int32, device=logits.device),
+            pos=of_row,
+            idx_mapping=of_row[:1],
+            expanded_idx_mapping=of_row,
+            expanded_local_pos=of_row.int(),
+            temperature=self._requests.temperature,
+            seed=torch.zeros_like(self._num_drafts, dtype=torch.int64),
+            num_speculative_steps=self._survival.shape[1],
+        )
+
     def without_fillers(
         self, draft_sampled: torch.Tensor, expanded_idx_mapping: torch.Tensor, expanded_local_pos: torch.Tensor
     ) -> torch.Tensor:
-        """Replace fillers by -1, so that no rule can accept them.
+        """Replace fillers by -1 for vLLM's own sampler, so that it can't accept them.
 
         Args:
             draft_sampled: ``[num_logits]`` integer, the input token of each row.
@@ -106,31 +128,29 @@ class V2Verifier:
             expanded_local_pos: ``[num_logits]`` integer, each row's position in its request: 0 has the last
                 emitted token, j the j-th draft column.
         """
-        is_filler = expanded_local_pos > self._num_valid_drafts[expanded_idx_mapping.long()]
+        is_filler = expanded_local_pos > self._num_drafts[expanded_idx_mapping.long()]
         return draft_sampled.masked_fill(is_filler, PLACEHOLDER_TOKEN_ID)
 
     def rejection_sample(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As vLLM's function of that name, for drafts without probabilities; fillers are -1.
+        """As vLLM's function of that name, for drafts without probabilities.
 
         Returns:
             Emitted tokens, ``[num_reqs, num_speculative_steps + 1]`` int64, -1 after them; and how many,
             ``[num_reqs]`` int32.
         """
-        batch = SeededBatch(
-            **arguments,
-            policies=self._requests.policies,
-            stop_token_ids=self._requests.stop_token_ids,
-            all_greedy=self._all_greedy,
+        arguments["temperature"] = self._requests.temperature
+        result = verify_seeded(
+            SeededBatch(
+                **arguments,
+                num_drafts=self._num_drafts,
+                policies=self._requests.policies,
+                stop_token_ids=self._requests.stop_token_ids,
+                survival=self._survival,
+                totals=self._totals,
+                all_greedy=self._all_greedy,
+            )
         )
-        result = verify_seeded(batch)
-        self._counting.verified(batch.draft_sampled, batch.cu_num_logits, batch.idx_mapping, result.num_sampled, result)
         return result.sampled, result.num_sampled
-
-    def count_stock(self, arguments: dict[str, Any], num_sampled: torch.Tensor) -> None:
-        """Count a step that vLLM's own ``rejection_sample`` has verified."""
-        self._counting.verified(
-            arguments["draft_sampled"], arguments["cu_num_logits"], arguments["idx_mapping"], num_sampled
-        )
 
 
 def install() -> list[patching.Replacement]:
@@ -153,29 +173,28 @@ def install() -> list[patching.Replacement]:
 
 def patch_rejection_sample(stock: Callable) -> Callable:
     """Have vLLM's ``rejection_sample`` call the active verifier."""
-    signature = inspect.signature(stock)
+    names = list(inspect.signature(stock).parameters)
 
     @functools.wraps(stock)
     def rejection_sample(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         verifier = _active.get()
         if verifier is None:
             return stock(*args, **kwargs)
-        arguments = signature.bind(*args, **kwargs).arguments
+        # `Signature.bind` takes as long as two launches.
+        arguments = dict(zip(names, args, strict=False)) | kwargs
         verifier.rows = arguments["expanded_idx_mapping"]
-        # If this fails: vLLM's sampler is strict, so it accepts a filler only if it is the target's own token.
-        with verifier.contained:
-            arguments["draft_sampled"] = verifier.without_fillers(
-                arguments["draft_sampled"], arguments["expanded_idx_mapping"], arguments["expanded_local_pos"]
-            )
         unsupported = _unsupported_argument(arguments)
         if unsupported is not None:
             _warn_once(unsupported)
         elif verifier.is_on:
             with verifier.contained:
                 return verifier.rejection_sample(**{name: arguments[name] for name in _SUPPORTED})
-        sampled, num_sampled = stock(**arguments)
-        verifier.count_stock(arguments, num_sampled)
-        return sampled, num_sampled
+        # If this fails: vLLM's sampler is strict, so it accepts a filler only if it is the target's own token.
+        with verifier.contained:
+            arguments["draft_sampled"] = verifier.without_fillers(
+                arguments["draft_sampled"], arguments["expanded_idx_mapping"], arguments["expanded_local_pos"]
+            )
+        return stock(**arguments)
 
     return rejection_sample
 

@@ -8,6 +8,7 @@ the device, so that nothing here knows which step the host is at: with asynchron
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,15 +26,19 @@ from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, MAX_MATCHES, MAX_NGRAM_SIZE, MIN_SURVIVAL
 from vllm_aasd.engine import patching, shared_prior, startup
+from vllm_aasd.engine.corpora import ServerCorpora
 from vllm_aasd.engine.failsafe import Faults
+from vllm_aasd.engine.grammar.messages import InformedDraftTokenIds
 from vllm_aasd.engine.mm_tokens import PlaceholderTokens
 from vllm_aasd.engine.v2 import rejection_sampler as v2_verifier
 from vllm_aasd.engine.v2.alignment import V2Alignment
-from vllm_aasd.engine.v2.counting import V2Counting
+from vllm_aasd.engine.v2.grammar import V2GrammarDrafts
 from vllm_aasd.engine.v2.prompt_logits import PromptLogits
 from vllm_aasd.engine.v2.rejection_sampler import V2Verifier
 from vllm_aasd.engine.v2.requests import RequestSlots
 from vllm_aasd.engine.v2.texts import V2Texts
+from vllm_aasd.engine.v2.warm_up import kinds_of_logits
+from vllm_aasd.kernels.count import UNPROMISED
 from vllm_aasd.kernels.draft import Prior, no_prior
 from vllm_aasd.kernels.draft.batch import DraftBatch, draft_batch, draft_workspace
 
@@ -55,7 +60,8 @@ class AASDSpeculator(BaseSpeculator):
     pcp_manager = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
-        self._settings = settings = vllm_config.speculative_config.aasd
+        self._config = vllm_config.speculative_config
+        self._settings = settings = self._config.aasd
         self._model_config = vllm_config.model_config
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._device = device
@@ -79,15 +85,18 @@ class AASDSpeculator(BaseSpeculator):
             self._texts,
             self.faults,
         )
-        self._num_valid_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.counters = Counters(device, self.faults.counts)
-        self._counting = V2Counting(self.counters, self.faults, max_num_reqs, width, device)
-        self.verifier = V2Verifier(self._num_valid_drafts, self.requests, self.faults, self._counting)
+        self._num_clears = 0
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
+        # By slot.
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self._survival = torch.zeros((max_num_reqs, width), dtype=torch.float32, device=device)
-        self._propose: Callable[..., None] | None = None
-        self._all_token_ids = torch.zeros((max_num_reqs, 0), dtype=torch.int32, device=device)
+        self._survival = torch.full((max_num_reqs, width), UNPROMISED, dtype=torch.float32, device=device)
+        self.verifier = V2Verifier(self._num_drafts, self._survival, self.requests, self.faults, self.counters.totals)
+        self._grammars = V2GrammarDrafts(req_states, self._num_drafts, self._survival)
+        # All but what is a step's own; None until the KV cache is laid out.
+        self._batch: DraftBatch | None = None
+        # Of the step that was drafted for last.
+        self._idx_mapping = torch.zeros(0, dtype=torch.int64, device=device)
         self.prior: Prior | None = None
         self._device_prior: tuple[torch.Tensor, torch.Tensor]
         self._runner: GPUModelRunner | None = None
@@ -105,8 +114,8 @@ class AASDSpeculator(BaseSpeculator):
         self._runner = runner
         if self._settings.prior != "off":
             self.prior = shared_prior.load_prior(self._model_config)
-        if self.prior is not None:
-            self._texts.learn_corpora(self.prior.texts)
+        self.corpora = ServerCorpora(self._model_config, self._config, (self.prior or no_prior()).texts)
+        self._texts.learn_corpora(self.corpora)
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)
         runner.sampler.logits_processors.append(self.requests)
@@ -146,11 +155,11 @@ class AASDSpeculator(BaseSpeculator):
         prior = self.prior or no_prior()
         to_device = functools.partial(torch.as_tensor, device=self._device)
         self._device_prior = to_device(prior.ids), to_device(prior.probs)
-        # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
-        self._all_token_ids = self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len]
-        batch_of = functools.partial(
-            DraftBatch,
-            all_token_ids=self._all_token_ids,
+        self._batch = DraftBatch(
+            # vLLM may have lowered the model's length to fit the memory, and the block tables with it.
+            all_token_ids=self._req_states.all_token_ids.gpu[:, : self._req_states.max_model_len],
+            total_len=self._req_states.total_len.gpu,
+            idx_mapping=self._idx_mapping,
             table=table,
             block_tables=block_tables,
             block_size=block_size,
@@ -163,7 +172,10 @@ class AASDSpeculator(BaseSpeculator):
             max_matches=MAX_MATCHES,
             min_survival=MIN_SURVIVAL,
             texts=self._texts.bind(),
-            lookups=self.counters.lookups,
+            max_len=self.requests.max_len,
+            num_sampled=self._num_drafts[:0],
+            excluded=self._placeholders.on_device,
+            longest=0,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
                 MAX_NGRAM_SIZE,
@@ -172,8 +184,38 @@ class AASDSpeculator(BaseSpeculator):
                 prior.ids.shape[1],
                 self._device,
             ),
+            draft_token_ids=self._draft_token_ids[:0],
+            num_drafts=self._num_drafts,
+            survival=self._survival,
+            lookups=self.counters.lookups,
         )
-        self._propose = lambda **step: draft_batch(batch_of(**step))
+
+    def warm_up(self) -> None:
+        """Compile all that serving can ask of our kernels, so that no request waits for a compiler.
+
+        vLLM's own warm-up runs them too, but not for every kind of logits, and not at all with ``enforce_eager``.
+        """
+        if self._batch is None:
+            return
+        began = time.perf_counter()
+        dtypes = (self._model_config.dtype, torch.float32)
+        for logits in kinds_of_logits(self._vocab_size, dtypes, self._device):
+            self.verifier.warm_up(logits)
+            if self._alignment is not None:
+                self._alignment.warm_up(logits)
+        if self._alignment is not None and self._prompt_logits is not None:
+            sizes = self._model_config.get_hidden_size(), self._model_config.dtype
+            self._prompt_logits.warm_up(*sizes, self._alignment.store)
+        batch = self._batch._replace(
+            idx_mapping=torch.full((1,), -1, dtype=torch.int64, device=self._device),
+            num_sampled=torch.zeros(1, dtype=torch.int32, device=self._device),
+            draft_token_ids=self._draft_token_ids[:1],
+        )
+        self._texts.step(batch.all_token_ids, batch.total_len, batch.idx_mapping, batch.num_sampled)
+        draft_batch(batch)
+        # It waits: a kernel that can't run ends the start, not a request.
+        self._num_drafts.sum().item()
+        logger.info("aasd: its kernels were compiled in %.1f s", time.perf_counter() - began)
 
     def profile(self) -> None:
         """Nothing to time: what drafts cost the scheduler sees, `vllm_aasd.engine.draft_length_schedule`."""
@@ -200,10 +242,18 @@ class AASDSpeculator(BaseSpeculator):
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
+        if scheduled.has_structured_output_requests and not self._is_async:
+            with self.faults.contained("draft", shared=True):
+                self._grammars.write(scheduled.scheduled_spec_decode_tokens)
+
+    def corpora_changed(self) -> None:
+        """Draft from the corpora that there are now."""
+        self._texts.write_corpora()
 
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._texts.clear()
+        self._num_clears += 1
 
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
@@ -264,37 +314,26 @@ class AASDSpeculator(BaseSpeculator):
             ``[num_reqs, num_speculative_tokens of the config]`` int64, valid token ids throughout, since the
             runner feeds them to the model; how many are drafts is kept by slot for the verifier.
         """
-        num_reqs = input_batch.num_reqs
-        drafts, num_drafts = self._draft_token_ids[:num_reqs], self._num_drafts[:num_reqs]
-        if dummy_run or self._propose is None:
+        drafts = self._draft_token_ids[: input_batch.num_reqs]
+        if dummy_run or self._batch is None:
             if is_profile and self._prompt_logits is not None:
                 self._prompt_logits.rehearse(last_hidden_states)
             return drafts.zero_()
         if self._alignment is not None:
             self._alignment.store_prompts(input_batch, slot_mappings, last_hidden_states)
-        idx_mapping, total_len = input_batch.idx_mapping, self._req_states.total_len.gpu
-        longest = drafts.shape[1] if num_speculative_tokens is None else num_speculative_tokens
+        self._idx_mapping = idx_mapping = input_batch.idx_mapping
         if not self.faults.is_off("draft"):
             with self.faults.contained("draft", shared=True):
-                self._texts.step(self._all_token_ids, total_len, idx_mapping, num_sampled)
-        if longest > 0 and not self.faults.is_off("draft"):
-            with self.faults.contained("draft", shared=True):
-                # No draft token past what the request may still emit: one token comes without a draft.
-                limits = (self.requests.max_len[idx_mapping] - total_len[idx_mapping] - 1).clamp_(0, longest)
-                self._propose(
-                    total_len=total_len,
+                batch = self._batch._replace(
                     idx_mapping=idx_mapping,
-                    draft_limits=limits.mul_(num_sampled > 0),
+                    num_sampled=num_sampled,
+                    longest=drafts.shape[1] if num_speculative_tokens is None else num_speculative_tokens,
                     draft_token_ids=drafts,
-                    num_drafts=num_drafts,
-                    survival=self._survival[:num_reqs],
                 )
-                self._placeholders.cut(drafts, num_drafts)
-                self._num_valid_drafts[idx_mapping] = num_drafts
-                self._counting.predict(idx_mapping, self._survival[:num_reqs])
+                self._texts.step(batch.all_token_ids, batch.total_len, idx_mapping, num_sampled)
+                draft_batch(batch)
                 return drafts
-        num_drafts.zero_()
-        self._num_valid_drafts[idx_mapping] = 0
+        self._num_drafts[idx_mapping] = 0
         return drafts.zero_()
 
     def trimmed(self, drafts: DraftTokenIds) -> DraftTokenIds:
@@ -304,11 +343,12 @@ class AASDSpeculator(BaseSpeculator):
         """
         if self._is_async:
             return drafts
+        ids: list[list[int]] = [[] for _ in drafts.req_ids]
         with self.faults.contained("draft"):
-            counts = self._num_drafts[: len(drafts.req_ids)].tolist()
+            counts = self._num_drafts[self._idx_mapping].tolist()
             ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-            return DraftTokenIds(drafts.req_ids, ids)
-        return DraftTokenIds(drafts.req_ids, [[] for _ in drafts.req_ids])
+        self._grammars.told(drafts.req_ids, ids)
+        return InformedDraftTokenIds(drafts.req_ids, ids, self._num_clears)
 
 
 def install() -> list[patching.Replacement]:

@@ -1,14 +1,20 @@
 """Known text on the V2 model runner: which request may draft from what, and what is kept on the device."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
 
-from vllm_aasd.drafting.known_text import PROMPT_TAIL, index_of, prior_reliability
-from vllm_aasd.kernels.text import ANSWERS, CORPUS, PREDICTION, new_index, num_pages_for
+from vllm_aasd.drafting.corpora import OWN_TEXT_NAMESPACE, Corpora
+from vllm_aasd.drafting.known_text import PROMPT_TAIL, prior_reliability
+from vllm_aasd.kernels.text import num_pages_for
 from vllm_aasd.kernels.text.batch import (
+    ANSWERS_COLUMN,
     MAX_PIECES,
     NUM_SOURCES,
+    OWN_TEXT_COLUMN,
+    PREDICTION_COLUMN,
     PREDICTION_OVERLAP,
     TICKET,
     TextTensors,
@@ -45,7 +51,7 @@ class V2Texts:
         self._shares_text = shares_text
         self._sizes = max_num_reqs, max_draft_tokens
         self._device = device
-        self._corpora = new_index(0)
+        self._corpora = Corpora()
         self._texts: TextTensors | None = None
         self._slots = np.full((max_num_reqs, NUM_SOURCES + 1), -1, np.int64)
         self._slots_pool = UvaBufferPool(self._slots.shape, torch.int64)
@@ -57,22 +63,23 @@ class V2Texts:
         self._pieces_pools = [UvaBufferPool(shape, dtype) for shape, dtype in shapes]
         self._pieces = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
 
-    def learn_corpora(self, corpora: np.ndarray) -> None:
-        """Take in what all requests may draft from, before `nbytes` is asked for.
+    def learn_corpora(self, corpora: Corpora) -> None:
+        """Take what does not come from requests, before `nbytes` is asked for."""
+        self._corpora = corpora
 
-        Args:
-            corpora: ``[n]`` int32, texts with a -1 after each.
-        """
-        self._corpora = index_of(corpora)
+    def write_corpora(self) -> None:
+        """Let the device see corpora that have changed, after the steps that are under way."""
+        if self._texts is not None:
+            self._texts.write_corpora(self._corpora.index)
 
     @property
     def nbytes(self) -> int:
         """Bytes that `bind` allocates on the device."""
-        return text_bytes(*self._sizes, self._num_pages, len(self._corpora.pages))
+        return text_bytes(*self._sizes, self._num_pages, len(self._corpora.index.pages))
 
     def bind(self) -> TextTensors:
         """Allocate, and compile what appends predictions, so that no request waits for it."""
-        texts = new_texts(*self._sizes, self._num_pages, self._corpora, prior_reliability(), self._device)
+        texts = new_texts(*self._sizes, self._num_pages, self._corpora.index, prior_reliability(), self._device)
         self._pieces[1].fill_(-1)
         append_predictions(texts, *self._pieces)
         self._texts = texts
@@ -87,23 +94,29 @@ class V2Texts:
         self._predictions.pop(slot, None)
         self._changed = True
 
-    def admit(self, slot: int, namespace: int | None, prediction: np.ndarray | None) -> None:
+    def admit(
+        self, slot: int, namespace: int | None, prediction: np.ndarray | None, corpora: Iterable[str] = ()
+    ) -> None:
         """Say what the request that has entered a slot may draft from.
 
         Args:
             slot: its slot.
             namespace: of the earlier answers that it shares, >= 0; None if it neither reads nor writes any.
             prediction: ``[n]`` int32, what its client expects.
+            corpora: the names of those that it draws from.
         """
         row = self._slots[slot]
-        row[CORPUS] = 0 if len(self._corpora.pages) else -1
+        for column, of_one in enumerate(self._corpora.namespaces(corpora)):
+            row[column] = of_one
+        if self._corpora.has_own_text:
+            row[OWN_TEXT_COLUMN] = OWN_TEXT_NAMESPACE
         if not self._num_pages:
             return
         if namespace is not None and self._shares_text:
-            row[ANSWERS] = namespace
+            row[ANSWERS_COLUMN] = namespace
         if prediction is not None and len(prediction):
             # No other request is given a negative namespace; -1 is for none.
-            row[PREDICTION] = -1 - row[TICKET]
+            row[PREDICTION_COLUMN] = -1 - row[TICKET]
             self._predictions[slot] = prediction, 0
 
     def apply_staged_writes(self) -> None:

@@ -1,14 +1,82 @@
-"""Batches for the seeded verify op, in the arguments that vLLM's V2 runner has."""
+"""Hard inputs for the verify ops, in the arguments that vLLM's V2 runner has, and what two paths may differ in."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from aasd_testing.policy_tensors import GUARDS, PARAMETERS, RELAXED, STATES, policy_tensors
-from vllm_aasd.kernels.verify.policies import CONDITIONAL, STRICT
+from vllm_aasd.kernels import count
+from vllm_aasd.kernels.verify import policies as columns
+from vllm_aasd.kernels.verify.policies import (
+    ALPHA,
+    BETA,
+    BUDGET,
+    CAP,
+    CONDITIONAL,
+    FLOOR,
+    FLY,
+    KAPPA,
+    NUM_PARAMETERS,
+    NUM_STATES,
+    STRICT,
+    THRESHOLD,
+    VerifyPolicies,
+)
+from vllm_aasd.kernels.verify.random_reference import row_uniform
+from vllm_aasd.kernels.verify.relaxation_reference import binary_kl
 
 INF, NAN = float("inf"), float("nan")
+# float32 softmaxes are off by up to 3e-5 of a probability at 150k tokens: decisions nearer than this to a bar may
+# differ between two paths.
+MARGIN = 5e-5
+# Where nothing is said: loose bars, no floor to speak of, no collapse guard, a large budget.
+PARAMETERS = {
+    columns.CONDITIONAL: {"alpha": 0.1, "beta": 0.5},
+    columns.FLY: {"window": 1, "threshold": 0.3},
+    columns.BUDGET: {"cap": 0.5, "per_step": 100, "nats": 100.0, "kappa": 0.1},
+}
+GUARDS = {"floor": 0.1, "limit": INF, "decay": 0.9, "cooldown": 4}
+STATES = {"spent": 0.0, "level": 0.0, "strict_left": 0.0, "exhausted": 0.0}
+RELAXED = tuple(PARAMETERS)
 
 
-def batch(rows, drafts, **given):
+def policy_tensors(rules: Sequence[int], **given: Any) -> VerifyPolicies:
+    """Policies of requests 0, 1, ...
+
+    Args:
+        rules: the rule of each.
+        **given: parameters, guards and initial states by name, one value for all or one for each request; names that
+            a request's rule doesn't have are ignored for it.
+    """
+    n = len(rules)
+    parameters, state = torch.zeros(n, NUM_PARAMETERS), torch.zeros(n, NUM_STATES)
+    known = {name for names in (*PARAMETERS.values(), GUARDS, STATES) for name in names}
+    assert set(given) <= known, set(given) - known
+    for i, rule in enumerate(rules):
+
+        def value(name, default, i=i):
+            asked = given.get(name, default)
+            return asked if isinstance(asked, int | float) else float(asked[i])
+
+        for tensor, names in ((parameters, PARAMETERS.get(rule, {}) | GUARDS), (state, STATES)):
+            for name, default in names.items():
+                tensor[i, getattr(columns, name.upper())] = value(name, default)
+    rows = torch.arange(n, dtype=torch.int32)
+    return VerifyPolicies(torch.tensor(rules, dtype=torch.int32), parameters, rows, state)
+
+
+def strict(n: int) -> VerifyPolicies:
+    """Policies of n strict requests."""
+    return policy_tensors([STRICT] * n)
+
+
+def copied(policies: VerifyPolicies) -> VerifyPolicies:
+    """The same policies with a state of their own."""
+    return policies._replace(state=policies.state.clone())
+
+
+def batch(rows: Sequence[Any], drafts: Sequence[Sequence[int]], **given: Any) -> dict[str, Any]:
     """Arguments of `verify_seeded` for requests given as lists of logits rows, and of drafts per request.
 
     Args:
@@ -16,7 +84,7 @@ def batch(rows, drafts, **given):
         drafts: per request the drafts that all but its last row test.
         **given: per request a `temperature` (default 0), `seed`; `relaxed`, whether its rule is conditional, or
             `rules`, its rule; what `policy_tensors` takes; `stops`, a list of ids per request;
-            `num_speculative_steps`; `slots`, the slot of each request.
+            `num_speculative_steps`; `num_drafts`, without fillers (default all); `slots`, the slot of each request.
     """
     rows = [torch.as_tensor(row) for row in rows]
     counts = [len(row) for row in rows]
@@ -38,6 +106,7 @@ def batch(rows, drafts, **given):
     return {
         "target_logits": torch.cat(rows) if num_reqs else torch.empty(0, 2),
         "draft_sampled": torch.tensor(inputs, dtype=torch.int32),
+        "num_drafts": by_slot("num_drafts", 127, torch.int32),
         "cu_num_logits": torch.tensor([0, *counts]).cumsum(0).int(),
         "pos": 1000 + torch.arange(num_logits),
         "idx_mapping": slots,
@@ -48,10 +117,12 @@ def batch(rows, drafts, **given):
         "num_speculative_steps": given.get("num_speculative_steps", max(1, *counts, 1) - 1),
         "policies": _policies(slots.tolist(), max_num_reqs, given),
         "stop_token_ids": stop_token_ids,
+        "survival": torch.rand(max_num_reqs, 8, generator=torch.Generator().manual_seed(num_logits)),
+        "totals": torch.zeros(count.SIZE, dtype=torch.float64),
     }
 
 
-def _policies(slots, max_num_reqs, given):
+def _policies(slots: list[int], max_num_reqs: int, given: dict[str, Any]) -> VerifyPolicies:
     """By slot, from what is given by request; free slots have a rule, which nobody may look at, and all rows of the
     state are shuffled."""
     rules = given.get(
@@ -71,7 +142,9 @@ def _policies(slots, max_num_reqs, given):
     return policies._replace(state_rows=order.int(), state=policies.state[order.argsort()].contiguous())
 
 
-def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
+def random_batch(
+    vocab_size: int, counts: Sequence[int], dtype: torch.dtype, seed: int, odd_rows: bool = True
+) -> dict[str, Any]:
     """A batch with `counts` rows per request: every kind of request, draft and (if wanted) odd row."""
     g = torch.Generator().manual_seed(seed)
     n, num_reqs = sum(counts), len(counts)
@@ -120,9 +193,49 @@ def random_batch(vocab_size, counts, dtype, seed, odd_rows=True):
         spent=unit[1],
         level=unit[2],
         strict_left=[2 if i % 7 == 4 else 0 for i in range(num_reqs)],
+        num_drafts=[int(unit[3, i] * 12) for i in range(num_reqs)],
         stops=[torch.randint(0, vocab_size, (i % 10,), generator=g).tolist() for i in range(num_reqs)],
         num_speculative_steps=max(1, *counts, 1) - 1,
     )
     # Rows of another stride than the vocabulary, as the runner's padded logits have.
     arguments["target_logits"] = logits
     return arguments
+
+
+def settle(arguments: dict[str, Any]) -> int:
+    """Make placeholders of the draft tokens of which a decision is too close to call in float32; returns how many."""
+    vocab_size, num_near = arguments["target_logits"].shape[1], 0
+    policies, drafts = arguments["policies"], arguments["draft_sampled"]
+    bounds = itertools.pairwise(arguments["cu_num_logits"].tolist())
+    for slot, (start, end) in zip(arguments["idx_mapping"].tolist(), bounds, strict=True):
+        stop_token_ids = [stop for stop in arguments["stop_token_ids"][slot].tolist() if 0 <= stop < vocab_size]
+        for row in range(start, end - 1):
+            x = int(drafts[row + 1])
+            probs = arguments["target_logits"][row].double().softmax(-1)
+            if not 0 <= x < vocab_size or not probs[x] > 0:
+                continue
+            parameters = policies.parameters[slot].double()
+            uniform = float(row_uniform(int(arguments["seed"][slot]), int(arguments["pos"][row])))
+            # A draft that is a stop token itself is rejected without comparing anything.
+            stopping = float(probs[stop_token_ids].sum()) if x not in stop_token_ids else 0.0
+            bars = torch.tensor([uniform, float(parameters[FLOOR]), stopping])
+            is_near = bool(((probs[x] - bars).abs() <= MARGIN * probs[x]).any())
+            if is_near or abs(_over_the_bar(probs, x, int(policies.rule[slot]), parameters, uniform)) <= MARGIN:
+                drafts[row + 1] = -1
+                num_near += 1
+    return num_near
+
+
+def _over_the_bar(probs: torch.Tensor, x: int, rule: int, parameters: torch.Tensor, uniform: float) -> float:
+    """By how much, in probability or nats, a draft clears the part of its rule that the row's statistics decide."""
+    p, entropy = probs[x], torch.special.entr(probs).sum()
+    if rule == CONDITIONAL:
+        return float(p - (parameters[BETA] - parameters[ALPHA] * entropy))
+    if rule == FLY:
+        top = probs.topk(min(3, len(probs))).values
+        return float(torch.special.entr(top).sum() - parameters[THRESHOLD])
+    if rule == BUDGET:
+        regret = float(probs.max().log() - p.log())
+        kl = binary_kl(max(uniform, float(p)), min(float(p), 1.0))
+        return min(regret - float(parameters[CAP]), kl - float(parameters[KAPPA]), key=abs)
+    return INF
