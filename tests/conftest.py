@@ -12,6 +12,7 @@ from aasd_testing.interpreter import Interpreter
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each file, or group of files, runs on one worker; those with engines come first, so that no worker is left alone
     with a long one at the end."""
