@@ -20,7 +20,7 @@ FORCED, STYLE, END, GUESS, CONTEXT = range(NUM_SOURCES)
 ends where the text does that it is copied from, or where the drafter knows nothing more; the drafter."""
 
 _CHARS_PER_TOKEN = 8
-# Characters of forced text by which it is known again.
+# Characters of forced text that identify it later.
 _REST = 24
 _MOST_ENCODED = 4096
 # What may come, of which a grammar is asked for each: signs of JSON or the beginning of words, and within strings.

@@ -9,9 +9,9 @@ from collections import Counter
 _WHITE = " \t\n\r"
 _OPENING, _CLOSING = "{[", "}]"
 _LONGEST_GAP = 16
-# A model's habit counts once this share of what it wrote follows it, of at least so many gaps.
+# A model's habit counts once this share of at least `_FEWEST` gaps follows it.
 _USUAL_SHARE, _FEWEST = 0.7, 2
-# Counts are halved when there are so many, so that a habit can change.
+# Counts are halved when they reach this, so that a habit can change.
 _MOST = 64
 
 Gap = tuple[str, bool]
