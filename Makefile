@@ -3,8 +3,12 @@
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
 PORT ?= 8000
-DEMO_MODEL = $(CURDIR)/.venv/models/SmolLM2-135M-Instruct
-AASD_TEST_MODEL ?= $(DEMO_MODEL)
+NAME ?= smollm2-135m
+FOLDER_smollm2-135m = SmolLM2-135M-Instruct
+FOLDER_qwen2.5-coder-0.5b = Qwen2.5-Coder-0.5B-Instruct
+FOLDER_qwen2.5-coder-1.5b = Qwen2.5-Coder-1.5B-Instruct
+MADE_MODEL = $(CURDIR)/.venv/models/$(FOLDER_$(NAME))
+AASD_TEST_MODEL ?= $(MADE_MODEL)
 export FLAVOUR MODEL AASD_TEST_MODEL
 ifeq ($(strip $(MODEL)),)
 AASD_CACHE_ROOT ?= $(CURDIR)/.venv/cache
@@ -16,8 +20,9 @@ endif
 
 help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
-	@echo 'make model      make the demo chat model, and print its path'
-	@echo "make prior      complete the demo model's prior, which drafts begin from (about ten minutes, once)"
+	@echo 'make model      make a small chat model, and print its path'
+	@echo '                (NAME=smollm2-135m|qwen2.5-coder-0.5b|qwen2.5-coder-1.5b; prior, serve, demo and bench take it, too)'
+	@echo "make prior      complete the model's prior, which drafts begin from (about ten minutes, once)"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make lint       check style and types (ruff, mypy)'
@@ -32,24 +37,24 @@ setup:
 	@$(PYTHON) tools/environment.py
 
 model: setup
-	@.venv/bin/python tools/demo_model.py
+	@.venv/bin/python tools/models.py $(NAME)
 
 prior: model
-	@HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm_aasd.prior $(DEMO_MODEL)
+	@HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm_aasd.prior $(MADE_MODEL)
 
 # vLLM takes the last of equal arguments, so ARGS override ours. By default it would take most of a CPU's memory.
 serve: $(if $(strip $(MODEL)),setup,model)
 	@echo "[aasd] after 'Application startup complete.', ask it something:"
 	@echo "  curl -s http://localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
 	@echo "       -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'"
-	@exec env VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-2} .venv/bin/vllm serve $(or $(strip $(MODEL)),$(DEMO_MODEL)) \
+	@exec env VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-2} .venv/bin/vllm serve $(or $(strip $(MODEL)),$(MADE_MODEL)) \
 		--host 127.0.0.1 --port $(PORT) --speculative-config '{"method":"aasd"}' $(ARGS)
 
 demo: model
-	@.venv/bin/python -m benchmarks.demo $(ARGS)
+	@.venv/bin/python -m benchmarks.demo --model $(or $(strip $(MODEL)),$(MADE_MODEL)) $(ARGS)
 
 bench: prior
-	@.venv/bin/python -m benchmarks.end_to_end --builtin --methods none ngram suffix aasd --concurrency 1 8 32 --limit 8 8 32 --rounds 2 --core 0 $(ARGS)
+	@.venv/bin/python -m benchmarks.end_to_end --builtin --methods none ngram suffix aasd --concurrency 1 8 32 --limit 8 8 32 --rounds 2 --core 0 --model $(or $(strip $(MODEL)),$(MADE_MODEL)) $(ARGS)
 	@.venv/bin/python -m benchmarks.report
 
 lint: setup

@@ -6,9 +6,9 @@
 
 `fit` searches the constants of the mixture on prompts that nothing is measured on (`fitting_tasks`), for speed at
 three prices of a draft token, minus what the predictions are off. `calibration` measures, on other prompts, how far
-predicted survival is observed acceptance. `ablation` adds the parts one by one: alignment at generated positions,
-where it is free, then at the prompt's too; the prior of tokens; the model's own text; earlier answers; the adaptive
-draft length. Acceptance is exact; speed leaves out what the parts themselves take. The constants aren't fitted again
+predicted survival is observed acceptance. `ablation` adds the parts one by one: the prior of tokens; the model's own
+text; earlier answers; the adaptive draft length; alignment at generated positions, where it is free, then at the
+prompt's too. Acceptance is exact; speed leaves out what the parts themselves take. The constants aren't fitted again
 without a part.
 """
 
@@ -52,12 +52,15 @@ _CALIBRATION = 0.5
 
 STAGES: dict[str, tuple[Callable[[Trace], Trace], frozenset[str]]] = {
     "retrieval only": (replay.without_predictions, frozenset()),
-    "+ alignment, generated positions": (replay.generated_only, frozenset()),
-    "+ alignment, prompt positions": (replay.unchanged, frozenset()),
-    "+ prior of tokens": (replay.unchanged, frozenset({"prior"})),
-    "+ the model's own text": (replay.unchanged, frozenset({"prior", "text"})),
-    "+ earlier answers": (replay.unchanged, frozenset({"prior", "text", "answers"})),
-    "+ adaptive length": (replay.unchanged, frozenset({"prior", "text", "answers", "adaptive"})),
+    "+ prior of tokens": (replay.without_predictions, frozenset({"prior"})),
+    "+ the model's own text": (replay.without_predictions, frozenset({"prior", "text"})),
+    "+ earlier answers": (replay.without_predictions, frozenset({"prior", "text", "answers"})),
+    "+ adaptive length": (replay.without_predictions, frozenset({"prior", "text", "answers", "adaptive"})),
+    "+ alignment, generated positions": (
+        replay.generated_only,
+        frozenset({"prior", "text", "answers", "adaptive"}),
+    ),
+    "+ alignment, prompt positions": (replay.unchanged, frozenset({"prior", "text", "answers", "adaptive"})),
 }
 """By name: what the drafter sees of a trace, and which parts it has."""
 

@@ -1,6 +1,6 @@
 """Quality: what each verification rule gains in speed, and what it does to the answers.
 
-    python -m benchmarks.quality --data question.jsonl hotpotqa.jsonl
+    python -m benchmarks.quality --data question.jsonl hotpotqa.jsonl HumanEval.jsonl.gz
 
 What `python -m vllm_aasd.tune` does for a user's own prompts, on published questions: one engine, every rule with its
 guard and some without, plain sampling for comparison, everything held against greedy decoding without speculation. A
@@ -11,13 +11,12 @@ difference is the rule's.
 
 import argparse
 import pathlib
-import re
-import string
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import report, results
+from benchmarks.scores import score
 from benchmarks.tasks import Task, by_category, load_tokenizer, read_tasks, tokenize
 from vllm_aasd import tune
 
@@ -45,6 +44,10 @@ def main() -> None:
         "--data", type=pathlib.Path, nargs="+", required=True, metavar="FILE", help="see benchmarks.tasks"
     )
     parser.add_argument("--limit", type=int, default=8, help="questions of each category (default %(default)s)")
+    parser.add_argument("--categories", nargs="+", help="only these (default: all)")
+    parser.add_argument(
+        "--rules", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="RULE", help=f"of {', '.join(WAYS)}"
+    )
     parser.add_argument("--max-tokens", type=int, default=96, help="per answer (default %(default)s)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1500, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=2, help="how often each is timed (default %(default)s)")
@@ -61,13 +64,13 @@ def main() -> None:
     if arguments.dtype == "float32" and equal < 1:
         sys.exit(f"no figures, nothing written: strict isn't exact, {equal:.1%} of its answers are plain decoding's")
     results.write(arguments.out, result)
-    print(f"{results.heading(result)}\n\n{report.quality(result)}")
+    print(f"{results.heading(result)}\n\n{report.quality(result)}\n\n{report.scores(result)}")
 
 
 def measure(arguments: argparse.Namespace, of_vllm: list[str]) -> dict[str, Any]:
     """Answer everything in every way; see `vllm_aasd.tune.compare` for what is returned besides the metadata."""
     read = [task for path in arguments.data for task in read_tasks(path)]
-    tasks = [task for members in by_category(read, arguments.limit).values() for task in members]
+    tasks = [task for members in by_category(read, arguments.limit, arguments.categories).values() for task in members]
     tokenizer = load_tokenizer(arguments.model)
     prompts = [
         tune.Prompt(token_ids, task.category, scorer(task, tokenizer))
@@ -80,34 +83,16 @@ def measure(arguments: argparse.Namespace, of_vllm: list[str]) -> dict[str, Any]
     engine = ["--dtype", arguments.dtype, "--max-num-seqs", str(arguments.concurrency), "--max-model-len", str(length)]
     trial = Trial(arguments.model, [*engine, *of_vllm])
     sampling = {SAMPLED: {"temperature": 0.7, "top_p": 0.9}}
-    found = tune.compare(trial, WAYS, prompts, arguments.max_tokens, arguments.rounds, BOUNDS, sampling)
+    ways = {name: options for name, options in WAYS.items() if name in {tune.OFF, tune.STRICT, *arguments.rules}}
+    found = tune.compare(trial, ways, prompts, arguments.max_tokens, arguments.rounds, BOUNDS, sampling)
     return {"metadata": results.metadata(**results.conditions(arguments), num_prompts=len(prompts)), **found}
 
 
 def scorer(task: Task, tokenizer: Any) -> Callable[[list[int], list[int]], float] | None:
     """What scores an answer to a task from 0 to 1; None for a task without a right answer."""
-    reference = task.reference
-    if reference is None:
+    if task.reference is None:
         return None
-    right = last_number if task.category == "math_reasoning" else contains
-    return lambda answer, plain: float(right(tokenizer.decode(answer, skip_special_tokens=True), reference))
-
-
-def contains(text: str, reference: str) -> bool:
-    """Whether the reference stands in the text: case, punctuation, articles and spaces apart (as in SQuAD)."""
-    return f" {_normalized(reference)} " in f" {_normalized(text)} "
-
-
-def last_number(text: str, reference: str) -> bool:
-    """Whether the last number of the text is that of the reference (as in GSM8K)."""
-    ours, theirs = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", one) for one in (text, reference))
-    number = lambda found: float(found[-1].replace(",", ""))
-    return bool(ours and theirs) and number(ours) == number(theirs)
-
-
-def _normalized(text: str) -> str:
-    bare = "".join(char for char in text.lower() if char not in string.punctuation)
-    return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
+    return lambda answer, plain: score(task, tokenizer.decode(answer, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,18 @@ def speed_by_category(result: Result) -> str:
     return "\n\n".join([*parts, "Exactness: " + ("; ".join(exact) or "sampled answers aren't compared")])
 
 
+def comparison(result: Result) -> str:
+    """Speed over no speculation per output token and end to end, and tokens per step; of all categories the mean."""
+    rows = []
+    for key, by_category in result["figures"].items():
+        kinds = [name for name in by_category if name != MEAN]
+        for category in kinds if len(kinds) < 3 else [MEAN]:
+            for label, found in by_category[category].items():
+                speeds = [interval(found.get(kind)) for kind in ("tpot", "speed")]
+                rows.append([key, category, label, *speeds, number(found["mal"])])
+    return table(["requests at once", "prompts", "method", "per token", "end to end", "tokens per step"], rows)
+
+
 def ablation(result: Result) -> str:
     """What each part of the drafter adds, at each price of a draft token."""
     rows, prices = [], []
@@ -152,6 +164,21 @@ def quality(result: Result) -> str:
         [name, number(run["mal"]), *(interval(run[key]) for key in columns)] for name, run in result["runs"].items()
     ]
     return table(["verification", "tokens per step", *columns.values()], rows)
+
+
+def scores(result: Result) -> str:
+    """The scores of every verification rule by task, each with the difference to no speculation."""
+    tasks = list(next(iter(result["runs"].values()))["by_group"])
+    rows = [
+        [name, interval(run["speed_to_strict"]), *(_score(run["by_group"][task]) for task in tasks)]
+        for name, run in result["runs"].items()
+    ]
+    return table(["verification", "speed over strict", *tasks], rows)
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    drop = found["score_drop"]
+    return f"{number(found['score']['value'])}; {-drop['value']:+.3f} [{-drop['high']:+.3f}, {-drop['low']:+.3f}]"
 
 
 def micro(result: Result) -> str:
@@ -205,28 +232,41 @@ def _command(result: Result) -> str:
     return re.sub(r" --(out \S+|resume)", "", result["metadata"]["command"])
 
 
-def _drawn(draw: Callable[[Result], str], file: str) -> Callable[[], str]:
-    return lambda: draw(results.read(results.RESULTS / file))
+def _origin(result: Result) -> str:
+    """Of what model a result is, and how it was measured."""
+    metadata = result["metadata"]
+    model = [metadata["conditions"]["model"]] if "model" in metadata["conditions"] else []
+    return (
+        f"{', '.join([*model, metadata['machine']['cpu']])}, "
+        f"vLLM {metadata['versions']['vllm']}, {metadata['time'][:10]}: "
+        f"`{_command(result)}` (commit {metadata['commit'][:9]})."
+    )
+
+
+def _drawn(draw: Callable[[Result], str], name: str) -> Callable[[], str]:
+    """What draws the results whose files begin with a name, one after the other."""
+
+    def every() -> str:
+        found = [results.read(path) for path in sorted(results.RESULTS.glob(f"{name}*.json"))]
+        return "\n\n".join(f"{draw(result)}\n\n{_origin(result)}" for result in found)
+
+    return every
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed(False, ("1", "8", "32")),
     "warm": warm,
-    "predictions": _drawn(predictions.table, "predictions.json"),
     "speed_greedy": lambda: speed(False),
     "speed_sampled": lambda: speed(True),
     "categories": categories,
-    "ablation": _drawn(ablation, "ablation.json"),
-    "calibration": _drawn(calibration, "calibration.json"),
-    "quality": _drawn(quality, "quality.json"),
-    "micro": _drawn(micro, "micro.json"),
-    "kernels": _drawn(kernels, "kernels.json"),
-    # As far as they are measured.
-    **{
-        name: _drawn(speed_by_category, f"{name}.json")
-        for name in ("agent", "rollouts", "halves", "corpus")
-        if (results.RESULTS / f"{name}.json").exists()
-    },
+    **{name: _drawn(comparison, name) for name in ("agent", "rollouts", "halves", "corpus")},
+    "predictions": _drawn(predictions.table, "predictions"),
+    "ablation": _drawn(ablation, "ablation"),
+    "calibration": _drawn(calibration, "calibration"),
+    "quality": _drawn(quality, "quality"),
+    "scores": _drawn(scores, "scores"),
+    "micro": _drawn(micro, "micro"),
+    "kernels": _drawn(kernels, "kernels"),
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is asked: tasks from JSON lines (Spec-Bench, HotpotQA, or any prompts), and their prompts as token ids."""
 
+import gzip
 import json
 import pathlib
 import random
@@ -28,19 +29,21 @@ class Task(NamedTuple):
 
 
 def read_tasks(path: pathlib.Path) -> list[Task]:
-    """Read a file with one JSON object a line, in any of three formats.
+    """Read a file with one JSON object a line, in any of four formats; gzipped if its name ends in ``.gz``.
 
     - Spec-Bench: ``question_id``, ``category``, ``turns`` (the first is used), optionally ``reference``. The eight
       categories of MT-bench count as one, ``mt_bench``.
     - HotpotQA with its passages: ``question``, ``answer``, ``context`` (a list of ``{"title", "text"}`` or of
       ``[title, [sentence, ...]]``), optionally ``id``.
+    - HumanEval: ``task_id``, ``prompt``, ``entry_point``, ``test``. The reference is what the program ends with.
     - Any other: ``prompt``, optionally ``category`` (default: the file's name), ``id`` and ``reference``.
 
     Raises:
         ValueError: for a line in none of them; the text names it. Also for a file without tasks.
     """
     tasks = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -140,14 +143,17 @@ def _task(value: dict[str, Any], name: str, number: int) -> Task:
         kind = f"{category}/" if category in _MT_BENCH else ""
         first = reference[0] if isinstance(reference, list) and reference else None
         group = "mt_bench" if kind else category
-        # The files' summaries and the like are no right answers.
-        right = first if group == "math_reasoning" else None
+        # The files' translations and the like are no right answers.
+        right = first if group in ("math_reasoning", "summarization") else None
         return Task(f"{kind}{value['question_id']}", group, _text(value["turns"][0]), reference=right)
     if "question" in value and "context" in value:
         passages = "\n\n".join(map(_passage, value["context"]))
         text = f"Answer the question based on the given passages.\n\n{passages}\n\nQuestion: {_text(value['question'])}"
         return Task(str(value.get("id", number)), "hotpotqa", text, f"{text}\nAnswer:", _text(value["answer"]))
     prompt = _text(value["prompt"])
+    if "entry_point" in value:
+        text = f"Complete this function. Answer with its whole code, without explanations.\n\n```python\n{prompt}```"
+        return Task(value["task_id"], "humaneval", text, prompt, f"{value['test']}\ncheck({value['entry_point']})")
     return Task(str(value.get("id", number)), str(value.get("category", name)), prompt, prompt, value.get("reference"))
 
 

@@ -45,7 +45,8 @@ def figures(
     Returns:
         ``speed`` and ``speed_to_strict``, by time per output token after the first; ``mal``, tokens per decode step (a
         number); ``rouge_l`` and the share ``equal``, to no speculation; the shares of tokens ``copied`` from the prompt
-        and of n-grams ``repeated``; ``score`` of the tasks and ``score_drop`` from no speculation, None without any.
+        and of n-grams ``repeated``; ``score`` of the tasks and ``score_drop`` from no speculation, None without any;
+        both ``by_group``, for groups with scores.
     """
 
     def column(name: str, of: Sequence[Mapping[str, Any]] = rows) -> list[Any]:
@@ -62,7 +63,12 @@ def figures(
     judged = [index for index, score in enumerate(column("score")) if score is not None]
     scores = [rows[index]["score"] for index in judged]
     drops = [off[index]["score"] - rows[index]["score"] for index in judged]
-    ones, judged_groups = [1] * len(judged), [groups[index] for index in judged]
+    judged_groups = [groups[index] for index in judged]
+
+    def judge(values: list[float], group: str | None = None) -> dict[str, float | None] | None:
+        kept = [(value, of) for value, of in zip(values, judged_groups, strict=True) if group in (None, of)]
+        return stratified_ratio([value for value, _ in kept], [1] * len(kept), [of for _, of in kept]) if kept else None
+
     return {
         "speed": speed(off),
         "speed_to_strict": speed(strict),
@@ -71,8 +77,12 @@ def figures(
         "equal": mean("equal"),
         "copied": mean("copied", "tokens"),
         "repeated": mean("repeated", "ngrams"),
-        "score": stratified_ratio(scores, ones, judged_groups) if judged else None,
-        "score_drop": stratified_ratio(drops, ones, judged_groups) if judged else None,
+        "score": judge(scores),
+        "score_drop": judge(drops),
+        "by_group": {
+            group: {"score": judge(scores, group), "score_drop": judge(drops, group)}
+            for group in dict.fromkeys(judged_groups)
+        },
     }
 
 

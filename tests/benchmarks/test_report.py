@@ -32,7 +32,7 @@ def test_the_tables_of_a_page_are_what_the_results_say(page):
 def test_a_page_is_filled_between_its_markers_and_what_others_mark_stays():
     others = "<!-- settings -->\nold\n<!-- end -->\n"
     filled = report.filled(f"a\n<!-- ablation -->\nold\n<!-- end -->\n{others}")
-    assert filled.startswith("a\n<!-- ablation -->\n| drafter") and filled.endswith(f"|\n<!-- end -->\n{others}")
+    assert filled.startswith("a\n<!-- ablation -->\n| drafter") and filled.endswith(f").\n<!-- end -->\n{others}")
 
 
 def test_the_newest_result_of_each_method_counts_and_a_missing_one_is_a_dash(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """What is asked: data files, the tasks that ship with Python, prompts, and the scores of answers."""
 
+import gzip
 import itertools
 import json
 import re
 
 import pytest
 
-from benchmarks import builtin, quality, tasks
+from benchmarks import builtin, scores, tasks
 from benchmarks.fitting_tasks import fitting_tasks
 
 
@@ -130,6 +131,22 @@ def test_a_long_prompt_loses_its_middle_and_keeps_its_frame():
 
 
 def test_scores():
-    assert quality.contains("It was The  Cat, surely.", "the cat") and not quality.contains("concatenated", "cat")
-    assert quality.last_number("First 3, so $1,200.50", "#### 1200.5")
-    assert not quality.last_number("it is 4, not 5", "4") and not quality.last_number("none", "4")
+    assert scores.contains("It was The  Cat, surely.", "the cat") and not scores.contains("concatenated", "cat")
+    assert scores.last_number("First 3, so $1,200.50", "#### 1200.5")
+    assert not scores.last_number("it is 4, not 5", "4") and not scores.last_number("none", "4")
+    summary = tasks.Task("1", "summarization", "...", reference="The cat sat, quietly.")
+    assert scores.score(summary, "a cat sat") == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_a_program_is_run_within_limits(tmp_path):
+    line = {"task_id": "H/0", "prompt": 'def two():\n    """2"""\n', "entry_point": "two"}
+    line["test"] = "def check(candidate):\n    assert candidate() == 2"
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(line).encode()))
+    (task,) = tasks.read_tasks(path)
+    for right in ("```python\ndef two():\n    return 2\n```\nIt returns 2.", "    return 1 + 1"):
+        assert scores.score(task, right) == 1
+    spoiling = "    import os\n    os.environ['HOME']\n    return 2"
+    endless, huge = "    while True: pass", "    x = bytearray(2 << 30)\n    return 2"
+    for wrong in ("```python\ndef two():\n    return 3", "no code", "    return 2\x00", spoiling, endless, huge):
+        assert scores.score(task, wrong) == 0

