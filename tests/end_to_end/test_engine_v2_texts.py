@@ -8,7 +8,7 @@ pytestmark = pytest.mark.engine
 
 # Their answers repeat little of them.
 PROMPTS = ["Write two sentences about the sea.", "Why do cats sleep so much?"]
-MAX_TOKENS = 24
+MAX_TOKENS = 20
 
 
 def of(salt, **options):

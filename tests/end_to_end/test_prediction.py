@@ -36,8 +36,9 @@ def serving(model, *options):
 
 @pytest.fixture(scope="module")
 def server(demo_model):
-    settings = json.dumps({"method": "aasd", "aasd_verification": "strict", "aasd_allow_request_override": "no"})
-    with serving(demo_model, "--speculative-config", settings, "--enable-log-requests") as server:
+    settings = {"aasd_verification": "strict", "aasd_allow_request_override": "no", "aasd_prior": "off"}
+    config = json.dumps({"method": "aasd", **settings})
+    with serving(demo_model, "--speculative-config", config, "--enable-log-requests") as server:
         yield server
 
 
@@ -187,6 +188,7 @@ def test_a_client_that_leaves_ends_its_request(client, server, answer):
     assert running.endswith(" 0.0") and "Exception" not in server.log()
 
 
+@pytest.mark.long
 def test_another_method_takes_no_notice(demo_model):
     """Whatever the prediction is."""
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
@@ -204,7 +206,7 @@ OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
 
-settings = {"method": "aasd", "aasd_verification": "strict"}
+settings = {"method": "aasd", "aasd_verification": "strict", "aasd_prior": "off"}
 llm = LLM(sys.argv[1], dtype="float32", max_model_len=512, enforce_eager=True, speculative_config=settings)
 core, taken = llm.llm_engine.engine_core.engine_core, []
 stock = core.add_request

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 PROMPTS = real_prompts(6, max_chars=700)
 # Without earlier answers, from which drafts would be the target's own tokens.
 LOOSEST = {"aasd_draft_length": 8, "aasd_alignment": True, "aasd_memory": "off", "aasd_alpha": 10.0, "aasd_beta": 0.0}
-LOOSEST["aasd_corpora"] = {}
+LOOSEST |= {"aasd_corpora": {}, "aasd_prior": "off"}
 STRICT = {"aasd_verification": "strict"}
 LABELS = ("engine", "0"), ("model_name", "model")
 
