@@ -22,7 +22,7 @@ help:
 	@echo 'make setup      install everything into .venv (FLAVOUR=cpu|cuda; by default what the machine has)'
 	@echo 'make model      make a small chat model, and print its path'
 	@echo '                (NAME=smollm2-135m|qwen2.5-coder-0.5b|qwen2.5-coder-1.5b; prior, serve, demo and bench take it, too)'
-	@echo "make prior      complete the model's prior, which drafts begin from (about ten minutes, once)"
+	@echo "make prior      complete the model's prior, which drafts begin from (about five minutes, once)"
 	@echo 'make serve      serve it with method aasd (MODEL=path-or-name PORT=8000 ARGS="further vllm arguments")'
 	@echo 'make demo       compare answers and speed with and without aasd (ARGS="arguments of benchmarks.demo")'
 	@echo 'make lint       check style and types (ruff, mypy)'

@@ -6,10 +6,9 @@
 
 `fit` searches the constants of the mixture on prompts that nothing is measured on (`fitting_tasks`), for speed at
 three prices of a draft token, minus what the predictions are off. `calibration` measures, on other prompts, how far
-predicted survival is observed acceptance. `ablation` adds the parts one by one: the prior of tokens; the model's own
-text; earlier answers; the adaptive draft length; alignment at generated positions, where it is free, then at the
-prompt's too. Acceptance is exact; speed leaves out what the parts themselves take. The constants aren't fitted again
-without a part.
+predicted survival is observed acceptance. `ablation` adds the parts one by one: the prior; earlier answers; the
+adaptive draft length; alignment at generated positions, where it is free, then at the prompt's too. Acceptance is
+exact; speed leaves out what the parts themselves take. The constants aren't fitted again without a part.
 """
 
 import argparse
@@ -29,12 +28,11 @@ from benchmarks.methods import NEAR_TIE
 from benchmarks.replay import Replay, Trace
 from benchmarks.tasks import by_category
 from vllm_aasd.drafting import prior as prior_file
-from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.drafter import DEFAULT_WEIGHTS, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine.configuration import NUM_SPECULATIVE_TOKENS_V1 as NUM_DRAFT_TOKENS
 from vllm_aasd.engine.model_key import model_key
-from vllm_aasd.kernels.draft import MixtureWeights, Prior, no_prior
+from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.tuning import stratified_ratio
 
 PRICES = (0.04, 0.12, 0.33)
@@ -52,15 +50,11 @@ _CALIBRATION = 0.5
 
 STAGES: dict[str, tuple[Callable[[Trace], Trace], frozenset[str]]] = {
     "retrieval only": (replay.without_predictions, frozenset()),
-    "+ prior of tokens": (replay.without_predictions, frozenset({"prior"})),
-    "+ the model's own text": (replay.without_predictions, frozenset({"prior", "text"})),
-    "+ earlier answers": (replay.without_predictions, frozenset({"prior", "text", "answers"})),
-    "+ adaptive length": (replay.without_predictions, frozenset({"prior", "text", "answers", "adaptive"})),
-    "+ alignment, generated positions": (
-        replay.generated_only,
-        frozenset({"prior", "text", "answers", "adaptive"}),
-    ),
-    "+ alignment, prompt positions": (replay.unchanged, frozenset({"prior", "text", "answers", "adaptive"})),
+    "+ prior": (replay.without_predictions, frozenset({"prior"})),
+    "+ earlier answers": (replay.without_predictions, frozenset({"prior", "answers"})),
+    "+ adaptive length": (replay.without_predictions, frozenset({"prior", "answers", "adaptive"})),
+    "+ alignment, generated positions": (replay.generated_only, frozenset({"prior", "answers", "adaptive"})),
+    "+ alignment, prompt positions": (replay.unchanged, frozenset({"prior", "answers", "adaptive"})),
 }
 """By name: what the drafter sees of a trace, and which parts it has."""
 
@@ -232,8 +226,8 @@ def run_stage(name: str, traces: Sequence[Trace], prior: Prior, price: float) ->
     """What a stage does on each trace; one drafter for all, so that answers serve later requests."""
     seen, parts = STAGES[name]
     longest = NUM_DRAFT_TOKENS if "adaptive" in parts else FIXED_DRAFT_LENGTH
-    texts = KnownTexts(ANSWER_BYTES, longest, Corpora((prior if "text" in parts else no_prior()).texts))
-    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, prior if "prior" in parts else None, texts=texts)
+    known = prior if "prior" in parts else None
+    drafter = Drafter(len(prior.ids), longest, MIN_SURVIVAL, known, texts=KnownTexts(ANSWER_BYTES, longest))
     lengths = replay.adaptive_drafts if "adaptive" in parts else replay.whole_drafts
     namespace = 0 if "answers" in parts else None
     return [replay.replay([seen(trace)], drafter, longest, price, lengths, namespace) for trace in traces]

@@ -74,12 +74,10 @@ class Prior(NamedTuple):
     Attributes:
         ids: ``[vocab_size, k]`` int32, the likeliest next tokens of each token; -1 where there are fewer than k.
         probs: ``[vocab_size, k]`` float32.
-        texts: ``[n]`` int32, texts of its making, with a -1 after each; see `vllm_aasd.kernels.text`.
     """
 
     ids: np.ndarray
     probs: np.ndarray
-    texts: np.ndarray = np.empty(0, np.int32)
 
 
 def no_prior() -> Prior:

@@ -41,7 +41,6 @@ __all__ = [
     "MAX_MATCH",
     "NGRAM_SIZES",
     "NUM_CELLS",
-    "OWN_TEXT",
     "PAGE_SIZE",
     "PREDICTION",
     "WAYS",
@@ -69,8 +68,8 @@ WAYS = 4
 MAX_MATCH = 32
 """Tokens of a match that are compared: longer ones are not told apart."""
 
-CORPUS, OWN_TEXT, ANSWERS, PREDICTION = range(4)
-"""Kinds of sources, in the order in which they are asked; `OWN_TEXT` is the model's."""
+CORPUS, ANSWERS, PREDICTION = range(3)
+"""Kinds of sources, in the order in which they are asked."""
 
 MAX_CORPORA = 4
 """Corpora that one request may draft from: it has one source of each other kind at most."""
@@ -81,7 +80,7 @@ MATCH_LENGTHS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
 PROBABILITIES = (0.0, 0.3, 0.7)
 """Probabilities of the other draft token from which another cell counts, ascending."""
 
-_NUM_KINDS, _NUM_OTHERS = 4, 3
+_NUM_KINDS, _NUM_OTHERS = 3, 3
 CELL_SHAPE = (_NUM_KINDS, len(MATCH_LENGTHS), _NUM_OTHERS, 2, len(PROBABILITIES))
 NUM_CELLS = int(np.prod(CELL_SHAPE))
 
@@ -163,7 +162,7 @@ class KnownText(NamedTuple):
     """What one request may draft from besides its own context; below `reliability`, what drafting writes.
 
     Attributes:
-        indexes: two of them: the one that grows, and that of the corpora, the model's own text among them.
+        indexes: two of them: the one that grows, and that of the corpora.
         sources: ``[S, 3]`` int64, in the order in which they are asked: which of the indexes, the namespace, the kind.
         reliability: ``[NUM_CELLS]`` float32, see `Reliability.value`.
         cells: ``[K, S]`` int32, by draft position and source the cell of what was found; -1 where nothing was.

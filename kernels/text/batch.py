@@ -28,7 +28,6 @@ from vllm_aasd.kernels.text import (
     MAX_CORPORA,
     NGRAM_SIZES,
     NUM_CELLS,
-    OWN_TEXT,
     PAGE_SIZE,
     PREDICTION,
     WAYS,
@@ -43,7 +42,6 @@ __all__ = [
     "KINDS",
     "MAX_PIECES",
     "NUM_SOURCES",
-    "OWN_TEXT_COLUMN",
     "PREDICTION_COLUMN",
     "PREDICTION_OVERLAP",
     "TICKET",
@@ -54,11 +52,11 @@ __all__ = [
     "text_bytes",
 ]
 
-KINDS = (*[CORPUS] * MAX_CORPORA, OWN_TEXT, ANSWERS, PREDICTION)
-"""By column of `TextTensors.slots`, the kind of its source. `CORPUS` and `OWN_TEXT` lie in the index of the corpora."""
+KINDS = (*[CORPUS] * MAX_CORPORA, ANSWERS, PREDICTION)
+"""By column of `TextTensors.slots`, the kind of its source."""
 
 NUM_SOURCES = len(KINDS)
-OWN_TEXT_COLUMN, ANSWERS_COLUMN, PREDICTION_COLUMN = map(KINDS.index, (OWN_TEXT, ANSWERS, PREDICTION))
+ANSWERS_COLUMN, PREDICTION_COLUMN = map(KINDS.index, (ANSWERS, PREDICTION))
 
 TICKET = NUM_SOURCES
 """The column of `TextTensors.slots` after the namespaces."""

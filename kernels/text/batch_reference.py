@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_aasd.kernels.text import OWN_TEXT, PAGE_SIZE, WAYS, KnownText, Reliability, TextIndex
+from vllm_aasd.kernels.text import CORPUS, PAGE_SIZE, WAYS, KnownText, Reliability, TextIndex
 from vllm_aasd.kernels.text.batch import (
     ANSWERS_COLUMN,
     APPENDED,
@@ -88,9 +88,7 @@ def known_of(texts, slot, num_steps):
     """What the request in a slot may draft from; nothing for a negative slot."""
     namespaces = texts.slots[slot].tolist() if slot >= 0 else [-1] * NUM_SOURCES
     sources = [
-        (int(kind <= OWN_TEXT), namespaces[column], kind)
-        for column, kind in enumerate(KINDS)
-        if namespaces[column] != -1
+        (int(kind == CORPUS), namespaces[column], kind) for column, kind in enumerate(KINDS) if namespaces[column] != -1
     ]
     shape = num_steps, len(sources)
     return KnownText(

@@ -90,8 +90,8 @@ def lookup(
 ):
     """Look the end of context plus draft up in a group of sources.
 
-    Args are, beside those of `stack`: the namespaces, -1 for none; the first page and the number of pages of the index
-    of each, ``[GROUP, 1]`` int32, or scalars if it is the same; and the pages of both indexes.
+    Args are, beside those of `stack`: the namespaces, -1 for none; the first page and the number of pages of their
+    index; and the pages of both indexes.
 
     Returns, by source, the next token, -1 for none; how many tokens match; and whether others match as many (2), or
     less (1), or there are none.

@@ -7,8 +7,8 @@ from vllm_aasd.kernels import text
 from vllm_aasd.kernels.text import batch
 from vllm_aasd.kernels.text.index_triton import GROUP, NUM_SOURCES, lookup
 
-_CORPUS, _OWN_TEXT = tl.constexpr(text.CORPUS), tl.constexpr(text.OWN_TEXT)
-_OWN_TEXT_COLUMN = tl.constexpr(batch.OWN_TEXT_COLUMN)
+_CORPUS, _ANSWERS = tl.constexpr(text.CORPUS), tl.constexpr(text.ANSWERS)
+_ANSWERS_COLUMN = tl.constexpr(batch.ANSWERS_COLUMN)
 _MATCH_LENGTHS = tl.constexpr(text.MATCH_LENGTHS)
 _PROBABILITIES = tl.constexpr(text.PROBABILITIES)
 _, _NUM_LENGTHS, _NUM_OTHERS, _, _NUM_PROBABILITIES = map(tl.constexpr, text.CELL_SHAPE)
@@ -41,12 +41,10 @@ def stack(
         columns = first + tl.arange(0, GROUP)
         namespaces = tl.load(namespaces_ptr + columns, mask=columns < NUM_SOURCES, other=-1)
         if tl.sum((namespaces != -1).to(tl.int32), axis=0) > 0:
-            # Scalars where they can be: registers are scarce.
+            # All sources of a group lie in the same index.
             first_page, source_pages = num_pages, num_corpus_pages
-            if first + GROUP > _OWN_TEXT_COLUMN:
-                is_corpus = (columns <= _OWN_TEXT_COLUMN)[:, None]
-                first_page = tl.where(is_corpus, num_pages, 0)
-                source_pages = tl.where(is_corpus, num_corpus_pages, num_pages)
+            if first >= _ANSWERS_COLUMN:
+                first_page, source_pages = tl.full((), 0, tl.int32), num_pages
             found, match_length, others = lookup(
                 tokens_ptr,
                 length,
@@ -63,7 +61,7 @@ def stack(
             length_class = tl.zeros_like(match_length)
             for at in tl.static_range(1, _NUM_LENGTHS):
                 length_class += (match_length >= _MATCH_LENGTHS[at]).to(tl.int32)
-            kind = tl.maximum(columns - _OWN_TEXT_COLUMN + _OWN_TEXT, _CORPUS)
+            kind = tl.maximum(columns - _ANSWERS_COLUMN + _ANSWERS, _CORPUS)
             class_of = (kind * _NUM_LENGTHS + length_class) * _NUM_OTHERS + others
             for column in tl.static_range(GROUP):
                 is_one = columns == first + column

@@ -130,8 +130,9 @@ from vllm_aasd.kernels.text import cpu as text_cpu, reliability_cpu
 compiled = [cpu.draft, index_cpu.extend_index, text_cpu.append, reliability_cpu.learn]
 warm_up()
 before = [len(function.signatures) for function in compiled]
-prior = Prior(np.zeros((50, 3), np.int32), np.full((50, 3), 0.1, np.float32), np.array([1, 2, 3, -1], np.int32))
-drafter = Drafter(50, 8, 0.02, prior, texts=KnownTexts(1 << 20, 8, Corpora(prior.texts, {"a": prior.texts})))
+prior = Prior(np.zeros((50, 3), np.int32), np.full((50, 3), 0.1, np.float32))
+corpora = Corpora({"a": np.array([1, 2, 3, -1], np.int32)})
+drafter = Drafter(50, 8, 0.02, prior, texts=KnownTexts(1 << 20, 8, corpora))
 view = AlignmentView(np.full((32, 9), -1, np.int32), np.zeros(2, np.int32), 16)
 context = np.array([1, 2, 3] * 5, np.int32)
 for number, (namespace, prediction) in enumerate([(None, None), (3, None), (3, np.array([1, 2, 3], np.int32))]):

@@ -73,7 +73,7 @@ def test_a_prior_full_of_nonsense_costs_nothing_but_time(plain, demo_model, tmp_
     save(cache_path(key), Prior(ids, np.full(ids.shape, 0.25, np.float32)), key)
     with engine(demo_model, aasd={**STRICT, "aasd_prior": 0, "aasd_draft_length": 8}) as started:
         found = started.run(greedy(PROMPTS[:8], MAX_TOKENS))
-        assert "aasd: prior with 4 successors per token" in started.log()
+        assert "aasd: prior with what follows" in started.log()
     assert 0 < found.accepted < 0.3 * found.drafted, "most of it must have been nonsense"
     assert found.token_ids == plain.token_ids[:8]
 

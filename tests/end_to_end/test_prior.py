@@ -21,23 +21,20 @@ from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting import tensor_file
 from vllm_aasd.drafting.drafter import NO_ALIGNMENT, Drafter
 from vllm_aasd.engine import prior_builder, prior_maker, shared_prior
-from vllm_aasd.engine.chat_turns import assistant_prefix
 from vllm_aasd.engine.model_key import model_key
 from vllm_aasd.engine.prior_builder import emulates_bfloat16
+from vllm_aasd.engine.prior_maker import assistant_prefix
 from vllm_aasd.kernels.draft import Prior
 
 VOCAB_SIZE = 7
-FORMAT = {"format": "vllm-aasd prior, version 3", "model": "m"}
-KEYS = ("ids", "probs", "texts")
-
-
-TEXTS = np.array([2, 1, 4, -1, 0, 6, -1], np.int32)
+FORMAT = {"format": "vllm-aasd prior, version 4", "model": "m"}
+KEYS = ("ids", "probs")
 
 
 def small_prior():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB_SIZE, (VOCAB_SIZE, 2)).astype(np.int32)
-    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32), TEXTS)
+    return Prior(ids, np.full((VOCAB_SIZE, 2), 0.4, np.float32))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -87,9 +84,6 @@ def damaged(**changes):
         (damaged(probs=np.full((7, 2), 0.6, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), -0.1, np.float32)), FORMAT, "no probabilities"),
         (damaged(probs=np.full((7, 2), np.nan, np.float32)), FORMAT, "no probabilities"),
-        (damaged(texts=TEXTS.reshape(7, 1)), FORMAT, "holds texts of type int32 and shape"),
-        (damaged(texts=TEXTS + 1), FORMAT, "outside of the vocabulary"),
-        (damaged(texts=TEXTS - 1), FORMAT, "outside of the vocabulary"),
     ],
 )
 def test_a_foreign_or_damaged_file_is_refused_with_its_reason(tmp_path, tensors, metadata, reason):
@@ -164,7 +158,7 @@ def stand_in(monkeypatch):
 def test_the_command_says_before_it_works_that_it_can_not_write(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     stand_in(monkeypatch)
-    monkeypatch.setattr(prior_builder, "start", lambda engine: pytest.fail("it has begun"))
+    monkeypatch.setattr(prior_builder, "ask_for_successors", lambda engine: pytest.fail("it has begun"))
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path / "file"))
     with pytest.raises(SystemExit, match="can't be written to"):
         prior.main(["m", "--force"])
@@ -278,9 +272,7 @@ def command(tiny_model, tmp_path):
 
 
 @pytest.mark.engine
-def test_the_command_asks_for_what_is_missing_and_has_the_model_write(
-    tiny_model, successors, tmp_path, command, monkeypatch, capsys
-):
+def test_the_command_asks_for_what_is_missing(tiny_model, successors, tmp_path, command, monkeypatch, capsys):
     path, _ = tiny_model
     key = model_key(str(path))
     file = tmp_path / f"prior-{key}.safetensors"
@@ -288,16 +280,11 @@ def test_the_command_asks_for_what_is_missing_and_has_the_model_write(
     # What an earlier start has asked for is kept.
     partial.ids[:100] = 7
     prior_file.save(file, partial, key)
-    assert "written" in command("--conversations", "40")
+    assert "written" in command()
     found = prior_file.load(file, key, 300)
-    unseen = np.setdiff1d(np.arange(100, 300), found.texts)
-    assert len(unseen) > 20
-    np.testing.assert_array_equal(found.ids[unseen], successors[0][unseen])
-    np.testing.assert_allclose(found.probs[unseen], successors[1][unseen], rtol=1e-3)
-    assert (found.ids[np.setdiff1d(np.arange(100), found.texts)] == 7).all()
-    # A text of this model, which has no chat template, begins with token 1.
-    begins = np.concatenate([[0], np.flatnonzero(found.texts < 0)[:-1] + 1])
-    assert len(begins) == 40 and set(found.texts[begins].tolist()) == {1}
+    np.testing.assert_array_equal(found.ids[100:], successors[0][100:])
+    np.testing.assert_allclose(found.probs[100:], successors[1][100:], rtol=1e-3)
+    assert (found.ids[:100] == 7).all()
 
     monkeypatch.setenv("AASD_CACHE_ROOT", str(tmp_path))
     prior.main([str(path), "--dtype", "float32"])
@@ -382,12 +369,6 @@ def test_the_prior_is_made_in_float32_where_bfloat16_is_emulated(monkeypatch, is
     monkeypatch.setattr(prior_builder, "emulates_bfloat16", lambda: emulates)
     assert prior_builder.engine_arguments("model", []).dtype == dtype
     assert prior_builder.engine_arguments("model", ["--dtype", "float16"]).dtype == "float16"
-
-
-def test_the_command_refuses_what_it_can_not_do(capsys):
-    with pytest.raises(SystemExit):
-        prior.main(["model", "--conversations", "-1"])
-    assert "-1 is not allowed: it takes an integer from 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import corpora
 
 TEXT = "abcdefghijklmnopqrstuvwxyz0123456789"
-NO_TEXT = np.empty(0, np.int32)
 
 
 class Tokenizer:
@@ -46,7 +45,7 @@ def served(tmp_path, **paths):
     """The corpora of a worker that starts."""
     settings = Settings.parse({"aasd_corpora": {name: str(path) for name, path in paths.items()}, "aasd_memory": 1})
     config = SimpleNamespace(aasd=settings, aasd_corpora_file=str(tmp_path / "names"))
-    return corpora.ServerCorpora(SimpleNamespace(get_vocab_size=lambda: 128), config, NO_TEXT)
+    return corpora.ServerCorpora(SimpleNamespace(get_vocab_size=lambda: 128), config)
 
 
 def drafted(of, *names):

@@ -13,12 +13,10 @@ from vllm_aasd.kernels.draft import Prior
 ONE = Prior(
     np.array([[1, 2], [0, -1]], np.int32),
     np.array([[0.5, 0.25], [0.5, 0]], np.float32),
-    np.array([1, 0, -1], np.int32),
 )
 SAME = Prior(*(array.copy() for array in ONE))
 OTHER_IDS = ONE._replace(ids=np.array([[1, 2], [1, -1]], np.int32))
 OTHER_PROBS = ONE._replace(probs=np.array([[0.5, 0.25], [0.25, 0]], np.float32))
-OTHER_TEXTS = ONE._replace(texts=np.zeros_like(ONE.texts))
 OTHER_SHAPE = ONE._replace(ids=ONE.ids.reshape(4, 1), probs=ONE.probs.reshape(4, 1))
 
 
@@ -71,10 +69,9 @@ def test_ranks_that_agree_go_on_as_they_were(on_all_ranks, caplog, priors):
         ((ONE, SAME, None), 2, 1),
         ((ONE, OTHER_IDS), 2, 2),
         ((OTHER_PROBS, ONE), 2, 2),
-        ((ONE, OTHER_TEXTS), 2, 2),
         ((ONE, OTHER_SHAPE), 2, 2),
     ],
-    ids=["not the first", "not the last", "other tokens", "other probabilities", "other texts", "other shape"],
+    ids=["not the first", "not the last", "other tokens", "other probabilities", "other shape"],
 )
 def test_ranks_that_differ_go_on_without_and_one_says_so(on_all_ranks, caplog, priors, held, kinds):
     with caplog.at_level(logging.INFO, "vllm.aasd"):

@@ -131,7 +131,7 @@ def test_stacking_is_the_reference(seed):
 def test_cells_are_told_apart_and_every_one_is_within_range():
     cells = {
         reference.cell_of(kind, length, num_equal, num_shorter, is_same, prob): None
-        for kind in (text.OWN_TEXT, CORPUS, ANSWERS, text.PREDICTION)
+        for kind in (CORPUS, ANSWERS, text.PREDICTION)
         for length in range(NGRAM_SIZES[0], MAX_MATCH + 1)
         for num_equal, num_shorter in ((0, 0), (0, 1), (1, 0), (2, 1))
         for is_same in (False, True)

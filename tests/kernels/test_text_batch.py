@@ -18,7 +18,6 @@ from vllm_aasd.kernels.text import (
     MAX_CORPORA,
     MAX_COUNT,
     NUM_CELLS,
-    OWN_TEXT,
     PAGE_SIZE,
     PLACE_BITS,
     PREDICTION,
@@ -28,8 +27,8 @@ from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.text import batch_reference as reference
 from vllm_aasd.kernels.text import triton as text_triton
 from vllm_aasd.kernels.text.batch import (
+    ANSWERS_COLUMN,
     KINDS,
-    OWN_TEXT_COLUMN,
     PREDICTION_OVERLAP,
     TICKET,
     append_predictions,
@@ -61,11 +60,11 @@ class Requests:
         self.drafts = torch.zeros(max_num_reqs, num_spec_tokens, dtype=torch.int64)
         self.num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32)
 
-    def enter(self, slot, prompt, answers=-1, prediction=-1, own_text=-1, corpora=(-1,) * MAX_CORPORA):
+    def enter(self, slot, prompt, answers=-1, prediction=-1, corpora=(-1,) * MAX_CORPORA):
         """A request takes a slot, whoever was there."""
         self._num_tickets += 1
         for texts in (self.kernels, self.reference):
-            texts.slots[slot] = torch.tensor([*corpora, own_text, answers, prediction, self._num_tickets])
+            texts.slots[slot] = torch.tensor([*corpora, answers, prediction, self._num_tickets])
         self.all_token_ids[slot, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         self.total_len[slot] = len(prompt)
         self.num_drafts[slot] = 0
@@ -188,7 +187,7 @@ def test_requests_that_come_and_go(interpreter, seed):
             length = int(requests.total_len[slot])
             if length == 0 or length > MAX_LEN - 90 or rng.random() < 0.1:
                 start = int(rng.integers(150))
-                namespaces = rng.choice([-1, 0, 7, 2**62 + 1]), rng.choice([-1, -9]), rng.choice([-1, 0])
+                namespaces = rng.choice([-1, 0, 7, 2**62 + 1]), rng.choice([-1, -9])
                 corpora = [int(number) if rng.random() < 0.5 else -1 for number in rng.permutation(6)[:MAX_CORPORA]]
                 prompt = answer[start : start + int(rng.integers(1, 50))]
                 requests.enter(slot, prompt, *map(int, namespaces), corpora)
@@ -311,7 +310,7 @@ def test_cleared_text_is_gone_and_corpora_stay(interpreter):
     requests.append([0])
 
     def drafted(context):
-        requests.enter(1, context[:-1], answers=5, own_text=0)
+        requests.enter(1, context[:-1], answers=5, corpora=(0, -1, -1, -1))
         requests.emit(1, context[-1:])
         # No row of this step adds to the index.
         return requests.draft([1])[0]
@@ -381,7 +380,7 @@ def test_a_wrong_argument_is_named(name, value, message):
 
 
 def test_columns_of_corpora_come_first():
-    assert KINDS[:OWN_TEXT_COLUMN] == (CORPUS,) * MAX_CORPORA
-    assert KINDS[OWN_TEXT_COLUMN:TICKET] == (OWN_TEXT, ANSWERS, PREDICTION)
-    assert [OWN_TEXT, ANSWERS, PREDICTION] == [CORPUS + 1, CORPUS + 2, CORPUS + 3]
+    assert KINDS[:ANSWERS_COLUMN] == (CORPUS,) * MAX_CORPORA
+    assert KINDS[ANSWERS_COLUMN:TICKET] == (ANSWERS, PREDICTION)
+    assert [ANSWERS, PREDICTION] == [CORPUS + 1, CORPUS + 2]
     assert NUM_CELLS <= 1024

@@ -1,4 +1,4 @@
-"""Texts that are given by name, and the model's own, in one index to draft from.
+"""Texts that are given by name, in one index to draft from.
 
 Text is added at the end of the index, and nothing takes its place. When some of it is dropped, the rest is entered
 again, so that no trace of it stays: neither its tokens, nor the places that it took of others' n-grams.
@@ -11,43 +11,29 @@ import numpy as np
 from vllm_aasd.kernels.text import MAX_CORPORA, PAGE_SIZE, index_bytes, new_index
 from vllm_aasd.kernels.text.cpu import append
 
-OWN_TEXT_NAMESPACE = 0
-
-_NO_TEXT = np.empty(0, np.int32)
-
 
 class Corpora:
     """An index of texts. A text is ``[n]`` int32, documents with a -1 after each.
 
     Args:
-        own_text: the model's.
-        texts: the others, by name.
+        texts: by name.
         spare_pages: room for what is added later.
 
     Attributes:
         index: a `TextIndex`, written in place.
     """
 
-    def __init__(
-        self, own_text: np.ndarray = _NO_TEXT, texts: dict[str, np.ndarray] | None = None, spare_pages: int = 0
-    ) -> None:
+    def __init__(self, texts: dict[str, np.ndarray] | None = None, spare_pages: int = 0) -> None:
         texts = texts or {}
-        self._own_text = own_text
         self._texts: dict[str, tuple[int, np.ndarray]] = {}
-        self._num_namespaces = OWN_TEXT_NAMESPACE
-        self.index = new_index(num_pages(own_text) + sum(map(num_pages, texts.values())) + spare_pages)
-        self._enter(OWN_TEXT_NAMESPACE, own_text)
+        self._num_namespaces = 0
+        self.index = new_index(sum(map(num_pages, texts.values())) + spare_pages)
         for name, text in texts.items():
             self.add(name, text)
 
     @property
-    def has_own_text(self) -> bool:
-        """Whether the model's text is there."""
-        return len(self._own_text) > 0
-
-    @property
     def names(self) -> list[str]:
-        """Of the others, in the order in which they were added."""
+        """In the order in which they were added."""
         return list(self._texts)
 
     def namespaces(self, names: Iterable[str]) -> list[int]:
@@ -61,7 +47,7 @@ class Corpora:
             ValueError: there is no room; then nothing has changed.
         """
         kept = [of for other, (_, of) in self._texts.items() if other != name]
-        room = len(self.index.pages) - sum(map(num_pages, kept), num_pages(self._own_text))
+        room = len(self.index.pages) - sum(map(num_pages, kept))
         if num_pages(text) > room:
             raise ValueError(
                 f"corpus {name!r} takes {index_bytes(num_pages(text)) / 2**20:.1f} MiB, and there is room for "
@@ -86,7 +72,6 @@ class Corpora:
         for array in (self.index.tokens, self.index.pages, self.index.heads):
             array.fill(-1)
         self.index.begun[0] = 0
-        self._enter(OWN_TEXT_NAMESPACE, self._own_text)
         for of in self._texts.values():
             self._enter(*of)
 

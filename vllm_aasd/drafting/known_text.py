@@ -4,13 +4,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vllm_aasd.drafting.corpora import OWN_TEXT_NAMESPACE, Corpora
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.kernels.text import (
     ANSWERS,
     CELL_SHAPE,
     CORPUS,
     NUM_CELLS,
-    OWN_TEXT,
     PREDICTION,
     PROBABILITIES,
     KnownText,
@@ -115,8 +114,6 @@ class KnownTexts:
             corpora: the names of those that it draws from.
         """
         sources = [(1, of_one, CORPUS) for of_one in self._corpora.namespaces(corpora)]
-        if self._corpora.has_own_text:
-            sources.append((1, OWN_TEXT_NAMESPACE, OWN_TEXT))
         if namespace is not None:
             sources.append((0, namespace, ANSWERS))
         if prediction is not None and len(self._indexes[0].pages):

@@ -15,12 +15,9 @@ NUM_SUCCESSORS = 8
 MAX_SUCCESSORS = 64
 """Most successors kept of a token: a bound on what a file may hold."""
 
-MAX_TEXT_TOKENS = 1 << 20
-"""Most tokens of text: a bound on what a file may hold."""
-
-_FORMAT = "vllm-aasd prior, version 3"
+_FORMAT = "vllm-aasd prior, version 4"
 # Of the prior's arrays in the file, in the order of its fields.
-_KEYS = ("ids", "probs", "texts")
+_KEYS = ("ids", "probs")
 _MAX_HEADER_BYTES = 1 << 16
 # Sums of rounded probabilities may pass 1 by this much.
 _ROUNDING = 1e-3
@@ -55,9 +52,7 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
         FileNotFoundError: there is none.
         TensorFileError: the file is damaged, foreign, unreadable, or of another model.
     """
-    item_bytes = 4
-    num_values = 2 * vocab_size * MAX_SUCCESSORS + MAX_TEXT_TOKENS
-    max_bytes = _MAX_HEADER_BYTES + item_bytes * num_values
+    max_bytes = _MAX_HEADER_BYTES + 2 * 4 * vocab_size * MAX_SUCCESSORS
     arrays = tensor_file.load(path, _FORMAT, model_key, set(_KEYS), max_bytes)
     prior = Prior(*(arrays[key] for key in _KEYS))
     _check(path, prior, vocab_size)
@@ -67,29 +62,15 @@ def load(path: Path, model_key: str, vocab_size: int) -> Prior:
 def _check(path: Path, prior: Prior, vocab_size: int) -> None:
     """Raise TensorFileError unless every array's type, shape and values are such as drafting relies on."""
     num_successors = prior.ids.shape[-1] if prior.ids.ndim else 0
-    successors_shape = (vocab_size, min(max(num_successors, 1), MAX_SUCCESSORS))
-    expected = (
-        (np.int32, successors_shape),
-        (np.float32, successors_shape),
-        (np.int32, (min(prior.texts.size, MAX_TEXT_TOKENS),)),
-    )
-    for name, found, (dtype, shape) in zip(_KEYS, prior, expected, strict=True):
+    shape = (vocab_size, min(max(num_successors, 1), MAX_SUCCESSORS))
+    for name, found, dtype in zip(_KEYS, prior, (np.int32, np.float32), strict=True):
         if found.dtype != dtype or found.shape != shape:
             raise TensorFileError(
                 f"{path} holds {name} of type {found.dtype} and shape {found.shape}, expected {np.dtype(dtype)} and "
                 f"{shape}"
             )
-    _check_predictions(path, prior.ids, prior.probs, vocab_size)
-    _check_token_ids(path, prior.texts, vocab_size)
-
-
-def _check_token_ids(path: Path, ids: np.ndarray, vocab_size: int) -> None:
-    if ids.size and (ids.min() < -1 or ids.max() >= vocab_size):
+    if prior.ids.min() < -1 or prior.ids.max() >= vocab_size:
         raise TensorFileError(f"{path} holds token ids outside of the vocabulary of {vocab_size}")
-
-
-def _check_predictions(path: Path, ids: np.ndarray, probs: np.ndarray, vocab_size: int) -> None:
-    _check_token_ids(path, ids, vocab_size)
     # Written so that NaN fails.
-    if not (probs.min() >= 0 and probs.sum(axis=1).max() <= 1 + _ROUNDING):
+    if not (prior.probs.min() >= 0 and prior.probs.sum(axis=1).max() <= 1 + _ROUNDING):
         raise TensorFileError(f"{path} holds values that are no probabilities")

@@ -29,19 +29,18 @@ class ServerCorpora(Corpora):
     Args:
         model: the served one.
         config: the speculative config.
-        own_text: the model's, ``[n]`` int32 with a -1 after each document.
 
     Raises:
         ValueError: a corpus of the settings can't be loaded.
     """
 
-    def __init__(self, model: ModelConfig, config: Any, own_text: np.ndarray) -> None:
+    def __init__(self, model: ModelConfig, config: Any) -> None:
         settings = config.aasd
         self._model = model
         self._names_file = config.aasd_corpora_file
         texts = {name: load(model, name, path) for name, path in settings.corpora or ()}
         spare = 0 if settings.corpora is None else num_pages_for(memory_bytes(settings))
-        super().__init__(own_text, texts, spare)
+        super().__init__(texts, spare)
 
     def add_from(self, name: str, path: str) -> list[str]:
         """Add the text at a path, in the place of what has its name.

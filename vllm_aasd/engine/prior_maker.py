@@ -7,6 +7,7 @@ cache that the scheduler, which hasn't begun yet, has given to no request.
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_aasd.engine import shared_prior
 from vllm_aasd.engine.adapter import Adapter
-from vllm_aasd.engine.chat_turns import assistant_prefix
 from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
@@ -68,8 +68,7 @@ def make(
     num_asked = maker.fill(prior, seconds, get_tp_group().broadcast_object)
     adapter.use_prior()
     logger.info(
-        "aasd: asked %s what follows %d of its %d tokens, in %.0f s; `python -m vllm_aasd.prior %s` asks for the rest, "
-        "and has it write text to draft from",
+        "aasd: asked %s what follows %d of its %d tokens, in %.0f s; `python -m vllm_aasd.prior %s` asks for the rest",
         model.model,
         num_asked,
         len(prior.ids),
@@ -78,6 +77,20 @@ def make(
     )
     if num_asked and get_world_group().local_rank == 0:
         shared_prior.keep_prior(model, prior)
+
+
+def assistant_prefix(tokenizer: Any) -> list[int]:
+    """What a chat template puts before the assistant's answer; without a usable template, what begins a text."""
+    question = [{"role": "user", "content": "Why?"}]
+    try:
+        asked = tokenizer.apply_chat_template(question, tokenize=False)
+        answering = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    # transformers raises ValueError without a template; a template may raise anything.
+    except Exception:
+        asked = answering = ""
+    if len(answering) > len(asked) and answering.startswith(asked):
+        return tokenizer.encode(answering[len(asked) :], add_special_tokens=False)
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def _prefix(model: ModelConfig) -> list[int]:

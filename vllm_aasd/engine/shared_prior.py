@@ -44,10 +44,8 @@ def own_prior(model: ModelConfig) -> Prior | None:
     except TensorFileError as error:
         logger.warning("aasd: serving without a prior: %s", error)
         return None
-    num_tokens = np.count_nonzero(prior.texts >= 0)
-    logger.info(
-        "aasd: prior with %d successors per token and %d tokens of text from %s", prior.ids.shape[1], num_tokens, path
-    )
+    num_known = np.count_nonzero(prior.ids[:, 0] >= 0)
+    logger.info("aasd: prior with what follows %d of %d tokens, from %s", num_known, len(prior.ids), path)
     return prior
 
 

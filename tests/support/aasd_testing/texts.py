@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vllm_aasd.drafting.known_text import prior_reliability
-from vllm_aasd.kernels.text import ANSWERS, CORPUS, NUM_CELLS, OWN_TEXT, PREDICTION, KnownText, TextIndex, new_index
+from vllm_aasd.kernels.text import ANSWERS, CORPUS, NUM_CELLS, PREDICTION, KnownText, TextIndex, new_index
 from vllm_aasd.kernels.text.batch import TextTensors, new_texts
 
 
@@ -64,9 +64,7 @@ def random_known(rng, implementation, num_steps, vocab_size=6):
     documents, corpus = Documents(implementation, 32), Documents(implementation, 16)
     grow(rng, (documents,), 30, vocab_size)
     grow(rng, (corpus,), 10, vocab_size)
-    sources = np.array(
-        [[1, 1, CORPUS], [1, 2, CORPUS], [1, 0, OWN_TEXT], [0, 0, ANSWERS], [0, 1, PREDICTION]], np.int64
-    )
+    sources = np.array([[1, 1, CORPUS], [1, 2, CORPUS], [0, 0, ANSWERS], [0, 1, PREDICTION]], np.int64)
     shape = (num_steps, len(sources))
     return KnownText(
         (documents.index, corpus.index),

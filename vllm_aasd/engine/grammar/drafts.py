@@ -19,7 +19,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_aasd.counters import NUM_GRAMMAR_COUNTS
 from vllm_aasd.drafting import drafter as drafting
-from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.draft_length import LEAST_GAIN, lengths_and_gain, reproducible_lengths
 from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, Drafter
 from vllm_aasd.drafting.forced import CONTEXT, NUM_SOURCES, GrammarSteering, Steered
@@ -31,7 +30,6 @@ from vllm_aasd.engine.grammar.matchers import matcher_of
 from vllm_aasd.engine.grammar.messages import CountedGrammarOutput, InformedDraftTokenIds
 from vllm_aasd.engine.namespaces import prediction_of, shared_namespace
 from vllm_aasd.engine.request_options import changes_with_drafts, longest_draft, settings_of
-from vllm_aasd.kernels.draft import no_prior
 
 # Of the server's memory for earlier answers, the share of those with structured output, which only they draft from.
 _MEMORY_SHARE = 4
@@ -128,7 +126,7 @@ class GrammarDrafts:
             longest,
             MIN_SURVIVAL,
             prior,
-            texts=KnownTexts(num_bytes, longest, Corpora((prior or no_prior()).texts)),
+            texts=KnownTexts(num_bytes, longest),
         )
         drafting.warm_up()
         self._requests: dict[str, _Request | None] = {}

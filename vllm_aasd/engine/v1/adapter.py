@@ -37,7 +37,6 @@ from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
 from vllm_aasd.kernels import align, verify
-from vllm_aasd.kernels.draft import no_prior
 
 logger = logging.getLogger("vllm.aasd")
 
@@ -74,7 +73,7 @@ class V1Adapter:
         self._lengths = V1DraftLengths(self._max_step_tokens, settings.draft_length == "adaptive", self.faults)
         self._requests = V1Requests(settings, self.faults, startup.shares_text(vllm_config))
         self.prior = prior = None if settings.prior == "off" else shared_prior.load_prior(self._model_config)
-        self.corpora = ServerCorpora(self._model_config, speculative_config, (prior or no_prior()).texts)
+        self.corpora = ServerCorpora(self._model_config, speculative_config)
         self._drafter = Drafter(
             self._model_config.get_vocab_size(),
             self._max_draft_tokens,

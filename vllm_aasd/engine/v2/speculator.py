@@ -114,7 +114,7 @@ class AASDSpeculator(BaseSpeculator):
         self._runner = runner
         if self._settings.prior != "off":
             self.prior = shared_prior.load_prior(self._model_config)
-        self.corpora = ServerCorpora(self._model_config, self._config, (self.prior or no_prior()).texts)
+        self.corpora = ServerCorpora(self._model_config, self._config)
         self._texts.learn_corpora(self.corpora)
         if self._align_prompts:
             self._prompt_logits = PromptLogits(runner.get_model(), TOP_K)

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
 
-from vllm_aasd.drafting.corpora import OWN_TEXT_NAMESPACE, Corpora
+from vllm_aasd.drafting.corpora import Corpora
 from vllm_aasd.drafting.known_text import PROMPT_TAIL, prior_reliability
 from vllm_aasd.kernels.text import num_pages_for
 from vllm_aasd.kernels.text.batch import (
     ANSWERS_COLUMN,
     MAX_PIECES,
     NUM_SOURCES,
-    OWN_TEXT_COLUMN,
     PREDICTION_COLUMN,
     PREDICTION_OVERLAP,
     TICKET,
@@ -108,8 +107,6 @@ class V2Texts:
         row = self._slots[slot]
         for column, of_one in enumerate(self._corpora.namespaces(corpora)):
             row[column] = of_one
-        if self._corpora.has_own_text:
-            row[OWN_TEXT_COLUMN] = OWN_TEXT_NAMESPACE
         if not self._num_pages:
             return
         if namespace is not None and self._shares_text:
