@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aasd_testing import fake_v1
-from vllm_aasd.drafting.calibration import AcceptanceCalibration
+from vllm_aasd.drafting.calibration import AcceptanceCalibration, UsualAcceptance
 from vllm_aasd.drafting.draft_length import LengthsByLoad, lengths_and_gain, reproducible_lengths
+from vllm_aasd.drafting.drafter import GREEDY, NO_ALIGNMENT, SAMPLED, SEEDED, Drafter
 from vllm_aasd.drafting.step_time import StepTimeModel, knots
 
 K = 3
@@ -262,6 +263,36 @@ def test_scales_stay_where_estimates_hold():
         calibration.observe(survival, is_known, int(rejected[0]) if len(rejected) else 4)
         scales.append(list(calibration.scales))
     assert np.mean(scales, axis=0) == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+def test_what_requests_have_in_common_is_known_of_the_next():
+    """Half as many tokens are accepted as estimated, but nearly all that are nearly certain, as at a temperature."""
+    rng = np.random.default_rng(1)
+    usual, own, true = UsualAcceptance(), np.zeros(4, np.bool_), 2.0
+    for _ in range(300):
+        calibration = AcceptanceCalibration(usual)
+        for _ in range(10):
+            conditional = rng.choice([0.4, 0.7, 0.98], 4)
+            survival = calibration.apply(np.cumprod(conditional, dtype=np.float32), own)
+            rejected = np.flatnonzero(rng.random(4) > conditional**true)
+            calibration.observe(survival, own, int(rejected[0]) if len(rejected) else 4)
+    assert usual.exponents == [pytest.approx(true, abs=0.3), 1.0]
+    likely, certain = (AcceptanceCalibration(usual).apply(np.array([p], np.float32), own)[0] for p in (0.7, 0.98))
+    assert likely == pytest.approx(0.7**true, abs=0.06) and certain > 0.95
+
+
+def test_a_seeded_request_depends_on_no_other():
+    def drafted(sampling, failures):
+        drafter, context = Drafter(64, 4, 0.02), np.array([1, 2, 3, 4, 5, 6, 1, 2], np.int32)
+        for number in range(failures):
+            drafter.admit(str(number), None, sampling=sampling)
+            count = len(drafter.draft(str(number), context, NO_ALIGNMENT, 4)[0])
+            drafter.verified(str(number), count, 0)
+        drafter.admit("last", None, sampling=sampling)
+        return drafter.draft("last", context, NO_ALIGNMENT, 4)[1].tolist()
+
+    assert drafted(SEEDED, 30) == drafted(SEEDED, 0) == drafted(GREEDY, 0)
+    assert drafted(SAMPLED, 30)[0] < 0.95 * drafted(SAMPLED, 0)[0]
 
 
 def test_scaled_survival_is_still_a_survival():

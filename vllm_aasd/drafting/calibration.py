@@ -1,4 +1,4 @@
-"""How far the survival that the drafter estimates holds for one request, learned from its own verifications."""
+"""How far the survival that the drafter estimates holds, learned from verifications: of all requests, and of each."""
 
 import math
 
@@ -9,6 +9,30 @@ _LOWEST, _HIGHEST = 0.3, 1.1
 # Per step without a draft: after 40 of them two thirds of the correction are gone, and drafting is tried again.
 _FORGETTING = 0.03
 
+_USUAL_RATE = 0.01
+_LEAST_EXPONENT, _MOST_EXPONENT = 0.5, 4.0
+
+
+class UsualAcceptance:
+    """How the estimate usually holds, for requests of one kind: of its tokens, ``p ** exponent`` are accepted.
+
+    The constants of the mixture were fitted on greedy answers of one model. Of another, or of samples at a temperature,
+    more or fewer draft tokens are accepted; but those that are nearly certain stay so, as under an exponent.
+
+    Attributes:
+        exponents: for tokens from the own context, and from known text.
+    """
+
+    __slots__ = ("exponents",)
+
+    def __init__(self) -> None:
+        self.exponents = [1.0, 1.0]
+
+    def learn(self, kind: int, surplus: float) -> None:
+        """Learn from a draft: the accepted tokens of a kind, less those that were expected."""
+        exponent = self.exponents[kind] * math.exp(-_USUAL_RATE * surplus)
+        self.exponents[kind] = min(max(exponent, _LEAST_EXPONENT), _MOST_EXPONENT)
+
 
 class AcceptanceCalibration:
     """Two scales on the probability of each draft token, near 1 where the estimate holds.
@@ -17,14 +41,18 @@ class AcceptanceCalibration:
     copy one and not the other. A request whose drafts keep failing ends with survivals that are worth no step time, and
     so stops paying for them; while it drafts nothing, the scales drift back to 1, and it is tried again.
 
+    Args:
+        usual: of requests like this one, which it adds to; None if its drafts may depend on no other request.
+
     Attributes:
         scales: of the probability that a draft token is accepted, given that those before it were: from the own
             context, and from known text.
     """
 
-    __slots__ = ("scales",)
+    __slots__ = ("_usual", "scales")
 
-    def __init__(self) -> None:
+    def __init__(self, usual: UsualAcceptance | None = None) -> None:
+        self._usual = usual
         self.scales = [1.0, 1.0]
 
     def apply(self, survival: np.ndarray, is_known: np.ndarray) -> np.ndarray:
@@ -39,10 +67,12 @@ class AcceptanceCalibration:
         """
         # Plain numbers: a draft is short, and each operation of numpy's costs more than all of this.
         scales, product = self.scales, 1.0
+        exponents = self._usual.exponents if self._usual is not None else (1.0, 1.0)
         expected = np.empty(len(survival), np.float32)
         kinds = is_known.tolist()
         for position, conditional in enumerate(_conditional(survival)):
-            product *= min(conditional * scales[kinds[position]], 1.0)
+            kind = kinds[position]
+            product *= min(conditional ** exponents[kind] * scales[kind], 1.0)
             expected[position] = product
         return expected
 
@@ -63,6 +93,8 @@ class AcceptanceCalibration:
             surplus[kinds[position]] += (position < num_accepted) - conditional
         for kind, error in enumerate(surplus):
             self.scales[kind] = min(max(self.scales[kind] * math.exp(_RATE * error), _LOWEST), _HIGHEST)
+            if self._usual is not None:
+                self._usual.learn(kind, error)
 
 
 def _conditional(survival: np.ndarray) -> list[float]:

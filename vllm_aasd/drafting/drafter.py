@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_aasd.drafting.calibration import AcceptanceCalibration
+from vllm_aasd.drafting.calibration import AcceptanceCalibration, UsualAcceptance
 from vllm_aasd.drafting.known_text import KnownTexts, RequestText
 from vllm_aasd.drafting.suffix_index import SuffixIndex
 from vllm_aasd.kernels.draft import MAX_TOP_K, MixtureWeights, Prior, max_candidates, no_prior
@@ -43,6 +43,9 @@ class AlignmentView(NamedTuple):
     block_size: int
 
 
+GREEDY, SAMPLED, SEEDED = "greedy", "sampled", "seeded"
+"""How a request chooses its tokens. Drafts of a seeded one depend on no other request's."""
+
 NOTHING_PREDICTED = np.empty(0, np.float32)
 
 NO_ALIGNMENT = AlignmentView(np.empty((0, 1), np.int32), np.empty(0, np.int32), 1)
@@ -53,11 +56,11 @@ class _Request:
 
     __slots__ = ("calibration", "index", "num_looked_up", "predicted_survival", "text")
 
-    def __init__(self, index: SuffixIndex, text: RequestText) -> None:
+    def __init__(self, index: SuffixIndex, text: RequestText, usual: UsualAcceptance | None) -> None:
         self.index = index
         self.text = text
         self.num_looked_up = 0
-        self.calibration = AcceptanceCalibration()
+        self.calibration = AcceptanceCalibration(usual)
         self.predicted_survival = NOTHING_PREDICTED
 
 
@@ -86,7 +89,8 @@ class Drafter:
     ) -> None:
         self._texts = texts if texts is not None else KnownTexts(0, max_draft_tokens)
         self._requests: dict[str, _Request] = {}
-        self._admitted: dict[str, RequestText] = {}
+        self._admitted: dict[str, tuple[RequestText, str]] = {}
+        self._usual = {GREEDY: UsualAcceptance(), SAMPLED: UsualAcceptance()}
         self._min_survival = np.float32(min_survival)
         self._prior = prior if prior is not None else no_prior()
         self._weights = weights
@@ -109,6 +113,7 @@ class Drafter:
         namespace: int | None,
         prediction: np.ndarray | None = None,
         corpora: Iterable[str] = (),
+        sampling: str = GREEDY,
     ) -> None:
         """Give a request text besides its own context.
 
@@ -117,8 +122,9 @@ class Drafter:
             namespace: of the earlier answers that it shares, >= 0; None if it shares none.
             prediction: ``[n]`` int32, what its client expects it to answer.
             corpora: the names of those that it draws from.
+            sampling: `GREEDY`, `SAMPLED` or `SEEDED`: how often drafts are accepted is learned from requests alike.
         """
-        self._admitted[request_id] = self._texts.admit(namespace, prediction, corpora)
+        self._admitted[request_id] = self._texts.admit(namespace, prediction, corpora), sampling
 
     def draft(
         self,
@@ -143,9 +149,10 @@ class Drafter:
         """
         request = self._requests.get(request_id)
         if request is None or not request.index.continues_to(token_ids):
-            text = self._admitted.get(request_id) or self._texts.admit(None)
+            text, sampling = self._admitted.get(request_id) or (self._texts.admit(None), GREEDY)
             text.restart()
-            request = _Request(SuffixIndex(MAX_NGRAM_SIZE, len(self._draft_token_ids), len(token_ids)), text)
+            new_index = SuffixIndex(MAX_NGRAM_SIZE, len(self._draft_token_ids), len(token_ids))
+            request = _Request(new_index, text, self._usual.get(sampling))
             self._requests[request_id] = request
         index = request.index
         if request.num_looked_up:

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting import drafter
-from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import GREEDY, MIN_SURVIVAL, NO_ALIGNMENT, SAMPLED, SEEDED, AlignmentView, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.corpora import ServerCorpora
@@ -202,7 +202,10 @@ class V1Adapter:
     def _admit(self, req_id: str) -> None:
         request, params = self._requests[req_id], self._runner.requests[req_id].sampling_params
         with self.faults.contained("draft"):
-            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora)
+            sampling = GREEDY if params is None or params.temperature == 0 else SAMPLED
+            if request.is_seeded:
+                sampling = SEEDED
+            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora, sampling)
 
     def _commit(self, num_emitted: Sequence[int] | None = None) -> None:
         """Store the predictions of the step, if that hasn't been done; see `V1Alignment.write`."""
