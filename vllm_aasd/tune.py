@@ -3,7 +3,8 @@
     python -m vllm_aasd.tune --model MODEL --prompts FILE [--settings JSON ...] [vLLM's arguments]
 
 FILE holds one JSON object a line: ``prompt``, or ``messages`` as in the OpenAI API; optionally a ``reference`` that the
-answer must contain, and a ``category``. One engine answers all prompts, greedily, under every setting in turn.
+answer must contain, and a ``category``. One engine answers all prompts, greedily, under every setting in turn. It
+doesn't draft from earlier answers: here every prompt comes again, and all rules would look alike.
 """
 
 import argparse

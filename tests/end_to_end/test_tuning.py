@@ -173,6 +173,14 @@ def test_a_speculative_config_is_refused(capsys):
     assert "--settings takes the settings to compare" in capsys.readouterr().err
 
 
+def test_no_rule_drafts_from_the_answers_of_another(monkeypatch):
+    configs = []
+    llm = types.SimpleNamespace(get_tokenizer=lambda: None)
+    monkeypatch.setattr(trial.LLM, "from_engine_args", lambda engine: configs.append(engine.speculative_config) or llm)
+    trial.Trial("model", [])
+    assert configs[0]["aasd_memory"] == "off"
+
+
 @pytest.mark.engine
 @pytest.mark.long
 def test_the_real_engine(demo_model, tmp_path):

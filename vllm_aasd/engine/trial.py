@@ -10,7 +10,7 @@ from vllm_aasd.config import PREFIX
 
 
 class Trial:
-    """An engine with method aasd, in which each request brings its own options.
+    """An engine with method aasd and without memory, in which each request brings its own options.
 
     Args:
         model: path or name of the target model.
@@ -27,7 +27,9 @@ class Trial:
         if parsed.speculative_config is not None:
             parser.error("--speculative-config is not allowed here; --settings takes the settings to compare")
         engine = EngineArgs.from_cli_args(parsed)
-        engine.speculative_config = {"method": "aasd", f"{PREFIX}allow_request_override": "any"}
+        # Prompts come again and again here: drafts from earlier answers would be right under every rule.
+        settings = {f"{PREFIX}allow_request_override": "any", f"{PREFIX}memory": "off"}
+        engine.speculative_config = {"method": "aasd", **settings}
         self._llm = LLM.from_engine_args(engine)
         self.tokenizer = self._llm.get_tokenizer()
 
