@@ -149,22 +149,22 @@ def align_shards(inputs: Inputs) -> Callable[[], Any]:
 def draft(
     top_k: int, prior_top_k: int, num_spec_tokens: int = NUM_SPECULATIVE_STEPS, num_pages: int = NUM_PAGES
 ) -> Callable:
-    """`draft_batch` over contexts of up to 32k tokens, with predictions of positions and of the prior, and
+    """`draft_batch` over contexts of up to 128k tokens, with predictions of positions and of the prior, and
     `num_pages` pages of known text."""
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         from vllm_aasd.kernels.draft import triton as draft_triton
         from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
 
-        max_ngram_size, max_matches, num_reqs = 6, 32, inputs.num_reqs
+        max_ngram_size, max_matches, num_reqs, max_model_len = 6, 32, inputs.num_reqs, 131072
         int32 = {"dtype": torch.int32}
         prior_shape = (inputs.vocab_size if prior_top_k else 0, prior_top_k)
         batch = DraftBatch(
-            all_token_ids=torch.empty((num_reqs, 32768), **int32),
+            all_token_ids=torch.empty((num_reqs, max_model_len), **int32),
             total_len=torch.empty(num_reqs, **int32),
             idx_mapping=inputs.idx_mapping,
             table=torch.empty((NUM_SLOTS if top_k else 0, 1 + 2 * top_k), **int32),
-            block_tables=torch.empty((num_reqs, 2048), **int32),
+            block_tables=torch.empty((num_reqs, max_model_len // 16), **int32),
             block_size=16,
             theta=torch.empty(max_ngram_size),
             alignment=torch.empty(max_ngram_size),
@@ -179,7 +179,7 @@ def draft(
             num_sampled=torch.empty(num_reqs, **int32),
             excluded=torch.empty(MAX_EXCLUDED, **int32),
             longest=num_spec_tokens,
-            workspace=draft_workspace(num_reqs, max_ngram_size, max_matches, top_k, prior_top_k, "cpu"),
+            workspace=draft_workspace(num_reqs, max_model_len, max_ngram_size, max_matches, top_k, prior_top_k, "cpu"),
             draft_token_ids=torch.empty((num_reqs, num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.empty(num_reqs, **int32),
             survival=torch.empty((num_reqs, num_spec_tokens)),

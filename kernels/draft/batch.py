@@ -6,8 +6,10 @@ adds up a position's weights first and may fuse a product with its sum: a score 
 for each weight in it. There is room for every candidate: none is dropped.
 
 There are no hash tables. One program per request, in one launch for the batch, scans the context for each draft token
-(docs/design.md has the steps). Shapes, launch and memory do not depend on data, and rows know nothing of each other.
-The paged predictions are those of `vllm_aasd.kernels.align`.
+(docs/design.md has the steps). Before the first one, a longer context is scanned in parts by as many programs, of which
+the last to end drafts. From then on, only the last part is scanned. Of the others, what matched the context's end is
+followed: matches that a draft leads to. Shapes, launch and memory do not depend on data, and rows know nothing of each
+other. The paged predictions are those of `vllm_aasd.kernels.align`.
 """
 
 from types import ModuleType
@@ -20,17 +22,26 @@ from vllm_aasd.kernels.common.checks import check_dtype, check_once, check_shape
 from vllm_aasd.kernels.draft import NGRAM_SIZES_USED
 from vllm_aasd.kernels.text.batch import TextTensors
 
-__all__ = ["MAX_EXCLUDED", "WINDOW", "DraftBatch", "draft_batch", "draft_workspace"]
+__all__ = ["MAX_EXCLUDED", "PART", "WINDOW", "DraftBatch", "draft_batch", "draft_workspace", "num_parts"]
 
 WINDOW = 1 << 17
-"""Positions before the end of a context that are looked through. It bounds what one program does."""
+"""Positions before the end of a context that are looked through."""
+
+PART = 1 << 15
+"""Positions that one program looks through. Parts are counted from the end of a context."""
 
 MAX_EXCLUDED = 32
 """Ids that end a draft. Models have one placeholder token per modality, and a few for rows and frames."""
 
 
+def num_parts(max_model_len: int) -> int:
+    """In how many parts at most contexts of up to this length are looked through."""
+    return -(-min(max_model_len, WINDOW) // PART)
+
+
 def draft_workspace(
     max_num_reqs: int,
+    max_model_len: int,
     max_ngram_size: int,
     max_matches: int,
     top_k: int,
@@ -41,6 +52,7 @@ def draft_workspace(
 
     Args:
         max_num_reqs: rows.
+        max_model_len: of the contexts.
         max_ngram_size: M, the largest n-gram that is looked up, >= 1.
         max_matches: how many of the most recent matches of each n-gram size are used, >= 1.
         top_k: predictions that the alignment table stores of a position; 0 without one.
@@ -48,10 +60,10 @@ def draft_workspace(
         device: that of the batch.
 
     Returns:
-        [max_num_reqs, words] int32. What it holds between calls has no meaning.
+        [max_num_reqs, words] int32. Between calls the first word of a row is 0; what the others hold has no meaning.
     """
-    words = _workspace_words(max_ngram_size, max_matches, top_k, prior_top_k)
-    return torch.empty((max_num_reqs, words), dtype=torch.int32, device=device)
+    words = _workspace_words(max_model_len, max_ngram_size, max_matches, top_k, prior_top_k)
+    return torch.zeros((max_num_reqs, words), dtype=torch.int32, device=device)
 
 
 class DraftBatch(NamedTuple):
@@ -189,16 +201,18 @@ def _check(batch: DraftBatch) -> None:
         )
     if prior_ids.ndim != 2 or not prior_ids.is_contiguous() or not batch.prior_probs.is_contiguous():
         raise ValueError(f"prior_ids has shape {tuple(prior_ids.shape)}, expected contiguous (vocab_size, k)")
-    words = _workspace_words(max_ngram_size, batch.max_matches, top_k, prior_ids.shape[1])
+    words = _workspace_words(max_model_len, max_ngram_size, batch.max_matches, top_k, prior_ids.shape[1])
     if batch.workspace.shape[0] < num_reqs or batch.workspace.shape[1] != words:
         shape = tuple(batch.workspace.shape)
         raise ValueError(f"workspace has shape {shape}, expected (at least {num_reqs}, {words})")
 
 
-def _workspace_words(max_ngram_size: int, max_matches: int, top_k: int, prior_top_k: int) -> int:
-    # The lists of matches, then the candidates, each a token id and the bits of a weight.
+def _workspace_words(max_model_len: int, max_ngram_size: int, max_matches: int, top_k: int, prior_top_k: int) -> int:
+    # How many programs have ended; for each part of a context, and for all, how many matches there are by size, and
+    # where; the candidates, each a token id and the bits of a weight.
+    num_lists = (1 + num_parts(max_model_len)) * max_ngram_size
     num_candidates = NGRAM_SIZES_USED * max_matches * (1 + top_k) + prior_top_k
-    return max_ngram_size * max_matches + 2 * num_candidates
+    return 1 + num_lists * (1 + max_matches) + 2 * num_candidates
 
 
 def _check_vector(name: str, tensor: torch.Tensor, length: int, *dtypes: torch.dtype) -> None:

@@ -23,7 +23,7 @@ def _put_candidates(candidates_ptr, places, ids, weights, vocab_size, mask):
 def gather_candidates(
     tokens_ptr,  # [length] of all_token_ids
     suffix,  # the tokens of context plus draft, the last first
-    counts,  # [n-gram sizes, padded to a power of two]
+    counts_ptr,  # [MAX_NGRAM_SIZE]
     matches_ptr,  # [MAX_NGRAM_SIZE, MAX_MATCHES]
     table_ptr,  # [num_slots, 1 + 2 TOP_K]
     num_slots,
@@ -37,6 +37,7 @@ def gather_candidates(
     prior_vocab_size,
     vocab_size,
     candidates_ptr,  # [max_candidates, 2]: token id, bits of the weight
+    MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
@@ -47,13 +48,14 @@ def gather_candidates(
     ones, and how many there were.
     """
     LANES: tl.constexpr = triton.next_power_of_2(NGRAM_SIZES_USED * MAX_MATCHES)
-    sizes = 1 + tl.arange(0, counts.shape[0])
+    sizes = 1 + tl.arange(0, triton.next_power_of_2(MAX_NGRAM_SIZE))
+    counts = tl.load(counts_ptr + sizes - 1, mask=sizes <= MAX_NGRAM_SIZE, other=0)
     longest = tl.max(tl.where(counts > 0, sizes, 0), axis=0)
     # One lane for each position that may be used: the n-gram sizes, longest first, times the rank in its list.
     lanes = tl.arange(0, LANES)
     ranks = lanes % MAX_MATCHES
     lane_sizes = longest - lanes // MAX_MATCHES
-    lane_counts = tl.sum(tl.where(lane_sizes[:, None] == sizes[None, :], counts[None, :], 0), axis=1)
+    lane_counts = tl.load(counts_ptr + lane_sizes - 1, mask=lane_sizes > 0, other=0)
     present = (lanes < NGRAM_SIZES_USED * MAX_MATCHES) & (ranks < lane_counts)
     positions = tl.load(matches_ptr + (lane_sizes - 1) * MAX_MATCHES + ranks, mask=present, other=0)
     successors = tl.load(tokens_ptr + positions + 1, mask=present, other=-1)

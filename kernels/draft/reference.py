@@ -39,23 +39,23 @@ def draft(
     survival,
     lookups,
     excluded=(),
-    window=None,
+    parts=None,
 ):
     """Same arguments and result as `vllm_aasd.kernels.draft.cpu.draft`; a draft ends before ``excluded`` ids.
-    Only the last ``window`` positions are looked through.
+    With ``parts``, how many and of how many positions, only these are looked through; see `_matches`.
 
     ``known`` may be None. ``prev``, ``head`` and the scratch are not used: matches are found by comparing every
     position, and the candidates of a step are kept in a dictionary, in the order in which they are found. Sums are
     float32, by n-gram size; the compiled path first adds up what a position has from its sizes, so that token ids may
     differ where two tokens are within rounding of each other.
     """
-    context = [int(token) for token in tokens[:length]]
+    context = np.array(tokens[:length])
     vocab_size = len(scores)
     top_k = (table.shape[1] - 1) // 2
     draft_survival = np.float32(1)
     for step in range(len(draft_token_ids)):
-        sequence = context + [int(token) for token in draft_token_ids[:step]]
-        matches = {size: _matches(context, sequence, size, max_matches, window) for size in range(1, len(theta) + 1)}
+        sequence = np.concatenate([context, draft_token_ids[:step]])
+        matches = {size: _matches(context, sequence, size, max_matches, parts) for size in range(1, len(theta) + 1)}
         longest = max((size for size, positions in matches.items() if positions), default=0)
         weights: dict[int, np.float32] = {}
 
@@ -64,7 +64,8 @@ def draft(
                 weights[token] = weights.get(token, np.float32(0)) + weight
 
         remaining_mass = np.float32(1)
-        for size in range(longest, max(longest - NGRAM_SIZES_USED, 0), -1):
+        # Beyond the last part, a size may have none of the matches that a longer one has.
+        for size in filter(matches.get, range(longest, max(longest - NGRAM_SIZES_USED, 0), -1)):
             entries = [_entry(table, block_table, block_size, position) for position in matches[size]]
             fresh = [
                 entry is not None and entry[0] == context[position]
@@ -90,13 +91,13 @@ def draft(
                     for token, prob in zip(entry[1 : top_k + 1], entry[top_k + 1 :].view(np.float32), strict=True):
                         add(int(token), share * aligned * prob)
             remaining_mass *= np.float32(1) - weight
-        if sequence and 0 <= sequence[-1] < len(prior_ids):
+        if length and 0 <= sequence[-1] < len(prior_ids):
             for token, prob in zip(prior_ids[sequence[-1]], prior_probs[sequence[-1]], strict=True):
                 add(int(token), remaining_mass * prob)
         best = max(weights, key=lambda token: weights[token]) if weights else -1
         score = weights.get(best, np.float32(0))
         if known is not None:
-            best, score = stack(known, step, np.array(sequence, np.int32), len(sequence) - 1, best, score)
+            best, score = stack(known, step, sequence, len(sequence) - 1, best, score)
         draft_survival *= score
         if not 0 <= best < vocab_size or best in excluded or draft_survival < min_survival:
             return step
@@ -105,14 +106,32 @@ def draft(
     return len(draft_token_ids)
 
 
-def _matches(context, sequence, size, max_matches, window=None):
-    """Positions of the context, latest first, that end the n-gram ending the sequence and have a next token."""
+def _matches(context, sequence, size, max_matches, parts):
+    """Positions of the context, latest first, that end the n-gram ending the sequence and have a next token.
+
+    In parts other than the last, only those count that a draft has led to from the latest matches of the context's end.
+    """
+    num_positions, step = len(context) - 1, len(sequence) - len(context)
+    if parts is None:
+        return _ends(context, sequence, size, 0, num_positions)[:max_matches]
+    num_parts, part = parts
+    near = num_positions - part
+    found = _ends(context, sequence, size, near, num_positions)[:max_matches]
+    for end in range(near, num_positions - num_parts * part, -part):
+        older = _ends(context, context, max(size - step, 1), end - part, end)[:max_matches]
+        ends = [position + step for position in older if position + step < near]
+        found += [at for at in ends if np.array_equal(context[at + 1 - step : at + 1], sequence[len(context) :])]
+    return found[:max_matches]
+
+
+def _ends(context, sequence, size, first, end):
+    """Positions from ``first`` to before ``end``, latest first, that end the n-gram ending the sequence."""
     if size > len(sequence):
         return []
-    suffix = sequence[len(sequence) - size :]
-    first = size - 1 if window is None else max(size - 1, len(context) - 1 - window)
-    ends = range(len(context) - 2, first - 1, -1)
-    return [end for end in ends if context[end - size + 1 : end + 1] == suffix][:max_matches]
+    positions = np.arange(max(first, size - 1), end)[::-1]
+    for back in range(size):
+        positions = positions[context[positions - back] == sequence[-1 - back]]
+    return positions.tolist()
 
 
 def _entry(table, block_table, block_size, position):
@@ -165,7 +184,7 @@ def draft_batch(batch):
             survival,
             found,
             batch.excluded.tolist(),
-            batch_op.WINDOW,
+            (batch_op.WINDOW // batch_op.PART, batch_op.PART),
         )
         batch.draft_token_ids[row] = int(context[-1]) if length else 0
         for step in range(count):

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from vllm_aasd.kernels import draft
 from vllm_aasd.kernels.common.backends import gpu_kind
-from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, WINDOW, DraftBatch
+from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, PART, DraftBatch, num_parts
 from vllm_aasd.kernels.draft.candidates_triton import argmax_candidate, gather_candidates
 from vllm_aasd.kernels.text import batch as text_batch
 from vllm_aasd.kernels.text.index_triton import NUM_SOURCES, SLOT_COLUMNS
@@ -18,6 +18,9 @@ _LOOKED_UP_COLUMNS = tl.constexpr(text_batch.LOOKED_UP_COLUMNS)
 
 TILE = 2048
 """Context positions compared at once: eight a thread, two loads of 16 bytes, of a tile ahead of the one compared."""
+
+LOOK = tl.constexpr(512)
+"""Of a tile that holds the token looked for, positions whose tokens before are compared at once."""
 
 CHUNK = 256
 """Candidates scored at once: one a thread, and most steps have fewer than that."""
@@ -34,51 +37,91 @@ LAUNCH_OPTIONS = {
 
 @triton.jit
 def _collect_matches(
-    tokens_ptr,  # [length] of all_token_ids
-    length,
+    tokens_ptr,  # [end] of all_token_ids
+    first,
+    end,
     suffix,  # MAX_NGRAM_SIZE tokens, the last of context plus draft first
+    counts_ptr,  # [MAX_NGRAM_SIZE]
     matches_ptr,  # [MAX_NGRAM_SIZE, MAX_MATCHES]
     MAX_NGRAM_SIZE: tl.constexpr,
     MAX_MATCHES: tl.constexpr,
     TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
 ):
-    """Write the latest matches of each n-gram size, latest first, and return how many, by size."""
+    """Write the latest matches from `first` to before `end`, latest first, and how many there are, by n-gram size."""
     SIZES_PAD: tl.constexpr = triton.next_power_of_2(MAX_NGRAM_SIZE)
     sizes = 1 + tl.arange(0, SIZES_PAD)
     counts = tl.zeros([SIZES_PAD], tl.int32)
     lanes = tl.arange(0, TILE)
-    # The last token has no successor yet.
-    num_positions = tl.maximum(length - 1, 0)
-    first = tl.maximum(num_positions - WINDOW, 0)
-    start = tl.maximum(num_positions - 1, 0) // TILE * TILE
-    following = tl.load(tokens_ptr + start + lanes, mask=start + lanes < num_positions, other=-1)
+    start = tl.maximum(end - 1, 0) // TILE * TILE
+    following = tl.load(tokens_ptr + start + lanes, mask=start + lanes < end, other=-1)
     # What matches m + 1 tokens matches m, so lists fill up in the order of m: these are the open ones.
     lowest_open = 1
-    while (start + TILE > first) & (num_positions > 0) & (lowest_open <= MAX_NGRAM_SIZE):
+    while (start + TILE > first) & (end > first) & (lowest_open <= MAX_NGRAM_SIZE):
         tokens = following
         # Every tile but the last of the context is whole: one mask for all of it.
         is_there = tl.zeros([TILE], tl.int1) | (start > 0)
         following = tl.load(tokens_ptr + tl.maximum(start - TILE, 0) + lanes, mask=is_there, other=-1)
-        is_match = tokens == suffix[0]
-        if tl.max(is_match.to(tl.int32), axis=0) > 0:
-            positions = start + lanes
-            matched = (is_match & (positions >= first) & (positions < num_positions)).to(tl.int32)
-            for back in tl.static_range(1, MAX_NGRAM_SIZE):
-                # A suffix token from before the context is never compared: no position reaches back as far.
-                same = (matched == back) & (positions >= back)
-                before = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
-                matched += (same & (before == suffix[back])).to(tl.int32)
-            for size in range(lowest_open, tl.max(matched, axis=0) + 1):
-                ends = (matched >= size).to(tl.int32)
-                found = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
-                ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
-                places = (size - 1) * MAX_MATCHES + ranks
-                tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
-                counts += tl.where(sizes == size, tl.sum(ends, axis=0), 0)
+        if tl.max((tokens == suffix[0]).to(tl.int32), axis=0) > 0:
+            # In parts, for the sake of registers.
+            for past in range(0, TILE, LOOK):
+                positions = start + TILE - LOOK - past + tl.arange(0, LOOK)
+                in_range = (positions >= first) & (positions < end)
+                last = tl.load(tokens_ptr + positions, mask=in_range, other=-1)
+                matched = (in_range & (last == suffix[0])).to(tl.int32)
+                for back in tl.static_range(1, MAX_NGRAM_SIZE):
+                    # A suffix token from before the context is never compared: no position reaches back as far.
+                    same = (matched == back) & (positions >= back)
+                    before = tl.load(tokens_ptr + positions - back, mask=same, other=-1)
+                    matched += (same & (before == suffix[back])).to(tl.int32)
+                for size in range(lowest_open, tl.max(matched, axis=0) + 1):
+                    ends = (matched >= size).to(tl.int32)
+                    found = tl.sum(tl.where(sizes == size, counts, 0), axis=0)
+                    ranks = found + tl.cumsum(ends, axis=0, reverse=True) - 1
+                    places = (size - 1) * MAX_MATCHES + ranks
+                    tl.store(matches_ptr + places, positions, mask=(ends > 0) & (ranks < MAX_MATCHES))
+                    counts += tl.where(sizes == size, tl.sum(ends, axis=0), 0)
             lowest_open = 1 + tl.sum((counts >= MAX_MATCHES).to(tl.int32), axis=0)
         start -= TILE
-    return tl.minimum(counts, MAX_MATCHES)
+    tl.store(counts_ptr + sizes - 1, tl.minimum(counts, MAX_MATCHES), mask=sizes <= MAX_NGRAM_SIZE)
+
+
+@triton.jit
+def _join_parts(
+    tokens_ptr,  # [num_positions] of all_token_ids
+    near,  # where the last part begins
+    num_parts,
+    token,  # the last of context plus draft
+    num_drafts,
+    counts_ptr,  # [1 + PARTS, MAX_NGRAM_SIZE], all parts, then joined
+    matches_ptr,  # [1 + PARTS, MAX_NGRAM_SIZE, MAX_MATCHES]
+    MAX_NGRAM_SIZE: tl.constexpr,
+    MAX_MATCHES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Join the latest part's matches and what the draft has led to from the others' matches."""
+    RANKS_PAD: tl.constexpr = triton.next_power_of_2(MAX_MATCHES)
+    sizes = 1 + tl.arange(0, triton.next_power_of_2(MAX_NGRAM_SIZE))[:, None]
+    lanes = tl.arange(0, triton.next_power_of_2(PARTS) * RANKS_PAD)[None, :]
+    part, rank = lanes // RANKS_PAD, lanes % RANKS_PAD
+    is_far = part > 0
+    # A match of the context's end, which is shorter by the draft.
+    lists = part * MAX_NGRAM_SIZE + tl.where(is_far, tl.maximum(sizes - num_drafts, 1), sizes) - 1
+    is_list = (sizes <= MAX_NGRAM_SIZE) & (part < num_parts)
+    there = rank < tl.load(counts_ptr + lists, mask=is_list, other=0)
+    entries = lists * MAX_MATCHES + rank
+    positions = tl.load(matches_ptr + entries, mask=there, other=-1)
+    goes_on = positions >= 0
+    positions += tl.where(is_far, num_drafts, 0)
+    goes_on &= (is_far == 0) | (positions < near)
+    goes_on &= tl.load(tokens_ptr + positions, mask=goes_on, other=-1) == token
+    # Lists of several sizes may be one. Whoever reads what another has stored here comes to the same.
+    tl.store(matches_ptr + entries, -1, mask=there & is_far & (goes_on == 0))
+    ranks = tl.cumsum(goes_on.to(tl.int32), axis=1) - 1
+    joined_ptr = matches_ptr + PARTS * MAX_NGRAM_SIZE * MAX_MATCHES
+    tl.store(joined_ptr + (sizes - 1) * MAX_MATCHES + ranks, positions, mask=goes_on & (ranks < MAX_MATCHES))
+    counts = tl.minimum(tl.sum(goes_on.to(tl.int32), axis=1), MAX_MATCHES)
+    sizes = 1 + tl.arange(0, triton.next_power_of_2(MAX_NGRAM_SIZE))
+    tl.store(counts_ptr + PARTS * MAX_NGRAM_SIZE + sizes - 1, counts, mask=sizes <= MAX_NGRAM_SIZE)
 
 
 # What may change from step to step must not ask for another compilation.
@@ -131,11 +174,12 @@ def draft_kernel(
     TOP_K: tl.constexpr,
     PRIOR_TOP_K: tl.constexpr,
     TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_TEXT: tl.constexpr,
 ):
-    """Draft for one request per program; see `vllm_aasd.kernels.draft.batch`."""
+    """Draft for one request by a program for each part of its context; see `vllm_aasd.kernels.draft.batch`."""
     # int64: a row of a large batch times a long context leaves int32.
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping_ptr + row).to(tl.int64)
@@ -144,8 +188,12 @@ def draft_kernel(
     limit = tl.minimum(tl.load(max_len_ptr + slot, mask=has_sampled, other=0) - length - 1, longest)
     tokens_ptr = all_token_ids_ptr + slot * all_token_ids_stride
     blocks_ptr = block_tables_ptr + slot * block_tables_stride
-    matches_ptr = workspace_ptr + row * workspace_stride
-    candidates_ptr = matches_ptr + MAX_NGRAM_SIZE * MAX_MATCHES
+    num_ended_ptr = workspace_ptr + row * workspace_stride
+    # By part; joined after them, where there is more than one.
+    JOINED: tl.constexpr = PARTS if PARTS > 1 else 0
+    counts_ptr = num_ended_ptr + 1
+    matches_ptr = counts_ptr + (1 + JOINED) * MAX_NGRAM_SIZE
+    candidates_ptr = matches_ptr + (1 + JOINED) * MAX_NGRAM_SIZE * MAX_MATCHES
     draft_token_ids_ptr += row * num_spec_tokens
     survival_ptr += slot * num_spec_tokens
     excluded = tl.load(excluded_ptr + tl.arange(0, _MAX_EXCLUDED))
@@ -155,21 +203,61 @@ def draft_kernel(
         suffix = suffix + (tl.load(tokens_ptr + length - 1 - back, mask=length > back, other=-1),)  # type: ignore
     last_token = tl.where(length > 0, suffix[0], 0)  # type: ignore
 
+    # The last token has no successor yet.
+    num_positions = tl.maximum(length - 1, 0)
+    drafting = (length > 0) & (limit > 0)
+    num_parts = tl.where(drafting, tl.minimum(tl.maximum(tl.cdiv(num_positions, PART), 1), PARTS), 1)
+    part = tl.program_id(1)
+    if part >= num_parts:
+        return
+    if drafting:
+        _collect_matches(
+            tokens_ptr,
+            tl.maximum(num_positions - (part + 1) * PART, 0),
+            num_positions - part * PART,
+            suffix,
+            counts_ptr + part * MAX_NGRAM_SIZE,
+            matches_ptr + part * MAX_NGRAM_SIZE * MAX_MATCHES,
+            MAX_NGRAM_SIZE,
+            MAX_MATCHES,
+            TILE,
+        )
+    # Matches and candidates go from thread to thread through memory (L1).
+    tl.debug_barrier()
+    num_ended = num_parts - 1
+    if num_parts > 1:
+        # What the others have stored before this, the last one reads after it.
+        num_ended = tl.atomic_add(num_ended_ptr, 1, sem="acq_rel")
+    if num_ended < num_parts - 1:
+        return
+    tl.store(num_ended_ptr, 0)
+
     num_drafts = 0
     survival = 1.0
     num_hits = 0
     num_misses = 0
     num_stales = 0
-    drafting = (length > 0) & (limit > 0)
     while drafting:
-        counts = _collect_matches(tokens_ptr, length, suffix, matches_ptr, MAX_NGRAM_SIZE, MAX_MATCHES, TILE, WINDOW)
-        # Matches and candidates go from thread to thread through memory (L1).
         tl.debug_barrier()
-        num_candidates, num_fresh, num_stale, num_positions = gather_candidates(
+        if PARTS > 1:
+            _join_parts(
+                tokens_ptr,
+                num_positions - PART,
+                num_parts,
+                suffix[0],  # type: ignore
+                num_drafts,
+                counts_ptr,
+                matches_ptr,
+                MAX_NGRAM_SIZE,
+                MAX_MATCHES,
+                PARTS,
+            )
+            tl.debug_barrier()
+        num_candidates, num_fresh, num_stale, num_matching = gather_candidates(
             tokens_ptr,
             suffix,
-            counts,
-            matches_ptr,
+            counts_ptr + JOINED * MAX_NGRAM_SIZE,
+            matches_ptr + JOINED * MAX_NGRAM_SIZE * MAX_MATCHES,
             table_ptr,
             num_slots,
             blocks_ptr,
@@ -182,12 +270,13 @@ def draft_kernel(
             prior_vocab_size,
             vocab_size,
             candidates_ptr,
+            MAX_NGRAM_SIZE,
             MAX_MATCHES,
             TOP_K,
             PRIOR_TOP_K,
         )
         num_hits += num_fresh
-        num_misses += num_positions - num_fresh - num_stale
+        num_misses += num_matching - num_fresh - num_stale
         num_stales += num_stale
         tl.debug_barrier()
         token, score = argmax_candidate(candidates_ptr, num_candidates, CHUNK)
@@ -220,6 +309,18 @@ def draft_kernel(
             num_drafts += 1
             suffix = (token,) + suffix[:-1]  # type: ignore
         drafting = drafting & (num_drafts < limit)
+        if drafting:
+            _collect_matches(
+                tokens_ptr,
+                tl.maximum(num_positions - PART, 0),
+                num_positions,
+                suffix,
+                counts_ptr,
+                matches_ptr,
+                MAX_NGRAM_SIZE,
+                MAX_MATCHES,
+                TILE,
+            )
 
     tl.store(num_drafts_ptr + slot, num_drafts, mask=slot >= 0)
     if HAS_TEXT:
@@ -241,7 +342,8 @@ def draft_batch(batch: DraftBatch) -> None:
     num_reqs, texts = len(batch.idx_mapping), batch.texts
     if num_reqs == 0:
         return
-    draft_kernel[(num_reqs,)](
+    parts = num_parts(batch.all_token_ids.shape[1])
+    draft_kernel[(num_reqs, parts)](
         batch.all_token_ids,
         batch.all_token_ids.stride(0),
         batch.total_len,
@@ -286,7 +388,8 @@ def draft_batch(batch: DraftBatch) -> None:
         TOP_K=(batch.table.shape[1] - 1) // 2,
         PRIOR_TOP_K=batch.prior_ids.shape[1],
         TILE=TILE,
-        WINDOW=WINDOW,
+        PART=PART,
+        PARTS=parts,
         CHUNK=CHUNK,
         HAS_TEXT=texts.has_text,
         **LAUNCH_OPTIONS[gpu_kind()],

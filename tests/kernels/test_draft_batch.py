@@ -31,7 +31,7 @@ from vllm_aasd.kernels.draft import MixtureWeights, Prior
 from vllm_aasd.kernels.draft import batch as draft_batch_op
 from vllm_aasd.kernels.draft import reference as draft_reference
 from vllm_aasd.kernels.draft import triton as draft_triton
-from vllm_aasd.kernels.draft.batch import WINDOW, draft_batch
+from vllm_aasd.kernels.draft.batch import PART, WINDOW, draft_batch
 from vllm_aasd.kernels.draft.triton import TILE
 
 # For scores worked out by hand.
@@ -60,10 +60,10 @@ def assert_equal(got, want):
         torch.testing.assert_close(ours, references, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def check(interpreter, batch):
+def check(interpreter, batch, workspace=None):
     """Compare the kernel with the reference, and return what they draft."""
     looked_up, want_looked_up = torch.full((2, 3), 100)
-    got = batch.drafts(interpreted(interpreter), lookups=looked_up)
+    got = batch.drafts(interpreted(interpreter), workspace, looked_up)
     want = batch.drafts(draft_reference.draft_batch, lookups=want_looked_up)
     assert looked_up.tolist() == want_looked_up.tolist()
     assert (want[0] != POISON_ID).all() and (want[1] != POISON_COUNT).all() and not want[2].isnan().any()
@@ -375,6 +375,47 @@ def test_what_is_looked_through_is_bounded(interpreter, is_near):
     draft_token_ids, num_drafts, _ = check(interpreter, batch_of([context], 10, 1))
     assert num_drafts.tolist() == [int(is_near)]
     assert draft_token_ids[0, 0] == (5 if is_near else context[-1])
+
+
+@pytest.fixture
+def undivided(monkeypatch):
+    """The reference, which looks through a context as one part."""
+
+    def op(batch):
+        with monkeypatch.context() as patch:
+            patch.setattr(draft_batch_op, "PART", WINDOW)
+            draft_reference.draft_batch(batch)
+
+    return op
+
+
+@pytest.mark.parametrize(
+    "from_end",
+    [100, PART + 2, PART + 8, PART + 500, 2 * PART + 6, 3 * PART + 300],
+    ids=["last part", "in two parts", "led into the last", "older part", "in two older parts", "first part"],
+)
+def test_a_match_in_any_part_is_followed(interpreter, undivided, from_end):
+    context = np.arange(100, 100 + 3 * PART + 777, dtype=np.int32)
+    passage = np.arange(1, 13)
+    context[-from_end:][:12], context[-5:] = passage, passage[:5]
+    batch = batch_of([context, context[-40:]], len(context) + 200, 6, top_k=2, stale_share=0, block_size=64)
+    batch.limit(6, 0)
+    got = check(interpreter, batch)
+    assert got[0][0].tolist() == passage[5:11].tolist() and got[1].tolist() == [6, 0]
+    assert_equal(got, batch.drafts(undivided))
+
+
+def test_full_lists_of_several_parts(interpreter, undivided):
+    """The first draft token has every match, later ones those of the last part and what it led to in others."""
+    contexts = [*random_contexts((2 * PART + 100,), 9000, seed=1), *random_contexts((PART + 1, 90), 4)]
+    batch = batch_of(contexts, 9000, 3, max_matches=5)
+    workspace = batch.workspace()
+    got = check(interpreter, batch, workspace)
+    # A call leaves what the next one needs.
+    assert_equal(check(interpreter, batch, workspace), got)
+    want = batch.drafts(undivided)
+    assert torch.equal(got[0][:, 0], want[0][:, 0]) and torch.equal(got[2][:, 0], want[2][:, 0])
+    assert not torch.equal(got[2], want[2])
 
 
 @pytest.mark.parametrize("top_k", [0, 2])

@@ -141,7 +141,9 @@ class Requests:
             num_sampled=torch.ones(num_reqs, dtype=torch.int32),
             excluded=torch.full((MAX_EXCLUDED,), -1, dtype=torch.int32),
             longest=self._num_spec_tokens,
-            workspace=draft_workspace(num_reqs, len(DEFAULT_WEIGHTS.theta), MAX_MATCHES, 0, 0, "cpu"),
+            workspace=draft_workspace(
+                num_reqs, self.all_token_ids.shape[1], len(DEFAULT_WEIGHTS.theta), MAX_MATCHES, 0, 0, "cpu"
+            ),
             draft_token_ids=torch.zeros((num_reqs, self._num_spec_tokens), dtype=torch.int64),
             num_drafts=torch.zeros(len(self.total_len), dtype=torch.int32),
             survival=torch.zeros((len(self.total_len), self._num_spec_tokens)),

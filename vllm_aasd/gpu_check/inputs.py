@@ -123,8 +123,10 @@ class Batch:
     def workspace(self) -> torch.Tensor:
         """A workspace full of nonsense."""
         top_k = (self.table.shape[1] - 1) // 2
-        sizes = len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
-        return draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu").fill_(2**31 - 1)
+        sizes = self.all_token_ids.shape[1], len(self.theta), self.max_matches, top_k, self.prior_ids.shape[1]
+        workspace = draft_workspace(len(self.idx_mapping) + 1, *sizes, "cpu")
+        workspace[:, 1:] = 2**31 - 1
+        return workspace
 
     def arguments(self, workspace: torch.Tensor | None = None, lookups: torch.Tensor | None = None) -> DraftBatch:
         """The op's arguments, with poisoned outputs; what is looked up is added to `lookups`."""

@@ -178,6 +178,7 @@ class AASDSpeculator(BaseSpeculator):
             longest=0,
             workspace=draft_workspace(
                 self._req_states.max_num_reqs,
+                self._req_states.max_model_len,
                 MAX_NGRAM_SIZE,
                 MAX_MATCHES,
                 top_k,
