@@ -13,7 +13,8 @@ def count_drafts(totals, draft_token_ids, cu_num_rows, first_draft, idx_mapping,
     totals[count.EXHAUSTED] += exhausted.sum()
     totals[count.GUARDED] += guarded.sum()
     for req, (start, end) in enumerate(itertools.pairwise(cu_num_rows.tolist())):
-        ids, accepted = draft_token_ids[start + first_draft : end].tolist(), int(emitted[req]) - 1
+        ids = draft_token_ids[start + first_draft : end][: survival.shape[1]].tolist()
+        accepted = min(int(emitted[req]) - 1, len(ids))
         length = next((at for at, token in enumerate(ids) if token < 0), len(ids))
         totals[count.RELAXED] += relaxed[start : start + accepted].sum()
         totals[count.REGRET] += regret[start : start + accepted].double().sum()

@@ -316,15 +316,16 @@ def decide_kernel(
 
     # Count. Whole numbers are exact in any order.
     kind = tl.arange(0, 4)
-    relaxed = tl.sum(by_rule.to(tl.float64), axis=0)
-    regret = tl.sum(tl.where(by_rule, maximum - z, 0.0).to(tl.float64), axis=0)
+    has_promise = i < survival_columns
+    relaxed = tl.sum((by_rule & has_promise).to(tl.float64), axis=0)
+    regret = tl.sum(tl.where(by_rule & has_promise, maximum - z, 0.0).to(tl.float64), axis=0)
     events = tl.where(kind == _RELAXED, relaxed, tl.where(kind == _REGRET, regret, 0.0))
     events = tl.where(kind == _EXHAUSTED_EVENTS, exhausted.to(tl.float64), events)
     events = tl.where(kind == _GUARDED_EVENTS, guarded.to(tl.float64), events)
     tl.atomic_add(totals_ptr + kind, events, mask=events > 0, sem="relaxed")
     first_none = tl.min(tl.where(draft >= 0, ROWS, i), axis=0)
     promised_ptr = survival_ptr + slot * survival_columns + i
-    promised = tl.load(promised_ptr, mask=(i < first_none) & (i < survival_columns), other=-1.0)[None, :]
+    promised = tl.load(promised_ptr, mask=(i < first_none) & has_promise, other=-1.0)[None, :]
     tenths = tl.minimum((promised * _SURVIVAL_BINS).to(tl.int32), _SURVIVAL_BINS - 1)
     kind = kind[:, None]
     added = tl.where(kind == 0, 1.0, tl.where(kind == 1, promised, is_prefix[None, :].to(tl.float32)))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_aasd.gpu_check.inputs import count_step
+from vllm_aasd.gpu_check.inputs import COUNT_WIDTH, count_step
 from vllm_aasd.kernels import count
 from vllm_aasd.kernels.count import reference
 from vllm_aasd.kernels.verify import VerifyOutput
@@ -18,9 +18,15 @@ def totals(op, *step):
 
 
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 2**31), num_reqs=st.integers(0, 40), first_draft=st.sampled_from([0, 1]))
-def test_the_compiled_loop_counts_what_is_specified(seed, num_reqs, first_draft):
-    step = count_step(seed, num_reqs, first_draft)
+@given(
+    seed=st.integers(0, 2**31),
+    num_reqs=st.integers(0, 40),
+    first_draft=st.sampled_from([0, 1]),
+    width=st.sampled_from([COUNT_WIDTH, 2]),
+)
+def test_the_compiled_loop_counts_what_is_specified(seed, num_reqs, first_draft, width):
+    *step, survival, output = count_step(seed, num_reqs, first_draft)
+    step += survival[:, :width].contiguous(), output
     torch.testing.assert_close(totals(count.count_drafts, *step), totals(reference.count_drafts, *step))
 
 

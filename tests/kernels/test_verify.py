@@ -149,6 +149,11 @@ def test_triton_equals_reference_on_real_logits(interpreter, demo_model):
     assert len(expected.num_sampled.unique()) > 1
 
 
+def test_draft_tokens_without_room_for_a_promise_are_not_counted(interpreter):
+    arguments = random_batch(111, RAGGED[8], torch.float32, seed=5)
+    run_both(interpreter, arguments | {"survival": arguments["survival"][:, :2].contiguous()})
+
+
 def test_padding_rows_are_left_alone(interpreter):
     """Rows after the last request, and request indices that aren't in the batch, do not disturb."""
     arguments = random_batch(300, [3, 3, 2, 3], torch.float32, seed=4)
