@@ -1,12 +1,18 @@
 """What is compiled at start-up is all that serving asks for, whatever the shapes of its steps."""
 
+import inspect
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu_worker import Worker
 
 from aasd_testing.fake_v2 import MAX_LEN, PROMPTS, WIDTH, FakeRunner
 from benchmarks.launches import TARGETS, recorded
 from vllm_aasd.engine.v2.warm_up import kinds_of_logits
+from vllm_aasd.engine.worker import AASDWorker
 from vllm_aasd.kernels import align
 from vllm_aasd.kernels.common import rows_triton
 from vllm_aasd.kernels.draft import batch as draft_batch
@@ -96,3 +102,15 @@ def test_a_vocabulary_that_is_no_multiple_of_16_has_parts_that_begin_anywhere():
         assert {kind[3] for kind in kinds if kind[:2] == (dtype, 50257)} == {True, False}
         assert {kind[3] for kind in kinds if kind[:2] == (dtype, 50304)} == {True}
     assert len(list(kinds_of_logits(151936, (torch.float32,), torch.device("cpu")))) == 2
+
+
+def test_our_kernels_are_compiled_before_vllm_captures_graphs(monkeypatch):
+    assert "model_runner.capture_model()" in inspect.getsource(Worker.compile_or_warm_up_model)
+    calls = mock.Mock()
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda worker: calls.vllms())
+    worker = AASDWorker.__new__(AASDWorker)
+    worker.use_v2_model_runner = True
+    worker.speculative_config = SimpleNamespace(aasd=SimpleNamespace(prior="off"), aasd_metrics_folder=None)
+    worker.model_runner = SimpleNamespace(speculator=mock.MagicMock(prior=None, warm_up=calls.ours))
+    worker.compile_or_warm_up_model()
+    assert calls.mock_calls == [mock.call.ours(), mock.call.vllms()]
