@@ -9,15 +9,15 @@ its own grammar.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from vllm_aasd.drafting.json_style import JSONReader
 
-NUM_SOURCES = 5
-FORCED, STYLE, END, GUESS, CONTEXT = range(NUM_SOURCES)
-"""Where a draft token comes from: the grammar; the grammar, if the white space is as expected; a string of JSON that
-ends where the text does that it is copied from, or where the drafter knows nothing more; the drafter."""
+NUM_SOURCES = 4
+FORCED, STYLE, END, CONTEXT = range(NUM_SOURCES)
+"""Where a draft token comes from: the grammar; the grammar, if the white space is as expected; a value of JSON that
+ends where the text does that it is copied from; the drafter."""
 
 _CHARS_PER_TOKEN = 8
 # Characters of forced text that identify it later.
@@ -32,8 +32,10 @@ _MOST_PROBES = 4
 
 # A draft ends after a token at which it is less likely than this to be accepted.
 _MIN_SURVIVAL = 0.05
+# From this probability on, the drafter's token is right more often than the grammar's where the two differ.
+_SURE = 0.9
 # How often a token of these sources is accepted, at first, and how fast that is learned.
-_FIRST_RATES = (0.98, 0.9, 0.6, 0.3)
+_FIRST_RATES = (0.98, 0.9, 0.6)
 _RATE = 0.02
 
 
@@ -74,7 +76,7 @@ class Steered(NamedTuple):
 
     Attributes:
         token_ids: the draft.
-        sources: of each token, `FORCED`, `STYLE` or `CONTEXT`.
+        sources: of each token: `FORCED`, `STYLE`, `END` or `CONTEXT`.
         probs: of each token, the probability that it is accepted if those before it are.
         rests: at each token, the beginning of the forced text that it begins, empty for others; and of that after them.
         last: the token before.
@@ -92,8 +94,17 @@ class Steered(NamedTuple):
 Part = tuple[str, int]
 """Some text, and its source."""
 
-Propose = Callable[[list[int]], tuple[Sequence[int], Sequence[float]]]
-"""From a draft so far, tokens to go on with and the probability of each."""
+
+class Drafted(NamedTuple):
+    """What the drafter, which knows nothing of grammars, goes on with.
+
+    Attributes:
+        token_ids: its draft.
+        probs: of each token, the probability that it is accepted if those before it are.
+    """
+
+    token_ids: list[int]
+    probs: list[float]
 
 
 class GrammarSteering:
@@ -116,7 +127,7 @@ class GrammarSteering:
         reader: JSONReader,
         last: int,
         namespace: int | None,
-        propose: Propose,
+        drafted: Drafted,
         limit: int,
         end_token_id: int | None,
     ) -> Steered:
@@ -127,18 +138,20 @@ class GrammarSteering:
             reader: of its text.
             last: the last token of its context.
             namespace: of the requests that it shares with how the target has written forced text; None for none.
-            propose: the drafter; tokens are taken from it until the grammar forbids or forces one.
+            drafted: tokens are taken from it up to where the grammar forbids or, unless it is sure, forces another.
             limit: the most tokens, >= 0.
             end_token_id: the token that ends it; None if that isn't to be drafted.
         """
         drafting = _Drafting(matcher, reader.ahead(), last, namespace, limit)
         try:
-            while drafting.room > 0 and not matcher.is_ended():
+            while drafting.room > 0:
                 before = len(drafting.token_ids)
-                if self._force(drafting, end_token_id):
+                self._follow(drafting, drafted)
+                if drafting.room == 0 or self._force(drafting, end_token_id):
                     break
-                self._propose(drafting, propose, end_token_id)
-                if len(drafting.token_ids) == before:
+                if len(drafting.token_ids) > before:
+                    continue
+                if self._venture(drafting, drafted, end_token_id) or len(drafting.token_ids) == before:
                     break
         finally:
             matcher.rollback(len(drafting.token_ids))
@@ -170,25 +183,34 @@ class GrammarSteering:
             else:
                 self._written.pop(key, None)
 
-    def _propose(self, drafting: "_Drafting", propose: Propose, end_token_id: int | None) -> None:
-        """Draft what the drafter proposes; where that leaves a value of JSON, or is at an end, the value's end."""
-        matcher, reader, end = drafting.matcher, drafting.reader, GUESS
-        for token_id, prob in zip(*propose(drafting.token_ids), strict=True):
+    def _follow(self, drafting: "_Drafting", drafted: Drafted) -> None:
+        """Go on with the tokens that the drafter is sure of."""
+        matcher, at = drafting.matcher, drafting.num_followed(drafted)
+        while drafting.room > 0 and at < len(drafted.token_ids) and drafted.probs[at] >= _SURE:
+            token_id, source, prob = drafted.token_ids[at], CONTEXT, drafted.probs[at]
             text = self._vocabulary.text_of(token_id)
-            if reader.string_length and reader.in_string and text and not set(text) - _BOUNDARIES:
-                end = END
-                break
-            if drafting.room == 0:
+            if text and matcher.forced_text().startswith(text):
+                source, prob = FORCED, max(prob, self._rates[FORCED])
+            if not drafting.take(token_id, text, source, prob):
                 return
-            if not drafting.take(token_id, CONTEXT, prob):
-                end = END
-                break
-            reader.read(text)
-            if matcher.is_ended() or matcher.forced_text() or (not reader.in_string and reader.last in '"{[,:}]'):
-                return
-        ending = _ending(matcher, reader) if drafting.room > 0 else ""
-        if ending:
-            self._force(drafting, end_token_id, (ending, end))
+            at += 1
+
+    def _venture(self, drafting: "_Drafting", drafted: Drafted, end_token_id: int | None) -> bool:
+        """Go on with a token that the drafter isn't sure of, or, where that ends a value, with the value's end.
+
+        Returns:
+            Whether all ends with that.
+        """
+        reader, at = drafting.reader, drafting.num_followed(drafted)
+        if at == len(drafted.token_ids):
+            return True
+        token_id = drafted.token_ids[at]
+        text = self._vocabulary.text_of(token_id)
+        is_end = reader.in_string and reader.string_length and text and not set(text) - _BOUNDARIES
+        if not is_end and drafting.take(token_id, text, CONTEXT, drafted.probs[at]):
+            return False
+        ending = _ending(drafting.matcher, reader)
+        return not ending or self._force(drafting, end_token_id, (ending, END))
 
     def _force(self, drafting: "_Drafting", end_token_id: int | None, first: Part = ("", FORCED)) -> bool:
         """Draft what is forced, after a part that isn't; returns whether all ends with that."""
@@ -208,14 +230,13 @@ class GrammarSteering:
                 token_ids = self._tokens(token_id, text[at + len(self._vocabulary.text_of(token_id)) :], following)
             written = self._vocabulary.text_of(token_id)
             source = max(sources[at : at + len(written)], default=FORCED)
-            if drafting.room == 0 or not drafting.take(token_id, source, self._rates[source], rest):
+            if drafting.room == 0 or not drafting.take(token_id, written, source, self._rates[source], rest):
                 return False
-            drafting.reader.read(written)
             at += len(written)
         if not is_end:
             return False
         if end_token_id is not None and drafting.room > 0:
-            drafting.take(end_token_id, FORCED, self._rates[FORCED])
+            drafting.take(end_token_id, "", FORCED, self._rates[FORCED])
         return True
 
     def _forced_parts(self, drafting: "_Drafting", first: Part) -> tuple[list[Part], tuple[str, ...], bool]:
@@ -289,17 +310,24 @@ class _Drafting:
     @property
     def room(self) -> int:
         """How many tokens may still be drafted."""
-        return self._limit - len(self.token_ids) if self._survival >= _MIN_SURVIVAL else 0
+        is_over = self._survival < _MIN_SURVIVAL or self.matcher.is_ended()
+        return 0 if is_over else self._limit - len(self.token_ids)
 
     @property
     def last(self) -> int:
         """The last token of the text."""
         return self.token_ids[-1] if self.token_ids else self._before
 
-    def take(self, token_id: int, source: int, prob: float, rest: str = "") -> bool:
-        """Append a token if the grammar allows it; returns whether it does."""
+    def num_followed(self, drafted: Drafted) -> int:
+        """How many of the drafter's tokens it begins with; all, to go on with none, where it doesn't follow it."""
+        count = len(self.token_ids)
+        return count if self.token_ids == drafted.token_ids[:count] else len(drafted.token_ids)
+
+    def take(self, token_id: int, text: str, source: int, prob: float, rest: str = "") -> bool:
+        """Append a token, and its text, if the grammar allows it; returns whether it does."""
         if not self.matcher.accept(token_id):
             return False
+        self.reader.read(text)
         self.token_ids.append(token_id)
         self.sources.append(source)
         self.probs.append(prob)
