@@ -73,7 +73,7 @@ METRICS = (
 
 
 GRAMMAR_SOURCES = ("forced", "style", "end", "context")
-"""Where a draft token beside a grammar comes from, in the order of `vllm_aasd.drafting.forced`."""
+"""Where a draft token beside a grammar comes from, in the order of `vllm_aasd.drafting.steered_draft`."""
 
 NUM_GRAMMAR_COUNTS = 3 * len(GRAMMAR_SOURCES) + 1
 

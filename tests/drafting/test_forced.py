@@ -8,8 +8,9 @@ import pytest
 import xgrammar
 from transformers import AutoTokenizer
 
-from vllm_aasd.drafting.forced import CONTEXT, END, FORCED, NUM_SOURCES, STYLE, Drafted, GrammarSteering
+from vllm_aasd.drafting.forced import GrammarSteering
 from vllm_aasd.drafting.json_style import JSONReader, JSONStyle
+from vllm_aasd.drafting.steered_draft import CONTEXT, END, FORCED, NUM_SOURCES, STYLE, Drafted
 from vllm_aasd.engine.grammar.drafts import TokenTexts
 from vllm_aasd.engine.grammar.matchers import XgrammarMatcher
 

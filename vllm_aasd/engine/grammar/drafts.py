@@ -19,8 +19,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_aasd.counters import NUM_GRAMMAR_COUNTS
 from vllm_aasd.drafting.draft_length import LEAST_GAIN, lengths_and_gain, reproducible_lengths
-from vllm_aasd.drafting.forced import NUM_SOURCES, Drafted, GrammarSteering, Steered
+from vllm_aasd.drafting.forced import GrammarSteering
 from vllm_aasd.drafting.json_style import JSONReader, JSONStyle
+from vllm_aasd.drafting.steered_draft import NUM_SOURCES, Drafted, Steered
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.grammar.matchers import matcher_of
 from vllm_aasd.engine.grammar.messages import CountedGrammarOutput, InformedDraftTokenIds
