@@ -165,14 +165,12 @@ def check(
         if not methods.is_exact(chosen[label]):
             verdicts[label] = None
             continue
-        differences = [
-            exactness.first_difference(prompts[place.category][ours["prompt"]], plain["token_ids"], ours["token_ids"])
-            for place, entry in found.items()
-            if place.method == label
-            for plain, ours in zip(found[place._replace(method=first)]["rows"], entry["rows"], strict=True)
-        ]
-        gaps = exactness.gaps(judge, [one for one in differences if one is not None])
-        verdicts[label] = exactness.verdict(differences, gaps, methods.NEAR_TIE[dtype])
+        places = [place for place in found if place.method == label]
+        rows = {
+            of: [row for place in places for row in found[place._replace(method=of)]["rows"]] for of in (first, label)
+        }
+        asked = [prompts[place.category][row["prompt"]] for place in places for row in found[place]["rows"]]
+        verdicts |= exactness.verdicts(judge, asked, rows, methods.NEAR_TIE[dtype])
     return verdicts
 
 

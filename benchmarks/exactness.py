@@ -25,16 +25,18 @@ def first_difference(prompt: Sequence[int], one: Sequence[int], other: Sequence[
     return (*prompt, *one[:at]), (first, second)
 
 
-def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, float]:
+def gaps(engine: Engine, differences: Sequence[Difference], beside_grammar: bool = False) -> dict[Difference, float]:
     """How far from a tie each difference is.
 
     Args:
         engine: of the target.
         differences: to be judged.
+        beside_grammar: whether the answers were held to a grammar, which the judge isn't: what the grammar forbids may
+            be likelier than both.
 
     Returns:
-        Per difference, nats from the target's likeliest token there to the less likely of the two; infinite where one
-        answer ends and the other goes on, for ending is a token too.
+        Per difference, nats from the target's likeliest token there, or the likelier of the two beside a grammar, to
+        the less likely of the two; infinite where one answer ends and the other goes on, for ending is a token too.
     """
     found = dict.fromkeys(differences, math.inf)
     judged = [one for one in found if None not in one[1]]
@@ -43,12 +45,12 @@ def gaps(engine: Engine, differences: Sequence[Difference]) -> dict[Difference, 
         {"prompt_token_ids": [*shared, token], "sampling": sampling} for shared, tokens in judged for token in tokens
     ]
     answers = engine.run(requests, 8)[0] if requests else []
-    for index, answer in enumerate(answers):
-        one, token = judged[index // 2], judged[index // 2][1][index % 2]
-        at = answer["prompt_logprobs"][-1]
+    scores = [answer["prompt_logprobs"][-1] for answer in answers]
+    for one, first, second in zip(judged, scores[::2], scores[1::2], strict=True):
+        own = [first[str(one[1][0])], second[str(one[1][1])]]
+        best = own if beside_grammar else [*first.values(), *second.values()]
         # Where something isn't a number there is no tie.
-        gap = math.inf if math.isnan(sum(at.values())) else max(at.values()) - at[str(token)]
-        found[one] = max(gap, found[one]) if index % 2 else gap
+        found[one] = math.inf if math.isnan(sum(own + best)) else max(best) - min(own)
     return found
 
 
@@ -74,6 +76,33 @@ def verdict(
         "wider": sum(gap > bound for gap in wide),
         "largest_gap_nats": largest if math.isfinite(largest) else None,
     }
+
+
+def verdicts(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    answers: Mapping[str, Sequence[dict[str, Any]]],
+    bound: float,
+    beside_grammar: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Judge all methods but the first by the first's answers.
+
+    Args:
+        engine: of the target, see `gaps`.
+        prompts: of the answers.
+        answers: by method, to each prompt, with ``token_ids``.
+        bound, beside_grammar: see `verdict` and `gaps`.
+    """
+    plain, *others = answers
+    differences = {
+        label: [
+            first_difference(prompt, one["token_ids"], other["token_ids"])
+            for prompt, one, other in zip(prompts, answers[plain], answers[label], strict=True)
+        ]
+        for label in others
+    }
+    found = gaps(engine, [one for of in differences.values() for one in of if one is not None], beside_grammar)
+    return {label: verdict(of, found, bound) for label, of in differences.items()}
 
 
 def failed(verdicts: Mapping[str, Mapping[str, Any] | None]) -> list[str]:

@@ -158,7 +158,8 @@ def main() -> None:
     ]
     options = {"model": arguments.model, "dtype": arguments.dtype, "max_model_len": 3000, "max_num_seqs": 8}
     options |= {"distributed_executor_backend": "uni"}
-    by_width, sources, verdicts = {}, {}, {}
+    by_width, sources = {}, {}
+    verdicts: dict[str, dict[str, Any]] = {}
     try:
         with (
             Engine("none", options, arguments.core) as none,
@@ -177,19 +178,12 @@ def main() -> None:
                 if bad:
                     sys.exit(f"no figures, nothing written: {bad} answers aren't of their schema")
                 by_width[str(width)] = figures(found, chosen)
-                differences = {
-                    case: [
-                        exactness.first_difference(prompt, plain["token_ids"], ours["token_ids"])
-                        for prompt, plain, ours in zip(prompts, found["none"], found[case], strict=True)
-                    ]
-                    for case in CASES[1:]
-                }
-                gaps = exactness.gaps(none, [one for of in differences.values() for one in of if one is not None])
-                for case, of in differences.items():
-                    verdicts[f"{case}, {width}"] = exactness.verdict(of, gaps, methods.NEAR_TIE[arguments.dtype])
+                judged = exactness.verdicts(none, prompts, found, methods.NEAR_TIE[arguments.dtype], True)
+                verdicts |= {f"{case}, {width}": verdict for case, verdict in judged.items()}
     except EngineError as error:
         sys.exit(f"error: {error}")
-    # Greedy answers under a grammar are the likeliest allowed tokens, of which the free model may think little.
+    if exactness.failed(verdicts):
+        sys.exit(f"no figures, nothing written: not exact: {verdicts}")
     result = {"metadata": results.metadata(**results.conditions(arguments)), "exactness": verdicts}
     result = results.rounded(result | {"figures": by_width, "sources": sources})
     results.write(arguments.out, result)

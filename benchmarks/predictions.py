@@ -144,19 +144,9 @@ def main() -> None:
             # What is compiled or allocated at first isn't measured.
             measure(engines, tasks[-1:], prompts[-1:], 32)
             found = measure(engines, tasks, prompts, arguments.max_tokens)
-            differences = {
-                case: [
-                    exactness.first_difference(prompt, plain["token_ids"], ours["token_ids"])
-                    for prompt, plain, ours in zip(prompts, found["none"], found[case], strict=True)
-                ]
-                for case in CASES[1:]
-            }
-            gaps = exactness.gaps(none, [one for of in differences.values() for one in of if one is not None])
+            verdicts = exactness.verdicts(none, prompts, found, methods.NEAR_TIE[arguments.dtype])
     except EngineError as error:
         sys.exit(f"error: {error}")
-    verdicts = {
-        case: exactness.verdict(of, gaps, methods.NEAR_TIE[arguments.dtype]) for case, of in differences.items()
-    }
     if exactness.failed(verdicts):
         sys.exit(f"no figures, nothing written: not exact: {verdicts}")
     result = {"metadata": results.metadata(**results.conditions(arguments)), "exactness": verdicts}

@@ -51,7 +51,7 @@ METRICS = (
         "grammar_draft_tokens",
         "Draft tokens beside a grammar in force, by source: `forced` by the grammar; by the "
         "grammar if white space is as the model's `style` is; a value's `end` where the copied text "
-        "has one, or as a `guess`; or the drafter's, from `context`.",
+        "has one; or the drafter's, from `context`.",
         "source",
     ),
     Metric("grammar_accepted_tokens", "How many of these were accepted.", "source"),
@@ -72,8 +72,8 @@ METRICS = (
 )
 
 
-GRAMMAR_SOURCES = ("forced", "style", "end", "guess", "context")
-"""Where a draft token beside a grammar comes from, in the order of `vllm_aasd.drafting.forced`."""
+GRAMMAR_SOURCES = ("forced", "style", "end", "context")
+"""Where a draft token beside a grammar comes from, in the order of `vllm_aasd.drafting.steered_draft`."""
 
 NUM_GRAMMAR_COUNTS = 3 * len(GRAMMAR_SOURCES) + 1
 

@@ -119,6 +119,12 @@ def test_a_difference_is_judged_where_it_begins(ours, theirs, exact, gap):
     largest = gap if gap is None else pytest.approx(gap)
     assert got == {"answers": 1, "different": 1, "wider": int(not exact), "largest_gap_nats": largest}
     assert exactness.failed({"a": got, "b": None}) == ([] if exact else ["a"])
+    # Beside a grammar, only the two are compared.
+    answers = {"plain": [{"token_ids": [1, 2]}], "a": [{"token_ids": [1, 5]}]}
+    target = FakeTarget({(9, 9, 1, 2): ours, (9, 9, 1, 5): theirs})
+    assert exactness.verdicts(target, [[9, 9]], answers, 0.5)["a"]["wider"] == int(not exact)
+    beside = exactness.verdicts(target, [[9, 9]], answers, 0.5, True)["a"]
+    assert beside["wider"] == int(not abs(ours[0] - theirs[0]) <= 0.5)
     # Equal answers are exact, and one that ends early is never a tie.
     assert judged([1, 2], [1, 2], {}) == {"answers": 1, "different": 0, "wider": 0, "largest_gap_nats": 0.0}
     assert judged([1, 2], [1, 2, 3], {})["wider"] == 1

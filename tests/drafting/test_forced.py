@@ -8,8 +8,9 @@ import pytest
 import xgrammar
 from transformers import AutoTokenizer
 
-from vllm_aasd.drafting.forced import CONTEXT, FORCED, NUM_SOURCES, STYLE, GrammarSteering
+from vllm_aasd.drafting.forced import GrammarSteering
 from vllm_aasd.drafting.json_style import JSONReader, JSONStyle
+from vllm_aasd.drafting.steered_draft import CONTEXT, END, FORCED, NUM_SOURCES, STYLE, Drafted
 from vllm_aasd.engine.grammar.drafts import TokenTexts
 from vllm_aasd.engine.grammar.matchers import XgrammarMatcher
 
@@ -44,8 +45,12 @@ def target(demo_model):
     )
 
 
-def nothing(begun):
-    return [], []
+NOTHING = Drafted([], [])
+
+
+def at(prob, token_ids):
+    """A draft of which each token has this probability."""
+    return Drafted(token_ids, [prob] * len(token_ids))
 
 
 class Answer:
@@ -71,11 +76,11 @@ class Answer:
             self.reader.read(self.target.texts.text_of(token_id))
         self.num_emitted += count
 
-    def draft(self, steering, propose=nothing, limit=32):
+    def draft(self, steering, own=NOTHING, limit=32):
         before = self.token_ids[self.num_emitted - 1] if self.num_emitted else self.target.before
         matcher = XgrammarMatcher(types.SimpleNamespace(matcher=self.matcher))
-        drafted = steering.draft(matcher, self.reader, before, 0, propose, limit, self.target.end)
-        assert self.allowed(drafted.token_ids) == len(drafted.token_ids) <= limit
+        drafted = steering.draft(matcher, self.reader, before, 0, own, limit, self.target.end)
+        assert len(drafted.token_ids) <= limit
         assert len(drafted.token_ids) == len(drafted.sources) == len(drafted.probs)
         return drafted
 
@@ -89,11 +94,12 @@ class Answer:
         same = (at for at, pair in enumerate(zip(token_ids, rest, strict=False)) if pair[0] != pair[1])
         return next(same, min(len(token_ids), len(rest)))
 
-    def follow(self, steering, propose=nothing):
+    def follow(self, steering):
         """Draft and emit to the end; returns the steps, and by source the tokens that were drafted and accepted."""
         found, steps = np.zeros((2, NUM_SOURCES), int), 0
         while self.num_emitted < len(self.token_ids):
-            drafted = self.draft(steering, propose)
+            drafted = self.draft(steering)
+            assert self.allowed(drafted.token_ids) == len(drafted.token_ids)
             count = self.num_right(drafted.token_ids)
             np.add.at(found[0], drafted.sources, 1)
             np.add.at(found[1], drafted.sources[:count], 1)
@@ -150,61 +156,66 @@ def test_a_last_token_that_may_become_another_is_left_out(target):
     assert drafted.token_ids == encode("The")
 
 
-def test_the_drafters_tokens_are_cut_and_go_on_after_forced_ones(target):
-    grammar, steering, style = target.schema(SCHEMA, any_whitespace=False), GrammarSteering(target.texts), JSONStyle()
-    text = json.dumps(VALUE)
-    answer = Answer(target, grammar, text, style)
-    values = {"city": ' "New York", and', "days": " 12 days", "tags": ' ["wet", "cold"]}}'}
-
-    def propose(begun):
-        written = text_so_far(answer, begun)
-        for key, value in values.items():
-            head, _, rest = written.rpartition(f'"{key}":')
-            if head and value.startswith(rest):
-                token_ids = target.texts.encode(written + value[len(rest) :])
-                before = target.texts.encode(written)
-                return token_ids[len(before) :], [0.9] * (len(token_ids) - len(before))
-        return [], []
-
-    drafted = answer.draft(steering, propose, limit=64)
-    assert {FORCED, CONTEXT} <= set(drafted.sources)
-    assert answer.num_right(drafted.token_ids) >= 8, target.tokenizer.decode(drafted.token_ids)
+@pytest.mark.parametrize("prob", [0.8, 0.95])
+def test_the_drafters_tokens_are_cut_and_what_is_forced_comes_after(target, prob):
+    """Its text goes on otherwise than the grammar does after the first value."""
+    answer = Answer(target, target.schema(SCHEMA, any_whitespace=False), json.dumps(VALUE))
+    answer.emit(len(target.texts.encode('{"city": "')))
+    own = target.texts.encode('New York and Boston", "state')
+    drafted = answer.draft(GrammarSteering(target.texts), at(prob, own), limit=64)
+    text = target.tokenizer.decode(drafted.token_ids)
+    assert text.startswith('New York and Boston", "unit": "'), text
+    first = drafted.sources.index(FORCED)
+    assert set(drafted.sources[:first]) == {CONTEXT} and CONTEXT not in drafted.sources[first + 2 :]
 
 
-def text_so_far(answer, begun):
-    return answer.target.tokenizer.decode([*answer.token_ids[: answer.num_emitted], *begun])
+def test_a_value_ends_where_the_text_does_that_it_is_copied_from(target):
+    answer = Answer(target, target.schema(SCHEMA, any_whitespace=False), json.dumps(VALUE))
+    answer.emit(len(target.texts.encode('{"city": "')))
+    drafted = answer.draft(GrammarSteering(target.texts), at(0.5, target.texts.encode("New York. It")), limit=64)
+    assert answer.num_right(drafted.token_ids) == len(drafted.token_ids) and END in drafted.sources
+    assert target.tokenizer.decode(drafted.token_ids).startswith('New York", "unit": "')
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_draft_that_the_drafter_is_sure_of_is_left_as_it_is(target, layout):
+    """As of an earlier answer: in its layout and its tokens, whatever the style was so far."""
+    steering, style = GrammarSteering(target.texts), JSONStyle()
+    Answer(target, target.schema(SCHEMA), json.dumps(VALUE, indent=3), style).follow(steering)
+    answer = Answer(target, target.schema(SCHEMA), json.dumps(VALUE, **layout), style)
+    answer.emit(1)
+    rest = answer.token_ids[1:]
+    drafted = answer.draft(steering, at(0.95, rest), limit=len(rest) - 2)
+    assert drafted.token_ids == rest[:-2]
+    assert answer.draft(steering, at(0.95, rest), limit=len(rest) + 2).token_ids == rest
+    probs = np.array(drafted.probs)[np.array(drafted.sources) == FORCED]
+    assert len(probs) > 3 and (probs > 0.95).all()
 
 
 def test_what_the_grammar_forbids_is_never_drafted(target):
     rng = np.random.default_rng(0)
-    vocab_size = len(target.tokenizer)
-    steering, style = GrammarSteering(target.texts), JSONStyle()
+    steering, style, num_drafted = GrammarSteering(target.texts), JSONStyle(), 0
     grammar = target.schema(SCHEMA)
     for layout in LAYOUTS:
         answer = Answer(target, grammar, json.dumps(VALUE, **layout), style)
         while answer.num_emitted < len(answer.token_ids):
-
-            def propose(begun, answer=answer):
-                """Half of it right."""
-                at = answer.num_emitted + len(begun)
-                right = answer.token_ids[at : at + 8]
-                return [one if rng.random() < 0.8 else int(rng.integers(vocab_size)) for one in right], [0.5] * len(
-                    right
-                )
-
-            answer.draft(steering, propose, limit=int(rng.integers(0, 9)))
+            right = answer.token_ids[answer.num_emitted :][:8]
+            own = [one if rng.random() < 0.8 else int(rng.integers(len(target.tokenizer))) for one in right]
+            drafted = answer.draft(steering, Drafted(own, rng.random(len(own)).tolist()), limit=int(rng.integers(0, 9)))
+            assert answer.allowed(drafted.token_ids) == len(drafted.token_ids)
+            num_drafted += len(drafted.token_ids)
             answer.emit(1)
+    assert num_drafted > 300
 
 
 def test_the_matcher_ends_as_it_began_even_after_a_failure(target):
     answer = Answer(target, target.schema(SCHEMA), json.dumps(VALUE))
     matcher = XgrammarMatcher(types.SimpleNamespace(matcher=answer.matcher))
 
-    def fail(begun):
-        raise RuntimeError("the drafter is broken")
-
-    with pytest.raises(RuntimeError):
-        GrammarSteering(target.texts).draft(matcher, answer.reader, target.before, 0, fail, 8, None)
+    with pytest.raises(IndexError):
+        GrammarSteering(target.texts).draft(
+            matcher, answer.reader, target.before, 0, Drafted(answer.token_ids, [0.95]), 8, None
+        )
     assert matcher.accept_text("{")
     assert answer.matcher.accept_token(answer.token_ids[0])
 

@@ -12,7 +12,7 @@ import xgrammar
 from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
 from aasd_testing.engines import engine, greedy, with_options
-from aasd_testing.tiny_models import sliding_window_model
+from aasd_testing.tiny_models import lora_adapter, sliding_window_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("V1 engines")]
 
@@ -59,6 +59,9 @@ CONSTRAINTS = (
     {"structural_tag": CALL},
 )
 
+# Greedily, vLLM gives one answer.
+SEVERAL = {"n": 2, "temperature": 1.0, "top_k": 1}
+
 
 def requests(**sampling):
     """Every constraint with every person."""
@@ -102,7 +105,7 @@ def test_a_target_that_expects_the_text_writes_it_in_the_tokens_that_were_drafte
     aasd_engine.run(asked)
     metrics = aasd_engine.run(asked).metrics
     drafted, rejected = (metrics[f"aasd:grammar_{of}_tokens:forced"] for of in ("draft", "rejected"))
-    assert rejected <= 0.03 * drafted and drafted > 30, metrics
+    assert rejected <= 0.03 * drafted and drafted > 20, metrics
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def test_a_target_that_expects_the_text_writes_it_in_the_tokens_that_were_drafte
         {"logprobs": 2},
         {"max_tokens": 7},
         {"repetition_penalty": 1.3},
+        SEVERAL,
     ],
     ids=lambda sampling: next(iter(sampling)),
 )
@@ -126,6 +130,27 @@ def test_with_other_parameters(plain_engine, aasd_engine, sampling):
 def test_a_request_without_speculation_has_no_drafts(plain, aasd_engine):
     ours = aasd_engine.run(with_options(requests(), aasd_enabled=False))
     assert ours.drafted == 0 and ours.token_ids == plain.token_ids
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["guidance", "preemption", "adapter"])
+def test_in_other_engines(demo_model, tmp_path, kind):
+    asked = requests()
+    if kind == "adapter":
+        adapter, options = lora_adapter(tmp_path / "adapter", demo_model), {"enable_lora": True}
+        asked = [one | ({"adapter": adapter} if number % 2 else {}) for number, one in enumerate(asked)]
+    elif kind == "preemption":
+        options = {"num_gpu_blocks_override": 20, "block_size": 32, "max_model_len": 512}
+    else:
+        options = {"structured_outputs_config": {"backend": "guidance"}}
+    found = []
+    for aasd in (None, {"aasd_verification": "strict", "aasd_draft_length": 8}):
+        with engine(demo_model, aasd=aasd, **options) as started:
+            found.append(started.run(asked))
+    plain, ours = found
+    assert ours.token_ids == plain.token_ids and not any(ours.faults.values())
+    assert ours.metrics["aasd:grammar_accepted_tokens:forced"] > 50
+    assert (ours.metrics["vllm:num_preemptions"] > 0) is (kind == "preemption")
 
 
 PARSER = """
@@ -200,9 +225,9 @@ def test_fuzzed_schemas_on_a_tiny_model(demo_model, tmp_path):
     model = sliding_window_model(tmp_path / "model", demo_model, hybrid=False)
     asked = []
     for number in range(int(os.environ.get("AASD_FUZZ_CASES", "1000"))):
-        sampling = rng.choice([{}, {}, {"stop": ["a"]}, {"min_tokens": 9}, {"ignore_eos": True}, {"n": 2}])
+        sampling = rng.choice([{}, {}, {"stop": ["a"]}, {"min_tokens": 9}, {"ignore_eos": True}, SEVERAL])
         constraint = rng.choice([{"json": random_schema(rng)}] * 6 + list(CONSTRAINTS[1:]))
-        max_tokens = rng.randint(1, 48)
+        max_tokens = rng.randint(sampling.get("min_tokens", 1), 48)
         asked += greedy([f"{number} {rng.choice(PEOPLE)}"], max_tokens, structured_outputs=constraint, **sampling)
     options = {"max_num_seqs": 16, "max_model_len": 512}
     found = []

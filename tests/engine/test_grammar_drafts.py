@@ -69,9 +69,11 @@ class Scheduler:
         self.request.all_token_ids = [*self.request.all_token_ids, *token_ids]
         self.request.num_tokens += len(token_ids)
 
-    def steered(self, drafts=None):
-        """The request's draft; the worker's is `WORKERS`."""
-        drafts = drafts or DraftTokenIds(["a"], [WORKERS])
+    def steered(self, whole=WORKERS, prob=0.5, **informed):
+        """The request's draft; the worker's is `whole`, which it has cut to the length of `WORKERS`."""
+        survival = np.zeros((1, LONGEST), np.float32)
+        survival[0, : len(whole)] = np.cumprod([prob] * len(whole))
+        drafts = InformedDraftTokenIds(["a"], [whole[: len(WORKERS)]], [whole], survival, **informed)
         return self.drafts.steered(drafts, {"a": self.request}).draft_token_ids[0]
 
     def learn(self, scheduled, sampled):
@@ -133,7 +135,7 @@ def test_the_time_of_a_step_decides_on_the_length(target):
     tokens = np.arange(99)
     # Tokens cost nothing; nothing up to five; each as much as the first.
     curves = np.ones(99), 1.0 + 4.0 * np.maximum(tokens - 5, 0), 0.05 + tokens
-    lengths = [len(scheduler.steered(InformedDraftTokenIds(["a"], [WORKERS], step_times=curve))) for curve in curves]
+    lengths = [len(scheduler.steered(step_times=curve)) for curve in curves]
     assert lengths == [len(target.answer) - 3, 4, 0]
 
 
@@ -162,7 +164,7 @@ def test_a_failure_costs_speculation_only(target, monkeypatch):
         raise RuntimeError("the drafter is broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.drafts._drafter, "draft", fail)
+        patch.setattr(scheduler.drafts._steering, "draft", fail)
         assert scheduler.steered() == WORKERS
     assert scheduler.steered() == WORKERS, "the request stays without"
     assert scheduler.counted()[0] == 1 and scheduler.counted()[0] == 0, "and is told once"
@@ -177,16 +179,21 @@ def test_nothing_is_held_after_a_request_has_ended(target):
     scheduler.emit(target.answer[:1])
     scheduler.steered()
     scheduler.drafts.forget(["a", "b"])
-    assert not scheduler.drafts._requests and scheduler.drafts._drafter.num_requests == 0
+    assert not scheduler.drafts._requests
 
 
-def test_it_forgets_earlier_answers_when_the_workers_do(target):
+@pytest.mark.parametrize("prob", [0.5, 0.95])
+def test_the_workers_draft_is_followed_beyond_where_the_worker_has_cut_it(target, prob):
     scheduler = Scheduler(target)
-    cleared = []
-    scheduler.drafts._drafter.clear_memory = lambda: cleared.append(True)
-    for num_clears in (0, 1, 1):
-        scheduler.steered(InformedDraftTokenIds(["a"], [WORKERS], num_clears))
-    assert len(cleared) == 1
+    scheduler.emit(target.answer[:1])
+    whole = target.answer[1:9]
+    assert scheduler.steered(whole, prob) == [*target.answer[1:], target.tokenizer.eos_token_id]
+
+
+def test_drafts_that_no_worker_tells_more_about_are_left(target):
+    scheduler = Scheduler(target)
+    drafts = DraftTokenIds(["a"], [WORKERS])
+    assert scheduler.drafts.steered(drafts, {"a": scheduler.request}) is drafts
 
 
 class SpacedTokenizer:

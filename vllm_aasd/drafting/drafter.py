@@ -1,6 +1,6 @@
 """The drafter: one suffix index per request, and the mixture over it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -160,72 +160,30 @@ class Drafter:
         request.text.extend(token_ids, index.length or len(token_ids) - 1)
         index.extend(token_ids[index.length :])
         limit = min(max_draft_tokens, len(self._draft_token_ids))
-        min_survival = self._min_survival if min_draft_tokens == 0 else np.float32(0.0)
-        survival = self._go_on(request, alignment, 0, limit, min_survival)
-        request.num_looked_up = min(len(survival) + 1, limit)
-        count = max(np.count_nonzero(survival >= self._min_survival), min(min_draft_tokens, len(survival)))
-        request.predicted_survival = survival[:count]
-        return self._draft_token_ids[:count], request.predicted_survival
-
-    def draft_after(
-        self, request_id: str, begun: Sequence[int], max_draft_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Go on with a draft that others have written in; `settle` ends it.
-
-        Args:
-            request_id: the request; `draft`, with no token as its limit, has learned its context.
-            begun: the draft so far.
-            max_draft_tokens: the longest draft, with what is begun.
-
-        Returns:
-            What comes after, as `draft` returns it.
-        """
-        request, first = self._requests[request_id], len(begun)
-        request.index.tokens[request.index.length : request.index.length + first] = begun
-        limit = min(max_draft_tokens, len(self._draft_token_ids))
-        survival = self._go_on(request, NO_ALIGNMENT, first, limit, self._min_survival)
-        return self._draft_token_ids[first : first + len(survival)], survival
-
-    def settle(self, request_id: str, probs: np.ndarray, is_own: np.ndarray) -> None:
-        """Note how a draft has become that others have written in.
-
-        Args:
-            request_id: the request.
-            probs: ``[n]`` float32, of each token, as its own survival says after those before it.
-            is_own: ``[n]`` bool, the tokens that come from `draft_after`; nothing is learned from others.
-        """
-        request, known = self._requests[request_id], self._requests[request_id].text.known
-        known.cells[: len(is_own)][~is_own] = -1
-        known.is_known[: len(is_own)] &= is_own
-        request.num_looked_up = len(is_own)
-        request.predicted_survival = np.cumprod(np.where(is_own, probs, np.float32(1.0)))
-
-    def _go_on(
-        self, request: _Request, alignment: AlignmentView, first: int, limit: int, min_survival: np.float32
-    ) -> np.ndarray:
-        """Draft from a position on, below ``limit``; returns the survival of what was drafted."""
-        index, known = request.index, request.text.known
-        known = known._replace(cells=known.cells[first:], tokens=known.tokens[first:], is_known=known.is_known[first:])
         count = draft_op.draft(
             index.tokens,
             index.prev,
             index.head,
-            index.length + first,
+            index.length,
             *alignment,
             *self._weights,
             self._prior.ids,
             self._prior.probs,
-            known,
+            request.text.known,
             MAX_MATCHES,
-            min_survival,
+            self._min_survival if min_draft_tokens == 0 else np.float32(0.0),
             self._scores,
             self._candidates,
             self._match_heads,
-            self._draft_token_ids[first:limit],
+            self._draft_token_ids[:limit],
             self._survival,
             self._lookups,
         )
-        return request.calibration.apply(self._survival[:count], known.is_known)
+        request.num_looked_up = min(count + 1, limit)
+        survival = request.calibration.apply(self._survival[:count], request.text.known.is_known)
+        count = max(np.count_nonzero(survival >= self._min_survival), min(min_draft_tokens, count))
+        request.predicted_survival = survival[:count]
+        return self._draft_token_ids[:count], request.predicted_survival
 
     def predicted_survival(self, request_id: str) -> np.ndarray:
         """The survival that was predicted for the request's last draft, ``[n]`` float32; empty if there was none."""

@@ -9,15 +9,11 @@ its own grammar.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from vllm_aasd.drafting.json_style import JSONReader
-
-NUM_SOURCES = 5
-FORCED, STYLE, END, GUESS, CONTEXT = range(NUM_SOURCES)
-"""Where a draft token comes from: the grammar; the grammar, if the white space is as expected; a string of JSON that
-ends where the text does that it is copied from, or where the drafter knows nothing more; the drafter."""
+from vllm_aasd.drafting.steered_draft import CONTEXT, END, FORCED, STYLE, Drafted, Matcher, Steered, SteeredDraft
 
 _CHARS_PER_TOKEN = 8
 # Characters of forced text that identify it later.
@@ -30,33 +26,11 @@ _WORDS = 'aA0"- '
 _BOUNDARIES = frozenset(" .,;:!?)'\n")
 _MOST_PROBES = 4
 
-# A draft ends after a token at which it is less likely than this to be accepted.
-_MIN_SURVIVAL = 0.05
+# From this probability on, the drafter's token is right more often than the grammar's where the two differ.
+_SURE = 0.9
 # How often a token of these sources is accepted, at first, and how fast that is learned.
-_FIRST_RATES = (0.98, 0.9, 0.6, 0.3)
+_FIRST_RATES = (0.98, 0.9, 0.6)
 _RATE = 0.02
-
-
-class Matcher(Protocol):
-    """A grammar after some text: advanced by what is drafted, which undoes that in the end."""
-
-    def accept(self, token_id: int) -> bool:
-        """Advance by a token; False, and nothing changes, if it isn't allowed."""
-
-    def accept_text(self, text: str) -> bool:
-        """Advance by text, as one step; False, and nothing changes, if it isn't allowed."""
-
-    def rollback(self, num_steps: int) -> None:
-        """Undo the last steps."""
-
-    def forced_text(self) -> str:
-        """The text that has to come; empty if there is a choice."""
-
-    def is_complete(self) -> bool:
-        """Whether it may end here."""
-
-    def is_ended(self) -> bool:
-        """Whether a token has ended it; then nothing else may be asked."""
 
 
 class Vocabulary(Protocol):
@@ -69,31 +43,8 @@ class Vocabulary(Protocol):
         """Text as the target writes it."""
 
 
-class Steered(NamedTuple):
-    """A draft that a grammar allows.
-
-    Attributes:
-        token_ids: the draft.
-        sources: of each token, `FORCED`, `STYLE` or `CONTEXT`.
-        probs: of each token, the probability that it is accepted if those before it are.
-        rests: at each token, the beginning of the forced text that it begins, empty for others; and of that after them.
-        last: the token before.
-        namespace: of the request.
-    """
-
-    token_ids: list[int]
-    sources: list[int]
-    probs: list[float]
-    rests: list[str]
-    last: int
-    namespace: int | None
-
-
 Part = tuple[str, int]
 """Some text, and its source."""
-
-Propose = Callable[[list[int]], tuple[Sequence[int], Sequence[float]]]
-"""From a draft so far, tokens to go on with and the probability of each."""
 
 
 class GrammarSteering:
@@ -116,7 +67,7 @@ class GrammarSteering:
         reader: JSONReader,
         last: int,
         namespace: int | None,
-        propose: Propose,
+        drafted: Drafted,
         limit: int,
         end_token_id: int | None,
     ) -> Steered:
@@ -127,24 +78,24 @@ class GrammarSteering:
             reader: of its text.
             last: the last token of its context.
             namespace: of the requests that it shares with how the target has written forced text; None for none.
-            propose: the drafter; tokens are taken from it until the grammar forbids or forces one.
+            drafted: tokens are taken from it up to where the grammar forbids or, unless it is sure, forces another.
             limit: the most tokens, >= 0.
             end_token_id: the token that ends it; None if that isn't to be drafted.
         """
-        drafting = _Drafting(matcher, reader.ahead(), last, namespace, limit)
+        drafting = SteeredDraft(matcher, reader.ahead(), last, namespace, limit)
         try:
-            while drafting.room > 0 and not matcher.is_ended():
+            while drafting.room > 0:
                 before = len(drafting.token_ids)
-                if self._force(drafting, end_token_id):
+                self._follow(drafting, drafted)
+                if drafting.room == 0 or self._force(drafting, end_token_id):
                     break
-                self._propose(drafting, propose, end_token_id)
-                if len(drafting.token_ids) == before:
+                if len(drafting.token_ids) > before:
+                    continue
+                if self._venture(drafting, drafted, end_token_id) or len(drafting.token_ids) == before:
                     break
         finally:
             matcher.rollback(len(drafting.token_ids))
-        return Steered(
-            drafting.token_ids, drafting.sources, drafting.probs, [*drafting.rests, drafting.rest], last, namespace
-        )
+        return drafting.steered()
 
     def verified(self, draft: Steered, length: int, token_ids: Sequence[int]) -> None:
         """Learn what became of a draft.
@@ -170,27 +121,36 @@ class GrammarSteering:
             else:
                 self._written.pop(key, None)
 
-    def _propose(self, drafting: "_Drafting", propose: Propose, end_token_id: int | None) -> None:
-        """Draft what the drafter proposes; where that leaves a value of JSON, or is at an end, the value's end."""
-        matcher, reader, end = drafting.matcher, drafting.reader, GUESS
-        for token_id, prob in zip(*propose(drafting.token_ids), strict=True):
+    def _follow(self, drafting: SteeredDraft, drafted: Drafted) -> None:
+        """Go on with the tokens that the drafter is sure of."""
+        matcher, at = drafting.matcher, drafting.num_followed(drafted)
+        while drafting.room > 0 and at < len(drafted.token_ids) and drafted.probs[at] >= _SURE:
+            token_id, source, prob = drafted.token_ids[at], CONTEXT, drafted.probs[at]
             text = self._vocabulary.text_of(token_id)
-            if reader.string_length and reader.in_string and text and not set(text) - _BOUNDARIES:
-                end = END
-                break
-            if drafting.room == 0:
+            if text and matcher.forced_text().startswith(text):
+                source, prob = FORCED, max(prob, self._rates[FORCED])
+            if not drafting.take(token_id, text, source, prob):
                 return
-            if not drafting.take(token_id, CONTEXT, prob):
-                end = END
-                break
-            reader.read(text)
-            if matcher.is_ended() or matcher.forced_text() or (not reader.in_string and reader.last in '"{[,:}]'):
-                return
-        ending = _ending(matcher, reader) if drafting.room > 0 else ""
-        if ending:
-            self._force(drafting, end_token_id, (ending, end))
+            at += 1
 
-    def _force(self, drafting: "_Drafting", end_token_id: int | None, first: Part = ("", FORCED)) -> bool:
+    def _venture(self, drafting: SteeredDraft, drafted: Drafted, end_token_id: int | None) -> bool:
+        """Go on with a token that the drafter isn't sure of, or, where that ends a value, with the value's end.
+
+        Returns:
+            Whether all ends with that.
+        """
+        reader, at = drafting.reader, drafting.num_followed(drafted)
+        if at == len(drafted.token_ids):
+            return True
+        token_id = drafted.token_ids[at]
+        text = self._vocabulary.text_of(token_id)
+        is_end = reader.in_string and reader.string_length and text and not set(text) - _BOUNDARIES
+        if not is_end and drafting.take(token_id, text, CONTEXT, drafted.probs[at]):
+            return False
+        ending = _ending(drafting.matcher, reader)
+        return not ending or self._force(drafting, end_token_id, (ending, END))
+
+    def _force(self, drafting: SteeredDraft, end_token_id: int | None, first: Part = ("", FORCED)) -> bool:
         """Draft what is forced, after a part that isn't; returns whether all ends with that."""
         parts, following, is_end = self._forced_parts(drafting, first)
         text = "".join(part for part, _ in parts)
@@ -208,17 +168,16 @@ class GrammarSteering:
                 token_ids = self._tokens(token_id, text[at + len(self._vocabulary.text_of(token_id)) :], following)
             written = self._vocabulary.text_of(token_id)
             source = max(sources[at : at + len(written)], default=FORCED)
-            if drafting.room == 0 or not drafting.take(token_id, source, self._rates[source], rest):
+            if drafting.room == 0 or not drafting.take(token_id, written, source, self._rates[source], rest):
                 return False
-            drafting.reader.read(written)
             at += len(written)
         if not is_end:
             return False
         if end_token_id is not None and drafting.room > 0:
-            drafting.take(end_token_id, FORCED, self._rates[FORCED])
+            drafting.take(end_token_id, "", FORCED, self._rates[FORCED])
         return True
 
-    def _forced_parts(self, drafting: "_Drafting", first: Part) -> tuple[list[Part], tuple[str, ...], bool]:
+    def _forced_parts(self, drafting: SteeredDraft, first: Part) -> tuple[list[Part], tuple[str, ...], bool]:
         """The text that is forced, in parts with their sources; what may come after; and whether nothing may."""
         matcher, ahead = drafting.matcher, drafting.reader.ahead()
         text, source = first
@@ -270,43 +229,6 @@ class GrammarSteering:
             same = (at for at, (one, two) in enumerate(zip(token_ids, other, strict=False)) if one != two)
             num_kept = min(num_kept, next(same, len(other)))
         return token_ids[1:num_kept]
-
-
-class _Drafting:
-    """A draft under way: the matcher and the reader stand at its end."""
-
-    def __init__(self, matcher: Matcher, reader: JSONReader, last: int, namespace: int | None, limit: int) -> None:
-        self.matcher, self.reader, self.namespace = matcher, reader, namespace
-        self._before, self._limit = last, limit
-        self._survival = 1.0
-        self.token_ids: list[int] = []
-        self.sources: list[int] = []
-        self.probs: list[float] = []
-        self.rests: list[str] = []
-        # Of the forced text after it, in whatever tokens.
-        self.rest = ""
-
-    @property
-    def room(self) -> int:
-        """How many tokens may still be drafted."""
-        return self._limit - len(self.token_ids) if self._survival >= _MIN_SURVIVAL else 0
-
-    @property
-    def last(self) -> int:
-        """The last token of the text."""
-        return self.token_ids[-1] if self.token_ids else self._before
-
-    def take(self, token_id: int, source: int, prob: float, rest: str = "") -> bool:
-        """Append a token if the grammar allows it; returns whether it does."""
-        if not self.matcher.accept(token_id):
-            return False
-        self.token_ids.append(token_id)
-        self.sources.append(source)
-        self.probs.append(prob)
-        self.rests.append(rest)
-        self._survival *= prob
-        self.rest = ""
-        return True
 
 
 def _allows(matcher: Matcher, text: str) -> bool:

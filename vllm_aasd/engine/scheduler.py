@@ -65,8 +65,6 @@ class _AASDScheduling(_Base):
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Also: from now on, requests don't share the text of earlier ones."""
         self._namespaces.reset()
-        if self._grammars is not None:
-            self._grammars.clear()
         return super().reset_prefix_cache(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

@@ -1,4 +1,4 @@
-"""vLLM's grammars, as `vllm_aasd.drafting.forced` asks them: copies, so that the request's own is never touched."""
+"""vLLM's grammars, as drafts ask them: copies, so that the request's own is never touched."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-from vllm_aasd.drafting.forced import Matcher
+from vllm_aasd.drafting.steered_draft import Matcher
 
 logger = logging.getLogger("vllm.aasd")
 

@@ -11,16 +11,18 @@ from vllm_aasd.counters import NUM_GRAMMAR_COUNTS
 
 @dataclasses.dataclass
 class InformedDraftTokenIds(DraftTokenIds):
-    """A worker's drafts, and what its scheduler needs to make others.
+    """A worker's drafts, and what its scheduler needs to make others of them.
 
     Attributes:
-        num_clears: how often the worker was told to forget other requests' text.
+        whole: the drafts before they were cut to the lengths that are worth their time.
+        survival: ``[num_reqs, longest]``, the probability that a whole draft is accepted up to each of its tokens.
         step_times: by the tokens in the batch, see `vllm_aasd.drafting.draft_length.lengths_and_gain`; None if draft
             lengths don't depend on them.
         overhead: see there.
     """
 
-    num_clears: int = 0
+    whole: list[list[int]]
+    survival: np.ndarray
     step_times: np.ndarray | None = None
     overhead: float = 1.0
 

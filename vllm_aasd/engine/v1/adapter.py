@@ -93,8 +93,8 @@ class V1Adapter:
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
         self._drafts: dict[str, list[int]] = {}
+        self._survival = np.zeros((max_num_seqs, self._max_draft_tokens), np.float32)
         self._has_grammars = False
-        self._num_clears = 0
         self._warm_up(counting)
 
     def _new_alignment(self, kv_cache_config: KVCacheConfig, loads_kv: bool) -> V1Alignment | None:
@@ -230,13 +230,15 @@ class V1Adapter:
         if not self.faults.is_off("draft"):
             with self.faults.contained("draft"):
                 return self._draft_batch(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        self._drafts = {}
         return [[] for _ in sampled_token_ids]
 
     def _draft_batch(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        survival = np.zeros((len(drafts), self._max_draft_tokens), np.float32)
+        survival = self._survival[: len(drafts)]
+        survival.fill(0)
         req_ids = self._runner.input_batch.req_ids[: len(drafts)]
         min_draft_tokens = self._lengths.min_draft_tokens(len(drafts))
         for row, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
@@ -255,9 +257,9 @@ class V1Adapter:
             self._requests.stop_drafting(req_id)
             self._drafter.abandon(req_id)
         is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids]
-        drafts = self._lengths.cut(drafts, survival, is_seeded)
+        drafts = self._lengths.before_placeholders(drafts, survival)
         self._drafts = dict(zip(req_ids, drafts, strict=True))
-        return drafts
+        return self._lengths.cut(drafts, survival, is_seeded)
 
     def _context(self, row: int, token_ids: np.ndarray) -> tuple[np.ndarray, AlignmentView]:
         """What a request drafts from: the tokens of its context, and the predictions stored at them."""
@@ -272,10 +274,15 @@ class V1Adapter:
 
         With what the scheduler needs to make others, where there are grammars.
         """
-        drafts.draft_token_ids = drafts.draft_token_ids if self._has_proposed else [[] for _ in drafts.req_ids]
-        if not self._has_grammars:
-            return drafts
-        return InformedDraftTokenIds(drafts.req_ids, drafts.draft_token_ids, self._num_clears, *self._lengths.times())
+        if not self._has_proposed:
+            drafts.draft_token_ids = [[] for _ in drafts.req_ids]
+        elif self._has_grammars:
+            whole = [self._drafts.get(req_id, []) for req_id in drafts.req_ids]
+            survival = self._survival[: len(whole)]
+            return InformedDraftTokenIds(
+                drafts.req_ids, drafts.draft_token_ids, whole, survival, *self._lengths.times()
+            )
+        return drafts
 
     def corpora_changed(self) -> None:
         """Nothing to do: drafts come from the corpora's own index."""
@@ -283,7 +290,6 @@ class V1Adapter:
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._drafter.clear_memory()
-        self._num_clears += 1
 
     def shutdown(self) -> None:
         """Nothing to release: what is known of requests ends with the process."""

@@ -51,19 +51,28 @@ class V1DraftLengths:
             return None, 1.0
         return self.by_load.step_time.relative(), self.by_load.step_time.overhead()
 
-    def cut(self, drafts: list[list[int]], survival: np.ndarray, is_seeded: Sequence[bool]) -> list[list[int]]:
-        """End the drafts of a step before placeholders, and where more tokens aren't worth the time.
+    def before_placeholders(self, drafts: list[list[int]], survival: np.ndarray) -> list[list[int]]:
+        """End the drafts of a step before placeholders.
 
         Args:
             drafts: per request.
-            survival: ``[B, K]`` float32, the probability that each draft token is accepted; set to 0 after the end.
-            is_seeded: per request, whether its length may depend on its draft only.
+            survival: ``[B, K]`` float32, of each draft token; set to 0 after the end.
         """
         drafts = [self._placeholders.before_first(draft) for draft in drafts]
-        if not self._is_adaptive:
-            return drafts
         for row, draft in enumerate(drafts):
             survival[row, len(draft) :] = 0
+        return drafts
+
+    def cut(self, drafts: list[list[int]], survival: np.ndarray, is_seeded: Sequence[bool]) -> list[list[int]]:
+        """End the drafts of a step where more tokens aren't worth the time.
+
+        Args:
+            drafts: per request.
+            survival: ``[B, K]`` float32, the probability that each draft token is accepted; 0 after the end.
+            is_seeded: per request, whether its length may depend on its draft only.
+        """
+        if not self._is_adaptive:
+            return drafts
         lengths = self._lengths(survival, np.array(is_seeded, np.bool_))
         return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
 

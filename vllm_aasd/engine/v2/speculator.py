@@ -86,13 +86,13 @@ class AASDSpeculator(BaseSpeculator):
             self.faults,
         )
         self.counters = Counters(device, self.faults.counts)
-        self._num_clears = 0
         self._draft_token_ids = torch.zeros((max_num_reqs, width), dtype=torch.int64, device=device)
         # By slot.
         self._num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._survival = torch.full((max_num_reqs, width), UNPROMISED, dtype=torch.float32, device=device)
         self.verifier = V2Verifier(self._num_drafts, self._survival, self.requests, self.faults, self.counters.totals)
         self._grammars = V2GrammarDrafts(req_states, self._num_drafts, self._survival)
+        self._has_grammars = False
         # All but what is a step's own; None until the KV cache is laid out.
         self._batch: DraftBatch | None = None
         # Of the step that was drafted for last.
@@ -243,7 +243,8 @@ class AASDSpeculator(BaseSpeculator):
         with self.faults.contained("requests", shared=True):
             self._placeholders.learn(scheduled.scheduled_new_reqs)
             self.requests.forget(scheduled.finished_req_ids)
-        if scheduled.has_structured_output_requests and not self._is_async:
+        self._has_grammars = scheduled.has_structured_output_requests and not self._is_async
+        if self._has_grammars:
             with self.faults.contained("draft", shared=True):
                 self._grammars.write(scheduled.scheduled_spec_decode_tokens)
 
@@ -254,7 +255,6 @@ class AASDSpeculator(BaseSpeculator):
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._texts.clear()
-        self._num_clears += 1
 
     def shutdown(self) -> None:
         """Let go of the model; there is nothing to keep."""
@@ -348,8 +348,11 @@ class AASDSpeculator(BaseSpeculator):
         with self.faults.contained("draft"):
             counts = self._num_drafts[self._idx_mapping].tolist()
             ids = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-        self._grammars.told(drafts.req_ids, ids)
-        return InformedDraftTokenIds(drafts.req_ids, ids, self._num_clears)
+            if self._has_grammars:
+                self._grammars.told(drafts.req_ids, ids)
+                survival = self._survival[self._idx_mapping].cpu().numpy()
+                return InformedDraftTokenIds(drafts.req_ids, ids, ids, survival)
+        return DraftTokenIds(drafts.req_ids, ids)
 
 
 def install() -> list[patching.Replacement]:
