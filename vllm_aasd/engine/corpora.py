@@ -2,14 +2,11 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch.distributed
 from vllm.config import ModelConfig
 from vllm.distributed import get_tp_group
-from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_aasd import corpus_names
@@ -17,6 +14,7 @@ from vllm_aasd.drafting import corpus_files
 from vllm_aasd.drafting.corpora import Corpora, num_pages
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.corpus_names import write_names
+from vllm_aasd.engine.ranks import gathered
 from vllm_aasd.engine.startup import memory_bytes
 from vllm_aasd.kernels.text import num_pages_for
 
@@ -82,7 +80,7 @@ def load(model: ModelConfig, name: str, path: str) -> np.ndarray:
         found = hashlib.sha256(token_ids.tobytes()).hexdigest()
     except (OSError, ValueError) as error:
         token_ids, found = np.empty(0, np.int32), f"can't be loaded: {error}"
-    of_ranks = _gathered(found, get_tp_group())
+    of_ranks = gathered(found, get_tp_group())
     for other in of_ranks:
         if other.startswith("can't"):
             raise ValueError(f"corpus {name!r} at {path} {other}")
@@ -132,11 +130,3 @@ def _tokenizer_key(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _gathered(value: str, ranks: GroupCoordinator) -> Iterable[str]:
-    if ranks.world_size == 1:
-        return [value]
-    values = [""] * ranks.world_size
-    torch.distributed.all_gather_object(values, value, group=ranks.cpu_group)
-    return values
