@@ -51,7 +51,9 @@ PROFILES = {
         100,
         32,
         {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
-        | {"enable_prompt_embeds": True, "per_request_spec_decode_metrics": "summary"},
+        | {"enable_prompt_embeds": True, "per_request_spec_decode_metrics": "summary"}
+        # In the other profiles, the scheduler and the worker are in one process, where the hooks reach both.
+        | {"distributed_executor_backend": "mp"},
         {**_SETTINGS, "num_speculative_tokens": 16, "aasd_alignment": True},
         frozenset({"embeds", "top_k", "sleep", "prompt_logprobs", "many_allowed_ids"}),
     ),

@@ -59,11 +59,7 @@ class Prompts:
 
     def user_message(self, rng: random.Random, max_tokens: int) -> str:
         """A text for the chat endpoint."""
-        return self.a_text(rng)[: 3 * rng.randint(4, max_tokens)]
-
-    def a_text(self, rng: random.Random) -> str:
-        """One of the texts."""
-        return rng.choice(_TEXTS)
+        return rng.choice(_TEXTS)[: 3 * rng.randint(4, max_tokens)]
 
     def text(self, rng: random.Random, count: int) -> list[int]:
         """The beginning of a text, repeated if it is too short."""

@@ -127,7 +127,8 @@ class Maker:
     def predicted(self) -> Request:
         """With a prediction: the prompt, which the answer may repeat, or something else."""
         request = self.long(self.prompts.periodic(self.rng, self.profile.max_prompt, 7))
-        prediction = self.rng.choice((request.prompt, self.prompts.noise(self.rng, 9), self.prompts.a_text(self.rng)))
+        text = self.prompts.user_message(self.rng, self.profile.max_prompt)
+        prediction = self.rng.choice((request.prompt, self.prompts.noise(self.rng, 9), text))
         return dataclasses.replace(request, xargs={"aasd_prediction": prediction})
 
     def with_corpora(self) -> Request:

@@ -197,6 +197,8 @@ def _environment(is_v2: bool) -> dict[str, str]:
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        # Else vLLM's CPU platform makes every worker a process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOG_STATS_INTERVAL": "2",
         # vLLM binds threads to cores, which would undo a taskset.
