@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,11 @@ class ServerCorpora(Corpora):
             The names that there are now.
 
         Raises:
-            ValueError: the name or path isn't allowed, or there is no room.
+            ValueError: the name or path isn't allowed, there is no room, or the server wouldn't learn the name.
         """
         if not corpus_names.is_name(name):
             raise ValueError(f"name={name!r} is not allowed: a corpus is named by {corpus_names.ALLOWED_PATHS}")
+        self._check_server()
         self.add(name, load(self._model, name, path))
         return self._changed()
 
@@ -58,10 +60,19 @@ class ServerCorpora(Corpora):
         """Drop a corpus, and return the names of those that stay.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is none of this name, or the server wouldn't learn that it is gone.
         """
+        self._check_server()
         self.drop(name)
         return self._changed()
+
+    def _check_server(self) -> None:
+        folder, ranks = os.path.dirname(self._names_file), get_tp_group()
+        if any(gathered(bool(folder) and ranks.rank_in_group == 0 and not os.path.isdir(folder), ranks)):
+            raise ValueError(
+                "corpora can't change while serving, since the first worker isn't on the server's machine: "
+                "name them in aasd_corpora"
+            )
 
     def _changed(self) -> list[str]:
         if get_tp_group().rank_in_group == 0:
