@@ -1,10 +1,10 @@
-"""Make a folder with vLLM and this project, to check a GPU machine that has no vLLM and no network.
+"""Build a folder with vLLM and this project, to check a GPU machine that has neither vLLM nor a network.
 
     python tools/gpu_kit.py FOLDER [--vllm 0.32.0] [--chip 90]
 
-The machine needs Python 3.12, torch 2.11 for CUDA 13, Triton 3.6 and transformers. vLLM comes from its wheel on PyPI,
-of which the kit holds the Python modules and two extensions, the machine code of other chips zeroed. The last line
-printed is the one command to run there. A kit is for checks: its vLLM lacks what other models and chips need.
+The machine needs Python 3.12, torch 2.11 for CUDA 13, Triton 3.6 and transformers. The kit takes vLLM's Python modules
+and two extensions from the wheel on PyPI, and zeroes the machine code for other chips. The last line printed is the
+command to run on the machine. Use a kit for checks only: its vLLM lacks what other models and chips need.
 """
 
 import argparse

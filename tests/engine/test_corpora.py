@@ -94,10 +94,20 @@ def test_what_is_added_and_dropped_is_known_to_front_ends(tokenizer, tmp_path):
     assert drafted(found, "docs") == ""
 
 
+def test_on_another_machine_than_the_servers_nothing_changes(tokenizer, tmp_path):
+    (tmp_path / "docs").write_text(TEXT)
+    found = served(tmp_path, docs=tmp_path / "docs")
+    found._names_file = str(tmp_path / "gone" / "names")
+    for change in (lambda: found.remove("docs"), lambda: found.add_from("more", str(tmp_path / "docs"))):
+        with pytest.raises(ValueError, match="the first worker isn't on the server's machine"):
+            change()
+    assert found.names == ["docs"]
+
+
 def test_ranks_that_do_not_have_the_same_refuse_it_alike(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "docs").write_text(TEXT)
     for other, message in (("can't be loaded: gone", "gone"), ("another digest", "isn't the same on all nodes")):
-        monkeypatch.setattr(corpora, "_gathered", lambda value, ranks, other=other: [value, other])
+        monkeypatch.setattr(corpora, "gathered", lambda value, ranks, other=other: [value, other])
         with pytest.raises(ValueError, match=message):
             served(tmp_path, docs=tmp_path / "docs")
 

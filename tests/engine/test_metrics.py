@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -153,6 +154,19 @@ def test_a_full_disk_leaves_the_last_values_and_costs_only_metrics(publish, tmp_
     assert shown(collector)["aasd:relaxed_tokens_total",] == 5
     assert faults.counts["metrics"] == MAX_FAULTS and publisher._thread.is_alive()
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
+
+
+def test_a_folder_that_is_gone_or_on_another_machine_costs_the_page_and_no_fault(publish, tmp_path, caplog):
+    faults, counters, folder = Faults(), counted(), tmp_path / "folder"
+    with caplog.at_level(logging.INFO, "vllm.aasd"):
+        publisher = publish(counters, folder, faults=faults, log_seconds=0.05)
+        counters.totals += 1
+        wait_for(lambda: "AASD metrics" in caplog.text)
+        folder.mkdir()
+        wait_for(lambda: list(folder.iterdir()))
+        shutil.rmtree(folder)
+        publisher.stop()
+    assert faults.counts["metrics"] == 0 and not any(record.exc_info for record in caplog.records)
 
 
 def test_a_damaged_file_leaves_the_rest_of_the_page(publish, tmp_path):

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_aasd.engine import shared_prior
 from vllm_aasd.kernels.draft import Prior
@@ -32,7 +33,7 @@ def on_all_ranks(monkeypatch):
             barrier.wait()
             gathered[:] = ours
 
-        monkeypatch.setattr(shared_prior.torch.distributed, "all_gather_object", all_gather_object)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
 
         def serve(rank):
             # What stands for the group of processes is the rank, as the fake collective needs it.

@@ -29,7 +29,7 @@ def test_cases_hold_all_that_the_profile_can_and_are_the_same_for_the_same_seed(
     requests = [step for step in steps if isinstance(step, Request)]
     assert {request.type for request in requests} == set(possible({**OTHER, **REFERENCED}, profile))
     events = {step.name for step in steps if isinstance(step, Event)}
-    assert {"inject", "turn_off", "recover", "clear_memory", "reset_prefix_cache"} <= events
+    assert {*("inject", "turn_off", "recover", "clear_memory", "reset_prefix_cache"), "add_corpus"} <= events
     assert ("sleep" in events) == ("sleep" in profile.features)
     for request in requests:
         assert request.reference is None or request.prompt == pool[request.reference].prompt
@@ -71,8 +71,9 @@ def test_what_a_worker_holds_of_requests_that_have_ended_shows(monkeypatch):
 @pytest.mark.parametrize(("function", "component"), FAULT_POINTS["V1"].items())
 def test_as_many_faults_are_counted_as_were_injected(function, component):
     worker = Worker()
-    worker.serve(1 if component == "requests" else 6)
-    if component == "requests":
+    is_of_new_requests = component == "requests" or "Corpora" in function
+    worker.serve(1 if is_of_new_requests else 6)
+    if is_of_new_requests:
         worker._adapter._requests.forget(PROMPTS)
     worker.fuzz("inject", function, "1")
     worker.serve()

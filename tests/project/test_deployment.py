@@ -7,8 +7,14 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from vllm.ray.ray_env import get_env_vars_to_copy
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.executor.ray_env_utils import get_driver_env_vars
+from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from vllm_aasd.counters import METRICS, PREFIX
+from vllm_aasd.engine import unsupported
+from vllm_aasd.engine.worker import AASDWorker
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text()
 MANIFESTS = {
@@ -75,3 +81,19 @@ def test_the_metrics_that_are_compared_exist():
     for name in named:
         bare = re.sub(r"_(total|sum|count)$", "", name)
         assert bare in ours or f'"{bare}"' in theirs, name
+
+
+def test_what_the_page_says_of_variables_on_ray_holds(monkeypatch):
+    ours = {"AASD_CACHE_ROOT", "VLLM_PLUGINS"}
+    for name in ours:
+        monkeypatch.setenv(name, "value")
+    assert ours <= set(get_driver_env_vars(WORKER_SPECIFIC_ENV_VARS))
+    assert ours & get_env_vars_to_copy() == {"VLLM_PLUGINS"}
+    (setting,) = re.findall(r"`(VLLM_RAY_\w+)=AASD_CACHE_ROOT`", PAGE)
+    monkeypatch.setenv(setting, "AASD_CACHE_ROOT")
+    assert ours <= get_env_vars_to_copy()
+
+
+def test_a_worker_on_another_node_finds_our_class_by_its_name():
+    for name in (unsupported.CPU_WORKER, unsupported.GPU_WORKER):
+        assert issubclass(resolve_obj_by_qualname(name), AASDWorker)

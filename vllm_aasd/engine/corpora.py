@@ -2,14 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+import os
 from typing import Any
 
 import numpy as np
-import torch.distributed
 from vllm.config import ModelConfig
 from vllm.distributed import get_tp_group
-from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_aasd import corpus_names
@@ -17,6 +15,7 @@ from vllm_aasd.drafting import corpus_files
 from vllm_aasd.drafting.corpora import Corpora, num_pages
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.corpus_names import write_names
+from vllm_aasd.engine.ranks import gathered
 from vllm_aasd.engine.startup import memory_bytes
 from vllm_aasd.kernels.text import num_pages_for
 
@@ -49,10 +48,11 @@ class ServerCorpora(Corpora):
             The names that there are now.
 
         Raises:
-            ValueError: the name or path isn't allowed, or there is no room.
+            ValueError: the name or path isn't allowed, there is no room, or the server wouldn't learn the name.
         """
         if not corpus_names.is_name(name):
             raise ValueError(f"name={name!r} is not allowed: a corpus is named by {corpus_names.ALLOWED_PATHS}")
+        self._check_server()
         self.add(name, load(self._model, name, path))
         return self._changed()
 
@@ -60,10 +60,19 @@ class ServerCorpora(Corpora):
         """Drop a corpus, and return the names of those that stay.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is none of this name, or the server wouldn't learn that it is gone.
         """
+        self._check_server()
         self.drop(name)
         return self._changed()
+
+    def _check_server(self) -> None:
+        folder, ranks = os.path.dirname(self._names_file), get_tp_group()
+        if any(gathered(bool(folder) and ranks.rank_in_group == 0 and not os.path.isdir(folder), ranks)):
+            raise ValueError(
+                "corpora can't change while serving, since the first worker isn't on the server's machine: "
+                "name them in aasd_corpora"
+            )
 
     def _changed(self) -> list[str]:
         if get_tp_group().rank_in_group == 0:
@@ -82,7 +91,7 @@ def load(model: ModelConfig, name: str, path: str) -> np.ndarray:
         found = hashlib.sha256(token_ids.tobytes()).hexdigest()
     except (OSError, ValueError) as error:
         token_ids, found = np.empty(0, np.int32), f"can't be loaded: {error}"
-    of_ranks = _gathered(found, get_tp_group())
+    of_ranks = gathered(found, get_tp_group())
     for other in of_ranks:
         if other.startswith("can't"):
             raise ValueError(f"corpus {name!r} at {path} {other}")
@@ -132,11 +141,3 @@ def _tokenizer_key(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _gathered(value: str, ranks: GroupCoordinator) -> Iterable[str]:
-    if ranks.world_size == 1:
-        return [value]
-    values = [""] * ranks.world_size
-    torch.distributed.all_gather_object(values, value, group=ranks.cpu_group)
-    return values

@@ -1,4 +1,4 @@
-"""What `vllm_aasd.gpu_check` needs vLLM for: its own kernels to compare with, and a model that is served."""
+"""The parts of `vllm_aasd.gpu_check` that need vLLM: its own kernels for comparison, and engines that serve a model."""
 
 import contextlib
 import gc
@@ -24,16 +24,16 @@ STRICT = {"method": "aasd", "aasd_verification": "strict"}
 
 
 class Served(NamedTuple):
-    """What is served, and how much of it.
+    """The models to serve, and the requests to send them.
 
     Attributes:
         small: sizes of a model with random weights, for transformers' ``LlamaConfig``.
-        large: the same of a model whose speed is measured, with weights that mean nothing.
-        options: arguments of the engine besides.
-        blocks: of the KV cache, so few that requests are preempted; None for as many as fit.
-        at_once: requests that are served at once, of which speed is measured.
-        max_tokens: of an answer.
-        draws: requests of the sampled check.
+        large: sizes of the model whose speed is measured; its weights are vLLM's dummy weights.
+        options: more engine arguments.
+        blocks: KV cache blocks, few enough that requests are preempted; None for as many as fit.
+        at_once: the numbers of concurrent requests at which speed is measured.
+        max_tokens: tokens per answer.
+        draws: requests in the check of sampling.
     """
 
     small: dict[str, int]
@@ -50,7 +50,7 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3
 FULL = Served(
     SMALL | {"num_key_value_heads": 4, "vocab_size": 32000},
     LARGE | {"num_key_value_heads": 8, "vocab_size": 128256},
-    # Not compiled by Inductor, which would take a minute of each start.
+    # Without Inductor, which would add a minute to each start.
     {
         "max_model_len": 1024,
         "max_num_seqs": 64,
@@ -65,7 +65,7 @@ FULL = Served(
 
 
 def check_doctor() -> str:
-    """The doctor finds nothing that has changed."""
+    """Check that the doctor finds no changes in vLLM."""
     lines, works = diagnosis.diagnose()
     if not works:
         raise AssertionError("; ".join(lines))
@@ -73,7 +73,7 @@ def check_doctor() -> str:
 
 
 def stock_calls(step: Any) -> dict[str, Callable[[], Any]]:
-    """vLLM's rejection sampler and its ``ngram_gpu``, on the same inputs."""
+    """Calls of vLLM's rejection sampler and ``ngram_gpu`` speculator on the same inputs."""
     from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
@@ -101,10 +101,10 @@ def stock_calls(step: Any) -> dict[str, Callable[[], Any]]:
 
 
 def make_model(folder: Path, sizes: dict[str, int], weights: bool) -> str:
-    """A Llama of these sizes, with random weights of which the next token is fairly sure, or with none."""
+    """Save a Llama of these sizes, with random weights that give peaked distributions, or without weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    # Large enough that logits differ by more than rounding.
+    # The large range spreads the logits by more than rounding errors.
     config = LlamaConfig(**sizes, max_position_embeddings=131072, initializer_range=0.2, bos_token_id=1, eos_token_id=2)
     if weights:
         torch.manual_seed(1)
@@ -117,7 +117,7 @@ def make_model(folder: Path, sizes: dict[str, int], weights: bool) -> str:
 
 @contextlib.contextmanager
 def engine(model: str, speculative: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
-    """An engine, whose memory is free again afterwards."""
+    """Start an engine, and free its memory afterwards."""
     served = LLM(
         model=model, speculative_config=speculative, skip_tokenizer_init=True, disable_log_stats=False, **options
     )
@@ -132,7 +132,7 @@ def engine(model: str, speculative: dict[str, Any] | None, **options: Any) -> It
 
 
 def prompts(count: int, length: int, vocab_size: int, planted: bool) -> list[dict[str, list[int]]]:
-    """Token ids: a motif of 24 tokens again and again, or nothing twice."""
+    """Random token ids: a motif of 24 tokens that repeats if `planted`, otherwise nothing that repeats."""
     rng = np.random.default_rng(count)
     found = []
     for _ in range(count):
@@ -142,17 +142,17 @@ def prompts(count: int, length: int, vocab_size: int, planted: bool) -> list[dic
 
 
 def answers(served: LLM, asked: list[Any], params: Any) -> list[list[int]]:
-    """Token ids of the answers."""
+    """Generate, and return each answer's token ids."""
     return [list(one.outputs[0].token_ids) for one in served.generate(asked, params, use_tqdm=False)]
 
 
 def metric(served: LLM, name: str) -> float:
-    """The sum of a counter of vLLM's."""
+    """The value of one of vLLM's counters, summed over its series."""
     return sum(getattr(one, "value", 0) for one in served.get_metrics() if one.name == f"vllm:{name}")
 
 
 def faults(served: LLM) -> dict[str, int]:
-    """What has failed in the engine's workers."""
+    """The faults that the engine's workers have counted, by component."""
     counts: Counter[str] = Counter()
     for of_worker in served.collective_rpc("aasd_faults"):
         counts.update({name: number for name, number in of_worker.items() if number})
@@ -160,10 +160,10 @@ def faults(served: LLM) -> dict[str, int]:
 
 
 def check_served(sizes: Served, how: dict[str, Any] | None = None) -> str:
-    """Strict greedy answers equal those without speculation, and sampled ones have their distribution.
+    """Check that strict greedy answers equal those without speculation, and that samples follow the same distribution.
 
-    In float32, with what vLLM does by default: CUDA graphs, asynchronous scheduling, the prefix cache; and with so few
-    KV blocks that requests are preempted.
+    The engines run in float32 with vLLM's defaults (CUDA graphs, asynchronous scheduling, prefix caching), and with few
+    enough KV cache blocks that requests are preempted.
     """
     vocab_size, tokens = sizes.small["vocab_size"], sizes.max_tokens
     options = sizes.options | {"dtype": "float32"} | ({"num_gpu_blocks_override": sizes.blocks} if sizes.blocks else {})
@@ -174,7 +174,7 @@ def check_served(sizes: Served, how: dict[str, Any] | None = None) -> str:
         model = make_model(Path(folder, "small"), sizes.small, weights=True)
         for offset, speculative in ((0, None), (sizes.draws, STRICT | (how or {}))):
             with engine(model, speculative, **options) as served:
-                # Alone, all at once, and again, so that prompts are found in the cache.
+                # One request alone, then all at once, then all again with their prompts in the prefix cache.
                 said = [answers(served, asked[:1], greedy), *(answers(served, asked, greedy) for _ in range(2))]
                 drawn = _draws(served, asked[0], sizes.draws, offset)
                 seen = {name: metric(served, name) for name in ("num_preemptions", "prefix_cache_hits")}
@@ -190,7 +190,7 @@ def check_served(sizes: Served, how: dict[str, Any] | None = None) -> str:
             f"{len(differ)} of {len(pairs)} answers differ from those without speculation: {differ[:8]}"
         )
     if not all(number for name, number in seen.items() if sizes.blocks or name != "num_preemptions"):
-        raise AssertionError(f"what was to be compared never happened: {seen}")
+        raise AssertionError(f"the run didn't cover what it should: {seen}")
     p = _same_distribution(plain_drawn, drawn)
     if p < 1e-4:
         raise AssertionError(f"sampled tokens have another distribution, p = {p:.1e}: {plain_drawn} and {drawn}")
@@ -198,7 +198,7 @@ def check_served(sizes: Served, how: dict[str, Any] | None = None) -> str:
 
 
 def _draws(served: LLM, asked: Any, count: int, first_seed: int) -> Counter:
-    """How often each of some tokens was drawn, by position."""
+    """Sample three tokens in each of `count` requests, and count them by position and token id."""
     params = [
         SamplingParams(
             temperature=1.0, max_tokens=3, seed=first_seed + i, allowed_token_ids=[*range(3, 9)], detokenize=False
@@ -211,7 +211,7 @@ def _draws(served: LLM, asked: Any, count: int, first_seed: int) -> Counter:
 
 
 def _same_distribution(one: Counter, other: Counter) -> float:
-    """p of a chi-square test of two samples of equal size, by Wilson and Hilferty's approximation."""
+    """The p-value of a chi-square test that two samples of equal size have one distribution (Wilson-Hilferty)."""
     cells = {cell for cell in one | other if one[cell] + other[cell] >= 10}
     chi = sum((one[cell] - other[cell]) ** 2 / (one[cell] + other[cell]) for cell in cells)
     freedom = max(len(cells) - len({at for at, _ in cells}), 1)
@@ -220,7 +220,7 @@ def _same_distribution(one: Counter, other: Counter) -> float:
 
 
 def check_steady(sizes: Served) -> str:
-    """While requests are served, nothing waits for the device and nothing is compiled: vLLM ends the engine if so."""
+    """Check that serving never waits for the device or compiles a kernel; vLLM is set to end the engine if it does."""
     requests = prompts(9, 80, sizes.small["vocab_size"], True)[: max(sizes.at_once)]
     mixed = [
         SamplingParams(temperature=i % 2, seed=i, max_tokens=sizes.max_tokens, detokenize=False, ignore_eos=True)
@@ -238,7 +238,7 @@ def check_steady(sizes: Served) -> str:
 
 
 def check_speed(sizes: Served, free_bytes: int, least: float = 0.95) -> str:
-    """Tokens a second with and without aasd; no case may be slower than the least share of no speculation."""
+    """Measure tokens per second with and without aasd; no case may be slower than `least` times plain decoding."""
     large = dict(sizes.large)
     while free_bytes < 2.5 * 12 * large["hidden_size"] ** 2 * large["num_hidden_layers"]:
         large["num_hidden_layers"] //= 2
@@ -256,7 +256,7 @@ def check_speed(sizes: Served, free_bytes: int, least: float = 0.95) -> str:
                             ignore_eos=True,
                             detokenize=False,
                         )
-                        # The first time, graphs and step times aren't known.
+                        # The first run is a warm-up: step times aren't known yet.
                         for _ in range(2):
                             began = time.perf_counter()
                             said = answers(served, prompts(count, 128, large["vocab_size"], planted), params)

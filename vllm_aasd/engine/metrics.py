@@ -9,6 +9,7 @@ Labels are vLLM's, ``model_name`` and ``engine`` (the data-parallel rank). Tenso
 the first writes. Engines on other machines than the API server's aren't on its page.
 """
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -132,9 +133,11 @@ class Publisher:
 
     def _write(self) -> None:
         temporary = f"{self._path}.tmp"
-        with open(temporary, "w") as file:
-            json.dump((self._labels, self._values), file)
-        os.replace(temporary, self._path)
+        # There is no folder on another machine than the server's, nor once the server has ended.
+        with contextlib.suppress(FileNotFoundError):
+            with open(temporary, "w") as file:
+                json.dump((self._labels, self._values), file)
+            os.replace(temporary, self._path)
 
     def _log(self) -> None:
         if time.monotonic() < self._next_line:

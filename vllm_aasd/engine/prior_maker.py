@@ -1,7 +1,7 @@
-"""Makes a model's prior in its worker, before the first request: what it says after each token of its vocabulary.
+"""Makes a model's prior in its worker, before the first request: the likeliest tokens after each token.
 
-The worker runs steps of prompts that end in one token each. As in vLLM's own warm-up, the prompts use blocks of the KV
-cache that the scheduler, which hasn't begun yet, has given to no request.
+The worker runs batches of prompts that each end in another token of the vocabulary. As in vLLM's own warm-up, the
+prompts use KV cache blocks directly, since the scheduler hasn't assigned any block to a request yet.
 """
 
 import logging
@@ -37,7 +37,7 @@ def obstacle(vllm_config: VllmConfig) -> str | None:
     """Why a worker can't make a prior; None if it can."""
     parallel = vllm_config.parallel_config
     if parallel.data_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        # Steps would have to be the same, or take turns, on workers that don't hear each other's clocks.
+        # All workers would have to run the same steps, or take turns, and they don't share a clock.
         return "with data or pipeline parallelism"
     if vllm_config.kv_transfer_config is not None:
         return "with a KV connector"
@@ -51,14 +51,14 @@ def make(
     adapter: Adapter,
     seconds: float,
 ) -> None:
-    """Ask for the successors that the adapter's prior lacks, and keep them on disk; does nothing without a prior.
+    """Add the successors that the adapter's prior lacks, and save the prior to disk; does nothing without a prior.
 
     Args:
         vllm_config: of the engine.
         kv_cache_config: of the KV cache, which no request uses yet.
         execute: the worker's ``execute_model``.
         adapter: the worker's.
-        seconds: no step begins later.
+        seconds: no step starts later than this.
     """
     began = time.monotonic()
     prior, model = adapter.prior, vllm_config.model_config
@@ -132,19 +132,18 @@ class PriorMaker:
         )
 
     def fill(self, prior: Prior, seconds: float, agree: Callable[[bool], bool]) -> int:
-        """Add the successors of tokens that have none, in the order of their ids.
+        """Add successors for the tokens that have none, in the order of token ids.
 
-        Tokenizers that merge pairs number them from the most to the least frequent: of the demo model's 49,152 tokens,
-        the first 10,000 make up 85% of ordinary text.
+        In tokenizers that merge pairs, frequent tokens have low ids: the first 10,000 of the demo model's 49,152 tokens
+        make up 85% of ordinary text.
 
         Args:
-            prior: changed in place.
-            seconds: no batch begins later.
-            agree: returns the first tensor-parallel rank's argument on every rank, all of which must run the same
-                steps.
+            prior: modified in place.
+            seconds: no batch starts later than this.
+            agree: returns the first tensor-parallel rank's argument on every rank, so that all run the same steps.
 
         Returns:
-            How many tokens were asked for.
+            The number of tokens whose successors were asked for.
         """
         began = reported = time.monotonic()
         missing = np.flatnonzero(prior.ids[:, 0] < 0)
@@ -173,7 +172,7 @@ class PriorMaker:
         return num_asked
 
     def _step(self, token_ids: list[int]) -> SchedulerOutput:
-        """A step that reads the prompts of these tokens."""
+        """A step that prefills one prompt per token."""
         step = SchedulerOutput.make_empty()
         block = 1  # 0 is the null block
         for token_id in token_ids:

@@ -1,9 +1,9 @@
-"""The options of a request, and how they change its verification.
+"""Reads and checks the options of a request, and decides how it is verified.
 
-They are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every front end
-of vLLM (`LLM`, the API server) calls `SamplingParams.verify` with the speculative config before a request reaches the
-engine, so there a bad option is the client's error, like a bad parameter of vLLM's. If a request arrives in another
-way, the worker ignores its bad options.
+The options are `aasd_*` keys in ``SamplingParams.extra_args``, which the OpenAI API fills from ``vllm_xargs``. Every
+front end of vLLM (`LLM`, the API server) calls `SamplingParams.verify` with the speculative config before a request
+reaches the engine. A bad option is refused there, like a bad sampling parameter. If a request arrives in another way,
+the worker ignores bad options.
 """
 
 import copy
@@ -31,7 +31,7 @@ class RequestOptionsError(VLLMValidationError, ValueError):
 
 
 def install() -> list[patching.Replacement]:
-    """Have this process's front end check the options, and no log hold a prediction; does nothing a second time.
+    """Have this process's front end check options, and keep predictions out of its log; a second call does nothing.
 
     Returns:
         What was replaced, to be undone.
@@ -112,21 +112,22 @@ class Verification(NamedTuple):
 
 
 def strict() -> Verification:
-    """How a request is verified if nothing is known about it."""
+    """The verification of a request about which nothing is known."""
     return Verification(STRICT_POLICY, [])
 
 
 def verification_of(settings: Settings, params: SamplingParams | None) -> Verification:
-    """How a request is verified.
+    """Decide how a request is verified.
 
     Args:
         settings: the request's.
         params: the request's; None if it doesn't generate.
 
     Returns:
-        What the settings say for greedy or for sampled requests. Strict for requests with structured output (including
-        tool calls that vLLM constrains by a grammar) or log-probabilities, both of which promise the target's own
-        output, and for those with more than `MAX_STOP_TOKEN_IDS` stop tokens.
+        The verification that the settings ask for, or strict verification in these cases: the request has structured
+        output (including tool calls that vLLM constrains by a grammar) or log-probabilities, which promise the target's
+        own output; it is sampled, and the settings relax greedy requests only; or it has more than `MAX_STOP_TOKEN_IDS`
+        stop tokens.
     """
     policy = settings.policy()
     stop_token_ids = [] if params is None else sorted(params.all_stop_token_ids)

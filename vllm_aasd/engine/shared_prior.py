@@ -1,15 +1,14 @@
-"""The prior that a server drafts from: the same on all tensor-parallel ranks, each of which reads its own node's file.
+"""Loads the prior that a server drafts from, and checks that all tensor-parallel ranks have the same one.
 
-On the V2 model runner every rank drafts and verifies for itself: with different priors, ranks would accept different
-tokens. On V1 the scheduler takes the first rank's drafts; but whether a prior is used shouldn't depend on which node is
-first.
+Each rank reads the file of its own node. On the V2 model runner every rank drafts and verifies for itself, so ranks
+with different priors would accept different tokens. On V1 the scheduler takes the first rank's drafts, but it shouldn't
+depend on the order of the nodes whether a prior is used.
 """
 
 import hashlib
 import logging
 
 import numpy as np
-import torch.distributed
 from vllm.config import ModelConfig
 from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import GroupCoordinator
@@ -17,6 +16,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 from vllm_aasd.drafting import prior as prior_file
 from vllm_aasd.drafting.tensor_file import TensorFileError
 from vllm_aasd.engine.model_key import model_key
+from vllm_aasd.engine.ranks import gathered
 from vllm_aasd.kernels.draft import Prior
 
 logger = logging.getLogger("vllm.aasd")
@@ -70,8 +70,7 @@ def agreed_prior(prior: Prior | None, ranks: GroupCoordinator) -> Prior | None:
     """
     if ranks.world_size == 1:
         return prior
-    prints: list[str | None] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(prints, _fingerprint(prior), group=ranks.cpu_group)
+    prints = gathered(_fingerprint(prior), ranks)
     if len(set(prints)) == 1:
         return prior
     if ranks.rank_in_group == 0:

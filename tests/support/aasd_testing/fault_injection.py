@@ -7,7 +7,10 @@ from typing import Any
 FAULT_POINTS = {
     "V1": {
         "vllm_aasd.engine.v1.requests:settings_of": "requests",
+        "vllm_aasd.drafting.corpora:Corpora.namespaces": "draft",
         "vllm_aasd.drafting.drafter:Drafter.draft": "draft",
+        "vllm_aasd.drafting.suffix_index:SuffixIndex.extend": "draft",
+        "vllm_aasd.kernels.draft.cpu:draft": "draft",
         "vllm_aasd.drafting.drafter:Drafter.verified": "draft",
         "vllm_aasd.alignment:AlignmentStore.write": "store",
         "vllm_aasd.drafting.draft_length:lengths_and_gain": "step_time",
@@ -19,12 +22,20 @@ FAULT_POINTS = {
     },
     "V2": {
         "vllm_aasd.engine.v2.requests:settings_of": "requests",
+        "vllm_aasd.drafting.corpora:Corpora.namespaces": "requests",
         "vllm_aasd.alignment:AlignmentStore.write": "store",
+        "vllm_aasd.engine.v2.texts:V2Texts.step": "draft",
         "vllm_aasd.engine.v2.rejection_sampler:verify_seeded": "verify",
         "vllm_aasd.kernels.draft.triton:draft_batch": "draft",
     },
 }
 """By model runner: functions, as "module:function" or "module:Class.method", and the component that each belongs to."""
+
+GRAMMAR_FAULT_POINTS = {
+    "vllm_aasd.drafting.forced:GrammarSteering.draft": "grammar",
+    "vllm_aasd.drafting.forced:GrammarSteering.verified": "grammar",
+}
+"""The same of both model runners' scheduler, for requests with structured output."""
 
 
 class InjectedFault(RuntimeError):

@@ -4,8 +4,8 @@ import dataclasses
 import random
 from typing import Any
 
-from aasd_testing.fault_injection import FAULT_POINTS
-from aasd_testing.fuzz.profiles import ADAPTERS, Profile
+from aasd_testing.fault_injection import FAULT_POINTS, GRAMMAR_FAULT_POINTS
+from aasd_testing.fuzz.profiles import ADAPTERS, CORPORA, Profile
 from aasd_testing.fuzz.prompts import Prompts
 from aasd_testing.fuzz.request_types import OFF, OTHER, REFERENCED, STRICT, Maker, Request, possible
 from vllm_aasd.engine.failsafe import COMPONENTS
@@ -81,7 +81,7 @@ def _referenced(rng: random.Random, profile: Profile, prompts: Prompts, pool: li
         and rng.random() < 0.2
     ):
         sampling["prompt_logprobs"] = rng.randint(0, 2)
-    xargs = rng.choice((STRICT, STRICT, STRICT, OFF))
+    xargs = {**request.xargs, **rng.choice((STRICT, STRICT, STRICT, OFF))}
     return dataclasses.replace(
         request, sampling=sampling, xargs=xargs, stream=stream, disconnect_after=disconnect_after
     )
@@ -99,13 +99,15 @@ def _other(rng: random.Random, profile: Profile, prompts: Prompts, pool: list[Re
 
 
 def _event(rng: random.Random, profile: Profile) -> Event:
-    function = rng.choice(list(FAULT_POINTS[profile.runner]))
+    function = rng.choice([*FAULT_POINTS[profile.runner], *GRAMMAR_FAULT_POINTS])
     events = [
         Event("inject", {"function": function, "times": rng.choice((1, 1, 2, 12))}),
         Event("turn_off", {"component": rng.choice(COMPONENTS)}),
         Event("recover", {}),
         Event("recover", {}),
         Event("clear_memory", {}),
+        Event("add_corpus", {"name": rng.choice(list(CORPORA)), "path": rng.choice(list(CORPORA.values()))}),
+        Event("add_and_drop_corpus", {"seconds": rng.choice((0, 0.2))}),
         Event("reset_prefix_cache", {"running": rng.random() < 0.5}),
     ]
     if "sleep" in profile.features:

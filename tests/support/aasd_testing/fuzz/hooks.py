@@ -5,16 +5,19 @@
 """
 
 import collections
+import gc
 import os
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from aasd_testing.fault_injection import FAULT_POINTS, inject
+from aasd_testing.fault_injection import FAULT_POINTS, GRAMMAR_FAULT_POINTS, inject
 from aasd_testing.fuzz.prompts import CANARIES
 from aasd_testing.held import reachable
+from vllm_aasd.engine.grammar.drafts import GrammarDrafts
 
 # vLLM's over HTTP; children of n > 1 have a number before them.
 _REQUEST_ID = re.compile(r"(^|_)(cmpl|chatcmpl|beam)[-_]")
@@ -34,16 +37,20 @@ class FuzzHooks:
 
 
 class Hooks:
-    """The hooks of one worker, around the plugin's adapter."""
+    """The hooks of one worker, around the plugin's adapter, and of the scheduler in the same process."""
 
     def __init__(self, adapter: Any) -> None:
         self._adapter = adapter
+        self._points = FAULT_POINTS["V1" if hasattr(adapter, "_drafter") else "V2"] | GRAMMAR_FAULT_POINTS
+        settings = adapter._settings
+        self._grammars = [one for one in gc.get_objects() if type(one) is GrammarDrafts and one._settings is settings]
         self._off: set[str] = set()
         self._injected: collections.Counter[str] = collections.Counter()
         self._undo: dict[str, Callable[[], None]] = {}
         self._num_leaks = 0
         # There are many faults here, so it is the case that says what is off, and not their number.
-        adapter.faults.is_off = lambda component: component in self._off
+        for faults in (adapter.faults, *(one._faults for one in self._grammars)):
+            faults.is_off = lambda component: component in self._off
         # On V2, drafts stay on the device.
         if hasattr(adapter, "_drafter"):
             self._propose, adapter.propose = adapter.propose, self._checked_propose
@@ -56,7 +63,6 @@ class Hooks:
     def inject(self, function: str, times: str) -> None:
         """Have a function of `FAULT_POINTS` fail so many times, instead of what is left from before."""
         self._undo.pop(function, lambda: None)()
-        component = next(points[function] for points in FAULT_POINTS.values() if function in points)
         left = int(times)
 
         def fails() -> bool:
@@ -64,7 +70,11 @@ class Hooks:
             if left == 0:
                 return False
             left -= 1
-            self._injected[component] += 1
+            # The scheduler drafts with the same functions.
+            in_grammar = any(
+                frame.f_code.co_filename.endswith("grammar/drafts.py") for frame, _ in traceback.walk_stack(None)
+            )
+            self._injected["grammar" if in_grammar else self._points[function]] += 1
             return True
 
         self._undo[function] = inject(function, fails)
@@ -83,13 +93,17 @@ class Hooks:
         """Where request ids are held, the counts of faults, and the worker's memory; `problems` are findings."""
         held = collections.Counter(
             path
-            for path, text in reachable(self._adapter, type(self._adapter).__name__, _OF_LAST_STEP)
+            for owner in (self._adapter, *self._grammars)
+            for path, text in reachable(owner, type(owner).__name__, _OF_LAST_STEP)
             if _REQUEST_ID.search(text)
         )
         problems = [("leak", f"{self._num_leaks} drafts hold a token of another request's")] * bool(self._num_leaks)
         faults = {component: count for component, count in self._adapter.faults.counts.items() if count}
-        if faults != self._injected:
-            problems.append(("faults", f"counted {faults}, injected {dict(self._injected)}"))
+        # The worker is told with the next step that has a grammar.
+        counted = collections.Counter(faults)
+        counted["grammar"] += sum(one._faults.counts["grammar"] - one._num_faults_told for one in self._grammars)
+        if counted != self._injected:
+            problems.append(("faults", f"counted {dict(counted)}, injected {dict(self._injected)}"))
         with open("/proc/self/statm") as file:
             mib = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         return {"held": dict(held), "faults": faults, "problems": problems, "mib": round(mib)}

@@ -1,5 +1,6 @@
 """The servers that are fuzzed: small enough that prompts come in chunks and requests are preempted."""
 
+import pathlib
 from typing import Any, NamedTuple
 
 MAX_MODEL_LEN = 256
@@ -8,6 +9,12 @@ THINK_START, THINK_END = "<file_sep>", "<reponame>"
 """Single tokens that the demo model doesn't emit on its own."""
 
 ADAPTERS = ("adapter-1", "adapter-2")
+
+_ROOT = pathlib.Path(__file__).parents[4]
+CORPORA = {"readme": str(_ROOT / "README.md"), "guide": str(_ROOT / "docs" / "verification.md")}
+"""Paths by name; either text may stand under either name later."""
+FLEETING = "fleeting"
+"""A corpus that is there at times."""
 
 
 class Profile(NamedTuple):
@@ -28,7 +35,7 @@ class Profile(NamedTuple):
     features: frozenset[str]
 
 
-_LOOSEST = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_allow_request_override": "any"}
+_SETTINGS = {"aasd_alpha": 10.0, "aasd_beta": 0.0, "aasd_allow_request_override": "any", "aasd_corpora": CORPORA}
 _ENGINE = {
     "dtype": "float32",
     "max_model_len": MAX_MODEL_LEN,
@@ -44,8 +51,10 @@ PROFILES = {
         100,
         32,
         {**_ENGINE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
-        | {"enable_prompt_embeds": True, "per_request_spec_decode_metrics": "summary"},
-        {**_LOOSEST, "num_speculative_tokens": 16, "aasd_alignment": True},
+        | {"enable_prompt_embeds": True, "per_request_spec_decode_metrics": "summary"}
+        # In the other profiles, the scheduler and the worker are in one process, where the hooks reach both.
+        | {"distributed_executor_backend": "mp"},
+        {**_SETTINGS, "num_speculative_tokens": 16, "aasd_alignment": True},
         frozenset({"embeds", "top_k", "sleep", "prompt_logprobs", "many_allowed_ids"}),
     ),
     # Every request has an adapter: with requests that have none beside it, vLLM 0.32's CPU build applies it to them,
@@ -57,7 +66,7 @@ PROFILES = {
         # With adapters, vLLM wants room for all drafts of a full batch.
         {**_ENGINE, "max_num_seqs": 7, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
         | {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8},
-        {**_LOOSEST, "num_speculative_tokens": 8, "aasd_draft_length": 8},
+        {**_SETTINGS, "num_speculative_tokens": 8, "aasd_draft_length": 8},
         frozenset({"top_k", "sleep", "lora", "many_allowed_ids"}),
     ),
     # Interpreted kernels emit about 11 tokens a second, and have no top-k. vLLM 0.32's V2 model runner dies of
@@ -68,7 +77,7 @@ PROFILES = {
         8,
         {**_ENGINE, "max_num_seqs": 3, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 9}
         | {"enable_prompt_embeds": True},
-        {**_LOOSEST, "num_speculative_tokens": 4, "aasd_alignment": True},
+        {**_SETTINGS, "num_speculative_tokens": 4, "aasd_alignment": True},
         frozenset({"embeds", "prompt_logprobs"}),
     ),
 }

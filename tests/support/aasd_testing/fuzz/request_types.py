@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from aasd_testing.fuzz.profiles import MAX_MODEL_LEN, Profile
+from aasd_testing.fuzz.profiles import CORPORA, FLEETING, MAX_MODEL_LEN, Profile
 from aasd_testing.fuzz.prompts import Prompts
 
 STRICT = {"aasd_verification": "strict"}
@@ -51,6 +51,8 @@ _REFUSED_OPTIONS = (
     ({"aasd_" + "k" * LONG: "v" * 100}, "Unknown request option"),
     ({**STRICT, "aasd_alpha": 0.1}, "it takes effect only with"),
     ({"aasd_verification": [1]}, "is not allowed"),
+    ({"aasd_prediction": [-1]}, "is not allowed"),
+    ({"aasd_corpora": ["readme", "another"]}, "Known:"),
     ({"aasd_verification": "v" * LONG}, "is not allowed"),
 )
 
@@ -122,6 +124,18 @@ class Maker:
     def structured(self, least: int, **constraint: Any) -> Request:
         return self.greedy(max_tokens=max(least, self.profile.max_answer), structured_outputs=constraint)
 
+    def predicted(self) -> Request:
+        """With a prediction: the prompt, which the answer may repeat, or something else."""
+        request = self.long(self.prompts.periodic(self.rng, self.profile.max_prompt, 7))
+        text = self.prompts.user_message(self.rng, self.profile.max_prompt)
+        prediction = self.rng.choice((request.prompt, self.prompts.noise(self.rng, 9), text))
+        return dataclasses.replace(request, xargs={"aasd_prediction": prediction})
+
+    def with_corpora(self) -> Request:
+        """Of those that it names, one may not be there: then it is refused, see `checks`."""
+        names = self.rng.choice(("off", "readme", ["guide", "readme"], FLEETING, [*CORPORA, FLEETING]))
+        return dataclasses.replace(self.greedy(), xargs={"aasd_corpora": names})
+
     def sampled(self, **sampling: Any) -> Request:
         seeded = {"temperature": self.rng.choice((0.3, 1.0)), "seed": self.rng.randrange(99), **sampling}
         return dataclasses.replace(self.greedy(**seeded), xargs=self.rng.choice((*_RULES, STRICT)))
@@ -132,6 +146,11 @@ class Maker:
     def chat(self, **sampling: Any) -> Request:
         message = self.prompts.user_message(self.rng, self.profile.max_prompt)
         return dataclasses.replace(self.greedy([1], **sampling), prompt=[], message=message)
+
+    def predicted_chat(self) -> Request:
+        request = self.chat()
+        prediction = {"type": "content", "content": request.message}
+        return dataclasses.replace(request, body={"prediction": prediction}, xargs=self.rng.choice(_RULES))
 
     def tool(self, choice: Any, **sampling: Any) -> Request:
         request = self.chat(max_tokens=60, **sampling)
@@ -149,6 +168,8 @@ class Type(NamedTuple):
 REFERENCED = {
     "plain": Type(lambda m: m.greedy()),
     "copy": Type(lambda m: m.long(m.prompts.periodic(m.rng, m.profile.max_prompt, 7))),
+    "predicted": Type(lambda m: m.predicted(), 2),
+    "corpora": Type(lambda m: m.with_corpora(), 2),
     "canary": Type(lambda m: m.canary(), 2),
     "thinking": Type(lambda m: m.thinking(), 3),
     "embeds": Type(lambda m: dataclasses.replace(m.greedy(), embeds=True), 2, "embeds"),
@@ -194,6 +215,7 @@ OTHER = {
     "refused_min_p": Type(lambda m: m.with_options({}, "min_p", temperature=0.5, min_p=0.2), 0.5),
     "too_long": Type(lambda m: dataclasses.replace(m.text(MAX_MODEL_LEN + 9), refused_with="maximum"), 0.5),
     "chat": Type(lambda m: dataclasses.replace(m.chat(logprobs=2), xargs=m.rng.choice(_RULES))),
+    "predicted_chat": Type(lambda m: m.predicted_chat()),
     "tool_named": Type(lambda m: m.tool(_NAMED_TOOL)),
     "tool_required": Type(lambda m: m.tool("required")),
     "tool_auto": Type(lambda m: m.tool("auto")),

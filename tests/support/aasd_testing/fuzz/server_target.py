@@ -16,7 +16,7 @@ from aasd_testing.fuzz import client
 from aasd_testing.fuzz.cases import Case, Event
 from aasd_testing.fuzz.checks import Finding, Reference, check_log
 from aasd_testing.fuzz.client import Response
-from aasd_testing.fuzz.profiles import Profile
+from aasd_testing.fuzz.profiles import CORPORA, FLEETING, Profile
 from aasd_testing.fuzz.prompts import Prompts
 from aasd_testing.fuzz.request_types import Request
 from aasd_testing.server import Server
@@ -142,6 +142,12 @@ async def _trigger(connection: httpx.AsyncClient, event: Event) -> None:
             await rpc("fuzz", event.name, *map(str, arguments.values()))
         case "clear_memory":
             await rpc("aasd_clear_memory")
+        case "add_corpus":
+            await rpc("aasd_add_corpus", *arguments.values())
+        case "add_and_drop_corpus":
+            await rpc("aasd_add_corpus", FLEETING, CORPORA["guide"])
+            await asyncio.sleep(arguments["seconds"])
+            await rpc("aasd_drop_corpus", FLEETING)
         case "reload_weights":
             await rpc("reload_weights")
         case "reset_prefix_cache":
@@ -191,6 +197,8 @@ def _environment(is_v2: bool) -> dict[str, str]:
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        # Else vLLM's CPU platform makes every worker a process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOG_STATS_INTERVAL": "2",
         # vLLM binds threads to cores, which would undo a taskset.

@@ -119,7 +119,8 @@ def soak(fuzzer: Fuzzer, arguments: argparse.Namespace, profile: str) -> bool:
         end = time.monotonic() + 60 * arguments.minutes
         while time.monotonic() < end:
             found = failures(fuzzer.run(server, fuzzer.case(number, arguments.size)))
-            say(f"{profile} round {number}: {fuzzer.counts['requests']} requests, {fuzzer.counts['compared']} compared")
+            said = f"{fuzzer.counts['requests']} requests, {fuzzer.counts['compared']} compared"
+            say(f"{profile} round {number}: {said}, {fuzzer.state.get('mib')} MiB")
             for finding in found[:10]:
                 say(f"FOUND {finding.what}: {finding.detail}")
             if found:
