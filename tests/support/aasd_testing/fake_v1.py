@@ -75,6 +75,7 @@ class FakeRunner:
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
                 aasd_corpora_file="",
+                aasd_draft_model=None,
                 aasd=with_constants(settings, {"prior": "off", "alignment": True}),
                 num_speculative_tokens=WIDTH,
             ),
