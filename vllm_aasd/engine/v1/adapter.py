@@ -64,7 +64,6 @@ class V1Adapter:
     ) -> None:
         speculative_config, scheduler_config = vllm_config.speculative_config, vllm_config.scheduler_config
         max_num_seqs = scheduler_config.max_num_seqs
-        self._max_num_seqs = max_num_seqs
         self._settings = settings = speculative_config.aasd
         self._model_config = vllm_config.model_config
         self._runner = runner
@@ -90,7 +89,8 @@ class V1Adapter:
         counting = V1Counting(self.counters, self.faults, max_num_seqs, self._max_draft_tokens)
         self._model_drafts: ModelDrafts | None = None
         if draft_model is not None:
-            self._model_drafts = ModelDrafts(draft_model, self._lengths.by_load.step_time, self.faults, self._drafter)
+            step_time = self._lengths.by_load.step_time
+            self._model_drafts = ModelDrafts(draft_model, step_time, self.faults, self._drafter, max_num_seqs)
         counting.drafter = self._model_drafts or self._drafter
         self._verifier = V1Verifier(
             self._requests, max_num_seqs, vllm_config.device_config.device, self.faults, counting
@@ -101,7 +101,6 @@ class V1Adapter:
         self._num_decode_tokens: int | None = None
         self._num_drafted: dict[str, int] = {}
         self._drafts: dict[str, list[int]] = {}
-        self._text_drafts: dict[str, list[int]] = {}
         self._has_grammars = False
         self._num_clears = 0
         self._warm_up(counting)
@@ -150,7 +149,7 @@ class V1Adapter:
             time.perf_counter() - began,
         )
         if self._model_drafts is not None:
-            self._model_drafts.profile(self._max_num_seqs)
+            self._model_drafts.profile()
 
     def take_logits(self) -> tuple[list[str], torch.Tensor]:
         """See `Adapter.take_logits`."""
@@ -175,7 +174,6 @@ class V1Adapter:
             self._drafter.forget(scheduled.finished_req_ids)
             for req_id in scheduled.finished_req_ids:
                 self._drafts.pop(req_id, None)
-                self._text_drafts.pop(req_id, None)
             self._lengths.learn(scheduled.scheduled_new_reqs)
 
     @contextlib.contextmanager
@@ -277,7 +275,6 @@ class V1Adapter:
             self._requests.stop_text(req_id)
             self._drafter.abandon(req_id)
         if self._model_drafts is not None:
-            self._text_drafts = dict(zip(req_ids, drafts, strict=True))
             drafts = self._model_drafts.improve(drafts, survival, asked, self._runner.requests)
         is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids]
         drafts = self._lengths.cut(drafts, survival, is_seeded)
@@ -293,10 +290,11 @@ class V1Adapter:
 
     def _learn_text(self, req_id: str, sampled: list[int]) -> None:
         """Tell the drafter what became of its draft, or what the answer says about it if another was verified."""
-        num_drafted, num_accepted = self._num_drafted.get(req_id, 0), len(sampled) - 1
-        if self._model_drafts is not None and self._model_drafts.has_drafted(req_id):
-            num_drafted, num_accepted = agreement(self._text_drafts.get(req_id, []), sampled)
-        self._drafter.verified(req_id, num_drafted, num_accepted)
+        unused = None if self._model_drafts is None else self._model_drafts.replaced(req_id)
+        if unused is None:
+            self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
+        else:
+            self._drafter.verified(req_id, *agreement(unused, sampled))
 
     def _context(self, row: int, token_ids: np.ndarray) -> tuple[np.ndarray, AlignmentView]:
         """What a request drafts from: the tokens of its context, and the predictions stored at them."""

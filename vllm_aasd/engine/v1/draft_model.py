@@ -19,7 +19,9 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.drafting.computed_tokens import ComputedTokens
+from vllm_aasd.engine import startup
 from vllm_aasd.engine.kv_blocks import new_blocks
+from vllm_aasd.engine.unsupported import refuse
 
 
 class Span(NamedTuple):
@@ -66,11 +68,18 @@ class DraftModel:
         self._proposer.load_model(target)
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:
-        """Use the part of the KV cache that the runner has allocated for it."""
+        """Use the part of the KV cache that the runner has allocated for it.
+
+        Raises:
+            ValueError: its layers don't keep every token of a request, so it can't go on from what it has read.
+        """
         self._proposer.initialize_attn_backend(kv_cache_config, runner._kernel_block_sizes)
         self._proposer.initialize_cudagraph_keys(runner.compilation_config.cudagraph_mode)
         self._runner = runner
         group = kv_cache_config.kv_cache_groups[self._proposer.kv_cache_gid]
+        if not startup.keeps_every_token(group.kv_cache_spec):
+            name = self._proposer.speculative_config.model
+            refuse("model", name, "it has layers without full attention; allowed is a model with full attention only")
         self._computed = ComputedTokens(kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
 
     def dummy_run(self, num_tokens: int) -> torch.Tensor:

@@ -70,34 +70,35 @@ class ModelDrafts:
         step_time: what is known of the time of the target's steps.
         faults: of the worker.
         text: the drafter that drafts for the others.
+        max_num_reqs: the most requests of a batch.
 
     Attributes:
         seconds: that the draft model took in this step.
     """
 
-    def __init__(self, model: DraftModel, step_time: StepTimeModel, faults: Faults, text: Drafter) -> None:
+    def __init__(
+        self, model: DraftModel, step_time: StepTimeModel, faults: Faults, text: Drafter, max_num_reqs: int
+    ) -> None:
         self._model = model
         self._text = text
+        self._max_num_reqs = max_num_reqs
         self._max_pass_tokens = min(MAX_PASS_TOKENS, model.max_pass_tokens)
         self._router = DraftModelRouter(step_time)
         self._known = ModelSurvival()
         self._faults = faults
         self._drafts: dict[str, _Draft] = {}
-        self._used: dict[str, np.ndarray] = {}
+        # By request, the survival of its draft, and the draft from text that it replaced.
+        self._used: dict[str, tuple[np.ndarray, list[int]]] = {}
         self.seconds = 0.0
 
-    def profile(self, max_tokens: int) -> None:
-        """Compile the draft model, and time its passes.
-
-        Args:
-            max_tokens: the most requests of a batch.
-        """
+    def profile(self) -> None:
+        """Compile the draft model, and time its passes."""
         longest = self._max_pass_tokens
         self._model.compute_logits(self._model.dummy_run(longest)[:1])
         samples = startup.profile_steps(
             self._model.dummy_run,
             self._model.compute_logits,
-            min(max_tokens, longest),
+            min(self._max_num_reqs, longest),
             lambda is_in_time: is_in_time,
         )
         began = time.perf_counter()
@@ -122,12 +123,13 @@ class ModelDrafts:
 
     def predicted_survival(self, request_id: str) -> np.ndarray:
         """The survival that was predicted for a request's last draft, whoever made it; see `Drafter`."""
-        draft = self._used.get(request_id)
-        return self._text.predicted_survival(request_id) if draft is None else draft
+        used = self._used.get(request_id)
+        return self._text.predicted_survival(request_id) if used is None else used[0]
 
-    def has_drafted(self, request_id: str) -> bool:
-        """Whether the request's last draft is the draft model's."""
-        return request_id in self._used
+    def replaced(self, request_id: str) -> list[int] | None:
+        """The last draft from text that gave way to the draft model's; None if it didn't."""
+        used = self._used.get(request_id)
+        return None if used is None else used[1]
 
     def improve(
         self, drafts: list[list[int]], survival: np.ndarray, asked: Mapping[int, Asked], requests: Mapping[str, Any]
@@ -168,7 +170,7 @@ class ModelDrafts:
                 chosen[row] = draft.token_ids
                 survival[row] = 0
                 survival[row, : len(draft.survival)] = draft.survival
-                self._used[request_id] = draft.survival
+                self._used[request_id] = draft.survival, drafts[row]
         self.seconds += time.perf_counter() - began
         return chosen
 
