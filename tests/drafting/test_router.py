@@ -117,7 +117,7 @@ def test_a_request_that_goes_badly_is_expected_to_go_on_so_and_recovers():
     bad = known.expected("bad")
     assert bad < 0.1 < known.expected("other") < start
     assert known.survival("bad", [0.9])[0] < known.survival("other", [0.9])[0]
-    for _ in range(5000):
+    for _ in range(30000):
         known.observe("bad", [], 0)
     assert known.expected("bad") == pytest.approx(start, abs=0.05)
     known.forget(["bad", "unknown"])

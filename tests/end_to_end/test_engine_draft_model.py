@@ -8,8 +8,8 @@ from aasd_testing.tiny_models import without_layers
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("V1 engines")]
 
-PROMPTS = real_prompts(12, max_chars=700)
-MAX_TOKENS = 24
+PROMPTS = real_prompts(10, max_chars=700)
+MAX_TOKENS = 16
 STRICT = {"aasd_verification": "strict", "aasd_allow_request_override": "any"}
 # Too few blocks for the batch, and prompts in chunks.
 CROWDED = {
@@ -35,7 +35,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(plain, demo_model):
         assert found.token_ids == plain
         assert found.metrics["vllm:num_preemptions"] > 0
         assert any(output["num_cached_tokens"] for output in found.outputs)
-        assert found.drafted > 100
+        assert found.drafted > 60
         assert found.accepted == found.drafted, "its KV cache is the target's"
         sampled = [
             {"prompt": prompt, "sampling": {"temperature": 0.8, "max_tokens": 8, "seed": seed}}

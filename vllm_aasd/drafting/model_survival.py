@@ -11,10 +11,12 @@ _EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 # The draft model's own probability counts as many tokens in its bin. Older tokens are forgotten.
 _PRIOR_TOKENS = 8.0
 _MOST_TOKENS = 2000.0
-_FIRST_RATE = 0.6
+# Optimistic, since a draft model that isn't asked can't show that it is better; a few drafts correct it.
+_FIRST_RATE = 0.8
+_FIRST_TOKENS = 10
 _RATE_OF_ALL, _RATE_OF_ONE = 0.02, 0.1
 # Per step in which a request's model isn't asked, towards what is known of all; and of all, towards `_FIRST_RATE`.
-_FORGETTING_OF_ONE, _FORGETTING_OF_ALL = 0.01, 0.001
+_FORGETTING_OF_ONE, _FORGETTING_OF_ALL = 0.01, 0.0003
 
 
 class _Request:
@@ -37,6 +39,7 @@ class ModelSurvival:
         self._tries = [_PRIOR_TOKENS] * len(centers)
         self._hits = [_PRIOR_TOKENS * center for center in centers]
         self._rate = _FIRST_RATE
+        self._num_tokens = 0
         self._requests: dict[str, _Request] = {}
 
     def expected(self, request_id: str) -> float:
@@ -79,7 +82,8 @@ class ModelSurvival:
             self._tries[at] += 1
             self._hits[at] += is_hit
             request.rate += _RATE_OF_ONE * (is_hit - request.rate)
-            self._rate += _RATE_OF_ALL * (is_hit - self._rate)
+            self._num_tokens += 1
+            self._rate += max(_RATE_OF_ALL, 1 / (_FIRST_TOKENS + self._num_tokens)) * (is_hit - self._rate)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop what is known of requests that have ended; unknown ones are ignored."""
