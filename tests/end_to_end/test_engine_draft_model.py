@@ -35,7 +35,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(plain, demo_model):
         assert found.token_ids == plain
         assert found.metrics["vllm:num_preemptions"] > 0
         assert any(output["num_cached_tokens"] for output in found.outputs)
-        assert found.drafted > 60
+        assert found.drafted > 20
         assert found.accepted == found.drafted, "its KV cache is the target's"
         sampled = [
             {"prompt": prompt, "sampling": {"temperature": 0.8, "max_tokens": 8, "seed": seed}}
