@@ -79,6 +79,13 @@ class Settings:
         choices=("adaptive",),
         within=(1, 128),
     )
+    drafter: str = setting(
+        "both",
+        "What drafts where the server has a draft model: in each step `both` takes what is expected to emit more "
+        "tokens per time, `text` never asks the draft model, and `model` asks nothing else.",
+        choices=("both", "text", "model"),
+        looser="none",
+    )
     prior: int | str = setting(
         60,
         "Draft from the model's prior too, what it says after each token of its vocabulary. The number is how many "

@@ -235,7 +235,25 @@ def test_vllms_own_methods_are_untouched(create):
             "can't work with prompt_lookup_max=3: it belongs to another speculative method or to a draft model",
         ),
         ({"revision": 1000 * "x"}, {}, f"revision='{76 * 'x'}...: it belongs to another"),
-        ({"model": "some/drafter"}, {}, "can't work with model='some/drafter'"),
+        (
+            {"model": "some/drafter"},
+            {"tensor_parallel_size": 2},
+            "can't work with tensor_parallel_size=2: with a draft model",
+        ),
+        (
+            {"model": "some/drafter"},
+            {"data_parallel_size": 2},
+            "can't work with data_parallel_size=2: with a draft model",
+        ),
+        ({"model": "some/drafter"}, {"enable_lora": True}, "can't work with enable_lora=True: with a draft model"),
+        (
+            {"model": "some/drafter", "draft_tensor_parallel_size": 1},
+            {},
+            "can't work with draft_tensor_parallel_size=1",
+        ),
+        ({}, {"spec_model": "some/drafter"}, "can't work with spec_model='some/drafter'"),
+        ({"aasd_drafter": "model"}, {}, "can't work with aasd_drafter='model': there is no draft model"),
+        ({"aasd_drafter": "eagle"}, {}, "aasd_drafter='eagle' is not allowed: it takes 'both' or 'text' or 'model'."),
         ({"rejection_sample_method": "synthetic"}, {}, "can't work with rejection_sample_method='synthetic'"),
         ({"draft_sample_method": "probabilistic"}, {}, "can't work with draft_sample_method='probabilistic'"),
         ({"enable_adaptive_verification": True}, {}, "can't work with enable_adaptive_verification=True"),
@@ -259,6 +277,29 @@ def test_what_cannot_work_is_refused_at_start_up(create, keys, options, message)
     with pytest.raises(ValueError) as refusal:
         create({"method": "aasd", **keys}, **options)
     assert message in str(refusal.value)
+
+
+def test_a_draft_model_has_a_config_of_its_own(create, demo_model):
+    config = create({"method": "aasd", "model": demo_model, "max_model_len": 512, "num_speculative_tokens": 5})
+    found = config.speculative_config
+    assert found.method == configuration.V1_BASE_METHOD and found.num_speculative_tokens == 5
+    assert found.draft_model_config is found.target_model_config and config.num_lookahead_tokens == 0
+    draft = pickle.loads(pickle.dumps(found)).aasd_draft_model
+    assert draft.method == "draft_model" and draft.model == demo_model and draft.num_speculative_tokens == 1
+    assert draft.draft_model_config.max_model_len == 512
+    assert f"model={demo_model!r}" in repr(found)
+    assert create({"method": "aasd", "model": None}).speculative_config.aasd_draft_model is None
+
+
+def test_drafters_that_are_no_models_are_refused_by_the_method_that_vllm_has_for_them():
+    config = types.SimpleNamespace(method="eagle", model="some/eagle-head")
+    with pytest.raises(ValueError, match=r"can't work with model='some/eagle-head': for vLLM .* method 'eagle'"):
+        unsupported.check_draft_model(config)
+
+
+def test_a_target_that_sees_images_has_no_draft_model():
+    with pytest.raises(ValueError, match="the target takes more than text"):
+        unsupported.check_target_of_draft_model(types.SimpleNamespace(is_multimodal_model=True))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +340,7 @@ def test_without_triton_or_with_microbatches_it_is_v1(monkeypatch):
     [
         ({}, {"pipeline_parallel_size": 2}, "can't work with pipeline_parallel_size=2: with synchronous scheduling"),
         ({}, {"enable_lora": True}, "can't work with enable_lora=True: vLLM 0.32's V2"),
+        ({"model": "some/model"}, {}, "can't work with model='some/model': a draft model is run on vLLM's V1"),
         (
             {},
             {"enable_lora": True, "lora_target_modules": ["q_proj", "model.lm_head"]},

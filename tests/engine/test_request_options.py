@@ -138,3 +138,11 @@ def test_a_corpus_that_is_not_there_is_the_clients_error(verify, tmp_path):
     corpus_names.write_names(config.aasd_corpora_file, [f"name{number}" for number in range(1000)])
     with pytest.raises(ValueError, match=r"'name19', \.\.\.\. "):
         ask("docs")
+
+
+def test_a_draft_model_that_is_not_there_is_the_clients_error(verify):
+    with pytest.raises(ValueError, match="The request's aasd_drafter is not allowed: the server has no draft model"):
+        verify(Settings(), extra_args={"aasd_drafter": "model"})
+    verify(Settings(), extra_args={"aasd_drafter": "text"})
+    config = types.SimpleNamespace(aasd=Settings(), aasd_draft_model=object())
+    SamplingParams(extra_args={"aasd_drafter": "model"}).verify(None, config, None, None)

@@ -136,6 +136,10 @@ class StepTimeModel:
         """
         return self._relative
 
+    def seconds(self) -> float | None:
+        """How long a step of one token takes now; None if none was observed."""
+        return None if self._level is None else math.exp(self._level + self._shape[0])
+
     def _refresh(self) -> None:
         self._unread = 0
         self._relative = np.exp(np.interp(self._tokens, self._knots, self._shape - self._shape[0]))

@@ -2,7 +2,8 @@
 
 vLLM accepts a fixed list of methods, so ``aasd`` is built on a *base method* of vLLM's that loads no draft model. On
 the V2 model runner, which GPUs run by default, that is ``ngram_gpu``: it keeps asynchronous scheduling and has every
-request's tokens in device memory. On the V1 model runner it is ``custom_class``, which creates our proposer.
+request's tokens in device memory. On the V1 model runner it is ``custom_class``, which creates our proposer. A draft
+model has a config of its own, that of vLLM's method ``draft_model``, and is loaded by our proposer.
 """
 
 import dataclasses
@@ -72,6 +73,9 @@ class AASDSpeculativeConfig(SpeculativeConfig):
     aasd_corpora_file: str = ""
     """Where workers write the names of the corpora, see `vllm_aasd.engine.corpora`."""
 
+    aasd_draft_model: SpeculativeConfig | None = None
+    """vLLM's config of the draft model, for one token at a time; None if there is none."""
+
     aasd_learns_widths: bool = False
     """Whether `num_speculative_tokens_per_batch_size` is ours, and the scheduler only starts with it."""
 
@@ -82,7 +86,9 @@ class AASDSpeculativeConfig(SpeculativeConfig):
         if self.aasd_learns_widths:
             by_requests += " at first, then as learned"
         length = f"num_spec_tokens={self.num_speculative_tokens}{by_requests}"
-        return f"SpeculativeConfig(method='{METHOD}', {length}, {settings})"
+        draft_model = self.aasd_draft_model and self.aasd_draft_model.model
+        model = f"model={draft_model!r}, " if draft_model else ""
+        return f"SpeculativeConfig(method='{METHOD}', {model}{length}, {settings})"
 
 
 def install() -> list[patching.Replacement]:
@@ -128,6 +134,12 @@ def _create(
         unsupported.refuse("model_runner", runner, refusal)
     unsupported.check(runner, args, vllm_keys, settings)
     unsupported.check_model(target_model_config)
+    has_draft_model = vllm_keys.get("model") is not None
+    if has_draft_model:
+        unsupported.check_target_of_draft_model(target_model_config)
+    elif settings.drafter == "model":
+        unsupported.refuse(PREFIX + "drafter", "model", 'there is no draft model; add "model" to the config')
+    draft_keys = {key: vllm_keys.pop(key) for key in unsupported.DRAFT_MODEL_KEYS if key in vllm_keys}
 
     longest = _longest(args, settings, runner, vllm_keys)
     schedule = _schedule(args, settings, runner, longest)
@@ -139,16 +151,23 @@ def _create(
         )
     carried = schedule | vllm_keys | {"method": method, _LONGEST: longest}
     carried["model"] = PROPOSER if method == V1_BASE_METHOD else None
+    drafted = draft_keys | {"method": unsupported.DRAFT_MODEL_METHOD, _LONGEST: 1} if has_draft_model else None
     given = keys, args.spec_method, args.spec_tokens
-    args.speculative_config, args.spec_method, args.spec_tokens = carried, None, None
+    args.spec_method = args.spec_tokens = None
+    configs: list[SpeculativeConfig | None] = []
     try:
-        stock_config = stock(args, target_model_config, target_parallel_config)
+        for config in (carried, drafted):
+            args.speculative_config = config
+            configs.append(stock(args, target_model_config, target_parallel_config))
     finally:
         # vLLM may build its configuration from the same arguments twice.
         args.speculative_config, args.spec_method, args.spec_tokens = given
+    stock_config, draft_config = configs
+    unsupported.check_draft_model(draft_config)
     # As unpickling does: vLLM has validated these values, and would refuse some of its own on a second run.
     ours = object.__new__(AASDSpeculativeConfig)
     ours.__dict__.update(stock_config.__dict__)
+    ours.aasd_draft_model = draft_config
     ours.aasd = dataclasses.replace(settings, fly_window=min(settings.fly_window, max(1, longest - 1)))
     ours.aasd_metrics_folder = "" if args.disable_log_stats else metrics.serving_folder()
     ours.aasd_corpora_file = corpus_names.names_file(settings)

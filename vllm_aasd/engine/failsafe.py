@@ -7,7 +7,8 @@ logged with its traceback; the code after a block continues without the componen
 | component | after a failure | when off |
 | --- | --- | --- |
 | ``requests`` | the request is verified strictly, without drafts | every new request is |
-| ``draft`` | V1: the request has no more drafts; V2: the batch has none in this step | no drafts |
+| ``draft`` | V1: the request has no more drafts from text; V2: the batch has none in this step | no drafts |
+| ``draft_model`` | the batch has drafts from text in this step | text alone drafts |
 | ``grammar`` | the request's drafts are the worker's, which its grammar cuts | all requests' are |
 | ``store`` | the step's predictions aren't stored, or all are forgotten if their owners are unknown | none are stored |
 | ``step_time`` | V1: this step's draft lengths follow a fixed threshold; V2: the number of requests | every step's do |
@@ -33,7 +34,7 @@ from types import TracebackType
 
 logger = logging.getLogger("vllm.aasd")
 
-COMPONENTS = ("requests", "draft", "grammar", "store", "step_time", "verify", "metrics")
+COMPONENTS = ("requests", "draft", "draft_model", "grammar", "store", "step_time", "verify", "metrics")
 
 MAX_FAULTS = 8
 """Failures of a component after which it is off."""

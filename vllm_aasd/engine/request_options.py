@@ -61,6 +61,11 @@ def _patch_verify(stock: Callable) -> Callable:
             asked = with_overrides(server, self.extra_args or {})
             if asked.default_corpora is not server.default_corpora:
                 check_names(speculative_config, asked.asked_corpora)
+            if asked.drafter == "model" and getattr(speculative_config, "aasd_draft_model", None) is None:
+                raise ValueError(
+                    f"The request's {PREFIX}drafter is not allowed: the server has no draft model, so it takes "
+                    "'both' or 'text'."
+                )
         except ValueError as error:
             # mypy doesn't see vLLM's class, which has this parameter.
             raise RequestOptionsError(str(error), parameter="extra_args") from None  # type: ignore[call-arg]

@@ -15,6 +15,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_aasd.drafting.router import LONGEST_DRAFT
 from vllm_aasd.engine.draft_length_schedule import DraftLengthSchedule
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.namespaces import Namespaces
@@ -44,6 +45,9 @@ class _AASDScheduling(_Base):
         self._namespaces = Namespaces()
         self._draft_lengths: DraftLengthSchedule | None = None
         self._grammars = _grammar_drafts(vllm_config, self.structured_output_manager)
+        if getattr(vllm_config.speculative_config, "aasd_draft_model", None) is not None:
+            # It reads its own draft tokens, which the target hasn't been scheduled for.
+            self.num_lookahead_tokens = LONGEST_DRAFT
         # vLLM has dropped the schedule where it can't follow one.
         if getattr(vllm_config.speculative_config, "aasd_learns_widths", False) and self.dynamic_sd_lookup is not None:
             self._draft_lengths = DraftLengthSchedule(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
 
 from vllm_aasd.alignment import entry_bytes
 from vllm_aasd.config import Settings
@@ -39,9 +39,16 @@ def may_align_prompts(is_wanted: bool, has_lora: bool) -> bool:
 def full_attention_group(kv_cache_config: KVCacheConfig) -> int | None:
     """The index of the KV cache group whose blocks keep every token of a request; None if there is none."""
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
-        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+        if keeps_every_token(group.kv_cache_spec):
             return index
     return None
+
+
+def keeps_every_token(spec: KVCacheSpec) -> bool:
+    """Whether the blocks of a KV cache group keep every token of a request."""
+    # Layers of several shapes, such as those of a target and its draft model, may share a group.
+    specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    return all(isinstance(one, FullAttentionSpec) for one in specs)
 
 
 def kv_cache_share(specs: Mapping[str, KVCacheSpec], top_k: int) -> float:

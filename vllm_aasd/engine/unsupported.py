@@ -15,6 +15,13 @@ GPU_WORKER = "vllm_aasd.engine.gpu_worker.AASDGPUWorker"
 SCHEDULER = "vllm_aasd.engine.scheduler.AASDScheduler"
 
 
+DRAFT_MODEL_METHOD = "draft_model"
+"""vLLM's method that runs a draft model."""
+
+DRAFT_MODEL_KEYS = ("model", "revision", "code_revision", "quantization", "max_model_len")
+"""vLLM's keys of the speculative config that say which draft model, and how it is loaded."""
+
+
 class Refusal(NamedTuple):
     """A setting, and the only values that aasd works with.
 
@@ -44,6 +51,10 @@ def _adapts_lm_head(args: EngineArgs) -> bool:
     return args.lora_target_modules is None or any("lm_head" in name for name in args.lora_target_modules)
 
 
+def _has_draft_model(args: EngineArgs) -> bool:
+    return (args.speculative_config or {}).get("model") is not None
+
+
 _BOTH = (
     Refusal("worker_cls", ("auto", CPU_WORKER, GPU_WORKER), "it has its own worker; allowed is 'auto'"),
     Refusal(
@@ -64,8 +75,7 @@ _BOTH = (
         "it is for draft models, and aasd adapts the draft length itself; allowed is false",
         in_json=True,
     ),
-    Refusal("model", (None,), "it needs no draft model; leave it out", in_json=True),
-    Refusal("spec_model", (None,), "it needs no draft model; leave it out"),
+    Refusal("spec_model", (None,), 'it takes a draft model as "model" of --speculative-config; leave it out'),
     Refusal("kv_sharing_fast_prefill", (False,), "prompt hidden states are wrong in that mode; allowed is false"),
     Refusal("decode_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
     Refusal("prefill_context_parallel_size", (1,), "the KV slots of a request must lie on one rank; allowed is 1"),
@@ -89,9 +99,24 @@ BY_RUNNER = {
             "drafts adapt to the load on vLLM's V1 model runner; leave it out",
             in_json=True,
         ),
+        *(
+            Refusal(name, allowed, f"with a draft model, {reason}", holds=_has_draft_model)
+            for name, allowed, reason in (
+                ("tensor_parallel_size", (1,), "ranks would have to run it in the same steps; allowed is 1"),
+                ("data_parallel_size", (1,), "ranks would have to run it in the same steps; allowed is 1"),
+                ("enable_lora", (False, None), "no adapter applies to it; allowed is false"),
+                ("kv_transfer_config", (None,), "its part of the KV cache isn't transferred; leave it out"),
+            )
+        ),
     ),
     "V2": (
         *_BOTH,
+        Refusal(
+            "model",
+            (None,),
+            "a draft model is run on vLLM's V1 model runner only, which serves CPUs; leave it out",
+            in_json=True,
+        ),
         Refusal(
             "enable_lora",
             # `vllm serve` has None where its option isn't given.
@@ -111,7 +136,7 @@ BY_RUNNER = {
 }
 
 
-_VLLM_KEYS = {"method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"} | {
+_VLLM_KEYS = {"method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"} | {
     refusal.name for refusal in _BOTH if refusal.in_json
 }
 """vLLM's own keys of the speculative config that say something about aasd, or have a reason of their own above."""
@@ -145,6 +170,8 @@ def check(runner: str, args: EngineArgs, vllm_keys: dict[str, Any], settings: Se
             refuse(refusal.name, value, refusal.reason)
     # vLLM itself refuses keys that it doesn't know.
     foreign = {field.name for field in dataclasses.fields(SpeculativeConfig)} - _VLLM_KEYS
+    if vllm_keys.get("model") is not None:
+        foreign -= set(DRAFT_MODEL_KEYS)
     for key, value in vllm_keys.items():
         if key in foreign:
             refuse(key, value, "it belongs to another speculative method or to a draft model; leave it out")
@@ -169,3 +196,34 @@ def check_model(model: ModelConfig) -> None:
         refuse("is_encoder_decoder", True, "it is for decoder-only models; leave out --speculative-config")
     if model.is_diffusion:
         refuse("is_diffusion", True, "its tokens don't come one after the other; leave out --speculative-config")
+
+
+def check_target_of_draft_model(model: ModelConfig) -> None:
+    """Refuse a target that a draft model can't read all the input of.
+
+    Args:
+        model: the target model's finished configuration.
+
+    Raises:
+        ValueError: naming the draft model's key.
+    """
+    if model.is_multimodal_model:
+        refuse("model", "a draft model", "the target takes more than text; leave it out")
+
+
+def check_draft_model(config: SpeculativeConfig | None) -> None:
+    """Refuse a drafter that isn't a model of its own.
+
+    Args:
+        config: what vLLM has made of the draft model's keys; None if there are none.
+
+    Raises:
+        ValueError: naming the draft model, and vLLM's method for it.
+    """
+    if config is not None and config.method != DRAFT_MODEL_METHOD:
+        refuse(
+            "model",
+            config.model,
+            f"for vLLM it is a drafter of method '{config.method}'; allowed is a model of its own, which vLLM runs "
+            f"by method '{DRAFT_MODEL_METHOD}'",
+        )

@@ -36,6 +36,7 @@ class FakeRunner:
         prompts: what is in the batch at first, by request id.
         num_ranks: what the proposer is told of others.
         max_num_reqs: the most requests of a batch; those of `prompts` by default.
+        draft_model: a `StandInDraftModel`; None for none.
         **settings: the server's.
 
     Attributes:
@@ -44,7 +45,12 @@ class FakeRunner:
     """
 
     def __init__(
-        self, prompts: dict[str, list[int]], num_ranks: int = 1, max_num_reqs: int | None = None, **settings: Any
+        self,
+        prompts: dict[str, list[int]],
+        num_ranks: int = 1,
+        max_num_reqs: int | None = None,
+        draft_model: Any = None,
+        **settings: Any,
     ) -> None:
         max_num_reqs = max_num_reqs or len(prompts)
         self.device = torch.device("cpu")
@@ -75,6 +81,7 @@ class FakeRunner:
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(
                 aasd_corpora_file="",
+                aasd_draft_model=None,
                 aasd=with_constants(settings, {"prior": "off", "alignment": True}),
                 num_speculative_tokens=WIDTH,
             ),
@@ -87,6 +94,7 @@ class FakeRunner:
             parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         )
         proposer = AASDProposer(config)
+        proposer._draft_model = draft_model
         proposer.load_model(SimpleNamespace(compute_logits=self.compute_logits))
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])

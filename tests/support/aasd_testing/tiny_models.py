@@ -97,3 +97,14 @@ def lora_adapter(out: pathlib.Path, model: str, rank: int = 8, seed: int = 5) ->
     adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
     (out / "adapter_config.json").write_text(json.dumps(adapter))
     return str(out)
+
+
+def without_layers(out: pathlib.Path, model: str, dropped: set[int]) -> str:
+    """Make a draft model of a model by leaving out some of its layers: it often, but not always, agrees with it."""
+    import transformers
+
+    made = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    kept = [layer for at, layer in enumerate(made.model.layers) if at not in dropped]
+    made.model.layers, made.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+    made.save_pretrained(out)
+    return str(out)

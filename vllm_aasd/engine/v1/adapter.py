@@ -33,6 +33,8 @@ from vllm_aasd.engine.request_options import longest_draft
 from vllm_aasd.engine.v1.alignment import V1Alignment
 from vllm_aasd.engine.v1.counting import V1Counting
 from vllm_aasd.engine.v1.draft_lengths import V1DraftLengths
+from vllm_aasd.engine.v1.draft_model import DraftModel
+from vllm_aasd.engine.v1.model_drafts import Asked, ModelDrafts, agreement
 from vllm_aasd.engine.v1.rejection_sampler import V1Verifier
 from vllm_aasd.engine.v1.requests import V1Requests
 from vllm_aasd.engine.v1.vllm_workarounds import without_discarded_generators
@@ -49,6 +51,7 @@ class V1Adapter:
         runner: the worker's.
         model: the target.
         kv_cache_config: of the KV cache that the runner has allocated; the alignment store has the same slots.
+        draft_model: that drafts beside text; None if there is none.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class V1Adapter:
         runner: GPUModelRunner,
         model: torch.nn.Module,
         kv_cache_config: KVCacheConfig,
+        draft_model: DraftModel | None = None,
     ) -> None:
         speculative_config, scheduler_config = vllm_config.speculative_config, vllm_config.scheduler_config
         max_num_seqs = scheduler_config.max_num_seqs
@@ -83,7 +87,11 @@ class V1Adapter:
             texts=KnownTexts(startup.memory_bytes(settings), self._max_draft_tokens, self.corpora),
         )
         counting = V1Counting(self.counters, self.faults, max_num_seqs, self._max_draft_tokens)
-        counting.drafter = self._drafter
+        self._model_drafts: ModelDrafts | None = None
+        if draft_model is not None:
+            step_time = self._lengths.by_load.step_time
+            self._model_drafts = ModelDrafts(draft_model, step_time, self.faults, self._drafter, max_num_seqs)
+        counting.drafter = self._model_drafts or self._drafter
         self._verifier = V1Verifier(
             self._requests, max_num_seqs, vllm_config.device_config.device, self.faults, counting
         )
@@ -140,6 +148,8 @@ class V1Adapter:
             " ".join(f"{count}:{step_time.relative()[count]:.2f}" for count in sorted(dict(samples))),
             time.perf_counter() - began,
         )
+        if self._model_drafts is not None:
+            self._model_drafts.profile()
 
     def take_logits(self) -> tuple[list[str], torch.Tensor]:
         """See `Adapter.take_logits`."""
@@ -156,6 +166,8 @@ class V1Adapter:
         self._num_drafted = {}
         if self._alignment is not None:
             self._alignment.begin_step(scheduled)
+        if self._model_drafts is not None:
+            self._model_drafts.begin_step(scheduled)
         with self.faults.contained("requests"):
             self._requests.forget(scheduled.finished_req_ids)
             self._verifier.forget(scheduled.finished_req_ids)
@@ -174,7 +186,10 @@ class V1Adapter:
             yield
         # If vLLM hasn't called `propose`.
         self._commit()
-        self._lengths.observe(self._num_decode_tokens, time.perf_counter() - self._began, bool(self._num_drafted))
+        seconds = time.perf_counter() - self._began
+        if self._model_drafts is not None:
+            seconds -= self._model_drafts.seconds
+        self._lengths.observe(self._num_decode_tokens, seconds, bool(self._num_drafted))
 
     def _begin_sampling(self, state: Any) -> None:
         req_ids = self._runner.input_batch.req_ids
@@ -227,7 +242,7 @@ class V1Adapter:
         """
         self._has_proposed = True
         self._commit([len(sampled) for sampled in sampled_token_ids])
-        if not self.faults.is_off("draft"):
+        if self._model_drafts is not None or not self.faults.is_off("draft"):
             with self.faults.contained("draft"):
                 return self._draft_batch(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         self._drafts = {}
@@ -241,25 +256,47 @@ class V1Adapter:
         survival.fill(0)
         req_ids = self._runner.input_batch.req_ids[: len(drafts)]
         min_draft_tokens = self._lengths.min_draft_tokens(len(drafts))
+        asked: dict[int, Asked] = {}
         for row, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
-            if not sampled or not self._requests.is_drafted(req_id):
+            if sampled and self._requests.is_drafted(req_id):
+                num_tokens = int(num_tokens_no_spec[row])
+                limit = longest_draft(self._runner.requests[req_id], num_tokens, self._max_draft_tokens)
+                asked[row] = Asked(req_id, sampled, token_ids_cpu[row, :num_tokens], limit, self._drafter_of(row))
+        for row, (req_id, sampled, token_ids, limit, drafted_by) in asked.items():
+            if self.faults.is_off("draft") or not self._requests.has_text(req_id):
                 continue
             # One request's failure must not cost the others their drafts.
             with self.faults.contained("draft"):
-                self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
-                num_tokens = int(num_tokens_no_spec[row])
-                limit = longest_draft(self._runner.requests[req_id], num_tokens, self._max_draft_tokens)
-                context, candidates = self._context(row, token_ids_cpu[row, :num_tokens])
-                draft_token_ids, expected = self._drafter.draft(req_id, context, candidates, limit, min_draft_tokens)
+                self._learn_text(req_id, sampled)
+                by_text = limit if drafted_by != "model" else 0
+                context, candidates = self._context(row, token_ids)
+                draft_token_ids, expected = self._drafter.draft(req_id, context, candidates, by_text, min_draft_tokens)
                 drafts[row] = draft_token_ids.tolist()
                 survival[row, : len(expected)] = expected
                 continue
-            self._requests.stop_drafting(req_id)
+            self._requests.stop_text(req_id)
             self._drafter.abandon(req_id)
+        if self._model_drafts is not None:
+            drafts = self._model_drafts.improve(drafts, survival, asked, self._runner.requests)
         is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids]
         drafts = self._lengths.before_placeholders(drafts, survival)
         self._drafts = dict(zip(req_ids, drafts, strict=True))
         return self._lengths.cut(drafts, survival, is_seeded)
+
+    def _drafter_of(self, row: int) -> str:
+        """What may draft for the request in a row; a draft model reads tokens only."""
+        batch = self._runner.input_batch
+        if self._model_drafts is None or row in batch.req_prompt_embeds:
+            return "text"
+        return self._requests[batch.req_ids[row]].drafter
+
+    def _learn_text(self, req_id: str, sampled: list[int]) -> None:
+        """Tell the drafter what became of its draft, or what the answer says about it if another was verified."""
+        unused = None if self._model_drafts is None else self._model_drafts.replaced(req_id)
+        if unused is None:
+            self._drafter.verified(req_id, self._num_drafted.get(req_id, 0), len(sampled) - 1)
+        else:
+            self._drafter.verified(req_id, *agreement(unused, sampled))
 
     def _context(self, row: int, token_ids: np.ndarray) -> tuple[np.ndarray, AlignmentView]:
         """What a request drafts from: the tokens of its context, and the predictions stored at them."""
@@ -290,6 +327,8 @@ class V1Adapter:
     def clear_memory(self) -> None:
         """Forget the text of other requests."""
         self._drafter.clear_memory()
+        if self._model_drafts is not None:
+            self._model_drafts.clear()
 
     def shutdown(self) -> None:
         """Nothing to release: what is known of requests ends with the process."""

@@ -3,15 +3,20 @@
 Errors here are contained as the component ``metrics``, see `vllm_aasd.engine.failsafe`.
 """
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
 from vllm_aasd.counters import Counters
-from vllm_aasd.drafting.drafter import Drafter
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.kernels.count import UNPROMISED, strict_output
 from vllm_aasd.kernels.count.cpu import count_arrays
 from vllm_aasd.kernels.verify import VerifyOutput
+
+
+class _Predicts(Protocol):
+    def predicted_survival(self, request_id: str) -> np.ndarray: ...
 
 
 class V1Counting:
@@ -28,7 +33,7 @@ class V1Counting:
     """
 
     def __init__(self, counters: Counters, faults: Faults, max_num_reqs: int, max_draft_tokens: int) -> None:
-        self.drafter: Drafter | None = None
+        self.drafter: _Predicts | None = None
         self._faults = faults
         self._contained = faults.contained("metrics")
         # Kept between steps: making these arrays takes longer than counting.

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_aasd.engine.v1.adapter import V1Adapter
+from vllm_aasd.engine.v1.draft_model import DraftModel
 
 
 class AASDProposer:
@@ -22,10 +23,14 @@ class AASDProposer:
         self.adapter: V1Adapter | None = None
         self._vllm_config = vllm_config
         self._target_model: torch.nn.Module | None = None
+        has_draft_model = vllm_config.speculative_config.aasd_draft_model is not None
+        self._draft_model = DraftModel(vllm_config) if has_draft_model else None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Keep the target model; there is no other to load."""
+        """Keep the target model, and load the draft model if there is one."""
         self._target_model = target_model
+        if self._draft_model is not None:
+            self._draft_model.load(target_model)
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> V1Adapter:
         """Create the adapter.
@@ -36,7 +41,9 @@ class AASDProposer:
         """
         if self._target_model is None:
             raise RuntimeError("bind() must be called after load_model()")
-        self.adapter = V1Adapter(self._vllm_config, runner, self._target_model, kv_cache_config)
+        if self._draft_model is not None:
+            self._draft_model.bind(runner, kv_cache_config)
+        self.adapter = V1Adapter(self._vllm_config, runner, self._target_model, kv_cache_config, self._draft_model)
         return self.adapter
 
     def propose(

@@ -25,12 +25,14 @@ class V1Request(NamedTuple):
         is_seeded: whether it samples by a seed of its own.
         namespace: of the earlier answers that it shares; None for none.
         corpora: the names of those that it draws from.
+        drafter: what may draft for it: ``text``, ``model`` or ``both``.
     """
 
     verification: Verification
     is_seeded: bool
     namespace: int | None = None
     corpora: tuple[str, ...] = ()
+    drafter: str = "text"
 
 
 class V1Requests:
@@ -48,6 +50,7 @@ class V1Requests:
         self._faults = faults
         self._requests: dict[str, V1Request] = {}
         self._drafted: set[str] = set()
+        self._without_text: set[str] = set()
         self._with_budget: set[str] = set()
 
     def __getitem__(self, req_id: str) -> V1Request:
@@ -85,8 +88,15 @@ class V1Requests:
         settings = settings_of(params, self._settings)
         is_seeded = params is not None and params.seed is not None and params.temperature > 0
         namespace = shared_namespace(params, settings) if self._shares_text else None
+        # The router's choice depends on time, and may not decide which random numbers a seed gives. Drafts beside a
+        # grammar are made by the scheduler.
+        by_model = params is not None and not is_seeded and params.structured_outputs is None
         self._requests[req_id] = V1Request(
-            verification_of(settings, params), is_seeded, namespace, settings.asked_corpora
+            verification_of(settings, params),
+            is_seeded,
+            namespace,
+            settings.asked_corpora,
+            settings.drafter if by_model else "text",
         )
         if not settings.enabled or changes_with_drafts(params):
             return False
@@ -101,9 +111,13 @@ class V1Requests:
         """Whether the request has a ``thinking_token_budget``."""
         return req_id in self._with_budget
 
-    def stop_drafting(self, req_id: str) -> None:
-        """Serve the request without drafts from here on."""
-        self._drafted.discard(req_id)
+    def has_text(self, req_id: str) -> bool:
+        """Whether drafts from text haven't failed for the request."""
+        return req_id not in self._without_text
+
+    def stop_text(self, req_id: str) -> None:
+        """Serve the request without drafts from text from here on."""
+        self._without_text.add(req_id)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """Drop the state of requests that have ended; unknown ones are ignored."""
@@ -111,3 +125,4 @@ class V1Requests:
             self._requests.pop(req_id, None)
             self._drafted.discard(req_id)
             self._with_budget.discard(req_id)
+            self._without_text.discard(req_id)
