@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import predictions, results
+from benchmarks import grammar, predictions, results
 from benchmarks.comparison import MEAN
 from benchmarks.results import interval, number, table
 
@@ -261,6 +261,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "categories": categories,
     **{name: _drawn(comparison, name) for name in ("agent", "rollouts", "halves", "corpus")},
     "predictions": _drawn(predictions.table, "predictions"),
+    "grammar": _drawn(lambda result: grammar.table(result["figures"]), "grammar"),
     "ablation": _drawn(ablation, "ablation"),
     "calibration": _drawn(calibration, "calibration"),
     "quality": _drawn(quality, "quality"),

@@ -69,6 +69,15 @@ PROFILES = {
         {**_SETTINGS, "num_speculative_tokens": 8, "aasd_draft_length": 8},
         frozenset({"top_k", "sleep", "lora", "many_allowed_ids"}),
     ),
+    # The model drafts for itself.
+    "draft_model": Profile(
+        "V1",
+        100,
+        32,
+        {**_ENGINE, "max_num_seqs": 6, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20},
+        {**_SETTINGS, "num_speculative_tokens": 8},
+        frozenset({"top_k", "sleep", "draft_model", "many_allowed_ids"}),
+    ),
     # Interpreted kernels emit about 11 tokens a second, and have no top-k. vLLM 0.32's V2 model runner dies of
     # more than 1024 `allowed_token_ids`.
     "v2": Profile(

@@ -50,7 +50,8 @@ class ServerTarget:
         self._log_chars = 0
         arguments = [argument for name, value in profile.engine.items() for argument in _option(name, value)]
         arguments += ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        arguments += ["--speculative-config", json.dumps({"method": "aasd", **profile.aasd})]
+        draft_model = {"model": model} if "draft_model" in profile.features else {}
+        arguments += ["--speculative-config", json.dumps({"method": "aasd", **draft_model, **profile.aasd})]
         arguments += ["--worker-extension-cls", "aasd_testing.fuzz.hooks.FuzzHooks"]
         if adapters:
             arguments += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
