@@ -38,6 +38,12 @@ def test_a_wrong_verifier_is_found(process):
 
 
 @pytest.mark.long
+def test_steady(process):
+    """As far as there is no device: vLLM watches for waits and compilations on GPUs alone."""
+    assert process.call(f"{HERE}:steady") == ("pass", "3 greedy and sampled requests")
+
+
+@pytest.mark.long
 def test_speed(process):
     assert process.call(f"{HERE}:speed_of", 0.0)[0] == "pass"
     result, said = process.call(f"{HERE}:speed_of", 1e9)

@@ -11,8 +11,16 @@ from vllm_aasd.gpu_check.verify_inputs import INF, NAN
 from vllm_aasd.kernels import count
 from vllm_aasd.kernels.draft import MixtureWeights
 from vllm_aasd.kernels.draft.batch import MAX_EXCLUDED, DraftBatch, draft_workspace
-from vllm_aasd.kernels.text import NUM_CELLS, new_index
-from vllm_aasd.kernels.text.batch import MAX_PIECES, NUM_SOURCES, TextTensors, new_texts
+from vllm_aasd.kernels.text import NUM_CELLS, PAGE_SIZE, new_index
+from vllm_aasd.kernels.text.batch import (
+    ANSWERS_COLUMN,
+    MAX_PIECES,
+    NUM_SOURCES,
+    PREDICTION_COLUMN,
+    TICKET,
+    TextTensors,
+    new_texts,
+)
 from vllm_aasd.kernels.text.reference import append
 from vllm_aasd.kernels.verify import VerifyOutput
 
@@ -222,13 +230,15 @@ def random_contexts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> l
     return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
-def texts_of(max_num_reqs: int, max_draft_tokens: int, num_pages: int, corpus: Sequence[int] = ()) -> TextTensors:
-    """Text of this many pages, and a corpus; nothing is known of any slot."""
-    corpora = new_index(16 if corpus else 0)
-    if corpus:
-        append(corpora, 0, -1, 0, np.array(corpus, np.int32), 0, len(corpus))
+def texts_of(
+    max_num_reqs: int, max_draft_tokens: int, num_pages: int, corpora: Sequence[Sequence[int]] = ()
+) -> TextTensors:
+    """Text of this many pages, and corpora, whose namespaces are their numbers; nothing is known of any slot."""
+    index = new_index(sum(-(-len(tokens) // PAGE_SIZE) for tokens in corpora))
+    for namespace, tokens in enumerate(corpora):
+        append(index, namespace, -1, 0, np.array(tokens, np.int32), 0, len(tokens))
     prior = np.full((NUM_CELLS, 2), (0.5, 8), np.float32)
-    return new_texts(max_num_reqs, max_draft_tokens, num_pages, corpora, prior, "cpu")
+    return new_texts(max_num_reqs, max_draft_tokens, num_pages, index, prior, "cpu")
 
 
 class TextStep(NamedTuple):
@@ -242,14 +252,14 @@ class TextStep(NamedTuple):
     pieces: torch.Tensor
 
 
-def text_episode(seed: int, num_reqs: int, num_steps: int, num_pages: int = 16) -> tuple[DraftBatch, list[TextStep]]:
+def text_episode(seed: int, num_reqs: int, num_steps: int, num_pages: int = 19) -> tuple[DraftBatch, list[TextStep]]:
     """Steps of requests that share text, come with predictions, and are followed by others; what they draft from."""
     rng = np.random.default_rng(seed)
     motifs = rng.integers(0, 90, (4, 80))
     contexts = [np.concatenate(motifs[rng.integers(0, 4, 6)])[: 300 + num_steps * 9] for _ in range(num_reqs)]
     base = batch_of(contexts, 100, num_spec_tokens=4, prior_top_k=2, max_matches=8, min_survival=0.05, seed=seed)
     max_num_reqs = len(base.total_len)
-    base = dataclasses.replace(base, texts=texts_of(max_num_reqs, 4, num_pages, motifs[0].tolist()))
+    base = dataclasses.replace(base, texts=texts_of(max_num_reqs, 4, num_pages, motifs[:3].tolist()))
     total_len = torch.zeros_like(base.total_len)
     slots = torch.full((max_num_reqs, NUM_SOURCES + 1), -1, dtype=torch.int64)
     steps, mapping = [], base.idx_mapping
@@ -259,8 +269,9 @@ def text_episode(seed: int, num_reqs: int, num_steps: int, num_pages: int = 16) 
             if number == 0 or rng.random() < 0.1:
                 # Another request takes the slot.
                 ticket = 1 + number * max_num_reqs + slot
-                slots[slot, :-2] = torch.from_numpy(rng.choice([-1, 0, 7], NUM_SOURCES - 1))
-                slots[slot, -2:] = torch.tensor([-1 - ticket, ticket])
+                slots[slot, :ANSWERS_COLUMN] = torch.from_numpy(rng.permutation([-1, -1, 0, 1, 2])[:ANSWERS_COLUMN])
+                slots[slot, ANSWERS_COLUMN] = int(rng.choice([-1, 0, 7]))
+                slots[slot, PREDICTION_COLUMN], slots[slot, TICKET] = -1 - ticket, ticket
                 total_len[slot] = int(rng.integers(1, 60))
                 if row < MAX_PIECES:
                     piece_ids[row, :40] = base.all_token_ids[slot, 20:60]

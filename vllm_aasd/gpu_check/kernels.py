@@ -21,7 +21,7 @@ from vllm_aasd.kernels.verify import reference as verify_reference
 from vllm_aasd.kernels.verify import seeded
 from vllm_aasd.kernels.verify.random_reference import token_gumbel
 
-TOLERANCES = {"regret": (0, 2e-6), "state": (0, 2e-5), "probabilities": (1e-4, 0), "totals": (1e-6, 0)}
+TOLERANCES = {"regret": (0, 2e-6), "state": (0, 2e-5), "probabilities": (1e-4, 0), "totals": (1e-6, 1e-5)}
 """Relative and absolute, of float32 sums that are taken in another order; all else is equal to the bit."""
 
 NEAR_RACE = 1e-4
@@ -78,7 +78,7 @@ FULL = QUICK._replace(
         (151936, torch.float16, [5] * 4),
         (32000, BF16, [17] * 16),
     ),
-    draft=(*QUICK.draft, ((33000, 100), 500, 7, 4, 8, 32), ((2000,) * 16, 60, 16, 4, 8, 32)),
+    draft=(*QUICK.draft, ((100000, 100), 500, 7, 4, 8, 32), ((2000,) * 16, 60, 16, 4, 8, 32)),
     text=(256, 24),
 )
 
@@ -135,7 +135,7 @@ def run_text(op: tuple[Any, Any], base: draft.DraftBatch, steps: list[TextStep])
         op[0].learn_and_append(texts, *contexts, step.num_sampled, 32)
         drafts = {name: getattr(base, name).clone() for name in ("draft_token_ids", "num_drafts", "survival")}
         rows = {name: getattr(step, name) for name in ("total_len", "idx_mapping", "num_sampled")}
-        op[1].draft_batch(base._replace(**rows, **drafts))
+        op[1].draft_batch(base._replace(longest=base.longest >> number % 4, **rows, **drafts))
         outputs |= {f"{name} of step {number}": tensor for name, tensor in drafts.items()}
     kept = ("tokens", "pages", "heads", "begun", "found", "right", "value", "documents", "predictions", "looked_up")
     return outputs | {name: getattr(texts, name) for name in kept}
@@ -158,6 +158,9 @@ def cases(sizes: Sizes, seed: int) -> Iterator[Case]:
     for lengths, vocab_size, width, top_k, prior_top_k, max_matches in sizes.draft:
         contexts = random_contexts(lengths, min(vocab_size, 12), seed)
         made = batch_of(contexts, vocab_size, width, top_k, prior_top_k, max_matches, block_size=16, seed=seed)
+        made.limit(*[1 if row % 4 == 2 else width for row in range(len(lengths))])
+        made.num_sampled[5::8] = 0
+        made.excluded[-1] = 5
         name = f"draft {len(lengths)} contexts up to {max(lengths)}"
         yield Case(name, run_draft, draft, draft_reference, (made.arguments(),))
     episode = text_episode(seed, *sizes.text)

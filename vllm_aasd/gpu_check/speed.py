@@ -17,7 +17,7 @@ from vllm_aasd.kernels.text.batch import learn_and_append, text_bytes
 from vllm_aasd.kernels.verify.seeded import SeededBatch, verify_seeded
 
 BF16, F32 = torch.bfloat16, torch.float32
-MAX_PER_STEP = {"verify": 6, "draft": 1, "learn and append": 2, "align": 4}
+MAX_PER_STEP = {"verify": 4, "draft": 1, "learn and append": 2, "align": 4}
 """Launches of an op, whatever the batch and its context."""
 
 MAX_HOST_MICROSECONDS = 200

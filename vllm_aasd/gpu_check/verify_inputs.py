@@ -117,9 +117,18 @@ def batch(rows: Sequence[Any], drafts: Sequence[Sequence[int]], **given: Any) ->
         "num_speculative_steps": given.get("num_speculative_steps", max(1, *counts, 1) - 1),
         "policies": _policies(slots.tolist(), max_num_reqs, given),
         "stop_token_ids": stop_token_ids,
-        "survival": torch.rand(max_num_reqs, 8, generator=torch.Generator().manual_seed(num_logits)),
-        "totals": torch.zeros(count.SIZE, dtype=torch.float64),
+        "survival": _survival(max_num_reqs, num_logits),
+        "totals": torch.full((count.SIZE,), 0.5, dtype=torch.float64),
     }
+
+
+def _survival(max_num_reqs: int, seed: int) -> torch.Tensor:
+    """What was promised of 8 draft tokens, with bounds of the tenths, and tokens of which nothing was."""
+    survival = torch.rand(max_num_reqs, 8, generator=torch.Generator().manual_seed(seed))
+    survival[survival < 0.1] = 0.5
+    survival[survival > 0.95] = 1.0
+    survival[(survival > 0.6) & (survival < 0.7)] = count.UNPROMISED
+    return survival
 
 
 def _policies(slots: list[int], max_num_reqs: int, given: dict[str, Any]) -> VerifyPolicies:

@@ -30,6 +30,11 @@ def served(sizes="SIZES", is_wrong=False):
     return said_by(lambda: gpu_trial.check_served(globals()[sizes], {"num_speculative_tokens": 4}))
 
 
+def steady():
+    """`check_steady`."""
+    return said_by(lambda: gpu_trial.check_steady(SIZES))
+
+
 def speed_of(least):
     """`check_speed`, with what share of the speed without aasd is enough."""
     return said_by(lambda: gpu_trial.check_speed(SIZES, 1 << 40, least))
