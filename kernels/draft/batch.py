@@ -27,7 +27,7 @@ __all__ = ["MAX_EXCLUDED", "PART", "WINDOW", "DraftBatch", "draft_batch", "draft
 WINDOW = 1 << 17
 """Positions before the end of a context that are looked through."""
 
-PART = 1 << 15
+PART = 1 << 14
 """Positions that one program looks through. Parts are counted from the end of a context."""
 
 MAX_EXCLUDED = 32

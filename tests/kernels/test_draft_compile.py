@@ -52,7 +52,7 @@ def test_divisions_are_rounded_as_the_references():
 
 def test_the_grid_is_a_program_for_each_part_of_each_context():
     launch = launched("sm_90")
-    assert launch.grid == (4, 4)
+    assert launch.grid == (4, 8)
     # What one program has stored another reads, after this.
     assert "atom.global.gpu.acq_rel.add.u32" in compiled_kernel(launch, TARGETS["sm_90"]).asm["ptx"]
 
