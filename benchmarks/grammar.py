@@ -60,7 +60,7 @@ def measure(
 
 
 def figures(found: Found, chosen: Sequence[GrammarTask]) -> dict[str, Any]:
-    """By category and case: tokens per step, acceptance, and how many times as fast as each other case it is."""
+    """By category and case: tokens per step, and how many times as fast as each other case it is."""
     by_category: dict[str, Any] = {}
     for category in dict.fromkeys(task.category for task in chosen):
         of = {
@@ -74,7 +74,6 @@ def figures(found: Found, chosen: Sequence[GrammarTask]) -> dict[str, Any]:
             case: {
                 "answers": len(answers),
                 "tokens_per_step": sum(emitted[case]) / sum(one["steps"] - 1 for one in answers),
-                "accepted": sum(one["accepted"] for one in answers) / max(sum(one["drafted"] for one in answers), 1),
                 "speed_over": {
                     other: stratified_ratio(emitted[case], seconds[case], groups, (emitted[other], seconds[other]))
                     for other in CASES
@@ -124,14 +123,13 @@ def table(by_width: Mapping[str, Any]) -> str:
             category,
             case,
             results.number(of["tokens_per_step"]),
-            f"{of['accepted']:.0%}",
             *(results.interval(of["speed_over"].get(other)) for other in (CASES[0], CASES[2])),
         ]
         for width, by_category in by_width.items()
         for category, by_case in by_category.items()
         for case, of in by_case.items()
     ]
-    header = ["at once", "category", "case", "tokens per step", "accepted", "over none", "over no forced drafts"]
+    header = ["at once", "category", "case", "tokens per step", "over none", "over no forced drafts"]
     return results.table(header, rows)
 
 
