@@ -9,7 +9,7 @@ from aasd_testing.fuzz.soak import Fuzzer
 
 pytestmark = pytest.mark.engine
 
-SEED = 8
+SEED = 28
 
 
 @pytest.fixture(scope="module")
