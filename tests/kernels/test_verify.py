@@ -151,7 +151,14 @@ def test_triton_equals_reference_on_real_logits(interpreter, demo_model):
 
 def test_draft_tokens_without_room_for_a_promise_are_not_counted(interpreter):
     arguments = random_batch(111, RAGGED[8], torch.float32, seed=5)
-    run_both(interpreter, arguments | {"survival": arguments["survival"][:, :2].contiguous()})
+    narrow = arguments | {"survival": arguments["survival"][:, :2].contiguous()}
+    assert_equal(*run_both(interpreter, narrow))
+    counted = []
+    for given in (arguments, narrow):
+        own = verify_paths.with_own_state(given)
+        reference.verify_seeded(SeededBatch(**own))
+        counted.append(float((own["totals"] - given["totals"]).sum()))
+    assert 0 < counted[1] < counted[0]
 
 
 def test_padding_rows_are_left_alone(interpreter):
