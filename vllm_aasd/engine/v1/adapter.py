@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_aasd.alignment import TOP_K, AlignmentStore
 from vllm_aasd.counters import Counters
 from vllm_aasd.drafting import drafter
-from vllm_aasd.drafting.drafter import GREEDY, MIN_SURVIVAL, NO_ALIGNMENT, SAMPLED, SEEDED, AlignmentView, Drafter
+from vllm_aasd.drafting.drafter import MIN_SURVIVAL, NO_ALIGNMENT, SEEDED, AlignmentView, Drafter
 from vllm_aasd.drafting.known_text import KnownTexts
 from vllm_aasd.engine import shared_prior, startup
 from vllm_aasd.engine.corpora import ServerCorpora
@@ -217,10 +217,7 @@ class V1Adapter:
     def _admit(self, req_id: str) -> None:
         request, params = self._requests[req_id], self._runner.requests[req_id].sampling_params
         with self.faults.contained("draft"):
-            sampling = GREEDY if params is None or params.temperature == 0 else SAMPLED
-            if request.is_seeded:
-                sampling = SEEDED
-            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora, sampling)
+            self._drafter.admit(req_id, request.namespace, prediction_of(params), request.corpora, request.sampling)
 
     def _commit(self, num_emitted: Sequence[int] | None = None) -> None:
         """Store the predictions of the step, if that hasn't been done; see `V1Alignment.write`."""
@@ -278,7 +275,7 @@ class V1Adapter:
             self._drafter.abandon(req_id)
         if self._model_drafts is not None:
             drafts = self._model_drafts.improve(drafts, survival, asked, self._runner.requests)
-        is_seeded = [self._requests[req_id].is_seeded for req_id in req_ids]
+        is_seeded = [self._requests[req_id].sampling == SEEDED for req_id in req_ids]
         drafts = self._lengths.before_placeholders(drafts, survival)
         self._drafts = dict(zip(req_ids, drafts, strict=True))
         return self._lengths.cut(drafts, survival, is_seeded)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from vllm.sampling_params import SamplingParams
 
 from vllm_aasd.config import Settings
+from vllm_aasd.drafting.drafter import GREEDY, SAMPLED, SEEDED
 from vllm_aasd.engine.failsafe import Faults
 from vllm_aasd.engine.namespaces import shared_namespace
 from vllm_aasd.engine.request_options import (
@@ -22,14 +23,14 @@ class V1Request(NamedTuple):
 
     Attributes:
         verification: how its draft tokens are verified.
-        is_seeded: whether it samples by a seed of its own.
+        sampling: `GREEDY`, `SAMPLED` or `SEEDED`, as for `Drafter.admit`.
         namespace: of the earlier answers that it shares; None for none.
         corpora: the names of those that it draws from.
         drafter: what may draft for it: ``text``, ``model`` or ``both``.
     """
 
     verification: Verification
-    is_seeded: bool
+    sampling: str = GREEDY
     namespace: int | None = None
     corpora: tuple[str, ...] = ()
     drafter: str = "text"
@@ -81,19 +82,19 @@ class V1Requests:
                     if self._admit(req_id, params):
                         drafted.append(req_id)
                     continue
-            self._requests[req_id] = V1Request(strict(), is_seeded=False)
+            self._requests[req_id] = V1Request(strict())
         return drafted
 
     def _admit(self, req_id: str, params: SamplingParams | None) -> bool:
         settings = settings_of(params, self._settings)
-        is_seeded = params is not None and params.seed is not None and params.temperature > 0
+        sampling = _sampling_of(params)
         namespace = shared_namespace(params, settings) if self._shares_text else None
         # The router's choice depends on time, and may not decide which random numbers a seed gives. Drafts beside a
         # grammar are made by the scheduler.
-        by_model = params is not None and not is_seeded and params.structured_outputs is None
+        by_model = params is not None and sampling != SEEDED and params.structured_outputs is None
         self._requests[req_id] = V1Request(
             verification_of(settings, params),
-            is_seeded,
+            sampling,
             namespace,
             settings.asked_corpora,
             settings.drafter if by_model else "text",
@@ -126,3 +127,9 @@ class V1Requests:
             self._drafted.discard(req_id)
             self._with_budget.discard(req_id)
             self._without_text.discard(req_id)
+
+
+def _sampling_of(params: SamplingParams | None) -> str:
+    if params is None or params.temperature == 0:
+        return GREEDY
+    return SAMPLED if params.seed is None else SEEDED
