@@ -24,12 +24,7 @@ def score(task: Task, text: str) -> float:
     if task.category == "math_reasoning":
         return float(last_number(text, reference))
     if task.category == "summarization":
-        # `rouge_l` compares numbers.
-        numbers: dict[str, int] = {}
-        ours, theirs = (
-            [numbers.setdefault(word, len(numbers)) for word in _normalized(one).split()] for one in (text, reference)
-        )
-        return rouge_l(ours, theirs)
+        return rouge_l(_normalized(text).split(), _normalized(reference).split())
     if task.category == "humaneval":
         return float(passes(f"{task.raw}\n{code_of(text)}\n{reference}"))
     return float(contains(text, reference))
@@ -57,8 +52,8 @@ def passes(program: str) -> bool:
     """Whether a program that a model wrote ends by itself without an error.
 
     It runs in a process of its own with an empty environment, in a folder that is deleted, with at most 3 seconds of
-    CPU, 1 GiB of memory, no processes beside it and no files above 1 MiB. That contains mistakes, not malice: it has
-    the user's rights and network.
+    CPU, 1 GiB of memory, no child processes (unless run by root) and no file above 1 MiB. That contains mistakes, not
+    malice: it has the user's rights and network.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:

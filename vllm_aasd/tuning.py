@@ -101,7 +101,7 @@ def fastest(found: Mapping[str, Mapping[str, Any]], allowed: Sequence[str], stri
     return max(better, key=lambda name: found[name]["speed"]["value"], default=strict)
 
 
-def rouge_l(a: Sequence[int], b: Sequence[int]) -> float:
+def rouge_l(a: Sequence[object], b: Sequence[object]) -> float:
     """ROUGE-L F1 (Lin, 2004) of two sequences: the share of tokens in their longest common subsequence."""
     if not a and not b:
         return 1.0
