@@ -5,11 +5,11 @@ added in the same order and in float32, so ids and survival equal the reference'
 adds up a position's weights first and may fuse a product with its sum: a score then differs by at most 2^-23 of itself
 for each weight in it. There is room for every candidate: none is dropped.
 
-There are no hash tables. One program per request, in one launch for the batch, scans the context for each draft token
-(docs/design.md has the steps). Before the first one, a longer context is scanned in parts by as many programs, of which
-the last to end drafts. From then on, only the last part is scanned. Of the others, what matched the context's end is
-followed: matches that a draft leads to. Shapes, launch and memory do not depend on data, and rows know nothing of each
-other. The paged predictions are those of `vllm_aasd.kernels.align`.
+There are no hash tables; the context is scanned (docs/design.md has the steps). One launch serves the batch, with a
+program for each part of each context. Every program scans its part for the first draft token, and the last one to
+finish drafts. For later tokens it scans the last part again; in the older parts it only follows the matches found
+before, as long as they continue like the draft. Shapes, launch and memory do not depend on data, and rows know nothing
+of each other. The paged predictions are those of `vllm_aasd.kernels.align`.
 """
 
 from types import ModuleType

@@ -114,7 +114,7 @@ def _join_parts(
     positions += tl.where(is_far, num_drafts, 0)
     goes_on &= (is_far == 0) | (positions < near)
     goes_on &= tl.load(tokens_ptr + positions, mask=goes_on, other=-1) == token
-    # Lists of several sizes may be one. Whoever reads what another has stored here comes to the same.
+    # Several sizes may share a list. A lane that reads what another has stored here gets the same result.
     tl.store(matches_ptr + entries, -1, mask=there & is_far & (goes_on == 0))
     ranks = tl.cumsum(goes_on.to(tl.int32), axis=1) - 1
     joined_ptr = matches_ptr + PARTS * MAX_NGRAM_SIZE * MAX_MATCHES

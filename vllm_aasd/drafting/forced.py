@@ -19,7 +19,7 @@ _CHARS_PER_TOKEN = 8
 # Characters of forced text that identify it later.
 _REST = 24
 _MOST_ENCODED = 4096
-# What may come, of which a grammar is asked for each: signs of JSON or the beginning of words, and within strings.
+# What a grammar is asked about, one by one: signs of JSON or the beginning of words, and what may come in strings.
 _SIGNS = '"{[,:}]-01.etfnaA'
 _WORDS = 'aA0"- '
 # Where a value ends that is copied from a text.

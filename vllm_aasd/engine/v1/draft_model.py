@@ -64,7 +64,7 @@ class DraftModel:
         self._computed: ComputedTokens | None = None
 
     def load(self, target: torch.nn.Module) -> None:
-        """Load it, beside the target."""
+        """Load the draft model."""
         self._proposer.load_model(target)
 
     def bind(self, runner: GPUModelRunner, kv_cache_config: KVCacheConfig) -> None:

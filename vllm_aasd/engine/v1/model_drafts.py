@@ -122,7 +122,7 @@ class ModelDrafts:
         self._model.clear()
 
     def predicted_survival(self, request_id: str) -> np.ndarray:
-        """The survival that was predicted for a request's last draft, whoever made it; see `Drafter`."""
+        """The survival predicted for a request's last draft, from text or from the model; see `Drafter`."""
         used = self._used.get(request_id)
         return self._text.predicted_survival(request_id) if used is None else used[0]
 
